@@ -1,0 +1,36 @@
+"""antipasto: one trainable number per singular direction of each weight, and a quarantine for what should not ship.
+
+The maths is in `antipasto.functional`, the words in README and CONTRIBUTING. Importing this package registers the method
+with PEFT, so that ``get_peft_model`` and ``PeftModel.from_pretrained`` know it.
+"""
+
+from antipasto.basis import Basis, BasisCacheWarning, load_basis
+from antipasto.knobs import (
+    LayerKnobs,
+    deployed,
+    drop_quarantine,
+    knobs,
+    ref_logprobs,
+    reference,
+    token_logprobs,
+    wrap,
+)
+from antipasto.tuner import TARGET_MODULES, AntiPastoConfig
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "TARGET_MODULES",
+    "AntiPastoConfig",
+    "Basis",
+    "BasisCacheWarning",
+    "LayerKnobs",
+    "deployed",
+    "drop_quarantine",
+    "knobs",
+    "load_basis",
+    "ref_logprobs",
+    "reference",
+    "token_logprobs",
+    "wrap",
+]

@@ -1,0 +1,253 @@
+"""The singular basis of one weight, and its cache on disk.
+
+    W = U diag(S) Vh        W (o, i), U (o, r), S (r,) descending, Vh (r, i), r = min(o, i)
+
+How. With o ≥ i, ``eigh`` of the fp64 Gram matrix WᵀW gives V and S², and U = W V / S; with o < i the transpose does.
+That is about as fast as LAPACK's fp32 SVD and several times more accurate, but squares the condition number, so a weight
+with S_min < 1e-4 S_max goes through LAPACK's SVD in fp64 instead. Singular vectors have no sign of their own: the entry of
+largest magnitude in each row of Vh is made positive, so that the same weight gives the same basis.
+
+The cache. One safetensors file per weight, ``<sha256>.safetensors``, named after the weight's own dtype, shape and bytes:
+another weight has another name. The file carries a digest of its tensors, which is checked at every read. A file that is
+truncated, bit-flipped, of another shape or of another weight is never used: the basis is **recomputed, with a warning that
+names the file**, and the file is replaced. Files appear by an atomic rename, and of several processes that want the same
+weight one computes while the others wait for its file. A cache that cannot be written costs a warning, not the run.
+
+Where. ``$ANTIPASTO_CACHE``, else the user's cache home (``~/.cache/antipasto`` on Linux). ``cache_dir=None`` turns it off.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import uuid
+import warnings
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from filelock import FileLock
+from platformdirs import user_cache_dir
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+WEIGHT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+"""The dtypes of the weights that a basis can be computed for."""
+
+DEFAULT_CACHE = "auto"
+"""Value of ``cache_dir`` that stands for `cache_home()`."""
+
+_FORMAT = "antipasto-basis-1"  # changes when the file's layout or the meaning of its tensors does
+_MIN_CONDITION = 1e-4  # below, the Gram matrix would cost U its orthonormality: error ~ eps64 / condition²
+
+
+class Basis(NamedTuple):
+    """Reduced SVD of one weight: ``U`` (o, r), ``S`` (r,) descending, ``Vh`` (r, i), of one dtype on one device."""
+
+    U: Tensor
+    S: Tensor
+    Vh: Tensor
+
+    @property
+    def rank(self) -> int:
+        """r, the number of singular directions held."""
+        return self.S.shape[0]
+
+    def truncate(self, rank: int) -> Basis:
+        """The top ``rank`` directions, in memory of their own; all of them where there are not more."""
+        if rank >= self.rank:
+            return self
+        return Basis(self.U[:, :rank].clone(), self.S[:rank].clone(), self.Vh[:rank].clone())
+
+
+class BasisCacheWarning(UserWarning):
+    """A file of the basis cache was bad and is replaced, or could not be written."""
+
+
+def cache_home() -> Path:
+    """``$ANTIPASTO_CACHE`` if it is set and not empty, else the user's cache folder for this library."""
+    return Path(os.environ.get("ANTIPASTO_CACHE") or user_cache_dir("antipasto", appauthor=False))
+
+
+def decompose(weight: Tensor) -> Basis:
+    """Reduced SVD of a weight, on the weight's device where that has fp64, else on the CPU.
+
+    Args:
+        weight: (o, i), any of `WEIGHT_DTYPES`.
+
+    Returns:
+        `Basis` in fp32 (in fp64 for an fp64 weight), on the weight's device.
+
+    Raises:
+        ValueError: not 2-D, not of a supported dtype, on the meta device, or with a NaN or Inf in it.
+
+    Example:
+        >>> basis = decompose(torch.tensor([[0.0, 2.0], [3.0, 0.0]]))
+        >>> basis.S
+        tensor([3., 2.])
+    """
+    _check(weight)
+    out_dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    W = weight.detach()
+    W = W.double() if W.device.type in ("cpu", "cuda") else W.cpu().double()
+    if not torch.isfinite(W).all():
+        raise ValueError(f"The weight of shape {tuple(weight.shape)} has a NaN or Inf in it: it has no SVD.")
+    basis = _gram_svd(W)
+    if basis.S[-1] < _MIN_CONDITION * basis.S[0] or basis.S[0] == 0:
+        basis = Basis(*torch.linalg.svd(W, full_matrices=False))
+    U, S, Vh = _fix_signs(basis)
+    return Basis(*(t.to(weight.device, out_dtype).contiguous() for t in (U, S, Vh)))
+
+
+def fingerprint(weight: Tensor) -> str:
+    """sha256, in hex, of a weight's dtype, shape and bytes; the same on every device.
+
+    bf16 has no numpy dtype, so it is bytes that are hashed and not an array.
+
+    Example:
+        >>> fingerprint(torch.zeros(2, 2)) == fingerprint(torch.zeros(2, 2, dtype=torch.float16))
+        False
+    """
+    return _digest({"weight": weight.detach()})
+
+
+def load_basis(weight: Tensor, *, cache_dir: str | os.PathLike[str] | None = DEFAULT_CACHE) -> Basis:
+    """The basis of a weight, from the cache if a good file is there, else computed and written.
+
+    Args:
+        weight: (o, i), any of `WEIGHT_DTYPES`, on any device.
+        cache_dir: a folder; ``"auto"`` for `cache_home()`; ``None`` for no cache.
+
+    Returns:
+        As `decompose`.
+
+    Raises:
+        ValueError: as `decompose`.
+
+    Warns:
+        BasisCacheWarning: a bad file was found and replaced, or the cache could not be written; it names the file.
+    """
+    _check(weight)
+    if cache_dir is None:
+        return decompose(weight)
+    folder = cache_home() if cache_dir == DEFAULT_CACHE else Path(cache_dir)
+    key = fingerprint(weight)
+    path = folder / f"{key}.safetensors"
+
+    basis = _read(path, key, weight)
+    if basis is not None:
+        return basis
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / f"{key}.lock")
+        lock.acquire()
+    except OSError as error:
+        _warn_unwritable(path, error)
+        return decompose(weight)
+    with lock:
+        basis = _read(path, key, weight, quiet=True)  # another process may have been faster
+        if basis is not None:
+            return basis
+        basis = decompose(weight)
+        try:
+            _write(path, key, basis)
+        except (OSError, SafetensorError) as error:
+            _warn_unwritable(path, error)
+    return basis
+
+
+def _check(weight: Tensor) -> None:
+    if weight.ndim != 2:
+        raise ValueError(f"Expected a 2-D weight (o, i), got one of shape {tuple(weight.shape)}.")
+    if weight.dtype not in WEIGHT_DTYPES:
+        raise ValueError(f"Expected a weight of dtype {', '.join(map(str, WEIGHT_DTYPES))}, got {weight.dtype}.")
+    if weight.device.type == "meta":
+        raise ValueError(
+            "The weight is on the meta device: it has no values to decompose. Load the model onto a real device first."
+        )
+
+
+def _gram_svd(W: Tensor) -> Basis:
+    """SVD of an fp64 matrix through the eigenvectors of the smaller Gram matrix."""
+    if W.shape[0] < W.shape[1]:
+        V, S, Uh = _gram_svd(W.T)
+        return Basis(Uh.T, S, V.T)
+    eigenvalues, V = torch.linalg.eigh(W.T @ W)  # ascending
+    S, V = eigenvalues.clamp_min(0).sqrt().flip(0), V.flip(1)
+    return Basis(W @ V / S, S, V.T)
+
+
+def _fix_signs(basis: Basis) -> Basis:
+    U, S, Vh = basis
+    largest = Vh.gather(1, Vh.abs().argmax(1, keepdim=True)).squeeze(1)  # (r,)
+    sign = torch.where(largest < 0, -1.0, 1.0).to(S)
+    return Basis(U * sign, S, Vh * sign[:, None])
+
+
+def _digest(tensors: dict[str, Tensor]) -> str:
+    digest = hashlib.sha256()
+    for name, tensor in tensors.items():
+        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
+        digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def _read(path: Path, key: str, weight: Tensor, *, quiet: bool = False) -> Basis | None:
+    """The basis in a cache file; None where there is no file, or, with a warning, where it is not to be trusted."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            tensors = {name: file.get_tensor(name) for name in Basis._fields}
+        _verify(metadata, tensors, key, weight)
+    except FileNotFoundError:
+        return None
+    except (OSError, SafetensorError, ValueError) as error:
+        if not quiet:
+            warnings.warn(
+                f"The basis cache file {path} is not usable ({error}). It is ignored, and replaced by a fresh one.",
+                BasisCacheWarning,
+                stacklevel=3,
+            )
+        return None
+    return Basis(**{name: tensor.to(weight.device) for name, tensor in tensors.items()})
+
+
+def _verify(metadata: dict[str, str], tensors: dict[str, Tensor], key: str, weight: Tensor) -> None:
+    if metadata.get("format") != _FORMAT:
+        raise ValueError(f"format {metadata.get('format')!r}, expected {_FORMAT!r}")
+    if metadata.get("weight") != key:
+        raise ValueError("it belongs to another weight")
+    (o, i), r = weight.shape, min(weight.shape)
+    expected = {"U": (o, r), "S": (r,), "Vh": (r, i)}
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if shapes != expected:
+        raise ValueError(f"shapes {shapes}, expected {expected}")
+    if metadata.get("digest") != _digest(tensors):
+        raise ValueError("its tensors do not match their digest")
+
+
+def _write(path: Path, key: str, basis: Basis) -> None:
+    """Write to a temporary file beside ``path``, flush it to disk, rename it into place."""
+    tensors = {name: tensor.cpu() for name, tensor in basis._asdict().items()}
+    metadata = {"format": _FORMAT, "weight": key, "digest": _digest(tensors)}
+    temporary = path.with_name(f".{key}-{uuid.uuid4().hex}.tmp")
+    try:
+        # opened here and not by tempfile or safetensors, whose files only their owner may read: a cache may be shared
+        with temporary.open("xb") as file:
+            file.write(save(tensors, metadata=metadata))
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+def _warn_unwritable(path: Path, error: Exception) -> None:
+    warnings.warn(
+        f"The basis cache file {path} could not be written ({error}). Going on without: the next start computes it again. "
+        "Set ANTIPASTO_CACHE to a writable folder, or cache_dir=None to stop trying.",
+        BasisCacheWarning,
+        stacklevel=3,
+    )

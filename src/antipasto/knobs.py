@@ -1,0 +1,212 @@
+"""Handles on an adapted model: its knobs, and the models that it is with some of them out.
+
+    as trained      θ = δS + δS_hack
+    deployed        θ = δS                  the quarantine out
+    reference       θ = 0                   the base model, bit for bit: RL's KL reference without a second model
+
+The contexts set what the layers see and never write to the knobs. They nest (the innermost counts) and restore on
+exceptions. With gradient checkpointing, call ``backward`` inside the context in which the loss was computed: layers are
+run again there, and would otherwise see other knobs the second time.
+"""
+
+from __future__ import annotations
+
+import copy
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from peft import inject_adapter_in_model
+from torch import Tensor, nn
+
+from antipasto.tuner import AntiPastoConfig, AntiPastoLinear, View
+from antipasto.tuner.views import adapted_layers, seen_as, unmerged, unwrap
+
+
+@dataclass(frozen=True)
+class LayerKnobs:
+    """One adapter's knobs on one layer, and the singular basis that they count in.
+
+    Attributes:
+        layer: the adapted layer; ``layer.base_layer`` is the original.
+        adapter: the adapter's name.
+    """
+
+    layer: AntiPastoLinear
+    adapter: str
+
+    @property
+    def delta_s(self) -> nn.Parameter:
+        """δS (r,), fp32: trains, and ships."""
+        return self.layer.knobs(self.adapter)[0]
+
+    @property
+    def delta_s_hack(self) -> nn.Parameter | None:
+        """δS_hack (r,), fp32: the quarantine; None once it was dropped."""
+        return self.layer.knobs(self.adapter)[1]
+
+    @property
+    def r(self) -> int:
+        """Number of singular directions."""
+        return self.layer.r[self.adapter]
+
+    @property
+    def U(self) -> Tensor:  # noqa: N802 (the field's notation)
+        """Left singular vectors (o, r), in the weight's dtype."""
+        assert self.layer.basis is not None
+        return self.layer.basis.U[:, : self.r]
+
+    @property
+    def S(self) -> Tensor:  # noqa: N802
+        """Singular values (r,), descending, fp32 unless the model was cast."""
+        assert self.layer.basis is not None
+        return self.layer.basis.S[: self.r]
+
+    @property
+    def Vh(self) -> Tensor:  # noqa: N802
+        """Right singular vectors (r, i), in the weight's dtype."""
+        assert self.layer.basis is not None
+        return self.layer.basis.Vh[: self.r]
+
+
+def wrap(
+    model: nn.Module, config: AntiPastoConfig | None = None, *, adapter_name: str = "default"
+) -> dict[str, LayerKnobs]:
+    """Adapt a model in place, without a PeftModel around it.
+
+    Every target layer is replaced by one that computes the same and has knobs, and every parameter but the ``delta_s`` is
+    frozen. `peft.get_peft_model_state_dict` and `peft.set_peft_model_state_dict` save and load the knobs.
+
+    Args:
+        model: any ``nn.Module``.
+        config: which layers, at what rank; the defaults of `AntiPastoConfig` if None. It is not changed.
+        adapter_name: the adapter's name.
+
+    Returns:
+        layer name → `LayerKnobs`, as `knobs`.
+
+    Raises:
+        ValueError: the model is wrapped already, a target cannot be adapted, or nothing matches.
+
+    Example:
+        >>> model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
+        >>> layers = wrap(model, AntiPastoConfig(target_modules=["0", "2"], cache_dir=None))
+        >>> {name: layer.r for name, layer in layers.items()}
+        {'0': 3, '2': 2}
+    """
+    if any(isinstance(module, AntiPastoLinear) for module in model.modules()):
+        raise ValueError(
+            f"This {type(model).__name__} is wrapped already. Use antipasto.knobs(model) to get at its knobs; "
+            "for a second adapter use peft's PeftModel.add_adapter."
+        )
+    inject_adapter_in_model(copy.deepcopy(config or AntiPastoConfig()), model, adapter_name)
+    return knobs(model, adapter_name=adapter_name)
+
+
+def knobs(model: nn.Module, *, adapter_name: str | None = None) -> dict[str, LayerKnobs]:
+    """The knobs of an adapted model, however it was adapted.
+
+    Args:
+        model: a model that `wrap` or PEFT adapted, also inside DDP or torch.compile.
+        adapter_name: which adapter; the active one if None.
+
+    Returns:
+        Layer name in the base model, such as ``"model.layers.0.mlp.up_proj"``, → `LayerKnobs`. Only the layers that the
+        adapter targets.
+
+    Raises:
+        ValueError: the model is not adapted, has no adapter of that name, or has several active ones and no name is given.
+    """
+    layers = adapted_layers(model)
+    known = sorted({name for layer in layers.values() for name in layer.r})
+    if adapter_name is None:
+        active = next(iter(layers.values())).active_adapters
+        if len(active) != 1:
+            raise ValueError(f"Active adapters are {active}: pass adapter_name, one of {known}.")
+        (adapter_name,) = active
+    if adapter_name not in known:
+        raise ValueError(f"There is no adapter {adapter_name!r}; there are {known}.")
+    return {name: LayerKnobs(layer, adapter_name) for name, layer in layers.items() if adapter_name in layer.r}
+
+
+def reference(model: nn.Module) -> AbstractContextManager[None]:
+    """Context: both knobs out. The model is the base model, bit for bit.
+
+    Raises:
+        ValueError: the model is not adapted.
+    """
+    return seen_as(model, View.REFERENCE)
+
+
+def deployed(model: nn.Module) -> AbstractContextManager[None]:
+    """Context: the quarantine out. The model is what `drop_quarantine` would leave.
+
+    Raises:
+        ValueError: the model is not adapted.
+    """
+    return seen_as(model, View.DEPLOYED)
+
+
+def drop_quarantine(model: nn.Module) -> None:
+    """Delete the quarantine of every adapter, for good; the model is then what `deployed` showed.
+
+    The adapter saves and loads without it from here on. What was merged is merged again without it.
+
+    Raises:
+        ValueError: the model is not adapted.
+    """
+    with unmerged(model):
+        for layer in adapted_layers(model).values():
+            layer.drop_quarantine()
+    for config in getattr(unwrap(model), "peft_config", {}).values():
+        if isinstance(config, AntiPastoConfig):
+            config.quarantine = False
+
+
+def token_logprobs(logits: Tensor, input_ids: Tensor) -> Tensor:
+    """Log-probability of each token given those before it.
+
+    Args:
+        logits: (b, s, v), any float dtype; the softmax is taken in fp32.
+        input_ids: (b, s).
+
+    Returns:
+        (b, s-1) in fp32: entry t is log p(input_ids[:, t+1] | input_ids[:, :t+1]).
+
+    Raises:
+        ValueError: the shapes do not fit.
+
+    Example:
+        >>> token_logprobs(torch.zeros(1, 2, 4), torch.tensor([[0, 1]])).exp()
+        tensor([[0.2500]])
+    """
+    if logits.ndim != 3 or logits.shape[:2] != input_ids.shape:
+        raise ValueError(
+            f"Expected logits (b, s, v) and input_ids (b, s), got {tuple(logits.shape)} and {tuple(input_ids.shape)}."
+        )
+    b, s, v = logits.shape
+    nll = F.cross_entropy(logits[:, :-1].reshape(-1, v).float(), input_ids[:, 1:].reshape(-1), reduction="none")
+    return -nll.view(b, s - 1)
+
+
+@torch.no_grad()
+def ref_logprobs(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+    """`token_logprobs` of the base model, computed by the adapted one with its knobs out: π_ref without a second model.
+
+    The model is left in its train or eval mode: with dropout, call ``model.eval()`` first.
+
+    Args:
+        model: an adapted causal LM whose output has ``logits``.
+        input_ids: (b, s).
+        attention_mask: (b, s) or None, given to the model as it is.
+
+    Returns:
+        (b, s-1) in fp32, without gradient.
+
+    Raises:
+        ValueError: the model is not adapted.
+    """
+    with reference(model):
+        logits = model(input_ids=input_ids, attention_mask=attention_mask).logits
+    return token_logprobs(logits, input_ids)

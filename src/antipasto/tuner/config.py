@@ -1,0 +1,96 @@
+"""The adapter's configuration: what PEFT users know, plus ``rank``, ``quarantine`` and ``cache_dir``."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass, field
+from typing import Any, cast
+
+from peft import PeftConfig, PeftType
+
+from antipasto.basis import DEFAULT_CACHE
+
+PEFT_TYPE = cast(PeftType, "ANTIPASTO")
+"""The method's key in PEFT's registries; PeftType is a string enum, so a plain string serves."""
+
+TARGET_MODULES = (
+    *("q_proj", "k_proj", "v_proj", "o_proj"),  # attention
+    *("in_proj_qkv", "in_proj_z", "in_proj_a", "in_proj_b", "out_proj"),  # GatedDeltaNet
+    *("up_proj", "gate_proj", "down_proj"),  # MLP
+)
+"""The layers adapted by default: those of these names that the model has."""
+
+
+@dataclass
+class AntiPastoConfig(PeftConfig):
+    """Configuration of the AntiPaSTO adapter: one trainable number per singular direction of each target layer.
+
+    Args:
+        target_modules: which layers to adapt, as PEFT takes it: a list of names (whole, or the end of one), a regular
+            expression, or ``"all-linear"``. None stands for `TARGET_MODULES`, as far as the model has them.
+        exclude_modules: which of those to leave out: a list of names, or a regular expression.
+        rank: keep the top ``rank`` singular directions of each layer. None, the default, keeps all min(o, i) of them; so
+            does a rank above that.
+        rank_pattern: exceptions to ``rank`` by layer: a name or regular expression, as in PEFT's LoRA, and its rank.
+        layers_to_transform: indices of the layers to adapt.
+        layers_pattern: name of the ``nn.ModuleList`` that ``layers_to_transform`` counts in.
+        modules_to_save: further modules to train and save in full.
+        quarantine: give each layer a ``delta_s_hack`` beside its ``delta_s``. `drop_quarantine` sets it to False.
+        cache_dir: where the singular bases are cached: a folder, ``"auto"`` for ``$ANTIPASTO_CACHE`` or the user's cache
+            home, None for nowhere. It speaks of one machine, so it is not saved with the adapter.
+
+    Raises:
+        ValueError: a rank below 1, or options that exclude each other.
+
+    Example:
+        >>> AntiPastoConfig(rank=64, rank_pattern={"down_proj": 128}).rank
+        64
+    """
+
+    target_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "Names, regular expression or 'all-linear'; None: the library's default set."}
+    )
+    exclude_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "Names or regular expression of modules to leave out."}
+    )
+    rank: int | None = field(
+        default=None, metadata={"help": "Top singular directions to keep in each layer; None: all."}
+    )
+    rank_pattern: dict[str, int] = field(
+        default_factory=dict, metadata={"help": "Exceptions to rank: name or regular expression of a layer -> rank."}
+    )
+    layers_to_transform: list[int] | int | None = field(
+        default=None, metadata={"help": "Indices of the layers to adapt."}
+    )
+    layers_pattern: list[str] | str | None = field(
+        default=None, metadata={"help": "Name of the module list that layers_to_transform counts in."}
+    )
+    modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Further modules to train and save in full."}
+    )
+    quarantine: bool = field(default=True, metadata={"help": "Give each layer a delta_s_hack beside its delta_s."})
+    cache_dir: str | None = field(
+        default=DEFAULT_CACHE, metadata={"help": "Folder of the basis cache; 'auto': the default one; None: no cache."}
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PEFT_TYPE
+        if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
+            raise ValueError(
+                f"layers_to_transform={self.layers_to_transform!r} needs target_modules to be a list of names or None, "
+                f"got the string {self.target_modules!r}. Put the layer indices into the expression instead."
+            )
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError(f"layers_pattern={self.layers_pattern!r} has no effect without layers_to_transform.")
+        for where, rank in [("rank", self.rank), *((f"rank_pattern[{k!r}]", r) for k, r in self.rank_pattern.items())]:
+            if rank is not None and (not isinstance(rank, int) or isinstance(rank, bool) or rank < 1):
+                raise ValueError(f"{where} must be a whole number of at least 1, or None for full rank; got {rank!r}.")
+
+    def to_dict(self) -> dict[str, Any]:
+        """The configuration as it is saved: without ``cache_dir``, names sorted."""
+        saved = asdict(self)
+        del saved["cache_dir"]
+        for name in ("target_modules", "exclude_modules"):
+            if isinstance(saved[name], (set, tuple)):
+                saved[name] = sorted(saved[name])
+        return saved

@@ -1,0 +1,221 @@
+"""One adapted layer: the frozen base layer, its singular basis, and two knobs per adapter.
+
+    y = base(x) + U (θ ⊙ (Vh x)),   θ = Σ over the active adapters of  δS + δS_hack       (`antipasto.functional`)
+
+Which knobs take part is the layer's `View`; contexts set it, nothing is written to the knobs.
+
+Merging never adds and subtracts: ``merge`` puts W_θ in the place of W and keeps W, ``unmerge`` puts W back, bit for bit.
+(PEFT's way drifts in low precision: github.com/huggingface/trl/issues/6688.)
+"""
+
+from __future__ import annotations
+
+import enum
+import warnings
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from antipasto.basis import Basis
+from antipasto.functional import delta_weight, spectral_delta
+
+
+class View(enum.Enum):
+    """Which knobs the forward sees."""
+
+    TRAINED = "delta_s + delta_s_hack"
+    DEPLOYED = "delta_s alone"
+    REFERENCE = "neither: the base model"
+
+
+class Knob(nn.Module):
+    """One vector of numbers, one per singular direction: ``weight`` (r,), zeros at the start.
+
+    A module of its own, as ``lora_A`` is in PEFT, so that a parameter is named ``….delta_s.<adapter>.weight``: code that
+    copies one adapter into another by name, such as TRL's reference adapter, then finds it.
+    """
+
+    def __init__(self, rank: int, dtype: torch.dtype, device: torch.device, *, trainable: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(rank, dtype=dtype, device=device), requires_grad=trainable)
+
+    def extra_repr(self) -> str:
+        return f"r={self.weight.shape[0]}"
+
+
+def as_matrix(base_layer: nn.Module) -> Tensor:
+    """The weight of a Linear or Conv1D as W (o, i); a view, so that writing to it writes to the layer."""
+    weight = base_layer.weight
+    assert isinstance(weight, Tensor)
+    return weight.T if isinstance(base_layer, Conv1D) else weight
+
+
+class AntiPastoLinear(nn.Module, BaseTunerLayer):
+    """A Linear or Conv1D with knobs on its singular directions.
+
+    Args:
+        base_layer: the layer to adapt; its parameters are never written to, except between ``merge`` and ``unmerge``.
+
+    Attributes:
+        delta_s: adapter name → `Knob` that trains and ships.
+        delta_s_hack: adapter name → `Knob` of the quarantine. It takes part in the forward, but does not require a
+            gradient: plain training would put half of all that is learned where it will be deleted. A caller who makes
+            it require one gets the gradient of ``delta_s``.
+        r: adapter name → number of singular directions.
+        basis: U, S, Vh of the base weight, shared by all adapters, up to the largest of their ranks. Plain tensors rather
+            than buffers: they are no state, and DDP would broadcast buffers at every forward.
+    """
+
+    adapter_layer_names = ("delta_s",)
+    other_param_names = ("delta_s_hack", "r")
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.delta_s = nn.ModuleDict()
+        self.delta_s_hack = nn.ModuleDict()
+        self.r: dict[str, int] = {}
+        self.basis: Basis | None = None
+        self.view = View.TRAINED
+        self.merged_adapters: list[str] = []
+        self._unmerged_weight: Tensor | None = None
+        self._disable_adapters = False
+        o, i = as_matrix(self.get_base_layer()).shape
+        self.in_features, self.out_features = i, o
+
+    def add_adapter(self, name: str, basis: Basis, *, quarantine: bool, trainable: bool) -> None:
+        """Give the layer another adapter, at zero.
+
+        Args:
+            name: the adapter's.
+            basis: of the base weight, truncated to the adapter's rank.
+            quarantine: whether it has a ``delta_s_hack``.
+            trainable: whether ``delta_s`` requires a gradient.
+        """
+        base_layer = self.get_base_layer()
+        weight = base_layer.weight
+        assert isinstance(weight, Tensor)
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        if self.basis is None or basis.rank > self.basis.rank:
+            # U and Vh in the weight's dtype, so that the products are of the base layer's kind; S is only looked at
+            self.basis = Basis(basis.U.to(weight.dtype), basis.S, basis.Vh.to(weight.dtype))
+        self.r[name] = basis.rank
+        self.delta_s[name] = Knob(basis.rank, dtype, weight.device, trainable=trainable)
+        if quarantine:
+            self.delta_s_hack[name] = Knob(basis.rank, dtype, weight.device, trainable=False)
+
+    def drop_quarantine(self) -> None:
+        """Delete every adapter's ``delta_s_hack``."""
+        self.delta_s_hack.clear()
+
+    def knobs(self, adapter: str) -> tuple[nn.Parameter, nn.Parameter | None]:
+        """``delta_s`` and ``delta_s_hack`` (None once dropped) of one adapter, (r,) each."""
+        delta_s = self.delta_s[adapter].weight
+        hack = self.delta_s_hack[adapter].weight if adapter in self.delta_s_hack else None
+        assert isinstance(delta_s, nn.Parameter)
+        assert hack is None or isinstance(hack, nn.Parameter)
+        return delta_s, hack
+
+    def theta(self, adapters: list[str]) -> Tensor | None:
+        """θ (r,) of some adapters together, as the view has it; r is the basis's. None where nothing takes part."""
+        if self.view is View.REFERENCE:
+            return None
+        total: Tensor | None = None
+        assert self.basis is not None
+        for adapter in adapters:
+            if adapter not in self.delta_s:
+                continue  # this adapter does not target this layer
+            delta_s, hack = self.knobs(adapter)
+            theta = delta_s + hack if hack is not None and self.view is View.TRAINED else delta_s
+            if theta.shape[0] < self.basis.rank:
+                theta = F.pad(theta, (0, self.basis.rank - theta.shape[0]))
+            total = theta if total is None else total + theta
+        return total
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """``base(x) + U (θ ⊙ (Vh x))``: x (..., i) to (..., o), in the dtype of the base layer's output.
+
+        Further arguments go to the base layer.
+        """
+        if self.disable_adapters:
+            if self.merged:
+                self.unmerge()
+            return self.base_layer(x, *args, **kwargs)
+        y = self.base_layer(x, *args, **kwargs)
+        if self.merged:
+            return y
+        theta = self.theta(self.active_adapters)
+        if theta is None:
+            return y
+        assert self.basis is not None
+        return y + spectral_delta(x, self.basis.U, self.basis.Vh, theta, y.dtype)
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """ΔW = U diag(θ) Vh of one adapter, (o, i) in at least fp32, laid out as the base layer's weight is."""
+        return self._delta_weight([adapter])
+
+    def _delta_weight(self, adapters: list[str]) -> Tensor:
+        theta = self.theta(adapters)
+        if theta is None:
+            weight = self.get_base_layer().weight
+            assert isinstance(weight, Tensor)
+            return torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
+        assert self.basis is not None
+        delta = delta_weight(self.basis.U, self.basis.Vh, theta.detach())
+        return delta.T if isinstance(self.get_base_layer(), Conv1D) else delta
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Put W_θ in the place of W; W itself is kept for `unmerge`.
+
+        The sum is taken in at least fp32, from the untouched W, and rounded once to W's dtype.
+
+        Args:
+            safe_merge: refuse to merge a W_θ with a NaN or Inf in it.
+            adapter_names: which adapters to merge, beside those already merged; the active ones if None.
+
+        Raises:
+            ValueError: ``safe_merge`` found a NaN or Inf.
+        """
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.delta_s]
+        if not names:
+            return
+        base_layer = self.get_base_layer()
+        weight = base_layer.weight
+        assert isinstance(weight, nn.Parameter)
+        original = weight.data if self._unmerged_weight is None else self._unmerged_weight
+        delta = self._delta_weight([*self.merged_adapters, *names])
+        merged = (original.to(delta.dtype) + delta).to(original.dtype)
+        if safe_merge and not torch.isfinite(merged).all():
+            raise ValueError(f"Merging {names} would put a NaN or Inf into the weight: the adapter seems to be broken.")
+        self._unmerged_weight = original
+        weight.data = merged
+        self.merged_adapters.extend(names)
+
+    def unmerge(self) -> None:
+        """Put W back, bit for bit, whatever was merged and however often."""
+        if self._unmerged_weight is None:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        weight = self.get_base_layer().weight
+        assert isinstance(weight, nn.Parameter)
+        weight.data = self._unmerged_weight
+        self._unmerged_weight = None
+        self.merged_adapters.clear()
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """True: W_θ is W plus something."""
+        return True
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AntiPastoLinear:
+        """Moves and casts (``to``, ``half``, ``cuda``…) take the basis and the kept weight along."""
+        super()._apply(fn, recurse)
+        if self.basis is not None:
+            self.basis = Basis(*map(fn, self.basis))
+        if self._unmerged_weight is not None:
+            self._unmerged_weight = fn(self._unmerged_weight)
+        return self

@@ -1,0 +1,212 @@
+"""Which layers of a model are adapted, and how they are put in place: PEFT's tuner for this method.
+
+Everything that can go wrong is checked before the first layer is replaced, so that an error leaves the model as it was.
+A target that cannot be adapted is an error that names it, never a silent skip.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from peft.tuners.tuners_utils import (
+    BaseTuner,
+    BaseTunerLayer,
+    _maybe_include_all_linear_layers,
+    check_target_module_exists,
+)
+from peft.utils.other import get_pattern_key
+from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from tqdm import tqdm
+from transformers.pytorch_utils import Conv1D
+
+from antipasto.basis import WEIGHT_DTYPES, Basis, load_basis
+
+from .config import TARGET_MODULES, AntiPastoConfig
+from .layer import AntiPastoLinear, as_matrix
+
+SUPPORTED = "2-D weights of torch.nn.Linear and transformers' Conv1D, in " + ", ".join(map(str, WEIGHT_DTYPES)).replace(
+    "torch.", ""
+)
+# model types whose fused kernels read these layers' weights past the layer's forward, as PEFT found for LoRA
+_MAMBA_TYPES = {"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"}
+_MAMBA_LAYERS = {"out_proj", "conv1d"}
+
+
+def why_unsupported(module: nn.Module) -> str | None:
+    """Why a module cannot be adapted, as a clause; None if it can.
+
+    Example:
+        >>> why_unsupported(nn.Embedding(4, 2))
+        'its type is Embedding'
+        >>> why_unsupported(nn.Linear(4, 2)) is None
+        True
+    """
+    if isinstance(module, BaseTunerLayer):
+        return f"it already carries an adapter of another method ({type(module).__module__}.{type(module).__name__})"
+    if isinstance(module, NonDynamicallyQuantizableLinear):
+        return "it is the out_proj of nn.MultiheadAttention, which reads its weight and never calls it"
+    if hasattr(module, "qweight") or hasattr(module, "W_q"):
+        return f"it is quantised ({type(module).__name__})"
+    if not isinstance(module, (nn.Linear, Conv1D)):
+        return f"its type is {type(module).__name__}"
+    weight = module.weight
+    if weight.dtype not in WEIGHT_DTYPES:
+        return f"its weight is of dtype {weight.dtype}, quantised perhaps ({type(module).__name__})"
+    if weight.device.type == "meta":
+        return "its weight is on the meta device (offloaded, or not loaded yet), where there is nothing to decompose"
+    if weight.ndim != 2:
+        return f"its weight has shape {tuple(weight.shape)}"
+    if type(weight.data) is not Tensor:
+        return f"its weight is a {type(weight.data).__name__}, not a plain tensor: wrap before sharding or quantising"
+    return None
+
+
+class AntiPastoModel(BaseTuner):
+    """PEFT's tuner for `AntiPastoConfig`; `get_peft_model` and `PeftModel.from_pretrained` make one."""
+
+    prefix = "delta_s"
+    tuner_layer_cls = AntiPastoLinear
+    target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012 (PEFT declares it so)
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """PEFT's injection, with the bases of the layers at hand while it lasts."""
+        self._bases: dict[str, Basis] = {}
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        finally:
+            self._bases = {}
+
+    def _prepare_adapter_config(self, peft_config: AntiPastoConfig, model_config: dict[str, Any]) -> AntiPastoConfig:
+        return peft_config  # target_modules=None is resolved in _prepare_model, which sees the model
+
+    def _prepare_model(self, peft_config: AntiPastoConfig, model: nn.Module) -> None:
+        """Resolve the targets, refuse what cannot be adapted, load or compute every basis."""
+        _resolve_targets(peft_config, model)
+        targets = _find_targets(peft_config, model)
+        model_type = getattr(getattr(model, "config", None), "model_type", None)
+        for name, module in targets.items():
+            _require_supported(name, module)
+            if model_type in _MAMBA_TYPES and name.rpartition(".")[2] in _MAMBA_LAYERS:
+                raise _unsupported(name, f"the fused kernels of {model_type} models read its weight and never call it")
+        self._bases = {
+            name: _basis_for(name, module, peft_config)
+            # shown only when it takes long enough for someone to wonder
+            for name, module in tqdm(targets.items(), desc="singular bases", unit="layer", delay=2.0, leave=False)
+        }
+
+    def _create_and_replace(
+        self,
+        peft_config: AntiPastoConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        basis = self._bases.pop(current_key, None)
+        if basis is None:  # PEFT took the layers' names from a state dict rather than from the config
+            _require_supported(current_key, target)
+            basis = _basis_for(current_key, target, peft_config)
+        layer = target if isinstance(target, AntiPastoLinear) else AntiPastoLinear(target)
+        trainable = adapter_name in self.active_adapters and not peft_config.inference_mode
+        if adapter_name in layer.r:
+            raise ValueError(
+                f"{current_key} has an adapter {adapter_name!r} already: delete it first, or choose another name."
+            )
+        layer.add_adapter(adapter_name, basis, quarantine=peft_config.quarantine, trainable=trainable)
+        if layer is not target:
+            layer.set_adapter(self.active_adapters)
+            self._replace_module(parent, target_name, layer, target)
+
+
+def _matches_name(key: str, name: str) -> bool:
+    return key == name or key.endswith(f".{name}")
+
+
+def _resolve_targets(config: AntiPastoConfig, model: nn.Module) -> None:
+    """Turn None and ``"all-linear"`` into names; refuse names that no module has."""
+    keys = [key for key, _ in model.named_modules() if key]
+    if config.target_modules is None:
+        config.target_modules = [t for t in TARGET_MODULES if any(_matches_name(key, t) for key in keys)]
+        if not config.target_modules:
+            raise ValueError(
+                f"No module of this {type(model).__name__} has a name of the default set ({', '.join(TARGET_MODULES)}). "
+                f"Pass target_modules: a list of names or 'all-linear'. {_describe_linears(model)}"
+            )
+        return
+    _maybe_include_all_linear_layers(config, model)
+    if isinstance(config.target_modules, str):
+        return
+    config.target_modules = sorted(config.target_modules)
+    for name in config.target_modules:
+        if not any(_matches_name(key, name) for key in keys):
+            raise ValueError(
+                f"target_modules names {name!r}, but no module of this {type(model).__name__} has that name, or a name "
+                f"that ends on '.{name}'. {_describe_linears(model)}"
+            )
+
+
+def _find_targets(config: AntiPastoConfig, model: nn.Module) -> dict[str, nn.Module]:
+    """The modules that the config matches, by name. At least one; parameters that look like experts are refused."""
+    targets: dict[str, nn.Module] = {}
+    adapted: tuple[str, ...] = ()
+    for key, module in model.named_modules():
+        if not key or key.startswith(adapted):
+            continue
+        if isinstance(module, BaseTunerLayer):
+            adapted = (*adapted, f"{key}.")
+        if check_target_module_exists(config, key):
+            targets[key] = module
+    for key, parameter in model.named_parameters():
+        if parameter.ndim > 2 and check_target_module_exists(config, key):
+            raise _unsupported(key, f"it is a parameter of shape {tuple(parameter.shape)}, as of stacked experts")
+    if not targets:
+        options = {
+            name: value
+            for name in (
+                "target_modules",
+                "exclude_modules",
+                "layers_to_transform",
+                "layers_pattern",
+                "modules_to_save",
+            )
+            if (value := getattr(config, name)) is not None
+        }
+        raise ValueError(f"No module of this {type(model).__name__} matches {options}. {_describe_linears(model)}")
+    return targets
+
+
+def _describe_linears(model: nn.Module) -> str:
+    names = sorted({k.rpartition(".")[2] for k, m in model.named_modules() if k and why_unsupported(m) is None})
+    return f"Layers that can be adapted here: {', '.join(names) or 'none'}."
+
+
+def _require_supported(name: str, module: nn.Module) -> None:
+    reason = None if isinstance(module, AntiPastoLinear) else why_unsupported(module)
+    if reason is not None:
+        raise _unsupported(name, reason)
+
+
+def _unsupported(name: str, reason: str) -> ValueError:
+    return ValueError(
+        f"{name} is a target, but cannot be adapted: {reason}. Supported: {SUPPORTED}. "
+        f"Leave it out with exclude_modules=[{name!r}], or name other target_modules."
+    )
+
+
+def _basis_for(name: str, module: nn.Module, config: AntiPastoConfig) -> Basis:
+    """The basis of one layer at the rank that the config gives it, from the layer itself where it has enough of it."""
+    pattern = get_pattern_key(list(config.rank_pattern), name)
+    base_layer = module.get_base_layer() if isinstance(module, AntiPastoLinear) else module
+    W = as_matrix(base_layer)
+    if isinstance(module, AntiPastoLinear) and module._unmerged_weight is not None:
+        raise ValueError(f"{name} is merged: call unmerge_adapter() before adding another adapter.")
+    rank = min(config.rank_pattern.get(pattern, config.rank) or min(W.shape), *W.shape)
+    if isinstance(module, AntiPastoLinear) and module.basis is not None and module.basis.rank >= rank:
+        return module.basis.truncate(rank)
+    try:
+        return load_basis(W, cache_dir=config.cache_dir).truncate(rank)
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(f"{name}: {error}") from error

@@ -1,0 +1,84 @@
+"""A model's adapted layers, found by name and seen in another `View` for a while."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from accelerate.utils import extract_model_from_parallel
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTuner
+from peft.utils.other import AuxiliaryTrainingWrapper
+from torch import nn
+
+from .layer import AntiPastoLinear, View
+
+
+def unwrap(model: nn.Module) -> nn.Module:
+    """The model as it was built, under PeftModel, DDP and torch.compile."""
+    while True:
+        inner = extract_model_from_parallel(model, keep_torch_compile=False)
+        if isinstance(inner, PeftModel):
+            inner = inner.base_model
+        if isinstance(inner, BaseTuner):
+            inner = inner.model
+        if inner is model:
+            return model
+        model = inner
+
+
+def adapted_layers(model: nn.Module) -> dict[str, AntiPastoLinear]:
+    """The adapted layers by the name that they have in the base model.
+
+    Raises:
+        ValueError: there is none.
+    """
+    layers = {name: m for name, m in unwrap(model).named_modules() if isinstance(m, AntiPastoLinear)}
+    if not layers:
+        raise ValueError(
+            f"This {type(model).__name__} has no AntiPaSTO layers. Adapt it first: "
+            "antipasto.wrap(model), or peft.get_peft_model(model, antipasto.AntiPastoConfig())."
+        )
+    return layers
+
+
+@contextmanager
+def seen_as(model: nn.Module, view: View) -> Iterator[None]:
+    """Let every adapted layer see other knobs inside the context; the innermost context counts.
+
+    Layers that are merged are unmerged meanwhile, and merged again at the end. In the reference view, PEFT's
+    ``modules_to_save`` give way to their originals as well: the model is the base model.
+    """
+    with unmerged(model):
+        layers = adapted_layers(model).values()
+        previous = [layer.view for layer in layers]
+        wrappers = [m for m in unwrap(model).modules() if isinstance(m, AuxiliaryTrainingWrapper)]
+        disabled = [wrapper._disable_adapters for wrapper in wrappers]
+        for layer in layers:
+            layer.view = view
+        for wrapper in wrappers:
+            wrapper._disable_adapters = view is View.REFERENCE
+        try:
+            yield
+        finally:
+            for layer, old_view in zip(layers, previous, strict=True):
+                layer.view = old_view
+            for wrapper, old_flag in zip(wrappers, disabled, strict=True):
+                wrapper._disable_adapters = old_flag
+
+
+@contextmanager
+def unmerged(model: nn.Module) -> Iterator[None]:
+    """Have W itself in place inside the context; at the end, what was merged before is merged, and nothing else."""
+    merged = [(layer, list(layer.merged_adapters)) for layer in adapted_layers(model).values()]
+    for layer, names in merged:
+        if names:
+            layer.unmerge()
+    try:
+        yield
+    finally:
+        for layer, names in merged:
+            if layer.merged:
+                layer.unmerge()
+            if names:
+                layer.merge(adapter_names=names)
