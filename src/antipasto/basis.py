@@ -12,6 +12,7 @@ another weight has another name. The file carries a digest of its tensors, which
 truncated, bit-flipped, of another shape or of another weight is never used: the basis is **recomputed, with a warning that
 names the file**, and the file is replaced. Files appear by an atomic rename, and of several processes that want the same
 weight one computes while the others wait for its file. A cache that cannot be written costs a warning, not the run.
+On a CPU the tensors stay mapped from the file, so that processes share its memory; a file is replaced, never written to.
 
 Where. ``$ANTIPASTO_CACHE``, else the user's cache home (``~/.cache/antipasto`` on Linux). ``cache_dir=None`` turns it off.
 """
@@ -22,6 +23,7 @@ import hashlib
 import os
 import uuid
 import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -140,20 +142,25 @@ def load_basis(weight: Tensor, *, cache_dir: str | os.PathLike[str] | None = DEF
         return basis
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(folder / f"{key}.lock")
+        lock_path = path.with_suffix(".lock")
+        lock = FileLock(lock_path)
         lock.acquire()
     except OSError as error:
         _warn_unwritable(path, error)
         return decompose(weight)
     with lock:
-        basis = _read(path, key, weight, quiet=True)  # another process may have been faster
-        if basis is not None:
-            return basis
-        basis = decompose(weight)
         try:
-            _write(path, key, basis)
+            basis = _read(path, key, weight, quiet=True)  # another process may have been faster
+            if basis is None:
+                basis = decompose(weight)
+                _write(path, key, basis)
         except (OSError, SafetensorError) as error:
             _warn_unwritable(path, error)
+        finally:
+            # held until here, so whoever waits for it finds the file; at worst someone computes a second time
+            with suppress(OSError):
+                lock_path.unlink(missing_ok=True)
+    assert basis is not None
     return basis
 
 

@@ -63,25 +63,39 @@ def spectral_linear_reference(
 
 
 class _SpectralDelta(torch.autograd.Function):
-    """``U (θ ⊙ (Vh x))``; x, U, Vh of one dtype, θ at least as wide; sums over tokens run in θ's dtype."""
+    """``U (θ ⊙ h)`` and ``h = Vh x``; x, U, Vh of one dtype, θ at least as wide; sums over tokens run in θ's dtype.
+
+    h is an output, although nobody but the backward wants it: what is saved must be an input or an output, or a second
+    derivative would silently take it for a constant.
+    """
+
+    generate_vmap_rule = True
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, U: Tensor, Vh: Tensor, theta: Tensor) -> Tensor:
+    def forward(x: Tensor, U: Tensor, Vh: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
         h = x @ Vh.T  # (..., i) @ (i, r) -> (..., r)
-        ctx.save_for_backward(U, Vh, theta, h)
-        return (h * theta).to(x.dtype) @ U.T  # (..., r) @ (r, o) -> (..., o)
+        return (h * theta).to(x.dtype) @ U.T, h  # (..., r) @ (r, o) -> (..., o)
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, None, None, Tensor | None]:
-        (grad_y,) = grad_outputs
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
+        _, U, Vh, theta = inputs
+        ctx.save_for_backward(U, Vh, theta, output[1])
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None, None, Tensor | None]:
+        grad_y, grad_h = grads  # grad_h is None but in a second derivative
         U, Vh, theta, h = ctx.saved_tensors
         needs_x, _, _, needs_theta = ctx.needs_input_grad
-        p = grad_y @ U  # (..., o) @ (o, r) -> (..., r)
         grad_x = grad_theta = None
-        if needs_x:
-            grad_x = (p * theta).to(grad_y.dtype) @ Vh  # (..., r) @ (r, i) -> (..., i)
-        if needs_theta:
-            grad_theta = (p * h).flatten(0, -2).sum(0, dtype=theta.dtype) if p.ndim > 1 else (p * h).to(theta.dtype)
+        if grad_y is not None:
+            p = grad_y @ U  # (..., o) @ (o, r) -> (..., r)
+            if needs_theta:
+                grad_theta = (p * h).reshape(-1, p.shape[-1]).sum(0, dtype=theta.dtype)
+            through_y = (p * theta).to(p.dtype)
+            grad_h = through_y if grad_h is None else grad_h + through_y
+        if needs_x and grad_h is not None:
+            grad_x = grad_h @ Vh  # (..., r) @ (r, i) -> (..., i)
         return grad_x, None, None, grad_theta
 
 
@@ -105,4 +119,5 @@ def spectral_delta(x: Tensor, U: Tensor, Vh: Tensor, theta: Tensor, dtype: torch
     """
     # autocast would cast the operands a second time; here they are already what they should be
     with torch.autocast(x.device.type, enabled=False):
-        return _SpectralDelta.apply(x.to(dtype), U.to(dtype), Vh.to(dtype), theta)
+        y, _ = _SpectralDelta.apply(x.to(dtype), U.to(dtype), Vh.to(dtype), theta)
+    return y

@@ -13,7 +13,7 @@ from __future__ import annotations
 import enum
 import warnings
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -115,10 +115,8 @@ class AntiPastoLinear(nn.Module, BaseTunerLayer):
 
     def knobs(self, adapter: str) -> tuple[nn.Parameter, nn.Parameter | None]:
         """``delta_s`` and ``delta_s_hack`` (None once dropped) of one adapter, (r,) each."""
-        delta_s = self.delta_s[adapter].weight
-        hack = self.delta_s_hack[adapter].weight if adapter in self.delta_s_hack else None
-        assert isinstance(delta_s, nn.Parameter)
-        assert hack is None or isinstance(hack, nn.Parameter)
+        delta_s = cast(Knob, self.delta_s[adapter]).weight
+        hack = cast(Knob, self.delta_s_hack[adapter]).weight if adapter in self.delta_s_hack else None
         return delta_s, hack
 
     def theta(self, adapters: list[str]) -> Tensor | None:
