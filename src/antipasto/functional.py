@@ -16,6 +16,7 @@ Prior work: AntiPaSTO (github.com/wassname/AntiPaSTO); SVF in Transformer² (arX
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -117,7 +118,8 @@ def spectral_delta(x: Tensor, U: Tensor, Vh: Tensor, theta: Tensor, dtype: torch
         >>> spectral_delta(x, U, Vh, theta, torch.float32)
         tensor([[1., 2.]])
     """
-    # autocast would cast the operands a second time; here they are already what they should be
-    with torch.autocast(x.device.type, enabled=False):
+    # the operands are already what they should be: autocast would cast them again where dtype is not its own
+    device = x.device.type
+    with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
         y, _ = _SpectralDelta.apply(x.to(dtype), U.to(dtype), Vh.to(dtype), theta)
     return y
