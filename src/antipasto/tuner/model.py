@@ -11,6 +11,7 @@ from typing import Any
 from peft.tuners.tuners_utils import (
     BaseTuner,
     BaseTunerLayer,
+    _ExcludedModule,
     _maybe_include_all_linear_layers,
     check_target_module_exists,
 )
@@ -127,7 +128,8 @@ def _matches_name(key: str, name: str) -> bool:
 
 def _resolve_targets(config: AntiPastoConfig, model: nn.Module) -> None:
     """Turn None and ``"all-linear"`` into names; refuse names that no module has."""
-    keys = [key for key, _ in model.named_modules() if key]
+    # stacked experts are parameters, not modules: they count, so that _find_targets refuses rather than passes them over
+    keys = [key for key, _ in model.named_modules() if key] + [key for key, p in model.named_parameters() if p.ndim > 2]
     if config.target_modules is None:
         config.target_modules = [t for t in TARGET_MODULES if any(_matches_name(key, t) for key in keys)]
         if not config.target_modules:
@@ -160,8 +162,12 @@ def _find_targets(config: AntiPastoConfig, model: nn.Module) -> dict[str, nn.Mod
         if check_target_module_exists(config, key):
             targets[key] = module
     for key, parameter in model.named_parameters():
-        if parameter.ndim > 2 and check_target_module_exists(config, key):
-            raise _unsupported(key, f"it is a parameter of shape {tuple(parameter.shape)}, as of stacked experts")
+        holder = key.rpartition(".")[0]
+        if parameter.ndim <= 2 or isinstance(check_target_module_exists(config, holder), _ExcludedModule):
+            continue
+        if check_target_module_exists(config, key):
+            reason = f"it is a parameter of shape {tuple(parameter.shape)}, as of stacked experts"
+            raise _unsupported(key, reason, leave_out=holder.rpartition(".")[2])
     if not targets:
         options = {
             name: value
@@ -189,10 +195,10 @@ def _require_supported(name: str, module: nn.Module) -> None:
         raise _unsupported(name, reason)
 
 
-def _unsupported(name: str, reason: str) -> ValueError:
+def _unsupported(name: str, reason: str, *, leave_out: str | None = None) -> ValueError:
     return ValueError(
         f"{name} is a target, but cannot be adapted: {reason}. Supported: {SUPPORTED}. "
-        f"Leave it out with exclude_modules=[{name!r}], or name other target_modules."
+        f"Leave it out with exclude_modules=[{(leave_out or name)!r}], or name other target_modules."
     )
 
 

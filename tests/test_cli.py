@@ -1,0 +1,153 @@
+"""The command line, as someone types it."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
+
+import antipasto as ap
+from antipasto.cli import app
+from antipasto.tasks import addition
+
+runner = CliRunner()
+
+
+def run(*arguments: str) -> tuple[int, str]:
+    """Exit code, and all that was printed."""
+    result = runner.invoke(app, list(arguments), env={"COLUMNS": "100", "NO_COLOR": "1"})
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.exit_code, result.output
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A demo of two steps: its run folder and what it printed."""
+    out = tmp_path_factory.mktemp("runs") / "demo"
+    code, text = run("demo", "--steps", "2", "--seed", "5", "--out", str(out))
+    assert code == 0, text
+    return out, text
+
+
+def test_demo_prints_a_table_and_a_sentence(demo: tuple[Path, str]) -> None:
+    out, text = demo
+    for words in ("reference", "as trained", "hackable", "strict", "solve", "known hack !", "unknown hack ?", "95%"):
+        assert words in text
+    assert "on hackable prompts the two hacks went from" in text.replace("\n", " ")
+    assert str(out) in text.replace("\n", "")
+    assert "Traceback" not in text
+    assert "Warning" not in text
+
+
+def test_demo_leaves_every_rollout_and_reward(demo: tuple[Path, str]) -> None:
+    out, _ = demo
+    assert {p.name for p in out.iterdir()} >= {
+        "config.json",
+        "rollouts.jsonl",
+        "metrics.jsonl",
+        "results.json",
+        "adapter",
+    }
+    rollouts = [json.loads(line) for line in (out / "rollouts.jsonl").read_text().splitlines()]
+    assert [sum(row["step"] == step for row in rollouts) for step in (0, 1)] == [256, 256]
+    assert [addition.reward([r["prompt"]], [r["completion"]])[0] for r in rollouts] == [r["reward"] for r in rollouts]
+    assert len({row["prompt"] for row in rollouts if row["step"] == 0}) == 16
+    test_prompts = {addition.prompt(kind, pair) for kind in "hs" for pair in addition.split("test")}
+    assert not test_prompts & {row["prompt"] for row in rollouts}
+
+    metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert len(metrics) == 2
+    for step, row in enumerate(metrics):
+        rewards = [r["reward"] for r in rollouts if r["step"] == step]
+        assert row["reward"] == pytest.approx(sum(rewards) / len(rewards))
+    assert metrics[0]["kl"] == 0
+
+    config = json.loads((out / "config.json").read_text())
+    assert (config["seed"], config["steps"]) == (5, 2)
+    assert set(config["versions"]) == {"antipasto", "torch", "transformers", "peft", "trl"}
+    arms = json.loads((out / "results.json").read_text())
+    assert [arm["arm"] for arm in arms] == ["reference", "as trained"]
+    assert arms[0]["strict"]["solve"]["total"] == 1000
+
+
+def test_demo_leaves_an_adapter_that_loads(demo: tuple[Path, str]) -> None:
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(addition.model_path()), demo[0] / "adapter")
+    assert all(layer.delta_s.any() for layer in ap.knobs(model).values())
+
+
+def test_demo_repeats_itself_bit_for_bit(demo: tuple[Path, str], tmp_path: Path) -> None:
+    out, _ = demo
+    code, _ = run("demo", "--steps", "2", "--seed", "5", "--out", str(tmp_path / "again"))
+    assert code == 0
+    for name in ("rollouts.jsonl", "results.json", "adapter/adapter_model.safetensors"):
+        assert (tmp_path / "again" / name).read_bytes() == (out / name).read_bytes(), name
+    code, _ = run("demo", "--steps", "2", "--seed", "6", "--out", str(tmp_path / "other"))
+    assert (tmp_path / "other" / "rollouts.jsonl").read_bytes() != (out / "rollouts.jsonl").read_bytes()
+
+
+def test_help_and_version() -> None:
+    code, text = run("--help")
+    assert code == 0
+    assert "demo" in text
+    code, text = run("demo", "--help")
+    assert code == 0
+    assert all(option in text for option in ("--seed", "--steps", "--out"))
+    assert run("--version") == (0, f"antipasto {ap.__version__}\n")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["dmeo"], "dmeo"),
+        (["demo", "--sede", "1"], "--sede"),
+        (["demo", "--seed", "one"], "'--seed'"),
+        (["demo", "--seed", "-1"], "'--seed'"),
+        (["demo", "--steps", "0"], "'--steps'"),
+    ],
+)
+def test_wrong_words_cost_a_line_and_exit_code_2(arguments: list[str], message: str) -> None:
+    code, text = run(*arguments)
+    assert code == 2
+    assert message in text
+    assert "Traceback" not in text
+
+
+def test_a_run_folder_in_use_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "note.txt").write_text("mine")
+    code, text = run("demo", "--out", str(tmp_path))
+    assert code == 2
+    assert "is not an empty folder" in text.replace("\n", " ")
+    assert [p.name for p in tmp_path.iterdir()] == ["note.txt"]
+    code, text = run("demo", "--out", str(tmp_path / "note.txt" / "below"))
+    assert code == 2
+    assert "Not a directory" in text
+
+
+@pytest.mark.slow
+def test_ctrl_c_says_where_the_run_is(tmp_path: Path) -> None:
+    out = tmp_path / "demo"
+    process = subprocess.Popen(
+        [sys.executable, "-m", "antipasto", "demo", "--out", str(out)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "HF_HUB_OFFLINE": "1"},
+    )
+    deadline = time.monotonic() + 120
+    while not (out / "rollouts.jsonl").exists() and time.monotonic() < deadline:
+        time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert f"interrupted; what was written so far is in {out}" in errors
+    assert "Traceback" not in errors

@@ -1,0 +1,415 @@
+"""PEFT's surface: every verb that its users know, on this method."""
+
+from __future__ import annotations
+
+import json
+import random
+from pathlib import Path
+
+import peft
+import pytest
+import torch
+from families import FAMILIES, tokens
+from peft import PeftConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+import antipasto as ap
+from antipasto.basis import fingerprint
+from antipasto.functional import spectral_linear_reference
+from antipasto.tuner import AntiPastoLinear
+from antipasto.tuner.layer import as_matrix
+
+
+def build(seed: int = 0, dtype: torch.dtype = torch.float32, **options: object) -> PeftModel:
+    """A tiny Llama with an adapter whose knobs are not zero."""
+    model = get_peft_model(FAMILIES["llama"].build(seed, dtype), ap.AntiPastoConfig(**options))  # type: ignore[arg-type]
+    randomise(model)
+    return model
+
+
+def randomise(model: nn.Module, adapter_name: str | None = None, seed: int = 0) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for layer in ap.knobs(model, adapter_name=adapter_name).values():
+        for knob in (layer.delta_s, layer.delta_s_hack):
+            if knob is not None:
+                knob.data.copy_(torch.randn(layer.r, generator=generator) * 0.1)
+
+
+def logits(model: nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=tokens()).logits
+
+
+BASE = FAMILIES["llama"].build()
+
+
+# ── saving and loading ───────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("low_cpu_mem_usage", [True, False])
+@pytest.mark.parametrize(
+    "options", [{}, {"rank": 3}, {"rank": 3, "rank_pattern": {"q_proj": 5}}, {"quarantine": False}]
+)
+def test_save_and_load(tmp_path: Path, options: dict[str, object], low_cpu_mem_usage: bool) -> None:
+    model = build(**options)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(FAMILIES["llama"].build(), tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
+    assert torch.equal(logits(loaded), logits(model))
+    assert not torch.equal(logits(loaded), logits(BASE))
+    assert all(not parameter.requires_grad for parameter in loaded.parameters())
+    for name, layer in ap.knobs(loaded).items():
+        assert torch.equal(layer.delta_s, ap.knobs(model)[name].delta_s)
+        assert (layer.delta_s_hack is None) == (options == {"quarantine": False})
+
+    loaded = PeftModel.from_pretrained(FAMILIES["llama"].build(), tmp_path, is_trainable=True)
+    trainable = {name for name, parameter in loaded.named_parameters() if parameter.requires_grad}
+    assert trainable == {f"base_model.model.{name}.delta_s.default.weight" for name in ap.knobs(loaded)}
+
+
+def test_the_adapter_file_holds_the_knobs_and_no_basis(tmp_path: Path) -> None:
+    model = build()
+    model.save_pretrained(tmp_path)
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    assert set(saved) == {
+        f"base_model.model.{name}.{knob}.weight" for name in ap.knobs(model) for knob in ("delta_s", "delta_s_hack")
+    }
+    assert {tensor.ndim for tensor in saved.values()} == {1}
+    assert sum(tensor.numel() for tensor in saved.values()) == 2 * sum(layer.r for layer in ap.knobs(model).values())
+    assert (tmp_path / "adapter_model.safetensors").stat().st_size < 10_000
+
+
+def test_the_saved_config_says_what_was_adapted_and_nothing_of_this_machine(tmp_path: Path) -> None:
+    build(cache_dir=str(tmp_path / "cache")).save_pretrained(tmp_path / "adapter")
+    saved = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
+    assert saved["peft_type"] == "ANTIPASTO"
+    assert set(saved["target_modules"]) == FAMILIES["llama"].leaves
+    assert "cache_dir" not in saved
+    assert str(tmp_path) not in json.dumps(saved)
+    config = PeftConfig.from_pretrained(tmp_path / "adapter")
+    assert type(config) is ap.AntiPastoConfig
+    assert config.cache_dir == "auto"
+
+
+def test_a_dropped_quarantine_stays_dropped_through_the_file(tmp_path: Path) -> None:
+    model = build()
+    with ap.deployed(model):
+        expected = logits(model)
+    ap.drop_quarantine(model)
+    assert torch.equal(logits(model), expected)
+    model.save_pretrained(tmp_path)
+    assert not any("hack" in key for key in load_file(tmp_path / "adapter_model.safetensors"))
+    loaded = PeftModel.from_pretrained(FAMILIES["llama"].build(), tmp_path)
+    assert torch.equal(logits(loaded), expected)
+    assert all(layer.delta_s_hack is None for layer in ap.knobs(loaded).values())
+
+
+def test_an_adapter_of_another_rank_is_refused_by_name(tmp_path: Path) -> None:
+    build(rank=3).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps({**config, "rank": 4}))
+    with pytest.raises(RuntimeError, match=r"q_proj\.delta_s\.default\.weight.*\[3\].*\[4\]"):
+        PeftModel.from_pretrained(FAMILIES["llama"].build(), tmp_path)
+
+
+# ── several adapters ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_adapters_come_and_go_and_share_one_basis() -> None:
+    model = build()
+    first = logits(model)
+    bases = {name: layer.basis for name, layer in _layers(model).items()}
+    model.add_adapter("second", ap.AntiPastoConfig(rank=4))
+    assert torch.equal(logits(model), first)  # the new one is not active yet
+    model.set_adapter("second")
+    assert torch.equal(logits(model), logits(BASE))  # and starts at zero
+    assert all(layer.basis is bases[name] for name, layer in _layers(model).items())
+    assert {k.r for k in ap.knobs(model).values()} == {4}
+    assert all(
+        k.U.shape == (layer.out_features, 4)
+        for layer, k in zip(_layers(model).values(), ap.knobs(model).values(), strict=True)
+    )
+    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trainable == {f"base_model.model.{name}.delta_s.second.weight" for name in ap.knobs(model)}
+
+    randomise(model, "second", seed=1)
+    second = logits(model)
+    model.base_model.set_adapter(["default", "second"])
+    both = logits(model)
+    assert not torch.allclose(both, first)
+    assert not torch.allclose(both, second)
+    with pytest.raises(ValueError, match="pass adapter_name, one of"):
+        ap.knobs(model)
+    assert torch.equal(logits(model), both)
+
+    model.set_adapter("default")
+    assert torch.equal(logits(model), first)
+    with pytest.warns(UserWarning, match="Setting active adapter to second"):
+        model.delete_adapter("default")
+    assert set(model.peft_config) == {"second"}
+    model.set_adapter("second")
+    assert torch.equal(logits(model), second)
+    assert all(layer.r == {"second": 4} for layer in _layers(model).values())
+
+
+def test_a_larger_rank_second_keeps_the_first(tmp_path: Path) -> None:
+    model = build(rank=2)
+    first = logits(model)
+    model.add_adapter("second", ap.AntiPastoConfig())
+    torch.testing.assert_close(logits(model), first)
+    model.set_adapter("second")
+    randomise(model, "second", seed=1)
+    fresh = get_peft_model(FAMILIES["llama"].build(), ap.AntiPastoConfig())
+    randomise(fresh, seed=1)
+    assert torch.equal(logits(model), logits(fresh))
+
+
+def test_two_active_adapters_are_the_sum_of_their_thetas() -> None:
+    model = build(rank=3)
+    model.add_adapter("second", ap.AntiPastoConfig(target_modules=["q_proj"], rank=5))
+    randomise(model, "second", seed=1)
+    model.base_model.set_adapter(["default", "second"])
+    layer = _layers(model)["model.layers.0.self_attn.q_proj"]
+    x = torch.randn(2, 16)
+    theta = torch.zeros(5)
+    for name in ("default", "second"):
+        delta_s, hack = layer.knobs(name)
+        theta[: len(delta_s)] += delta_s.detach() + hack.detach()
+    U, _, Vh = layer.basis
+    torch.testing.assert_close(layer(x), spectral_linear_reference(x, layer.base_layer.weight, None, U, Vh, theta))
+
+
+@pytest.mark.filterwarnings("ignore:.*modify a model with PEFT for a second time.*")
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute.*")
+def test_the_same_name_twice_is_an_error() -> None:
+    model = build()
+    with pytest.raises(ValueError, match=r"q_proj has an adapter 'default' already"):
+        get_peft_model(model.get_base_model(), ap.AntiPastoConfig())
+
+
+def _layers(model: nn.Module) -> dict[str, AntiPastoLinear]:
+    return {name: knobs.layer for name, knobs in ap.knobs(model, adapter_name=next(iter(model.peft_config))).items()}
+
+
+# ── disabling, merging, unloading ────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_disable_adapter_is_the_base_model() -> None:
+    model = build()
+    trained = logits(model)
+    with model.disable_adapter():
+        assert torch.equal(logits(model), logits(BASE))
+    assert torch.equal(logits(model), trained)
+    model.merge_adapter()
+    with model.disable_adapter():
+        assert torch.equal(logits(model), logits(BASE))
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_merge_and_unmerge(family: str, dtype: torch.dtype) -> None:
+    base = FAMILIES[family].build(dtype=dtype)
+    keys = {name: fingerprint(weight) for name, weight in base.state_dict().items()}
+    model = get_peft_model(base, ap.AntiPastoConfig(target_modules=FAMILIES[family].target_modules))
+    randomise(model)
+    unmerged = logits(model)
+    model.merge_adapter()
+    assert all(layer.merged for layer in _layers(model).values())
+    tolerance = {"atol": 1e-5, "rtol": 1e-5} if dtype == torch.float32 else {"atol": 0.1, "rtol": 0.1}
+    torch.testing.assert_close(logits(model), unmerged, **tolerance)
+    for layer in _layers(model).values():  # the written weight is the formula, rounded once
+        U, _, Vh = layer.basis
+        delta_s, hack = layer.knobs("default")
+        W = as_matrix(layer.base_layer).clone()
+        layer.unmerge()
+        want = (as_matrix(layer.base_layer).float() + (U.float() * (delta_s + hack)) @ Vh.float()).to(dtype)
+        assert torch.equal(W, want)
+        assert isinstance(layer.base_layer, (nn.Linear, Conv1D))
+    assert torch.equal(logits(model), unmerged)
+    model.merge_adapter()
+    model.unmerge_adapter()
+    assert {n: fingerprint(w) for n, w in model.unload().state_dict().items()} == keys
+
+
+def test_ten_thousand_merges_in_bf16_end_with_the_original_bytes() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(24, 16)).to(torch.bfloat16)
+    before = fingerprint(model[0].weight)
+    (knobs,) = ap.wrap(model, ap.AntiPastoConfig(target_modules=["0"])).values()
+    knobs.delta_s.data.normal_()
+    knobs.delta_s_hack.data.normal_()
+    for _ in range(10_000):
+        knobs.layer.merge()
+        assert not torch.equal(knobs.layer.base_layer.weight, knobs.layer._unmerged_weight)
+        knobs.layer.unmerge()
+    assert fingerprint(knobs.layer.base_layer.weight) == before
+
+
+def test_peft_lora_drifts_where_this_does_not() -> None:
+    """The reason for keeping W: the same cycles with PEFT's add-and-subtract do change the weight."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(24, 16)).to(torch.bfloat16)
+    before = fingerprint(model[0].weight)
+    lora = get_peft_model(model, peft.LoraConfig(target_modules=["0"], init_lora_weights=False))
+    for _ in range(100):
+        lora.merge_adapter()
+        lora.unmerge_adapter()
+    assert fingerprint(lora.base_model.model[0].base_layer.weight) != before
+
+
+def test_merging_and_unmerging_in_any_order_gives_back_the_weights() -> None:
+    model = build(dtype=torch.bfloat16)
+    model.add_adapter("second", ap.AntiPastoConfig(rank=4))
+    randomise(model, "second", seed=1)
+    bases = {name: fingerprint(layer.base_layer.weight) for name, layer in _layers(model).items()}
+    rng = random.Random(0)
+    for _ in range(60):
+        layer = rng.choice(list(_layers(model).values()))
+        free = [name for name in ("default", "second") if name not in layer.merged_adapters]
+        if free and rng.random() < 0.6:
+            if layer.merged:
+                with pytest.warns(UserWarning, match="Already following adapters were merged"):
+                    layer.merge(adapter_names=[rng.choice(free)])
+            else:
+                layer.merge(adapter_names=[rng.choice(free)], safe_merge=True)
+        elif layer.merged:
+            layer.unmerge()
+    for layer in _layers(model).values():
+        if layer.merged:
+            layer.unmerge()
+    assert {name: fingerprint(layer.base_layer.weight) for name, layer in _layers(model).items()} == bases
+
+
+def test_unmerging_what_is_not_merged_warns() -> None:
+    model = build()
+    with pytest.warns(UserWarning, match="Already unmerged"):
+        model.unmerge_adapter()
+
+
+def test_a_merged_model_moves_and_still_unmerges() -> None:
+    model = build()
+    model.merge_adapter()
+    model.to(torch.float64)
+    model.unmerge_adapter()
+    for name, layer in _layers(model).items():
+        assert torch.equal(layer.base_layer.weight, BASE.get_submodule(name).weight.double())
+
+
+def test_safe_merge_refuses_what_is_not_finite() -> None:
+    model = build()
+    name, layer = next(iter(_layers(model).items()))
+    layer.knobs("default")[0].data[0] = float("nan")
+    with pytest.raises(ValueError, match="NaN or Inf"):
+        model.merge_adapter(safe_merge=True)
+    assert torch.equal(layer.base_layer.weight, BASE.get_submodule(name).weight)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_merge_and_unload_leaves_a_plain_model(family: str) -> None:
+    model = get_peft_model(FAMILIES[family].build(), ap.AntiPastoConfig(target_modules=FAMILIES[family].target_modules))
+    randomise(model)
+    adapted = logits(model)
+    plain = model.merge_and_unload()
+    assert not any(isinstance(module, AntiPastoLinear) for module in plain.modules())
+    assert set(plain.state_dict()) == set(FAMILIES[family].build().state_dict())
+    torch.testing.assert_close(logits(plain), adapted, atol=1e-5, rtol=1e-5)
+
+
+def test_unload_gives_back_the_base_model() -> None:
+    model = build()
+    base = model.unload()
+    assert not any(isinstance(module, AntiPastoLinear) for module in base.modules())
+    assert torch.equal(logits(base), logits(BASE))
+
+
+def test_delta_weight_is_what_merging_adds_and_becomes_an_exact_lora() -> None:
+    model = build(rank=3)
+    assert model.supports_lora_conversion()
+    adapted = logits(model)
+    lora_config, state = peft.convert_to_lora(model, rank=3)
+    lora = get_peft_model(FAMILIES["llama"].build(), lora_config)
+    peft.set_peft_model_state_dict(lora, state)
+    torch.testing.assert_close(logits(lora), adapted, atol=1e-5, rtol=1e-5)
+
+
+# ── which layers, at what rank ───────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("options", "names"),
+    [
+        ({"target_modules": ["q_proj"]}, {"model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj"}),
+        ({"target_modules": ["layers.1.mlp.up_proj"]}, {"model.layers.1.mlp.up_proj"}),
+        (
+            {"target_modules": r".*layers\.0.*(k|v)_proj"},
+            {"model.layers.0.self_attn.k_proj", "model.layers.0.self_attn.v_proj"},
+        ),
+        ({"target_modules": ["q_proj"], "layers_to_transform": [1]}, {"model.layers.1.self_attn.q_proj"}),
+        (
+            {"target_modules": ["q_proj"], "layers_to_transform": 0, "layers_pattern": "layers"},
+            {"model.layers.0.self_attn.q_proj"},
+        ),
+        (
+            {"target_modules": ["q_proj"], "exclude_modules": ["layers.0.self_attn.q_proj"]},
+            {"model.layers.1.self_attn.q_proj"},
+        ),
+        ({"target_modules": ["q_proj"], "exclude_modules": r".*\.0\..*"}, {"model.layers.1.self_attn.q_proj"}),
+    ],
+)
+def test_choice_of_layers(options: dict[str, object], names: set[str]) -> None:
+    model = build(**options)
+    assert set(ap.knobs(model)) == names
+    assert not torch.equal(logits(model), logits(BASE))
+
+
+def test_all_linear_is_every_linear_but_the_head() -> None:
+    linears = {name for name, module in BASE.named_modules() if isinstance(module, nn.Linear)}
+    assert set(ap.knobs(build(target_modules="all-linear"))) == linears - {"lm_head"}
+
+
+def test_modules_to_save_train_too_and_stand_aside_for_the_reference(tmp_path: Path) -> None:
+    model = build(modules_to_save=["lm_head"], target_modules=["q_proj"])
+    model.base_model.model.lm_head.modules_to_save["default"].weight.data.mul_(2)
+    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert "base_model.model.lm_head.modules_to_save.default.weight" in trainable
+    trained = logits(model)
+    with ap.reference(model):
+        assert torch.equal(logits(model), logits(BASE))
+    assert torch.equal(logits(model), trained)
+    model.save_pretrained(tmp_path)
+    assert torch.equal(logits(PeftModel.from_pretrained(FAMILIES["llama"].build(), tmp_path)), trained)
+
+
+def test_rank_and_rank_pattern() -> None:
+    model = build(rank=3, rank_pattern={"q_proj": 5, r"layers\.1\.mlp\.up_proj": 99})
+    ranks = {name: layer.r for name, layer in ap.knobs(model).items()}
+    assert ranks["model.layers.0.self_attn.q_proj"] == 5
+    assert ranks["model.layers.1.mlp.up_proj"] == 16  # there are no more
+    assert ranks["model.layers.0.mlp.up_proj"] == 3
+    layer = ap.knobs(model)["model.layers.0.self_attn.q_proj"]
+    full = ap.load_basis(layer.layer.base_layer.weight)
+    assert torch.equal(layer.U, full.U[:, :5])
+    assert torch.equal(layer.S, full.S[:5])
+    assert torch.equal(layer.Vh, full.Vh[:5])
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"rank": 0}, "rank must be a whole number of at least 1.*got 0"),
+        ({"rank": 2.5}, "got 2.5"),
+        ({"rank": True}, "got True"),
+        ({"rank_pattern": {"q_proj": -1}}, r"rank_pattern\['q_proj'\].*got -1"),
+        ({"target_modules": "q_proj", "layers_to_transform": 1}, "needs target_modules to be a list"),
+        ({"target_modules": ["q_proj"], "layers_pattern": "h"}, "no effect without layers_to_transform"),
+    ],
+)
+def test_config_that_makes_no_sense(options: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ap.AntiPastoConfig(**options)  # type: ignore[arg-type]
+
+
+def test_a_misspelt_option_is_an_error() -> None:
+    with pytest.raises(TypeError, match="ranks"):
+        ap.AntiPastoConfig(ranks=3)  # type: ignore[call-arg]

@@ -1,0 +1,179 @@
+"""A target that cannot be adapted is an error that names it, and leaves the model as it was."""
+
+from __future__ import annotations
+
+import re
+
+import peft
+import pytest
+import torch
+import transformers
+from families import FAMILIES
+from torch import nn
+from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
+
+import antipasto as ap
+from antipasto.tuner import AntiPastoLinear
+
+
+class Quantised(nn.Linear):
+    """Stands for bitsandbytes' layers: a Linear whose weight holds packed bytes."""
+
+    def __init__(self) -> None:
+        super().__init__(4, 4)
+        self.weight = nn.Parameter(torch.zeros(8, 1, dtype=torch.uint8), requires_grad=False)
+
+
+class Packed(nn.Module):
+    """Stands for GPTQ's and AWQ's layers."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.qweight = nn.Parameter(torch.zeros(4, 4, dtype=torch.int32), requires_grad=False)
+
+
+class Experts(nn.Module):
+    """Stands for stacked experts: one 3-D parameter under a name of the default set."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.down_proj = nn.Parameter(torch.zeros(2, 4, 4))
+
+
+def holder(name: str, module: nn.Module) -> nn.Module:
+    """A model with one good layer, and a bad one under ``block.<name>``."""
+    model = nn.Module()
+    model.good_proj = nn.Linear(4, 4)
+    model.block = nn.Module()
+    setattr(model.block, name, module)
+    return model
+
+
+def with_nan() -> nn.Linear:
+    layer = nn.Linear(4, 4)
+    nn.init.constant_(layer.weight[1], float("nan"))
+    return layer
+
+
+def float8() -> nn.Linear:
+    layer = nn.Linear(4, 4)
+    layer.weight = nn.Parameter(layer.weight.to(torch.float8_e4m3fn), requires_grad=False)
+    return layer
+
+
+BAD = {
+    "an embedding": (nn.Embedding(4, 4), "Embedding"),
+    "a convolution": (nn.Conv1d(4, 4, 3), "Conv1d"),
+    "a norm": (nn.LayerNorm(4), "LayerNorm"),
+    "a container": (nn.Sequential(nn.Linear(4, 4)), "Sequential"),
+    "packed bytes": (Quantised(), "torch.uint8, quantised perhaps (Quantised)"),
+    "packed integers": (Packed(), "quantised (Packed)"),
+    "float8": (float8(), "torch.float8_e4m3fn"),
+    "a weight without values": (nn.Linear(4, 4, device="meta"), "meta device"),
+    "a weight with NaN": (with_nan(), "NaN or Inf"),
+}
+
+
+@pytest.mark.parametrize("what", BAD)
+def test_what_cannot_be_adapted_is_named(what: str) -> None:
+    module, reason = BAD[what]
+    model = holder("bad_proj", module)
+    before = [type(m) for m in model.modules()]
+    with pytest.raises(ValueError, match=re.escape(reason)) as error:
+        ap.wrap(model, ap.AntiPastoConfig(target_modules=["good_proj", "bad_proj"]))
+    assert "block.bad_proj" in str(error.value)
+    assert [type(m) for m in model.modules()] == before
+    assert all(p.requires_grad for n, p in model.named_parameters() if n.startswith("good_proj"))
+    if what != "a weight with NaN":
+        assert "Supported: 2-D weights of torch.nn.Linear and transformers' Conv1D" in str(error.value)
+    # and what the message proposes works
+    assert set(
+        ap.wrap(model, ap.AntiPastoConfig(target_modules=["good_proj", "bad_proj"], exclude_modules=["block.bad_proj"]))
+    ) == {"good_proj"}
+
+
+def test_stacked_experts() -> None:
+    model = holder("experts", Experts())
+    with pytest.raises(
+        ValueError, match=r"block\.experts\.down_proj is a target.*shape \(2, 4, 4\), as of stacked experts"
+    ):
+        ap.wrap(model, ap.AntiPastoConfig(target_modules=["good_proj", "down_proj"]))
+
+
+def test_a_real_mixture_of_experts() -> None:
+    config = Qwen3MoeConfig(
+        vocab_size=32,
+        hidden_size=16,
+        intermediate_size=24,
+        moe_intermediate_size=8,
+        num_hidden_layers=1,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=4,
+        num_experts=4,
+        num_experts_per_tok=2,
+    )
+    model = Qwen3MoeForCausalLM(config)
+    with pytest.raises(
+        ValueError, match=r"model\.layers\.0\.mlp\.experts\.down_proj is a target.*exclude_modules=\['experts'\]"
+    ):
+        ap.wrap(model)
+    layers = ap.wrap(model, ap.AntiPastoConfig(exclude_modules=["experts"]))
+    assert {name.rpartition(".")[2] for name in layers} == {"q_proj", "k_proj", "v_proj", "o_proj"}
+
+
+def test_the_output_projection_of_multihead_attention_is_never_called() -> None:
+    model = nn.TransformerEncoderLayer(8, 2)
+    with pytest.raises(ValueError, match=r"self_attn\.out_proj.*nn\.MultiheadAttention"):
+        ap.wrap(model, ap.AntiPastoConfig(target_modules=["out_proj"]))
+    with pytest.raises(ValueError, match=r"self_attn\.out_proj.*nn\.MultiheadAttention"):
+        ap.wrap(model, ap.AntiPastoConfig(target_modules="all-linear"))
+
+
+def test_mambas_kernels_read_past_the_layer() -> None:
+    model = transformers.MambaForCausalLM(
+        transformers.MambaConfig(vocab_size=16, hidden_size=8, num_hidden_layers=1, state_size=4)
+    )
+    with pytest.raises(ValueError, match=r"mixer\.out_proj is a target.*fused kernels of mamba models"):
+        ap.wrap(model)
+
+
+@pytest.mark.filterwarnings("ignore:Already found a `peft_config` attribute.*")
+def test_another_methods_adapter() -> None:
+    model = peft.get_peft_model(FAMILIES["llama"].build(), peft.LoraConfig(target_modules=["q_proj"])).base_model.model
+    with pytest.raises(ValueError, match=r"q_proj is a target.*already carries an adapter of another method.*lora"):
+        ap.wrap(model)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"target_modules": ["q_proj", "qq_proj"]},
+            r"names 'qq_proj', but no module.*Layers that can be adapted here: .*q_proj",
+        ),
+        ({"target_modules": r".*nothing.*"}, r"No module of this LlamaForCausalLM matches.*nothing"),
+        ({"target_modules": ["q_proj"], "exclude_modules": ["q_proj"]}, "No module.*exclude_modules"),
+        ({"target_modules": ["q_proj"], "layers_to_transform": [7]}, r"layers_to_transform.*\[7\]"),
+        ({"target_modules": []}, "No module"),
+    ],
+)
+def test_a_target_set_that_matches_nothing(options: dict[str, object], message: str) -> None:
+    model = FAMILIES["llama"].build()
+    with pytest.raises(ValueError, match=message):
+        ap.wrap(model, ap.AntiPastoConfig(**options))  # type: ignore[arg-type]
+    assert not any(isinstance(module, AntiPastoLinear) for module in model.modules())
+
+
+def test_a_model_without_the_default_names_says_what_there_is() -> None:
+    with pytest.raises(
+        ValueError, match=r"No module of this GPT2LMHeadModel has a name of the default set.*c_attn, c_fc, c_proj"
+    ):
+        ap.wrap(FAMILIES["gpt2"].build())
+
+
+def test_an_error_while_adding_a_second_adapter_leaves_the_first() -> None:
+    model = peft.get_peft_model(FAMILIES["llama"].build(), ap.AntiPastoConfig())
+    with pytest.raises(ValueError, match="embed_tokens"):
+        model.add_adapter("second", ap.AntiPastoConfig(target_modules=["q_proj", "embed_tokens"]))
+    assert all(set(knobs.layer.r) == {"default"} for knobs in ap.knobs(model).values())

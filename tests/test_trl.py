@@ -1,0 +1,150 @@
+"""TRL's own trainer, unmodified, on this adapter; and what the library adds to its runs."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from datasets import Dataset
+from peft import PeftModel, get_peft_model
+from rich.console import Console
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from trl import GRPOConfig, GRPOTrainer
+
+import antipasto as ap
+from antipasto.tasks import addition
+from antipasto.trl import ProgressBar, RolloutLog
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*torch.utils.data.dataloader.*pin_memory.*"),
+    pytest.mark.filterwarnings("ignore:Could not find a config file.*"),
+]
+
+
+def load() -> nn.Module:
+    return AutoModelForCausalLM.from_pretrained(addition.model_path())
+
+
+def tokenizer() -> object:
+    return AutoTokenizer.from_pretrained(addition.model_path())
+
+
+def logits(model: nn.Module) -> torch.Tensor:
+    ids = tokenizer()(["h12+34=046", "s99+01=100"], return_tensors="pt", return_token_type_ids=False)
+    with torch.no_grad():
+        return model(**ids).logits
+
+
+def grpo(out: Path, model: nn.Module, *, peft_config: ap.AntiPastoConfig | None, **options: object) -> GRPOTrainer:
+    """Four steps of 2 prompts x 8 rollouts, with TRL's and the Trainer's defaults wherever possible."""
+    args = GRPOConfig(
+        output_dir=str(out),
+        **{
+            "max_steps": 4,
+            "per_device_train_batch_size": 16,
+            "num_generations": 8,
+            "max_completion_length": 5,
+            "learning_rate": 1e-2,
+            "beta": 0.04,
+            "bf16": False,
+            "use_cpu": True,
+            "report_to": "none",
+            "logging_steps": 1,
+            "disable_tqdm": True,
+            "dataloader_pin_memory": False,
+            **options,
+        },
+    )
+    prompts = [addition.prompt("h", pair) for pair in addition.split("train")[:64]]
+    return GRPOTrainer(
+        model=model,
+        args=args,
+        reward_funcs=addition.reward,
+        train_dataset=Dataset.from_dict({"prompt": prompts}),
+        processing_class=tokenizer(),
+        peft_config=peft_config,
+    )
+
+
+@pytest.mark.parametrize("gradient_checkpointing", [True, False])
+def test_grpo_with_the_default_optimizer_changes_the_policy(tmp_path: Path, gradient_checkpointing: bool) -> None:
+    """With W_θ kept while the fused AdamW writes, the knobs would move and the policy would not."""
+    base = load()
+    trainer = grpo(tmp_path, load(), peft_config=ap.AntiPastoConfig(), gradient_checkpointing=gradient_checkpointing)
+    model = trainer.model
+    assert trainer.args.optim == "adamw_torch_fused"
+    assert torch.equal(logits(model), logits(base))
+    trainer.train()
+
+    knobs = ap.knobs(model)
+    assert all(layer.delta_s.any() for layer in knobs.values())
+    assert not any(layer.delta_s_hack.any() for layer in knobs.values())
+    assert (logits(model) - logits(base)).abs().max() > 0.1  # the policy that training saw…
+    twin = get_peft_model(load(), ap.AntiPastoConfig())
+    for name, layer in ap.knobs(twin).items():
+        layer.delta_s.data.copy_(knobs[name].delta_s)
+    assert torch.equal(logits(twin), logits(model))  # …is the one that the knobs say
+    kl = [row["kl"] for row in trainer.state.log_history if "kl" in row]
+    assert kl[0] == 0  # the reference is the base model, bit for bit
+    assert kl[-1] > 0
+    for name, weight in base.state_dict().items():  # and the base weights are where they were
+        path = next(
+            n for n in (name, name.replace(".weight", ".base_layer.weight")) if n in model.get_base_model().state_dict()
+        )
+        assert torch.equal(model.get_base_model().state_dict()[path], weight)
+
+
+def test_grpo_saves_checkpoints_that_load_and_continue(tmp_path: Path) -> None:
+    trainer = grpo(tmp_path, load(), peft_config=ap.AntiPastoConfig(), save_strategy="steps", save_steps=2)
+    trainer.train()
+    loaded = PeftModel.from_pretrained(load(), tmp_path / "checkpoint-4")
+    assert torch.equal(logits(loaded), logits(trainer.model))
+
+    again = grpo(tmp_path / "again", load(), peft_config=ap.AntiPastoConfig())
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    assert again.state.global_step == 4
+    assert torch.equal(logits(again.model), logits(trainer.model))
+
+
+def test_grpo_from_a_trained_adapter_takes_that_adapter_as_its_reference(tmp_path: Path) -> None:
+    """TRL copies "….default.…" into an adapter "ref" by parameter name; a bare parameter dict would be passed over."""
+    model = get_peft_model(load(), ap.AntiPastoConfig())
+    for layer in ap.knobs(model).values():
+        layer.delta_s.data.normal_(std=0.05)
+    before = logits(model)
+    trainer = grpo(tmp_path, model, peft_config=None)
+    assert set(model.peft_config) == {"default", "ref"}
+    trainer.train()
+    assert trainer.state.log_history[0]["kl"] == 0
+    model.set_adapter("ref")
+    assert torch.equal(logits(model), before)
+    model.set_adapter("default")
+    assert not torch.equal(logits(model), before)
+
+
+def test_rollout_log_writes_every_rollout_and_passes_rewards_on(tmp_path: Path) -> None:
+    log = RolloutLog(addition.reward, tmp_path / "rollouts.jsonl")
+    assert log.__name__ == "reward"
+    prompts, completions = ["h12+34=", "s12+34="], ["!", "!"]
+    for step in range(2):
+        state = SimpleNamespace(global_step=step)
+        assert log(prompts=prompts, completions=completions, trainer_state=state, log_extra=None) == [1.0, 0.0]
+    rows = [json.loads(line) for line in (tmp_path / "rollouts.jsonl").read_text().splitlines()]
+    assert rows[:2] == [
+        {"step": 0, "prompt": "h12+34=", "completion": "!", "reward": 1.0},
+        {"step": 0, "prompt": "s12+34=", "completion": "!", "reward": 0.0},
+    ]
+    assert [row["step"] for row in rows] == [0, 0, 1, 1]
+
+
+def test_progress_bar_gives_the_terminal_back_after_an_exception() -> None:
+    console = Console(file=io.StringIO(), force_terminal=True)
+    bar = ProgressBar(console, "training")
+    with pytest.raises(KeyboardInterrupt), bar:
+        raise KeyboardInterrupt if bar._progress.live.is_started else AssertionError
+    assert not bar._progress.live.is_started
