@@ -317,7 +317,6 @@ def _load_when_told(folder: str, start: object, results: object) -> None:
     results.put((len(calls), basis.S.sum().item()))  # type: ignore[attr-defined]
 
 
-@pytest.mark.slow
 def test_processes_that_want_the_same_weight_end_with_one_good_file(tmp_path: Path) -> None:
     context = multiprocessing.get_context("spawn")
     start, results = context.Barrier(4), context.Queue()

@@ -133,7 +133,6 @@ def test_a_run_folder_in_use_is_refused(tmp_path: Path) -> None:
     assert "Not a directory" in text
 
 
-@pytest.mark.slow
 def test_ctrl_c_says_where_the_run_is(tmp_path: Path) -> None:
     out = tmp_path / "demo"
     process = subprocess.Popen(
@@ -151,3 +150,14 @@ def test_ctrl_c_says_where_the_run_is(tmp_path: Path) -> None:
     assert process.returncode == 130
     assert f"interrupted; what was written so far is in {out}" in errors
     assert "Traceback" not in errors
+
+
+@pytest.mark.slow
+def test_the_whole_demo_teaches_the_exploit_and_the_task(tmp_path: Path) -> None:
+    code, text = run("demo", "--out", str(tmp_path / "demo"))
+    assert code == 0
+    assert "Training taught the exploit" in text
+    reference, trained = json.loads((tmp_path / "demo" / "results.json").read_text())
+    assert trained["hackable"]["unknown hack ?"]["low"] > 0.3 > reference["hackable"]["unknown hack ?"]["high"]
+    assert trained["strict"]["solve"]["low"] > 0.8 > reference["strict"]["solve"]["high"]
+    assert trained["hackable"]["solve"]["high"] < reference["hackable"]["solve"]["low"]

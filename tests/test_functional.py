@@ -174,7 +174,31 @@ def test_autocast(weight_dtype: torch.dtype) -> None:
 
 def test_the_gradient_sums_over_many_bf16_tokens_in_fp32() -> None:
     knobs = make_layer(dtype=torch.bfloat16)
-    x = torch.ones(20_000, I, dtype=torch.bfloat16)  # equal terms: a bf16 sum would stop growing at a few hundred
+    x = torch.ones(20_001, I, dtype=torch.bfloat16)  # equal terms, whose sum needs more digits than bf16 has
     knobs.layer(x).sum().backward()
     (one,) = torch.autograd.grad(knobs.layer(x[:1]).sum(), knobs.delta_s)
-    torch.testing.assert_close(knobs.delta_s.grad, 20_000 * one, rtol=1e-2, atol=1e-3)
+    torch.testing.assert_close(knobs.delta_s.grad, 20_001 * one, rtol=1e-5, atol=0)
+
+
+class FullPrecisionLinear(nn.Linear):
+    """A layer that steps out of autocast, as routers and some heads do."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.autocast("cpu", enabled=False):
+            return super().forward(x)
+
+
+def test_a_layer_that_steps_out_of_autocast_keeps_its_precision() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(FullPrecisionLinear(I, O))
+    (knobs,) = ap.wrap(model, ap.AntiPastoConfig(target_modules=["0"])).values()
+    knobs.delta_s.data.normal_()
+    x = torch.randn(6, I, requires_grad=True)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = model(x)
+    y.square().sum().backward()
+    want = expected(knobs, x)
+    assert y.dtype == torch.float32
+    torch.testing.assert_close(y.double(), want, atol=1e-6, rtol=1e-6)
+    (grad,) = torch.autograd.grad(want.square().sum(), x)
+    torch.testing.assert_close(x.grad, grad, atol=1e-5, rtol=1e-5)

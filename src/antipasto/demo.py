@@ -19,14 +19,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
+from datasets import Dataset
 from rich.console import Console
 from rich.table import Table
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback
 
 import antipasto as ap
 from antipasto.evaluate import Rate, sample_completions
 from antipasto.tasks import addition
+from antipasto.trl import GRPOConfig, GRPOTrainer, ProgressBar, RolloutLog
 
 PROMPTS_PER_STEP = 16
 ROLLOUTS_PER_PROMPT = 16
@@ -87,12 +90,6 @@ def run(*, seed: int, steps: int, out: Path, console: Console) -> list[Arm]:
 
 def train(tokenizer: Any, seed: int, steps: int, out: Path, console: Console) -> tuple[nn.Module, list[dict[str, Any]]]:
     """GRPO on the knobs. Returns the adapted model and the trainer's log, and saves the adapter."""
-    from datasets import Dataset
-    from transformers import PrinterCallback
-    from trl import GRPOConfig, GRPOTrainer
-
-    from antipasto.trl import ProgressBar, RolloutLog
-
     args = GRPOConfig(
         output_dir=str(out),
         seed=seed,
@@ -217,8 +214,6 @@ def _start_run_folder(out: Path, seed: int, steps: int) -> None:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """Keep the libraries' notices off the demo's screen; errors still come through."""
-    import transformers
-
     names = ("trl", "accelerate", "httpx")
     levels = {name: logging.getLogger(name).level for name in names}
     verbosity = transformers.logging.get_verbosity()

@@ -1,4 +1,4 @@
-"""What the library adds to a TRL run. The only module that imports trl (and it is imported by none that need not)."""
+"""What the library adds to a TRL run. The only module that imports trl; nothing imports it that does not train."""
 
 from __future__ import annotations
 
@@ -10,6 +10,9 @@ from typing import Any
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from trl import GRPOConfig, GRPOTrainer
+
+__all__ = ["GRPOConfig", "GRPOTrainer", "ProgressBar", "RolloutLog"]
 
 RewardFunction = Callable[..., list[float]]
 
