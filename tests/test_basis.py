@@ -229,7 +229,7 @@ def _without_metadata(path: Path) -> None:
 
 
 def _of_another_format(path: Path) -> None:
-    tensors = load_file(path)
+    tensors = {name: load_file(path)[name] for name in Basis._fields}
     save_file(tensors, path, metadata={"format": "other", "weight": path.stem, "digest": module._digest(tensors)})
 
 
@@ -306,6 +306,16 @@ def test_a_full_disk_costs_a_warning_and_leaves_no_file(tmp_path: Path, monkeypa
         basis = load_basis(random_weight(), cache_dir=tmp_path)
     assert_is_svd(basis, random_weight(), 1e-6)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_appears_under_its_name_only_when_it_is_whole_and_on_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / f"{fingerprint(random_weight())}.safetensors"
+    seen = []
+    monkeypatch.setattr(os, "fsync", lambda descriptor: seen.append((path.exists(), os.fstat(descriptor).st_size)))
+    load_basis(random_weight(), cache_dir=tmp_path)
+    assert seen == [(False, path.stat().st_size)]
 
 
 def _load_when_told(folder: str, start: object, results: object) -> None:

@@ -116,8 +116,9 @@ def test_an_adapter_of_another_rank_is_refused_by_name(tmp_path: Path) -> None:
 # ── several adapters ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_adapters_come_and_go_and_share_one_basis() -> None:
+def test_adapters_come_and_go_and_share_one_basis(monkeypatch: pytest.MonkeyPatch) -> None:
     model = build()
+    monkeypatch.setattr("antipasto.tuner.model.load_basis", lambda *a, **k: pytest.fail("the layers have it already"))
     first = logits(model)
     bases = {name: layer.basis for name, layer in _layers(model).items()}
     model.add_adapter("second", ap.AntiPastoConfig(rank=4))
@@ -293,6 +294,7 @@ def test_a_merged_model_moves_and_still_unmerges() -> None:
     model.to(torch.float64)
     model.unmerge_adapter()
     for name, layer in _layers(model).items():
+        assert layer.base_layer.weight.dtype == torch.float64
         assert torch.equal(layer.base_layer.weight, BASE.get_submodule(name).weight.double())
 
 

@@ -23,7 +23,6 @@ import hashlib
 import os
 import uuid
 import warnings
-from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -140,28 +139,25 @@ def load_basis(weight: Tensor, *, cache_dir: str | os.PathLike[str] | None = DEF
     basis = _read(path, key, weight)
     if basis is not None:
         return basis
+    lock_path = path.with_suffix(".lock")
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        lock_path = path.with_suffix(".lock")
-        lock = FileLock(lock_path)
-        lock.acquire()
-    except OSError as error:
-        _warn_unwritable(path, error)
-        return decompose(weight)
-    with lock:
-        try:
-            basis = _read(path, key, weight, quiet=True)  # another process may have been faster
-            if basis is None:
-                basis = decompose(weight)
-                _write(path, key, basis)
-        except (OSError, SafetensorError) as error:
-            _warn_unwritable(path, error)
-        finally:
-            # held until here, so whoever waits for it finds the file; at worst someone computes a second time
-            with suppress(OSError):
+        with FileLock(lock_path):
+            try:
+                basis = _read(path, key, weight, quiet=True)  # another process may have been faster
+                if basis is None:
+                    basis = decompose(weight)
+                    _write(path, key, basis)
+            finally:
+                # still held, so whoever waits for it finds the file; at worst somebody computes a second time
                 lock_path.unlink(missing_ok=True)
-    assert basis is not None
-    return basis
+    except (
+        OSError,
+        NotImplementedError,
+        SafetensorError,
+    ) as error:  # NotImplementedError: no locks on this file system
+        _warn_unwritable(path, error)
+    return decompose(weight) if basis is None else basis
 
 
 def _check(weight: Tensor) -> None:
