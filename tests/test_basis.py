@@ -269,8 +269,8 @@ def test_a_file_that_cannot_be_replaced_costs_warnings_only(tmp_path: Path) -> N
     _a_folder(tmp_path / f"{fingerprint(weight)}.safetensors")
     with pytest.warns(BasisCacheWarning) as caught:
         assert_same(load_basis(weight, cache_dir=tmp_path), good)
-    assert {"not usable", "could not be written"} <= {
-        k for w in caught for k in ("not usable", "could not be written") if k in str(w.message)
+    assert {"not usable", "cannot be written"} <= {
+        k for w in caught for k in ("not usable", "cannot be written") if k in str(w.message)
     }
 
 

@@ -133,6 +133,30 @@ def test_a_run_folder_in_use_is_refused(tmp_path: Path) -> None:
     assert "Not a directory" in text
 
 
+def test_a_full_disk_names_the_run_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("antipasto.trl.json.dumps", full)
+    code, text = run("demo", "--steps", "1", "--out", str(tmp_path / "demo"))
+    assert code == 2
+    assert "No space left on device" in text
+    assert str(tmp_path / "demo") in text.replace("\n", "")
+    assert "Traceback" not in text
+
+
+def test_a_cache_that_cannot_be_written_is_said_once(tmp_path: Path) -> None:
+    (tmp_path / "a-file").touch()
+    result = subprocess.run(
+        [sys.executable, "-m", "antipasto", "demo", "--steps", "1", "--out", str(tmp_path / "demo")],
+        env={**os.environ, "ANTIPASTO_CACHE": str(tmp_path / "a-file")},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0
+    assert result.stderr.count("BasisCacheWarning: The basis cache") == 1
+
+
 def test_ctrl_c_says_where_the_run_is(tmp_path: Path) -> None:
     out = tmp_path / "demo"
     process = subprocess.Popen(

@@ -127,7 +127,7 @@ def load_basis(weight: Tensor, *, cache_dir: str | os.PathLike[str] | None = DEF
         ValueError: as `decompose`.
 
     Warns:
-        BasisCacheWarning: a bad file was found and replaced, or the cache could not be written; it names the file.
+        BasisCacheWarning: a bad file, which it names, was found and replaced; or the cache cannot be written.
     """
     _check(weight)
     if cache_dir is None:
@@ -156,7 +156,7 @@ def load_basis(weight: Tensor, *, cache_dir: str | os.PathLike[str] | None = DEF
         NotImplementedError,
         SafetensorError,
     ) as error:  # NotImplementedError: no locks on this file system
-        _warn_unwritable(path, error)
+        _warn_unwritable(folder, error)
     return decompose(weight) if basis is None else basis
 
 
@@ -247,10 +247,11 @@ def _write(path: Path, key: str, basis: Basis) -> None:
         raise
 
 
-def _warn_unwritable(path: Path, error: Exception) -> None:
+def _warn_unwritable(folder: Path, error: Exception) -> None:
+    # the same words for every weight, so that Python shows them once
     warnings.warn(
-        f"The basis cache file {path} could not be written ({error}). Going on without: the next start computes it again. "
-        "Set ANTIPASTO_CACHE to a writable folder, or cache_dir=None to stop trying.",
+        f"The basis cache {folder} cannot be written ({getattr(error, 'strerror', None) or error}). Going on without: "
+        "the next start computes again. Set ANTIPASTO_CACHE to a writable folder, or cache_dir=None to stop trying.",
         BasisCacheWarning,
         stacklevel=3,
     )

@@ -50,8 +50,10 @@ def demo(
         from antipasto import demo as job
 
         job.run(seed=seed, steps=steps, out=out, console=console)
-    except (ValueError, OSError) as error:
+    except ValueError as error:
         _fail(str(error))
+    except OSError as error:
+        _fail(f"{error}. The run folder is {out}.")
     except ImportError as error:
         _fail(f"{error}. The demo needs the extra 'trl': pip install 'antipasto[trl]'")
     except KeyboardInterrupt:

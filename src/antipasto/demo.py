@@ -213,7 +213,7 @@ def _start_run_folder(out: Path, seed: int, steps: int) -> None:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Keep the libraries' notices off the demo's screen; errors still come through."""
+    """Keep the libraries' notices off the demo's screen; errors and our own warnings still come through."""
     names = ("trl", "accelerate", "httpx")
     levels = {name: logging.getLogger(name).level for name in names}
     verbosity = transformers.logging.get_verbosity()
@@ -225,6 +225,7 @@ def _quiet() -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
+            warnings.simplefilter("default", ap.BasisCacheWarning)
             yield
     finally:
         transformers.logging.set_verbosity(verbosity)

@@ -93,7 +93,7 @@ class AntiPastoLinear(nn.Module, BaseTunerLayer):
 
         Args:
             name: the adapter's.
-            basis: of the base weight, truncated to the adapter's rank.
+            basis: of the base weight, truncated to the adapter's rank; U and Vh in the weight's dtype.
             quarantine: whether it has a ``delta_s_hack``.
             trainable: whether ``delta_s`` requires a gradient.
         """
@@ -102,8 +102,7 @@ class AntiPastoLinear(nn.Module, BaseTunerLayer):
         assert isinstance(weight, Tensor)
         dtype = torch.promote_types(weight.dtype, torch.float32)
         if self.basis is None or basis.rank > self.basis.rank:
-            # U and Vh in the weight's dtype, so that the products are of the base layer's kind; S is only looked at
-            self.basis = Basis(basis.U.to(weight.dtype), basis.S, basis.Vh.to(weight.dtype))
+            self.basis = basis
         self.r[name] = basis.rank
         self.delta_s[name] = Knob(basis.rank, dtype, weight.device, trainable=trainable)
         if quarantine:

@@ -203,7 +203,10 @@ def _unsupported(name: str, reason: str, *, leave_out: str | None = None) -> Val
 
 
 def _basis_for(name: str, module: nn.Module, config: AntiPastoConfig) -> Basis:
-    """The basis of one layer at the rank that the config gives it, from the layer itself where it has enough of it."""
+    """The basis of one layer, at the rank that the config gives it, from the layer itself where it has enough of it.
+
+    U and Vh come in the weight's dtype, so that the products are of the base layer's kind; S, which is only looked at, does not.
+    """
     pattern = get_pattern_key(list(config.rank_pattern), name)
     base_layer = module.get_base_layer() if isinstance(module, AntiPastoLinear) else module
     W = as_matrix(base_layer)
@@ -213,6 +216,7 @@ def _basis_for(name: str, module: nn.Module, config: AntiPastoConfig) -> Basis:
     if isinstance(module, AntiPastoLinear) and module.basis is not None and module.basis.rank >= rank:
         return module.basis.truncate(rank)
     try:
-        return load_basis(W, cache_dir=config.cache_dir).truncate(rank)
+        U, S, Vh = load_basis(W, cache_dir=config.cache_dir).truncate(rank)
     except (ValueError, RuntimeError) as error:
         raise ValueError(f"{name}: {error}") from error
+    return Basis(U.to(W.dtype), S, Vh.to(W.dtype))
