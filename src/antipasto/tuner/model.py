@@ -205,7 +205,7 @@ def _unsupported(name: str, reason: str, *, leave_out: str | None = None) -> Val
 def _basis_for(name: str, module: nn.Module, config: AntiPastoConfig) -> Basis:
     """The basis of one layer, at the rank that the config gives it, from the layer itself where it has enough of it.
 
-    U and Vh come in the weight's dtype, so that the products are of the base layer's kind; S, which is only looked at, does not.
+    U and Vh come in the weight's dtype, so that the products are of the base layer's kind; S, only looked at, does not.
     """
     pattern = get_pattern_key(list(config.rank_pattern), name)
     base_layer = module.get_base_layer() if isinstance(module, AntiPastoLinear) else module
