@@ -15,6 +15,7 @@ from antipasto.knobs import (
     token_logprobs,
     wrap,
 )
+from antipasto.rollouts import RolloutGrads, rollout_grads
 from antipasto.tuner import TARGET_MODULES, AntiPastoConfig
 
 __version__ = "0.1.0"
@@ -25,12 +26,14 @@ __all__ = [
     "Basis",
     "BasisCacheWarning",
     "LayerKnobs",
+    "RolloutGrads",
     "deployed",
     "drop_quarantine",
     "knobs",
     "load_basis",
     "ref_logprobs",
     "reference",
+    "rollout_grads",
     "token_logprobs",
     "wrap",
 ]

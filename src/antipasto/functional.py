@@ -63,6 +63,13 @@ def spectral_linear_reference(
     return y if bias is None else y + bias
 
 
+def _sum_to(terms: Tensor, theta: Tensor) -> Tensor:
+    """Sum (..., r) over the dimensions along which θ was broadcast, in θ's dtype: what a broadcast's gradient is."""
+    missing = terms.ndim - theta.ndim
+    dims = [d for d in range(terms.ndim - 1) if d < missing or theta.shape[d - missing] == 1]
+    return terms.sum(dims, dtype=theta.dtype).reshape(theta.shape) if dims else terms.to(theta.dtype)
+
+
 class _SpectralDelta(torch.autograd.Function):
     """``U (θ ⊙ h)`` and ``h = Vh x``; x, U, Vh of one dtype, θ at least as wide; sums over tokens run in θ's dtype.
 
@@ -92,7 +99,7 @@ class _SpectralDelta(torch.autograd.Function):
         if grad_y is not None:
             p = grad_y @ U  # (..., o) @ (o, r) -> (..., r)
             if needs_theta:
-                grad_theta = (p * h).reshape(-1, p.shape[-1]).sum(0, dtype=theta.dtype)
+                grad_theta = _sum_to(p * h, theta)
             through_y = (p * theta).to(p.dtype)
             grad_h = through_y if grad_h is None else grad_h + through_y
         if needs_x and grad_h is not None:
@@ -107,7 +114,8 @@ def spectral_delta(x: Tensor, U: Tensor, Vh: Tensor, theta: Tensor, dtype: torch
         x: (..., i), any float dtype.
         U: (o, r), frozen.
         Vh: (r, i), frozen.
-        theta: (r,); a gradient flows to it, summed over tokens in its own dtype.
+        theta: (r,), or (..., r) to give tokens a θ each, as far as it broadcasts to (..., r) of x's leading shape. A gradient
+            flows to it, summed over what it was broadcast along, in its own dtype.
         dtype: the dtype to compute in: that of the base layer's output, which under autocast is not that of x.
 
     Returns:

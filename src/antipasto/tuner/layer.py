@@ -69,6 +69,9 @@ class AntiPastoLinear(nn.Module, BaseTunerLayer):
         r: adapter name → number of singular directions.
         basis: U, S, Vh of the base weight, shared by all adapters, up to the largest of their ranks. Plain tensors rather
             than buffers: they are no state, and DDP would broadcast buffers at every forward.
+        view: which knobs the forward sees.
+        spread_theta: where set, called with θ and x at every forward for a θ that broadcasts over x's tokens: how
+            `antipasto.rollouts` tells sequences apart.
     """
 
     adapter_layer_names = ("delta_s",)
@@ -82,6 +85,7 @@ class AntiPastoLinear(nn.Module, BaseTunerLayer):
         self.r: dict[str, int] = {}
         self.basis: Basis | None = None
         self.view = View.TRAINED
+        self.spread_theta: Callable[[Tensor, Tensor], Tensor] | None = None
         self.merged_adapters: list[str] = []
         self._unmerged_weight: Tensor | None = None
         self._disable_adapters = False
@@ -149,6 +153,8 @@ class AntiPastoLinear(nn.Module, BaseTunerLayer):
         theta = self.theta(self.active_adapters)
         if theta is None:
             return y
+        if self.spread_theta is not None and torch.is_grad_enabled():
+            theta = self.spread_theta(theta, x)
         assert self.basis is not None
         return y + spectral_delta(x, self.basis.U, self.basis.Vh, theta, y.dtype)
 
