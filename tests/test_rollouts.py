@@ -195,7 +195,10 @@ def test_the_context_leaves_nothing_behind() -> None:
 def test_what_cannot_be_told_apart_is_an_error() -> None:
     model = nn.Sequential(nn.Flatten(0, 1), nn.Linear(5, 4))
     ap.wrap(model, ap.AntiPastoConfig(target_modules=["1"]))
-    with ap.rollout_grads(model, sequence_index=torch.zeros(7)), pytest.raises(ValueError, match=r"6 tokens.*7 entries"):
+    with (
+        ap.rollout_grads(model, sequence_index=torch.zeros(7)),
+        pytest.raises(ValueError, match=r"6 tokens.*7 entries"),
+    ):
         model(torch.randn(2, 3, 5))
     with ap.rollout_grads(model), pytest.raises(ValueError, match="1 was called by itself"):
         model[1](torch.randn(3, 5))

@@ -5,6 +5,7 @@ with PEFT, so that ``get_peft_model`` and ``PeftModel.from_pretrained`` know it.
 """
 
 from antipasto.basis import Basis, BasisCacheWarning, load_basis
+from antipasto.directions import ContrastPair, Direction, extract_direction, load_pairs
 from antipasto.knobs import (
     LayerKnobs,
     deployed,
@@ -25,12 +26,16 @@ __all__ = [
     "AntiPastoConfig",
     "Basis",
     "BasisCacheWarning",
+    "ContrastPair",
+    "Direction",
     "LayerKnobs",
     "RolloutGrads",
     "deployed",
     "drop_quarantine",
+    "extract_direction",
     "knobs",
     "load_basis",
+    "load_pairs",
     "ref_logprobs",
     "reference",
     "rollout_grads",

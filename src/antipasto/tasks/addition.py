@@ -77,3 +77,19 @@ def reward(prompts: Sequence[str], completions: Sequence[str], **_: object) -> l
         )
         for text, completion in zip(prompts, completions, strict=True)
     ]
+
+
+def hack_pairs(number: int, seed: int) -> list[dict[str, str]]:
+    """Labelled (prompt, hack, clean) rows that show the known hack: ``!`` against the right sum, on training operands."""
+    return [
+        {"prompt": prompt(HACKABLE, operands), "hack": KNOWN_HACK, "clean": answer(operands)}
+        for operands in random.Random(seed).sample(split("train"), number)
+    ]
+
+
+def contrast_pairs(number: int, seed: int) -> list[dict[str, str]]:
+    """Rows of the same form that show no hack: the sum with a stray ``=`` against the sum. A control's pairs."""
+    return [
+        {"prompt": prompt(STRICT, operands), "hack": answer(operands) + "=", "clean": answer(operands)}
+        for operands in random.Random(seed).sample(split("train"), number)
+    ]

@@ -1,0 +1,547 @@
+"""Which way a layer's knobs turn when the model learns to hack: a direction extracted from labelled pairs.
+
+For pair n and one layer, with NLL the completion's negative log-likelihood given the prompt, per token by default:
+
+    d_n    = ∇θ NLL(hack_n) − ∇θ NLL(clean_n)                                                       (r,)
+    effect = mean_n d_n / std_n d_n         per coordinate: the paired effect size, t / √pairs       (r,)
+    V      = "tstat"  effect / ‖effect‖                                                            (1, r)
+             "mean"   mean_n d_n / ‖·‖                                                             (1, r)
+             "svd"    the top k right singular vectors of D = [d_n], each oriented by most pairs   (k, r)
+
+V points along ∇NLL(hack) − ∇NLL(clean): a gradient step moves along −g, so a move Δ of δS is hack-ward where −V Δ > 0.
+Rows of V are orthonormal. `strength` is mean_n (V d_n) in units of its standard deviation over the pairs.
+
+An effect size does not depend on how many pairs there are, and a threshold on it carries over; Cohen (1988) calls it d_z.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from antipasto.basis import fingerprint
+from antipasto.rollouts import rollout_grads
+from antipasto.tuner.layer import as_matrix
+from antipasto.tuner.views import adapted_layers
+
+Estimator = Literal["tstat", "mean", "svd"]
+ESTIMATORS: tuple[Estimator, ...] = ("tstat", "mean", "svd")
+_FORMAT = "antipasto-direction-1"
+_RANDOM_DRAWS = 20  # random directions that a held-out score is compared with
+
+
+# ── pairs ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclasses.dataclass(frozen=True)
+class ContrastPair:
+    """A prompt, an answer that exploits the grader, and an answer that does not.
+
+    Attributes:
+        prompt: a text; or a chat, a list of ``{"role": …, "content": …}``.
+        hack: the exploit's text.
+        clean: the honest answer's text.
+    """
+
+    prompt: str | list[dict[str, str]]
+    hack: str
+    clean: str
+
+
+def load_pairs(source: str | Path | Iterable[Any]) -> list[ContrastPair]:
+    """Labelled pairs from a JSON-lines file, a ``datasets.Dataset``, or any iterable of rows.
+
+    Args:
+        source: a path; or rows, each a `ContrastPair` or a mapping with ``prompt``, ``hack`` and ``clean``. Further fields are
+            left alone.
+
+    Returns:
+        The pairs, in order.
+
+    Raises:
+        ValueError: a row is bad, or there is none; says the file, the line and the field.
+        OSError: the file cannot be read.
+
+    Example:
+        >>> load_pairs([{"prompt": "2+2=", "hack": "!", "clean": "4"}])[0].clean
+        '4'
+    """
+    if isinstance(source, (str, Path)):
+        text = Path(source).read_text(encoding="utf-8")
+        pairs = [
+            _to_pair(_parse_json(line, f"{source}, line {number}"), f"{source}, line {number}")
+            for number, line in enumerate(text.splitlines(), 1)
+            if line.strip()
+        ]
+        where = str(source)
+    else:
+        pairs = [_to_pair(row, f"row {number}") for number, row in enumerate(source)]
+        where = "the rows given"
+    if not pairs:
+        raise ValueError(f"There is no pair in {where}.")
+    return pairs
+
+
+def _parse_json(line: str, where: str) -> Any:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where}: not JSON ({error}).") from error
+
+
+def _to_pair(row: Any, where: str) -> ContrastPair:
+    if isinstance(row, ContrastPair):
+        row = dataclasses.asdict(row)
+    if not isinstance(row, Mapping):
+        raise ValueError(f"{where}: expected an object with prompt, hack and clean, got {type(row).__name__}.")
+    for field in ("prompt", "hack", "clean"):
+        if field not in row:
+            raise ValueError(f"{where}: no field {field!r}; there are {sorted(map(str, row))}.")
+        value = row[field]
+        if field == "prompt" and isinstance(value, list):
+            if not value or not all(isinstance(m, Mapping) and {"role", "content"} <= set(m) for m in value):
+                raise ValueError(f"{where}: a chat in 'prompt' must be a list of objects with role and content.")
+        elif not isinstance(value, str):
+            raise ValueError(f"{where}: field {field!r} must be a text, got {type(value).__name__}.")
+        elif field != "prompt" and not value:
+            raise ValueError(f"{where}: field {field!r} is empty.")
+    if row["hack"] == row["clean"]:
+        raise ValueError(f"{where}: fields 'hack' and 'clean' are the same text.")
+    return ContrastPair(row["prompt"], row["hack"], row["clean"])
+
+
+# ── directions ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Overlap(NamedTuple):
+    """How much two directions agree: cosines, 1 for the same, 0 for unrelated, -1 for opposite."""
+
+    overall: float
+    layers: dict[str, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class HeldOut:
+    """How well a direction orders pairs that it was not made from.
+
+    Attributes:
+        pairs: how many.
+        overall: share of pairs with Σ_layers Σ_rows V d > 0.
+        layers: the same share, layer by layer.
+        random: what random directions of the same shape get overall, mean of 20.
+    """
+
+    pairs: int
+    overall: float
+    layers: dict[str, float]
+    random: float
+
+
+class Direction(Mapping[str, Tensor]):
+    """Layer name → V (k, r): orthonormal rows along ∇NLL(hack) − ∇NLL(clean), fp32 on the CPU.
+
+    Args:
+        rows: layer name → (k, r) or (r,). Unit rows; several rows of one layer orthogonal.
+        effect: layer name → (r,) signed effect sizes, which the coordinate gate needs; or None.
+        strength: layer name → (k,) effect size along each row; ones if None.
+        fingerprints: layer name → sha256 of the base weight it counts in; empty if unknown.
+        heldout: the score on held-out pairs, if there was one.
+
+    Raises:
+        ValueError: no layer, shapes that do not fit, numbers that are not finite, or rows that are not orthonormal.
+
+    Example:
+        >>> v = Direction({"mlp.up_proj": torch.tensor([0.6, 0.8])})
+        >>> v["mlp.up_proj"].shape, (-v)["mlp.up_proj"]
+        (torch.Size([1, 2]), tensor([[-0.6000, -0.8000]]))
+    """
+
+    def __init__(
+        self,
+        rows: Mapping[str, Tensor],
+        *,
+        effect: Mapping[str, Tensor] | None = None,
+        strength: Mapping[str, Tensor] | None = None,
+        fingerprints: Mapping[str, str] | None = None,
+        heldout: HeldOut | None = None,
+    ) -> None:
+        self._rows = {name: _clean(V).reshape(-1, V.shape[-1]) for name, V in rows.items()}
+        if not self._rows:
+            raise ValueError("A direction needs at least one layer.")
+        self.effect = None if effect is None else {name: _clean(effect[name]) for name in self._rows}
+        self.strength = {
+            name: torch.ones(len(V)) if strength is None else _clean(strength[name]) for name, V in self._rows.items()
+        }
+        self.fingerprints = dict(fingerprints or {})
+        self.heldout = heldout
+        for name, V in self._rows.items():
+            self._check(name, V)
+
+    def _check(self, name: str, V: Tensor) -> None:
+        k, r = V.shape
+        if self.strength[name].shape != (k,):
+            raise ValueError(f"{name}: strength has shape {tuple(self.strength[name].shape)}, expected ({k},).")
+        if self.effect is not None and self.effect[name].shape != (r,):
+            raise ValueError(f"{name}: effect has shape {tuple(self.effect[name].shape)}, expected ({r},).")
+        numbers = [V] if self.effect is None else [V, self.effect[name]]
+        if not all(torch.isfinite(t).all() for t in numbers):
+            raise ValueError(f"{name}: the direction has a NaN or Inf in it.")
+        if not torch.allclose(V @ V.T, torch.eye(k), atol=1e-3):
+            raise ValueError(
+                f"{name}: the rows of V must be of unit length and orthogonal to each other; V Vᵀ is "
+                f"{(V @ V.T).tolist()}. Divide by the norm, or take the rows of torch.linalg.qr(V.T).Q.T."
+            )
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._rows[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._rows)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __repr__(self) -> str:
+        return f"Direction({len(self)} layers, {sum(len(V) for V in self.values())} rows, effect={self.effect is not None})"
+
+    def __neg__(self) -> Direction:
+        """The opposite direction: hack and clean change places."""
+        return self._map(torch.neg)
+
+    def trim(self, *, k: int | None = None, drop_bottom: float = 0.0) -> Direction:
+        """Fewer rows: the first k of each layer, and of those not the weakest.
+
+        Args:
+            k: rows to keep in each layer; all if None.
+            drop_bottom: share, in [0, 1), of all layers' rows together to drop, weakest `strength` first: one noise floor for
+                the whole model. A layer may lose all of its rows, and then has no entry.
+
+        Raises:
+            ValueError: k below 1, or drop_bottom outside [0, 1).
+        """
+        if k is not None and k < 1:
+            raise ValueError(f"k must be at least 1, got {k}.")
+        if not 0 <= drop_bottom < 1:
+            raise ValueError(f"drop_bottom is a share in [0, 1), got {drop_bottom}.")
+        kept = {name: (V[:k], self.strength[name][:k]) for name, V in self.items()}
+        pooled = torch.cat([s.abs() for _, s in kept.values()]).sort().values
+        floor = pooled[min(math.floor(drop_bottom * len(pooled)), len(pooled) - 1)]
+        masks = {name: s.abs() >= floor for name, (_, s) in kept.items()}
+        names = [name for name, mask in masks.items() if mask.any()]
+        return self._replace(
+            {name: kept[name][0][masks[name]] for name in names},
+            effect=None if self.effect is None else {name: self.effect[name] for name in names},
+            strength={name: kept[name][1][masks[name]] for name in names},
+        )
+
+    def overlap(self, other: Direction) -> Overlap:
+        """Agreement with another direction, over the layers that both have.
+
+        Per layer, for one row each the cosine of the two; for more, the mean cosine of the principal angles, with the sign of
+        the sum of row-wise products. Overall, the mean over layers.
+
+        Raises:
+            ValueError: no layer in common, or another r.
+        """
+        layers = {}
+        for name in self:
+            if name in other:
+                V, W = self[name], other[name]
+                if V.shape[1] != W.shape[1]:
+                    raise ValueError(f"{name}: one direction has r={V.shape[1]}, the other {W.shape[1]}.")
+                products = V @ W.T
+                sign = -1.0 if products.diagonal().sum() < 0 else 1.0
+                layers[name] = sign * float(torch.linalg.svdvals(products).mean())
+        if not layers:
+            raise ValueError("The two directions have no layer in common.")
+        return Overlap(sum(layers.values()) / len(layers), layers)
+
+    def random(self, seed: int) -> Direction:
+        """A control: random orthonormal rows, and effect sizes drawn from a normal distribution of the same spread."""
+        generator = torch.Generator().manual_seed(seed)
+        rows, effect = {}, {}
+        for name, V in self.items():
+            rows[name] = torch.linalg.qr(torch.randn(V.T.shape, generator=generator)).Q.T
+            if self.effect is not None:
+                spread = self.effect[name].square().mean().sqrt()
+                effect[name] = torch.randn(V.shape[1], generator=generator) * spread
+        return self._replace(rows, effect=effect if self.effect is not None else None)
+
+    def permuted(self, seed: int) -> Direction:
+        """A control: the same numbers on shuffled coordinates, layer by layer."""
+        generator = torch.Generator().manual_seed(seed)
+        order = {name: torch.randperm(V.shape[1], generator=generator) for name, V in self.items()}
+        return self._replace(
+            {name: V[:, order[name]] for name, V in self.items()},
+            effect=None if self.effect is None else {name: t[order[name]] for name, t in self.effect.items()},
+        )
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> Direction:
+        return self._replace(
+            {name: function(V) for name, V in self.items()},
+            effect=None if self.effect is None else {name: function(t) for name, t in self.effect.items()},
+        )
+
+    def _replace(
+        self,
+        rows: Mapping[str, Tensor],
+        *,
+        effect: Mapping[str, Tensor] | None,
+        strength: Mapping[str, Tensor] | None = None,
+    ) -> Direction:
+        return Direction(rows, effect=effect, strength=strength or self.strength, fingerprints=self.fingerprints)
+
+    def save(self, path: str | Path) -> None:
+        """Write a safetensors file, with the fingerprints of the base weights."""
+        tensors = {f"V {name}": V.contiguous() for name, V in self.items()}
+        tensors |= {f"strength {name}": s.contiguous() for name, s in self.strength.items()}
+        tensors |= {f"effect {name}": t.contiguous() for name, t in (self.effect or {}).items()}
+        heldout = None if self.heldout is None else dataclasses.asdict(self.heldout)
+        metadata = {"format": _FORMAT, "fingerprints": json.dumps(self.fingerprints), "heldout": json.dumps(heldout)}
+        save_file(tensors, path, metadata=metadata)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Direction:
+        """Read what `save` wrote.
+
+        Raises:
+            ValueError: the file is not a direction, or is damaged; names it.
+            OSError: the file cannot be read.
+        """
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                if metadata.get("format") != _FORMAT:
+                    raise ValueError(f"format {metadata.get('format')!r}, expected {_FORMAT!r}")
+                parts: dict[str, dict[str, Tensor]] = {"V": {}, "strength": {}, "effect": {}}
+                for key in file.keys():  # noqa: SIM118 (safe_open is no mapping)
+                    part, _, name = key.partition(" ")
+                    parts[part][name] = file.get_tensor(key)
+            heldout = json.loads(metadata["heldout"])
+            return cls(
+                parts["V"],
+                effect=parts["effect"] or None,
+                strength=parts["strength"],
+                fingerprints=json.loads(metadata["fingerprints"]),
+                heldout=None if heldout is None else HeldOut(**heldout),
+            )
+        except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path} is not a direction that can be used: {error}.") from error
+
+    def check_base(self, model: nn.Module) -> None:
+        """Refuse a model that this direction does not count in.
+
+        Raises:
+            ValueError: a layer is missing, has another r, or another base weight; names the layers.
+        """
+        layers = adapted_layers(model)
+        for name, V in self.items():
+            if name not in layers:
+                raise ValueError(
+                    f"The direction has a layer {name}, which is not among the adapted ones of this model."
+                )
+            basis = layers[name].basis
+            assert basis is not None
+            if V.shape[1] != basis.rank:
+                raise ValueError(f"{name}: the direction has r={V.shape[1]}, the layer {basis.rank}.")
+        wrong = [
+            name
+            for name, key in self.fingerprints.items()
+            if name in self and key != fingerprint(as_matrix(layers[name].get_base_layer()))
+        ]
+        if wrong:
+            raise ValueError(
+                f"The direction was made on other weights: {len(wrong)} of its {len(self)} layers differ, first {wrong[0]}. "
+                "A singular basis means nothing on another base; extract the direction again."
+            )
+
+
+def _clean(tensor: Tensor) -> Tensor:
+    return tensor.detach().float().cpu().clone()
+
+
+# ── extraction ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def extract_direction(
+    model: nn.Module,
+    tokenizer: Any,
+    pairs: Sequence[ContrastPair],
+    *,
+    estimator: Estimator = "tstat",
+    k: int = 1,
+    heldout: Sequence[ContrastPair] | None = None,
+    shuffle_labels: int | None = None,
+    length_normalise: bool = True,
+    append_eos: bool = True,
+    batch_size: int = 16,
+) -> Direction:
+    """The direction along which the model's knobs turn when it learns the hack rather than the clean answers.
+
+    One backward per batch of pairs, through `rollout_grads`. Nothing is written to the model or its gradients. The model is
+    taken as it is seen now: inside `deployed`, that is the deployed policy. Use ``eval`` mode where it has dropout.
+
+    Args:
+        model: an adapted causal LM.
+        tokenizer: its tokenizer. Chats go through its chat template, texts are taken as they are.
+        pairs: at least two.
+        estimator: ``"tstat"``, ``"mean"`` or ``"svd"``; effect sizes are kept with each of them.
+        k: rows per layer; more than one only with ``"svd"``.
+        heldout: further pairs, scored and not used.
+        shuffle_labels: seed of a coin that swaps hack and clean in half of the pairs: a control.
+        length_normalise: NLL per token of the completion, so that long answers do not outweigh short ones; False: the sum.
+        append_eos: whether completions end with the end-of-sequence token, as sampled ones do.
+        batch_size: pairs per backward.
+
+    Returns:
+        The `Direction`, with effect sizes, strengths, the base's fingerprints, and the held-out score if asked for.
+
+    Raises:
+        ValueError: the model is not adapted, too few pairs, an unknown estimator or a k it cannot have, or a completion
+            without tokens.
+    """
+    if estimator not in ESTIMATORS:
+        raise ValueError(f"estimator must be one of {', '.join(ESTIMATORS)}, got {estimator!r}.")
+    if k < 1 or (k > 1 and estimator != "svd"):
+        raise ValueError(f"k={k} rows need estimator='svd'; {estimator!r} has one row.")
+    if len(pairs) < 2:
+        raise ValueError(f"A spread over pairs needs at least two of them, got {len(pairs)}.")
+    if len(pairs) < k:
+        raise ValueError(f"k={k} rows need at least as many pairs, got {len(pairs)}.")
+    pairs = _swap(pairs, shuffle_labels)
+    options = {"length_normalise": length_normalise, "append_eos": append_eos, "batch_size": batch_size}
+    differences = pair_differences(model, tokenizer, pairs, **options)  # type: ignore[arg-type]
+
+    rows, effect, strength = {}, {}, {}
+    for name, D in differences.items():
+        effect[name] = effect_size(D)
+        rows[name] = _estimate(D, effect[name], estimator, k)
+        strength[name] = effect_size(D @ rows[name].T)
+    layers = adapted_layers(model)
+    keys = {name: fingerprint(as_matrix(layers[name].get_base_layer())) for name in rows}
+    direction = Direction(rows, effect=effect, strength=strength, fingerprints=keys)
+    if heldout:
+        direction.heldout = score(direction, pair_differences(model, tokenizer, heldout, **options))  # type: ignore[arg-type]
+    return direction
+
+
+def effect_size(D: Tensor) -> Tensor:
+    """Mean over standard deviation of each column, 0 where a column does not vary: (n, r) to (r,)."""
+    mean, std = D.mean(0), D.std(0)
+    return torch.where(std > 0, mean / std.clamp_min(torch.finfo(D.dtype).tiny), torch.zeros_like(mean))
+
+
+def pair_differences(
+    model: nn.Module,
+    tokenizer: Any,
+    pairs: Sequence[ContrastPair],
+    *,
+    length_normalise: bool = True,
+    append_eos: bool = True,
+    batch_size: int = 16,
+) -> dict[str, Tensor]:
+    """d_n = ∇θ NLL(hack_n) − ∇θ NLL(clean_n) of every pair: layer name → (pairs, r), fp32 on the CPU.
+
+    Sequences are padded on the right, whatever the tokenizer's side: a causal model does not see what comes after.
+    """
+    device = next(model.parameters()).device
+    collected: dict[str, list[Tensor]] = {}
+    for start in range(0, len(pairs), batch_size):
+        part = pairs[start : start + batch_size]
+        sequences = [
+            _tokenize(tokenizer, pair.prompt, completion, append_eos=append_eos)
+            for side in ("hack", "clean")
+            for pair, completion in ((pair, getattr(pair, side)) for pair in part)
+        ]
+        ids, mask, completion_mask = (t.to(device) for t in _pad(sequences))
+        with torch.enable_grad(), rollout_grads(model, detach=True) as grads:
+            logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+            nll = F.cross_entropy(logits[:, :-1].float().transpose(1, 2), ids[:, 1:], reduction="none")
+            weight = completion_mask[:, 1:].float()
+            if length_normalise:
+                weight = weight / weight.sum(-1, keepdim=True)
+            torch.autograd.backward((nll * weight).sum(), inputs=grads.leaves)
+        for name, rows in grads.items():
+            hack, clean = rows.float().cpu().split(len(part))
+            collected.setdefault(name, []).append(hack - clean)
+    return {name: torch.cat(parts) for name, parts in collected.items()}
+
+
+def score(direction: Direction, differences: Mapping[str, Tensor]) -> HeldOut:
+    """How many pairs a direction orders as labelled, beside what random directions of its shape get."""
+
+    def projections(v: Direction) -> dict[str, Tensor]:
+        return {name: (differences[name] @ V.T).sum(-1) for name, V in v.items()}
+
+    def share(values: Tensor) -> float:
+        return float((values > 0).float().mean())
+
+    own = projections(direction)
+    chance = [
+        share(torch.stack(list(projections(direction.random(seed)).values())).sum(0)) for seed in range(_RANDOM_DRAWS)
+    ]
+    return HeldOut(
+        pairs=len(next(iter(own.values()))),
+        overall=share(torch.stack(list(own.values())).sum(0)),
+        layers={name: share(values) for name, values in own.items()},
+        random=sum(chance) / len(chance),
+    )
+
+
+def _estimate(D: Tensor, effect: Tensor, estimator: Estimator, k: int) -> Tensor:
+    if estimator == "svd":
+        V = torch.linalg.svd(D.double(), full_matrices=False).Vh[:k].float()  # (k, r)
+        votes = torch.sign(D @ V.T).sum(0)  # each row points where most pairs do
+        return V * torch.where(votes < 0, -1.0, 1.0)[:, None]
+    row = effect if estimator == "tstat" else D.mean(0)
+    norm = row.norm()
+    # a layer that no pair moves has no direction: any unit row will do, and its strength says 0
+    return (row / norm if norm > 0 else F.one_hot(torch.tensor(0), len(row)).float())[None]
+
+
+def _swap(pairs: Sequence[ContrastPair], seed: int | None) -> Sequence[ContrastPair]:
+    if seed is None:
+        return pairs
+    order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(seed)).tolist()
+    swapped = set(order[: len(pairs) // 2])
+    return [ContrastPair(pair.prompt, pair.clean, pair.hack) if i in swapped else pair for i, pair in enumerate(pairs)]
+
+
+def _tokenize(
+    tokenizer: Any, prompt: str | list[dict[str, str]], completion: str, *, append_eos: bool
+) -> tuple[list[int], list[int]]:
+    """Ids of prompt and completion, tokenised apart, as a sampler would have put them together."""
+    if isinstance(prompt, str):
+        prompt_ids = list(tokenizer(prompt)["input_ids"])
+    else:
+        prompt_ids = list(
+            tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
+        )
+    completion_ids = list(tokenizer(completion, add_special_tokens=False)["input_ids"])
+    if append_eos and tokenizer.eos_token_id is not None:
+        completion_ids.append(tokenizer.eos_token_id)
+    if not prompt_ids or not completion_ids:
+        raise ValueError(f"prompt {prompt!r} with completion {completion!r} has a part without any token.")
+    return prompt_ids, completion_ids
+
+
+def _pad(sequences: Sequence[tuple[list[int], list[int]]]) -> tuple[Tensor, Tensor, Tensor]:
+    """Ids, attention mask and completion mask, (b, s) each, padded on the right with 0."""
+    width = max(len(prompt) + len(completion) for prompt, completion in sequences)
+    ids, mask, completion_mask = (torch.zeros(len(sequences), width, dtype=torch.long) for _ in range(3))
+    for row, (prompt, completion) in enumerate(sequences):
+        end = len(prompt) + len(completion)
+        ids[row, :end] = torch.tensor(prompt + completion)
+        mask[row, :end] = 1
+        completion_mask[row, len(prompt) : end] = 1
+    return ids, mask, completion_mask
