@@ -17,6 +17,7 @@ from antipasto.knobs import (
     wrap,
 )
 from antipasto.rollouts import RolloutGrads, rollout_grads
+from antipasto.routing import Control, Router
 from antipasto.tuner import TARGET_MODULES, AntiPastoConfig
 
 __version__ = "0.1.0"
@@ -27,9 +28,11 @@ __all__ = [
     "Basis",
     "BasisCacheWarning",
     "ContrastPair",
+    "Control",
     "Direction",
     "LayerKnobs",
     "RolloutGrads",
+    "Router",
     "deployed",
     "drop_quarantine",
     "extract_direction",

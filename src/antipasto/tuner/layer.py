@@ -70,6 +70,7 @@ class AntiPastoLinear(nn.Module, BaseTunerLayer):
         basis: U, S, Vh of the base weight, shared by all adapters, up to the largest of their ranks. Plain tensors rather
             than buffers: they are no state, and DDP would broadcast buffers at every forward.
         view: which knobs the forward sees.
+        offset: where set, added to θ: how a router takes a control's book out for a while. (r,)
         spread_theta: where set, called with θ and x at every forward for a θ that broadcasts over x's tokens: how
             `antipasto.rollouts` tells sequences apart.
     """
@@ -85,6 +86,7 @@ class AntiPastoLinear(nn.Module, BaseTunerLayer):
         self.r: dict[str, int] = {}
         self.basis: Basis | None = None
         self.view = View.TRAINED
+        self.offset: Tensor | None = None
         self.spread_theta: Callable[[Tensor, Tensor], Tensor] | None = None
         self.merged_adapters: list[str] = []
         self._unmerged_weight: Tensor | None = None
@@ -136,6 +138,8 @@ class AntiPastoLinear(nn.Module, BaseTunerLayer):
             if theta.shape[0] < self.basis.rank:
                 theta = F.pad(theta, (0, self.basis.rank - theta.shape[0]))
             total = theta if total is None else total + theta
+        if total is not None and self.offset is not None:
+            total = total + self.offset
         return total
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 from accelerate.utils import extract_model_from_parallel
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTuner
 from peft.utils.other import AuxiliaryTrainingWrapper
-from torch import nn
+from torch import Tensor, nn
 
 from .layer import AntiPastoLinear, View
 
@@ -43,26 +43,31 @@ def adapted_layers(model: nn.Module) -> dict[str, AntiPastoLinear]:
 
 
 @contextmanager
-def seen_as(model: nn.Module, view: View) -> Iterator[None]:
+def seen_as(model: nn.Module, view: View, offsets: Mapping[str, Tensor] | None = None) -> Iterator[None]:
     """Let every adapted layer see other knobs inside the context; the innermost context counts.
 
     Layers that are merged are unmerged meanwhile, and merged again at the end. In the reference view, PEFT's
     ``modules_to_save`` give way to their originals as well: the model is the base model.
+
+    Args:
+        model: the adapted model.
+        view: which knobs take part.
+        offsets: layer name → (r,), what to add to θ meanwhile; nothing for the others.
     """
     with unmerged(model):
-        layers = adapted_layers(model).values()
-        previous = [layer.view for layer in layers]
+        layers = adapted_layers(model)
+        previous = [(layer, layer.view, layer.offset) for layer in layers.values()]
         wrappers = [m for m in unwrap(model).modules() if isinstance(m, AuxiliaryTrainingWrapper)]
         disabled = [wrapper._disable_adapters for wrapper in wrappers]
-        for layer in layers:
-            layer.view = view
+        for name, layer in layers.items():
+            layer.view, layer.offset = view, (offsets or {}).get(name)
         for wrapper in wrappers:
             wrapper._disable_adapters = view is View.REFERENCE
         try:
             yield
         finally:
-            for layer, old_view in zip(layers, previous, strict=True):
-                layer.view = old_view
+            for layer, old_view, old_offset in previous:
+                layer.view, layer.offset = old_view, old_offset
             for wrapper, old_flag in zip(wrappers, disabled, strict=True):
                 wrapper._disable_adapters = old_flag
 
