@@ -13,12 +13,12 @@ from datasets import Dataset
 from peft import PeftModel, get_peft_model
 from rich.console import Console
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
 from trl import GRPOConfig, GRPOTrainer
 
 import antipasto as ap
 from antipasto.tasks import addition
-from antipasto.trl import ProgressBar, RolloutLog
+from antipasto.trl import ProgressBar, RolloutLog, RoutingCallback
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*torch.utils.data.dataloader.*pin_memory.*"),
@@ -148,3 +148,103 @@ def test_progress_bar_gives_the_terminal_back_after_an_exception() -> None:
     with pytest.raises(KeyboardInterrupt), bar:
         raise KeyboardInterrupt if bar._progress.live.is_started else AssertionError
     assert not bar._progress.live.is_started
+
+
+# ── routing ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def known_hack(model: nn.Module) -> ap.Direction:
+    return ap.extract_direction(model, tokenizer(), ap.load_pairs(addition.hack_pairs(24, seed=0)))
+
+
+def routed(out: Path, *, resume_from: Path | None = None, **options: object) -> tuple[GRPOTrainer, ap.Router]:
+    trainer = grpo(out, load(), peft_config=ap.AntiPastoConfig(), **options)
+    v = known_hack(trainer.model)
+    router = ap.Router(trainer.model, v, controls={"random": v.random(0), "permuted": v.permuted(0)})
+    RoutingCallback(router, resume_from).install(trainer)
+    return trainer, router
+
+
+class Reporter(TrainerCallback):
+    """Stands for tensorboard and the like: sees what the Trainer logs."""
+
+    def __init__(self) -> None:
+        self.rows: list[dict[str, float]] = []
+
+    def on_log(self, args: object, state: object, control: object, logs: dict[str, float], **_: object) -> None:
+        self.rows.append(dict(logs))
+
+
+def test_routing_a_grpo_run(tmp_path: Path) -> None:
+    plain = grpo(tmp_path / "plain", load(), peft_config=ap.AntiPastoConfig())
+    plain.train()
+    trainer, router = routed(tmp_path / "routed")
+    reporter = Reporter()
+    trainer.add_callback(reporter)
+    trainer.train()
+    moved = False
+    for name, layer in ap.knobs(trainer.model).items():
+        # the first steps are the plain run's to the last digits; later ones sample from a policy rounded differently
+        torch.testing.assert_close(
+            layer.delta_s + layer.delta_s_hack, ap.knobs(plain.model)[name].delta_s, atol=1e-5, rtol=1e-3
+        )
+        moved |= bool(layer.delta_s_hack.any())
+        guarded = router.direction.effect[name].abs() > 0.65
+        assert not (guarded & (router.direction.effect[name] * layer.delta_s < 0)).any()  # from 0, never hack-ward
+    assert moved
+    assert router.steps == 4
+    rows = [row for row in trainer.state.log_history if "reward" in row]
+    assert all(row["routing/hackward_in"] > 0 and "routing/hackward_in_random" in row for row in rows)
+    assert all("routing/quarantine_norm" in row for row in reporter.rows)
+    optimizer = trainer.optimizer.optimizer
+    assert not optimizer._optimizer_step_post_hooks
+
+
+def test_a_resumed_run_ends_where_the_uninterrupted_one_does_books_included(tmp_path: Path) -> None:
+    trainer, router = routed(tmp_path, save_strategy="steps", save_steps=2)
+    trainer.train()
+    again, again_router = routed(tmp_path / "again", resume_from=tmp_path / "checkpoint-2")
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+    for name, layer in ap.knobs(trainer.model).items():
+        assert torch.equal(layer.delta_s, ap.knobs(again.model)[name].delta_s)
+        assert torch.equal(layer.delta_s_hack, ap.knobs(again.model)[name].delta_s_hack)
+        for book in ("random", "permuted"):
+            assert torch.equal(router.book(book)[name], again_router.book(book)[name])
+    assert router.metrics() == again_router.metrics()
+
+    lost, _ = routed(tmp_path / "lost")
+    with pytest.raises(ValueError, match=r"continues at step 2, but .*books\.safetensors is not there"):
+        lost.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
+
+
+@pytest.mark.parametrize("level", ["update", "gradient"])
+def test_routing_in_a_plain_trainer_with_accumulation(tmp_path: Path, level: str) -> None:
+    def knobs_after(batch_size: int, accumulation: int) -> torch.Tensor:
+        model = get_peft_model(load(), ap.AntiPastoConfig())
+        router = ap.Router(model, known_hack(model), level=level)
+        rows = [tokenizer()(addition.prompt("h", pair) + "!").input_ids for pair in addition.split("train")[:16]]
+        trainer = Trainer(
+            model=model,
+            args=TrainingArguments(
+                str(tmp_path / f"{batch_size}"),
+                per_device_train_batch_size=batch_size,
+                gradient_accumulation_steps=accumulation,
+                max_steps=3,
+                learning_rate=1e-2,
+                use_cpu=True,
+                report_to="none",
+                disable_tqdm=True,
+                dataloader_pin_memory=False,
+                save_strategy="no",
+                data_seed=0,
+            ),
+            train_dataset=[{"input_ids": row, "labels": row} for row in rows],
+        )
+        RoutingCallback(router).install(trainer)
+        trainer.train()
+        assert router.steps == 3
+        return torch.cat([torch.cat([k.delta_s, k.delta_s_hack]).detach() for k in ap.knobs(model).values()])
+
+    one, four = knobs_after(4, 1), knobs_after(1, 4)
+    torch.testing.assert_close(one, four, atol=2e-4, rtol=1e-3)
+    assert one.any()
