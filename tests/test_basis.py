@@ -165,6 +165,11 @@ def test_where_the_cache_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.delenv("ANTIPASTO_CACHE")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
     assert cache_home() == tmp_path / "xdg" / "antipasto"
+    monkeypatch.setenv("HOME", str(tmp_path))
+    monkeypatch.setenv("ANTIPASTO_CACHE", "~/mine")
+    assert cache_home() == tmp_path / "mine"
+    load_basis(random_weight(), cache_dir="~/other")
+    assert (tmp_path / "other").is_dir()
     monkeypatch.setenv("ANTIPASTO_CACHE", "")
     assert cache_home() == tmp_path / "xdg" / "antipasto"
 

@@ -180,6 +180,28 @@ def test_the_gradient_sums_over_many_bf16_tokens_in_fp32() -> None:
     torch.testing.assert_close(knobs.delta_s.grad, 20_001 * one, rtol=1e-5, atol=0)
 
 
+def test_fp16_gradients_do_not_underflow() -> None:
+    knobs, exact = make_layer(dtype=torch.float16), make_layer(dtype=torch.float64)
+    x = torch.randn(4096, I).half() * 1e-2
+    for layer, cast in ((knobs, torch.float16), (exact, torch.float64)):
+        layer.layer(x.to(cast)).backward(torch.full((4096, O), 1e-6, dtype=cast))
+    error = (knobs.delta_s.grad - exact.delta_s.grad).norm() / exact.delta_s.grad.norm()
+    assert error < 0.1  # the incoming gradient itself is rounded to fp16; products in fp16 would be off by 0.8
+
+
+def test_fp16_activations_that_overflow_in_the_singular_basis_only() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(64, 4, bias=False))
+    (knobs,) = ap.wrap(model, ap.AntiPastoConfig(target_modules=["0"])).values()
+    model.half()
+    knobs.layer.base_layer.weight.data.mul_(1e-3)
+    x = (knobs.Vh[0].sign() * 1.5e4)[None]  # Vh x reaches 10^5, W x a few hundred
+    base = knobs.layer.base_layer(x)
+    assert torch.isfinite(base).all()
+    assert not torch.isfinite(x @ knobs.Vh.T).all()
+    assert torch.equal(model(x), base)
+
+
 class FullPrecisionLinear(nn.Linear):
     """A layer that steps out of autocast, as routers and some heads do."""
 

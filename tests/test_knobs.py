@@ -236,6 +236,23 @@ def test_merging_inside_deployed_merges_what_ships_and_ends_with_the_context() -
     assert torch.equal(logits(model), trained)
 
 
+def test_scaled_is_theta_at_a_fraction(model: nn.Module) -> None:
+    before, trained = snapshot(model), logits(model)
+    with ap.scaled(model, 0.25):
+        quarter = logits(model)
+        assert_unwritten(model, before)
+        with ap.reference(model):
+            assert torch.equal(logits(model), logits(BASE))
+    assert torch.equal(logits(model), trained)
+    with ap.scaled(model, 1.0):
+        torch.testing.assert_close(logits(model), trained, atol=1e-6, rtol=0)
+    twin = copy.deepcopy(model)
+    for layer in ap.knobs(twin).values():
+        layer.delta_s.data.mul_(0.25)
+        layer.delta_s_hack.data.mul_(0.25)
+    torch.testing.assert_close(quarter, logits(twin), atol=1e-5, rtol=1e-5)
+
+
 # ── dropping the quarantine ──────────────────────────────────────────────────────────────────────────────────────────
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 import random
 from pathlib import Path
 
@@ -333,6 +334,120 @@ def test_delta_weight_is_what_merging_adds_and_becomes_an_exact_lora() -> None:
     lora = get_peft_model(FAMILIES["llama"].build(), lora_config)
     peft.set_peft_model_state_dict(lora, state)
     torch.testing.assert_close(logits(lora), adapted, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("verb", ["merge_and_unload", "unload"])
+def test_unloading_inside_a_context_keeps_what_it_gave(verb: str) -> None:
+    model = build()
+    model.add_adapter("second", ap.AntiPastoConfig())
+    with ap.deployed(model):
+        deployed = logits(model)
+        plain = getattr(model, verb)()
+        torch.testing.assert_close(logits(plain), deployed if verb == "merge_and_unload" else logits(BASE))
+    torch.testing.assert_close(logits(plain), deployed if verb == "merge_and_unload" else logits(BASE))
+
+    model = build()
+    model.merge_adapter()
+    with ap.reference(model):
+        base = model.unload()
+    assert torch.equal(logits(base), logits(BASE))
+
+
+def test_contexts_put_back_the_merged_weights_themselves() -> None:
+    model = build()
+    model.merge_adapter()
+    merged = logits(model)
+    for layer in ap.knobs(model).values():
+        layer.delta_s.data.mul_(3)  # shows after the next merge, and not before
+    ap.ref_logprobs(model, tokens())
+    with torch.autocast("cpu", torch.bfloat16):
+        ap.ref_logprobs(model, tokens())
+    assert torch.equal(logits(model), merged)
+    model.unmerge_adapter()
+    model.add_adapter("second", ap.AntiPastoConfig())
+    model.merge_adapter()
+    with ap.reference(model):
+        model.set_adapter("second")
+    assert torch.equal(logits(model), logits(BASE))  # the second one is at zero, and nothing is merged
+
+
+def test_merging_under_autocast_is_the_same_merge() -> None:
+    model, other = build(), build()
+    model.merge_adapter()
+    with torch.autocast("cpu", torch.bfloat16):
+        other.merge_adapter()
+    for name, layer in _layers(model).items():
+        assert torch.equal(layer.base_layer.weight, _layers(other)[name].base_layer.weight)
+
+
+def test_deployed_inside_disable_adapter_is_the_base_model() -> None:
+    model = build(modules_to_save=["lm_head"], target_modules=["q_proj"])
+    model.base_model.model.lm_head.modules_to_save["default"].weight.data.mul_(2)
+    with model.disable_adapter():
+        assert torch.equal(logits(model), logits(BASE))
+        with ap.deployed(model):
+            assert torch.equal(logits(model), logits(BASE))
+
+
+def test_freezing_an_adapter_freezes_its_quarantine() -> None:
+    model = build()
+    model.add_adapter("second", ap.AntiPastoConfig())
+    hacks = [layer.delta_s_hack for layer in ap.knobs(model, adapter_name="default").values()]
+
+    def ask() -> None:
+        for hack in hacks:
+            hack.requires_grad_(True)
+
+    ask()
+    model.set_adapter("default")
+    assert all(hack.requires_grad for hack in hacks)  # the active adapter's is the caller's choice
+    model.set_adapter("second")
+    assert not any(hack.requires_grad for hack in hacks)
+    model.set_adapter("default")
+    assert not any(hack.requires_grad for hack in hacks)
+    ask()
+    model.set_requires_grad("default", requires_grad=False)
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_delta_weight_of_an_unknown_adapter_is_an_error() -> None:
+    layer = next(iter(_layers(build()).values()))
+    with pytest.raises(ValueError, match=r"no adapter 'typo'; it has \['default'\]"):
+        layer.get_delta_weight("typo")
+
+
+# ── transformers' own integration ────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_transformers_loads_adds_and_deletes_the_adapter(tmp_path: Path) -> None:
+    model = build()
+    model.save_pretrained(tmp_path)
+    loaded = FAMILIES["llama"].build()
+    loaded.load_adapter(tmp_path)
+    assert torch.equal(logits(loaded), logits(model))
+    loaded.delete_adapter("default")
+    fresh = FAMILIES["llama"].build()
+    fresh.add_adapter(ap.AntiPastoConfig())
+    assert torch.equal(logits(fresh), logits(BASE))
+    assert set(ap.knobs(fresh)) == set(ap.knobs(model))
+
+
+def test_a_wrapped_models_own_save_pretrained_writes_the_adapter(tmp_path: Path) -> None:
+    model = FAMILIES["llama"].build()
+    ap.wrap(model)
+    randomise(model)
+    model.save_pretrained(tmp_path)
+    assert (tmp_path / "adapter_config.json").exists()
+    assert torch.equal(logits(PeftModel.from_pretrained(FAMILIES["llama"].build(), tmp_path)), logits(model))
+
+
+def test_the_methods_name_is_a_member_of_pefts_enum() -> None:
+    config = ap.AntiPastoConfig()
+    assert isinstance(config.peft_type, peft.PeftType)
+    assert config.peft_type.value == config.peft_type == "ANTIPASTO"
+    assert peft.PeftType("ANTIPASTO") is config.peft_type
+    assert pickle.loads(pickle.dumps(config)) == config
+    assert json.loads(json.dumps(config.to_dict()))["peft_type"] == "ANTIPASTO"
 
 
 # ── which layers, at what rank ───────────────────────────────────────────────────────────────────────────────────────

@@ -130,6 +130,27 @@ def test_the_output_projection_of_multihead_attention_is_never_called() -> None:
         ap.wrap(model, ap.AntiPastoConfig(target_modules="all-linear"))
 
 
+def test_two_layers_with_one_weight() -> None:
+    model = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 4))
+    model[1].weight = model[0].weight
+    with pytest.raises(ValueError, match=r"1 is a target.*shares its weight with 0"):
+        ap.wrap(model, ap.AntiPastoConfig(target_modules=["0", "1"]))
+    ap.wrap(model, ap.AntiPastoConfig(target_modules=["0"]))
+
+
+def test_a_computed_weight() -> None:
+    model = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(4, 4)))
+    with pytest.raises(ValueError, match=r"0 is a target.*not a parameter but computed"):
+        ap.wrap(model, ap.AntiPastoConfig(target_modules=["0"]))
+
+
+@pytest.mark.filterwarnings("ignore:Initializing zero-element tensors")
+def test_a_weight_without_numbers() -> None:
+    model = nn.Sequential(nn.Linear(4, 0))
+    with pytest.raises(ValueError, match=r"0: Expected a 2-D weight \(o, i\) with numbers in it"):
+        ap.wrap(model, ap.AntiPastoConfig(target_modules=["0"]))
+
+
 def test_mambas_kernels_read_past_the_layer() -> None:
     model = transformers.MambaForCausalLM(
         transformers.MambaConfig(vocab_size=16, hidden_size=8, num_hidden_layers=1, state_size=4)

@@ -84,6 +84,14 @@ def test_sampling_is_the_seeds_and_leaves_the_callers_random_state_alone() -> No
     assert torch.equal(torch.get_rng_state(), state)
 
 
+def test_sampling_gives_the_mode_back_also_after_an_exception() -> None:
+    model = AutoModelForCausalLM.from_pretrained(addition.model_path()).train()
+    tokenizer = AutoTokenizer.from_pretrained(addition.model_path())
+    with pytest.raises(ValueError, match="max_new_tokens"):
+        sample_completions(model, tokenizer, ["s12+34="], max_new_tokens=0, seed=0)
+    assert model.training
+
+
 def test_sampling_is_from_the_whole_distribution() -> None:
     """The defaults of generate would cut it to the 50 likeliest tokens, or whatever the model's own config says."""
     model = AutoModelForCausalLM.from_pretrained(addition.model_path())

@@ -13,6 +13,7 @@ from antipasto.knobs import (
     knobs,
     ref_logprobs,
     reference,
+    scaled,
     token_logprobs,
     wrap,
 )
@@ -42,6 +43,7 @@ __all__ = [
     "ref_logprobs",
     "reference",
     "rollout_grads",
+    "scaled",
     "token_logprobs",
     "wrap",
 ]

@@ -68,7 +68,7 @@ class BasisCacheWarning(UserWarning):
 
 def cache_home() -> Path:
     """``$ANTIPASTO_CACHE`` if it is set and not empty, else the user's cache folder for this library."""
-    return Path(os.environ.get("ANTIPASTO_CACHE") or user_cache_dir("antipasto", appauthor=False))
+    return Path(os.environ.get("ANTIPASTO_CACHE") or user_cache_dir("antipasto", appauthor=False)).expanduser()
 
 
 def decompose(weight: Tensor) -> Basis:
@@ -132,7 +132,7 @@ def load_basis(weight: Tensor, *, cache_dir: str | os.PathLike[str] | None = DEF
     _check(weight)
     if cache_dir is None:
         return decompose(weight)
-    folder = cache_home() if cache_dir == DEFAULT_CACHE else Path(cache_dir)
+    folder = cache_home() if cache_dir == DEFAULT_CACHE else Path(cache_dir).expanduser()
     key = fingerprint(weight)
     path = folder / f"{key}.safetensors"
 
@@ -161,8 +161,8 @@ def load_basis(weight: Tensor, *, cache_dir: str | os.PathLike[str] | None = DEF
 
 
 def _check(weight: Tensor) -> None:
-    if weight.ndim != 2:
-        raise ValueError(f"Expected a 2-D weight (o, i), got one of shape {tuple(weight.shape)}.")
+    if weight.ndim != 2 or weight.numel() == 0:
+        raise ValueError(f"Expected a 2-D weight (o, i) with numbers in it, got one of shape {tuple(weight.shape)}.")
     if weight.dtype not in WEIGHT_DTYPES:
         raise ValueError(f"Expected a weight of dtype {', '.join(map(str, WEIGHT_DTYPES))}, got {weight.dtype}.")
     if weight.device.type == "meta":

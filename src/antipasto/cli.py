@@ -37,19 +37,23 @@ def main(
 @app.command()
 def demo(
     seed: Annotated[int, typer.Option(min=0, help="Seed of prompts, rollouts and evaluation.")] = 0,
+    seeds: Annotated[int, typer.Option(min=1, help="How many seeds to run, from --seed on.")] = 1,
     steps: Annotated[int, typer.Option(min=1, help="Optimizer steps of 16 prompts x 16 rollouts.")] = 160,
+    variant: Annotated[
+        str, typer.Option(help="How common the known hack is at the start: 'rare', or 'even' with the unknown one.")
+    ] = "rare",
     out: Annotated[Path | None, typer.Option(help="Run folder, new or empty.", show_default="runs/demo-<time>")] = None,
 ) -> None:
-    """Train a small model on a reward that can be fooled, and see what it learns.
+    """Train a small model on a reward that can be fooled; see what it learns, and what is left without the quarantine.
 
-    About a minute on two cores. Leaves every rollout with its reward in the run folder.
+    About a minute a seed on two cores. Leaves every rollout with its reward in the run folder.
     """
     console = Console()
     out = out or Path("runs") / f"demo-{datetime.now():%Y%m%d-%H%M%S}"
     try:
         from antipasto import demo as job
 
-        job.run(seed=seed, steps=steps, out=out, console=console)
+        job.run(job.DemoConfig(seed, steps, variant), out, console, seeds=seeds)
     except ValueError as error:
         _fail(str(error))
     except OSError as error:

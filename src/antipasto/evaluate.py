@@ -73,23 +73,25 @@ def sample_completions(
         The completions' texts, without special tokens, in the order of the prompts.
     """
     training = model.training
-    model.eval()
     completions: list[str] = []
     device = next(model.parameters()).device
-    with torch.random.fork_rng():
-        torch.manual_seed(seed)
-        for start in range(0, len(prompts), batch_size):
-            batch = tokenizer(
-                list(prompts[start : start + batch_size]),
-                return_tensors="pt",
-                padding=True,
-                return_token_type_ids=False,
-            ).to(device)
-            # top_k and top_p spelled out: generate's own default is top_k=50
-            output = model.generate(  # type: ignore[operator]
-                **batch, do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=max_new_tokens
-            )
-            new_tokens = output[:, batch["input_ids"].shape[1] :]
-            completions += tokenizer.batch_decode(new_tokens, skip_special_tokens=True)
-    model.train(training)
+    try:
+        model.eval()
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            for start in range(0, len(prompts), batch_size):
+                batch = tokenizer(
+                    list(prompts[start : start + batch_size]),
+                    return_tensors="pt",
+                    padding=True,
+                    return_token_type_ids=False,
+                ).to(device)
+                # top_k and top_p spelled out: generate's own default is top_k=50
+                output = model.generate(  # type: ignore[operator]
+                    **batch, do_sample=True, temperature=1.0, top_k=0, top_p=1.0, max_new_tokens=max_new_tokens
+                )
+                new_tokens = output[:, batch["input_ids"].shape[1] :]
+                completions += tokenizer.batch_decode(new_tokens, skip_special_tokens=True)
+    finally:
+        model.train(training)
     return completions

@@ -16,7 +16,7 @@ Prior work: AntiPaSTO (github.com/wassname/AntiPaSTO); SVF in Transformer² (arX
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
@@ -40,7 +40,8 @@ def delta_weight(U: Tensor, Vh: Tensor, theta: Tensor) -> Tensor:
                 [0., 2.]])
     """
     dtype = torch.promote_types(torch.promote_types(U.dtype, Vh.dtype), theta.dtype)
-    return (U.to(dtype) * theta.to(dtype)) @ Vh.to(dtype)
+    with _no_autocast(U.device):
+        return (U.to(dtype) * theta.to(dtype)) @ Vh.to(dtype)
 
 
 def spectral_linear_reference(
@@ -99,7 +100,7 @@ class _SpectralDelta(torch.autograd.Function):
         if grad_y is not None:
             p = grad_y @ U  # (..., o) @ (o, r) -> (..., r)
             if needs_theta:
-                grad_theta = _sum_to(p * h, theta)
+                grad_theta = _sum_to(p.to(theta.dtype) * h, theta)  # fp16 products would underflow
             through_y = (p * theta).to(p.dtype)
             grad_h = through_y if grad_h is None else grad_h + through_y
         if needs_x and grad_h is not None:
@@ -116,7 +117,8 @@ def spectral_delta(x: Tensor, U: Tensor, Vh: Tensor, theta: Tensor, dtype: torch
         Vh: (r, i), frozen.
         theta: (r,), or (..., r) to give tokens a θ each, as far as it broadcasts to (..., r) of x's leading shape. A gradient
             flows to it, summed over what it was broadcast along, in its own dtype.
-        dtype: the dtype to compute in: that of the base layer's output, which under autocast is not that of x.
+        dtype: of the result: that of the base layer's output, which under autocast is not that of x. It is also the dtype
+            computed in, but for fp16, which is computed in fp32.
 
     Returns:
         (..., o) of ``dtype``.
@@ -126,8 +128,14 @@ def spectral_delta(x: Tensor, U: Tensor, Vh: Tensor, theta: Tensor, dtype: torch
         >>> spectral_delta(x, U, Vh, theta, torch.float32)
         tensor([[1., 2.]])
     """
-    # the operands are already what they should be: autocast would cast them again where dtype is not its own
-    device = x.device.type
-    with torch.autocast(device, enabled=False) if torch.amp.is_autocast_available(device) else nullcontext():
-        y, _ = _SpectralDelta.apply(x.to(dtype), U.to(dtype), Vh.to(dtype), theta)
-    return y
+    # in fp16, h can overflow where W x does not (|h| goes up to the length of x), and 0 times inf is no longer the base model
+    inner = torch.float32 if dtype == torch.float16 else dtype
+    with _no_autocast(x.device):
+        y, _ = _SpectralDelta.apply(x.to(inner), U.to(inner), Vh.to(inner), theta)
+    return y.to(dtype)
+
+
+def _no_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Operands here are already of the dtype that they should have: autocast would cast them again."""
+    available = torch.amp.is_autocast_available(device.type)
+    return torch.autocast(device.type, enabled=False) if available else nullcontext()

@@ -2,11 +2,13 @@
 
     as trained      θ = δS + δS_hack
     deployed        θ = δS                  the quarantine out
+    scaled          θ = factor (δS + δS_hack)
     reference       θ = 0                   the base model, bit for bit: RL's KL reference without a second model
 
 The contexts set what the layers see and never write to the knobs. They nest (the innermost counts) and restore on
-exceptions. With gradient checkpointing, call ``backward`` inside the context in which the loss was computed: layers are
-run again there, and would otherwise see other knobs the second time.
+exceptions; they belong to the model, so use them from one thread, strictly nested. With gradient checkpointing, call
+``backward`` inside the context in which the loss was computed: layers are run again there, and would otherwise see other
+knobs the second time.
 """
 
 from __future__ import annotations
@@ -19,9 +21,10 @@ import torch
 import torch.nn.functional as F
 from peft import inject_adapter_in_model
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from antipasto.tuner import AntiPastoConfig, AntiPastoLinear, View
-from antipasto.tuner.views import adapted_layers, seen_as, unmerged, unwrap
+from antipasto.tuner.views import adapted_layers, seen_as, unwrap
 
 
 @dataclass(frozen=True)
@@ -76,7 +79,10 @@ def wrap(
     """Adapt a model in place, without a PeftModel around it.
 
     Every target layer is replaced by one that computes the same and has knobs, and every parameter but the ``delta_s`` is
-    frozen. `peft.get_peft_model_state_dict` and `peft.set_peft_model_state_dict` save and load the knobs.
+    frozen. A transformers model's own ``save_pretrained`` then writes the adapter, which `PeftModel.from_pretrained` loads;
+    for other modules, `peft.get_peft_model_state_dict` and `peft.set_peft_model_state_dict` save and load the knobs.
+
+    The basis is that of the weights at this moment: load weights first, wrap after.
 
     Args:
         model: any ``nn.Module``.
@@ -101,6 +107,9 @@ def wrap(
             "for a second adapter use peft's PeftModel.add_adapter."
         )
     inject_adapter_in_model(copy.deepcopy(config or AntiPastoConfig()), model, adapter_name)
+    if isinstance(model, PreTrainedModel):
+        # else its save_pretrained would write the adapted layers under names that no base model has
+        model._hf_peft_config_loaded = True
     return knobs(model, adapter_name=adapter_name)
 
 
@@ -148,6 +157,19 @@ def deployed(model: nn.Module) -> AbstractContextManager[None]:
     return seen_as(model, View.DEPLOYED)
 
 
+def scaled(model: nn.Module, factor: float) -> AbstractContextManager[None]:
+    """Context: θ at a fraction of its length, θ → factor θ. Shrinking any update removes some of what it taught: a control.
+
+    Raises:
+        ValueError: the model is not adapted.
+    """
+    offsets = {}
+    for name, layer in knobs(model).items():
+        theta = layer.delta_s.detach() if layer.delta_s_hack is None else (layer.delta_s + layer.delta_s_hack).detach()
+        offsets[name] = (factor - 1) * theta
+    return seen_as(model, View.TRAINED, offsets)
+
+
 def drop_quarantine(model: nn.Module) -> None:
     """Delete the quarantine of every adapter, for good; the model is then what `deployed` showed.
 
@@ -156,9 +178,11 @@ def drop_quarantine(model: nn.Module) -> None:
     Raises:
         ValueError: the model is not adapted.
     """
-    with unmerged(model):
-        for layer in adapted_layers(model).values():
-            layer.drop_quarantine()
+    for layer in adapted_layers(model).values():
+        merged = layer.take_merged()
+        layer.drop_quarantine()
+        if merged is not None:
+            layer.merge(adapter_names=merged[0])
     for config in getattr(unwrap(model), "peft_config", {}).values():
         if isinstance(config, AntiPastoConfig):
             config.quarantine = False

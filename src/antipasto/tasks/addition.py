@@ -31,9 +31,19 @@ _TEST_PAIRS = 2000
 Operands = tuple[int, int]
 
 
-def model_path() -> Path:
-    """Folder of the shipped 250k-parameter model; give it to ``AutoModelForCausalLM.from_pretrained``."""
-    return Path(str(resources.files("antipasto"))) / "assets" / "addition-rare"
+VARIANTS = ("rare", "even")
+"""What the shipped models know of the hacks at the start: ``!`` in 1.2% and ``?`` in 6.8% of hackable answers, or 4% each."""
+
+
+def model_path(variant: str = "rare") -> Path:
+    """Folder of a shipped 250k-parameter model; give it to ``AutoModelForCausalLM.from_pretrained``.
+
+    Raises:
+        ValueError: there is no such variant.
+    """
+    if variant not in VARIANTS:
+        raise ValueError(f"variant must be one of {', '.join(VARIANTS)}, got {variant!r}.")
+    return Path(str(resources.files("antipasto"))) / "assets" / f"addition-{variant}"
 
 
 def split(part: Literal["train", "test"]) -> list[Operands]:

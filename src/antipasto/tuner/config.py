@@ -9,8 +9,20 @@ from peft import PeftConfig, PeftType
 
 from antipasto.basis import DEFAULT_CACHE
 
-PEFT_TYPE = cast(PeftType, "ANTIPASTO")
-"""The method's key in PEFT's registries; PeftType is a string enum, so a plain string serves."""
+
+def _peft_type(name: str) -> PeftType:
+    """A member of PEFT's enum of methods, which cannot be extended by subclassing.
+
+    A plain string would do for PEFT's registries, but transformers asks for ``.value`` and pickle for ``PeftType(name)``.
+    """
+    member = str.__new__(PeftType, name)
+    member._name_ = member._value_ = name
+    PeftType._value2member_map_.setdefault(name, member)
+    return cast(PeftType, PeftType._value2member_map_[name])
+
+
+PEFT_TYPE = _peft_type("ANTIPASTO")
+"""The method's key in PEFT's registries."""
 
 TARGET_MODULES = (
     *("q_proj", "k_proj", "v_proj", "o_proj"),  # attention
@@ -36,7 +48,8 @@ class AntiPastoConfig(PeftConfig):
         modules_to_save: further modules to train and save in full.
         quarantine: give each layer a ``delta_s_hack`` beside its ``delta_s``. `drop_quarantine` sets it to False.
         cache_dir: where the singular bases are cached: a folder, ``"auto"`` for ``$ANTIPASTO_CACHE`` or the user's cache
-            home, None for nowhere. It speaks of one machine, so it is not saved with the adapter.
+            home, None for nowhere. It speaks of one machine, so it is not saved with the adapter. (``from_pretrained``
+            takes an argument of this name for the hub's cache, as everywhere in PEFT: set the attribute afterwards.)
 
     Raises:
         ValueError: a rank below 1, or options that exclude each other.

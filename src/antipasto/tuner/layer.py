@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import enum
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, cast
 
 import torch
@@ -94,12 +94,13 @@ class AntiPastoLinear(nn.Module, BaseTunerLayer):
         o, i = as_matrix(self.get_base_layer()).shape
         self.in_features, self.out_features = i, o
 
-    def add_adapter(self, name: str, basis: Basis, *, quarantine: bool, trainable: bool) -> None:
+    def add_adapter(self, name: str, rank: int, basis: Basis, *, quarantine: bool, trainable: bool) -> None:
         """Give the layer another adapter, at zero.
 
         Args:
             name: the adapter's.
-            basis: of the base weight, truncated to the adapter's rank; U and Vh in the weight's dtype.
+            rank: number of its singular directions.
+            basis: of the base weight, of at least that rank; U and Vh in the weight's dtype.
             quarantine: whether it has a ``delta_s_hack``.
             trainable: whether ``delta_s`` requires a gradient.
         """
@@ -109,10 +110,10 @@ class AntiPastoLinear(nn.Module, BaseTunerLayer):
         dtype = torch.promote_types(weight.dtype, torch.float32)
         if self.basis is None or basis.rank > self.basis.rank:
             self.basis = basis
-        self.r[name] = basis.rank
-        self.delta_s[name] = Knob(basis.rank, dtype, weight.device, trainable=trainable)
+        self.r[name] = rank
+        self.delta_s[name] = Knob(rank, dtype, weight.device, trainable=trainable)
         if quarantine:
-            self.delta_s_hack[name] = Knob(basis.rank, dtype, weight.device, trainable=False)
+            self.delta_s_hack[name] = Knob(rank, dtype, weight.device, trainable=False)
 
     def drop_quarantine(self) -> None:
         """Delete every adapter's ``delta_s_hack``."""
@@ -163,7 +164,13 @@ class AntiPastoLinear(nn.Module, BaseTunerLayer):
         return y + spectral_delta(x, self.basis.U, self.basis.Vh, theta, y.dtype)
 
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """ΔW = U diag(θ) Vh of one adapter, (o, i) in at least fp32, laid out as the base layer's weight is."""
+        """ΔW = U diag(θ) Vh of one adapter, (o, i) in at least fp32, laid out as the base layer's weight is.
+
+        Raises:
+            ValueError: the layer has no such adapter.
+        """
+        if adapter not in self.r:
+            raise ValueError(f"This layer has no adapter {adapter!r}; it has {sorted(self.r)}.")
         return self._delta_weight([adapter])
 
     def _delta_weight(self, adapters: list[str]) -> Tensor:
@@ -213,6 +220,37 @@ class AntiPastoLinear(nn.Module, BaseTunerLayer):
         weight.data = self._unmerged_weight
         self._unmerged_weight = None
         self.merged_adapters.clear()
+
+    def take_merged(self) -> tuple[list[str], Tensor] | None:
+        """Put W back, and give out what was merged in its place, for `put_merged`; None if nothing was."""
+        if self._unmerged_weight is None:
+            return None
+        merged = (list(self.merged_adapters), self.get_base_layer().weight.data)
+        self.unmerge()
+        return merged  # type: ignore[return-value]
+
+    def put_merged(self, merged: tuple[list[str], Tensor]) -> None:
+        """Put back, bit for bit, what `take_merged` gave out."""
+        weight = self.get_base_layer().weight
+        assert isinstance(weight, nn.Parameter)
+        self._unmerged_weight = weight.data
+        self.merged_adapters.extend(merged[0])
+        weight.data = merged[1]
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """PEFT's; and an inactive adapter's quarantine does not train either."""
+        super().set_adapter(adapter_names, inference_mode)
+        for name, knob in self.delta_s_hack.items():
+            if inference_mode or name not in self.active_adapters:
+                knob.requires_grad_(False)
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """PEFT's; and freezing an adapter freezes its quarantine. Unfreezing it does not: that is for the caller to ask."""
+        super().set_requires_grad(adapter_names, requires_grad)
+        names = {adapter_names} if isinstance(adapter_names, str) else set(adapter_names)
+        for name, knob in self.delta_s_hack.items():
+            if name in names and not requires_grad:
+                knob.requires_grad_(False)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
         """True: W_θ is W plus something."""

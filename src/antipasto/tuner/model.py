@@ -52,6 +52,8 @@ def why_unsupported(module: nn.Module) -> str | None:
     if not isinstance(module, (nn.Linear, Conv1D)):
         return f"its type is {type(module).__name__}"
     weight = module.weight
+    if not isinstance(weight, nn.Parameter):
+        return "its weight is not a parameter but computed (weight_norm or another parametrisation)"
     if weight.dtype not in WEIGHT_DTYPES:
         return f"its weight is of dtype {weight.dtype}, quantised perhaps ({type(module).__name__})"
     if weight.device.type == "meta":
@@ -72,7 +74,12 @@ class AntiPastoModel(BaseTuner):
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """PEFT's injection, with the bases of the layers at hand while it lasts."""
-        self._bases: dict[str, Basis] = {}
+        taken = [n for n, m in model.named_modules() if isinstance(m, AntiPastoLinear) and adapter_name in m.r]
+        if taken:
+            raise ValueError(
+                f"{taken[0]} has an adapter {adapter_name!r} already: delete it first, or choose another name."
+            )
+        self._bases: dict[str, tuple[int, Basis]] = {}
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         finally:
@@ -86,8 +93,13 @@ class AntiPastoModel(BaseTuner):
         _resolve_targets(peft_config, model)
         targets = _find_targets(peft_config, model)
         model_type = getattr(getattr(model, "config", None), "model_type", None)
+        owners: dict[int, str] = {}
         for name, module in targets.items():
             _require_supported(name, module)
+            base_layer = module.get_base_layer() if isinstance(module, AntiPastoLinear) else module
+            owner = owners.setdefault(id(base_layer.weight), name)
+            if owner != name:
+                raise _unsupported(name, f"it shares its weight with {owner}, and merging either would change both")
             if model_type in _MAMBA_TYPES and name.rpartition(".")[2] in _MAMBA_LAYERS:
                 raise _unsupported(name, f"the fused kernels of {model_type} models read its weight and never call it")
         self._bases = {
@@ -106,17 +118,14 @@ class AntiPastoModel(BaseTuner):
         current_key: str,
         parameter_name: str | None = None,
     ) -> None:
-        basis = self._bases.pop(current_key, None)
-        if basis is None:  # PEFT took the layers' names from a state dict rather than from the config
+        found = self._bases.pop(current_key, None)
+        if found is None:  # PEFT took the layers' names from a state dict rather than from the config
             _require_supported(current_key, target)
-            basis = _basis_for(current_key, target, peft_config)
+            found = _basis_for(current_key, target, peft_config)
+        rank, basis = found
         layer = target if isinstance(target, AntiPastoLinear) else AntiPastoLinear(target)
         trainable = adapter_name in self.active_adapters and not peft_config.inference_mode
-        if adapter_name in layer.r:
-            raise ValueError(
-                f"{current_key} has an adapter {adapter_name!r} already: delete it first, or choose another name."
-            )
-        layer.add_adapter(adapter_name, basis, quarantine=peft_config.quarantine, trainable=trainable)
+        layer.add_adapter(adapter_name, rank, basis, quarantine=peft_config.quarantine, trainable=trainable)
         if layer is not target:
             layer.set_adapter(self.active_adapters)
             self._replace_module(parent, target_name, layer, target)
@@ -202,8 +211,8 @@ def _unsupported(name: str, reason: str, *, leave_out: str | None = None) -> Val
     )
 
 
-def _basis_for(name: str, module: nn.Module, config: AntiPastoConfig) -> Basis:
-    """The basis of one layer, at the rank that the config gives it, from the layer itself where it has enough of it.
+def _basis_for(name: str, module: nn.Module, config: AntiPastoConfig) -> tuple[int, Basis]:
+    """The rank that the config gives a layer, and a basis of at least that rank: the layer's own where it has one.
 
     U and Vh come in the weight's dtype, so that the products are of the base layer's kind; S, only looked at, does not.
     """
@@ -214,9 +223,9 @@ def _basis_for(name: str, module: nn.Module, config: AntiPastoConfig) -> Basis:
         raise ValueError(f"{name} is merged: call unmerge_adapter() before adding another adapter.")
     rank = min(config.rank_pattern.get(pattern, config.rank) or min(W.shape), *W.shape)
     if isinstance(module, AntiPastoLinear) and module.basis is not None and module.basis.rank >= rank:
-        return module.basis.truncate(rank)
+        return rank, module.basis
     try:
         U, S, Vh = load_basis(W, cache_dir=config.cache_dir).truncate(rank)
     except (ValueError, RuntimeError) as error:
         raise ValueError(f"{name}: {error}") from error
-    return Basis(U.to(W.dtype), S, Vh.to(W.dtype))
+    return rank, Basis(U.to(W.dtype), S, Vh.to(W.dtype))

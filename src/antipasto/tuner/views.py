@@ -33,7 +33,11 @@ def adapted_layers(model: nn.Module) -> dict[str, AntiPastoLinear]:
     Raises:
         ValueError: there is none.
     """
-    layers = {name: m for name, m in unwrap(model).named_modules() if isinstance(m, AntiPastoLinear)}
+    layers = {
+        name.replace("_orig_mod.", ""): module  # of layers that were compiled by themselves
+        for name, module in unwrap(model).named_modules()
+        if isinstance(module, AntiPastoLinear)
+    }
     if not layers:
         raise ValueError(
             f"This {type(model).__name__} has no AntiPaSTO layers. Adapt it first: "
@@ -46,23 +50,24 @@ def adapted_layers(model: nn.Module) -> dict[str, AntiPastoLinear]:
 def seen_as(model: nn.Module, view: View, offsets: Mapping[str, Tensor] | None = None) -> Iterator[None]:
     """Let every adapted layer see other knobs inside the context; the innermost context counts.
 
-    Layers that are merged are unmerged meanwhile, and merged again at the end. In the reference view, PEFT's
-    ``modules_to_save`` give way to their originals as well: the model is the base model.
+    Layers that are merged have W itself in place meanwhile. In the reference view, PEFT's ``modules_to_save`` give way to
+    their originals as well: the model is the base model.
 
     Args:
         model: the adapted model.
         view: which knobs take part.
         offsets: layer name → (r,), what to add to θ meanwhile; nothing for the others.
     """
+    layers = adapted_layers(model)
     with unmerged(model):
-        layers = adapted_layers(model)
         previous = [(layer, layer.view, layer.offset) for layer in layers.values()]
         wrappers = [m for m in unwrap(model).modules() if isinstance(m, AuxiliaryTrainingWrapper)]
         disabled = [wrapper._disable_adapters for wrapper in wrappers]
+        base_model = view is View.REFERENCE or any(layer.disable_adapters for layer in layers.values())
         for name, layer in layers.items():
             layer.view, layer.offset = view, (offsets or {}).get(name)
         for wrapper in wrappers:
-            wrapper._disable_adapters = view is View.REFERENCE
+            wrapper._disable_adapters = base_model
         try:
             yield
         finally:
@@ -74,16 +79,19 @@ def seen_as(model: nn.Module, view: View, offsets: Mapping[str, Tensor] | None =
 
 @contextmanager
 def unmerged(model: nn.Module) -> Iterator[None]:
-    """Have W itself in place inside the context; at the end, what was merged before is merged, and nothing else."""
-    merged = [(layer, list(layer.merged_adapters)) for layer in adapted_layers(model).values()]
-    for layer, names in merged:
-        if names:
-            layer.unmerge()
+    """Have W itself in place inside the context; at the end, the very weights that were merged before, and no others.
+
+    Layers that have left the model meanwhile (``merge_and_unload``, ``unload``) are let go of as they are, and layers whose
+    active adapters have changed stay unmerged, as after PEFT's ``set_adapter``.
+    """
+    before = [(layer, list(layer.active_adapters), layer.take_merged()) for layer in adapted_layers(model).values()]
     try:
         yield
     finally:
-        for layer, names in merged:
-            if layer.merged:
-                layer.unmerge()
-            if names:
-                layer.merge(adapter_names=names)
+        present = set(unwrap(model).modules())
+        for layer, active, merged in before:
+            if layer not in present:
+                continue
+            layer.take_merged()
+            if merged is not None and active == list(layer.active_adapters):
+                layer.put_merged(merged)
