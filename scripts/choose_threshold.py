@@ -54,12 +54,12 @@ def main() -> None:
         )
         runs.append(arms)
     print("| threshold | solve, hackable | known | unknown | solve, strict |\n|---|---|---|---|---|")
-    for arms in zip(*runs, strict=True):
+    for same in zip(*runs, strict=True):
         cells = [
-            mean(arm.rates[kind][what].value for arm in arms)
+            mean(arm.rates[kind][what].value for arm in same)
             for kind, what in [*(("hackable", what) for what in demo.MEASURES), ("strict", "solve")]
         ]
-        print(f"| {arms[0].name} | " + " | ".join(f"{cell:.3f}" for cell in cells) + " |")
+        print(f"| {same[0].name} | " + " | ".join(f"{cell:.3f}" for cell in cells) + " |")
 
 
 if __name__ == "__main__":
