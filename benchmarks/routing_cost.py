@@ -90,9 +90,8 @@ def main() -> None:
     print("| step | median s | ratio to plain |\n|---|---|---|")
     for name, times in seconds.items():
         ratios = [t / plain for t, plain in zip(times, seconds["plain"], strict=True)]
-        print(
-            f"| {name} | {statistics.median(times):.2f} | {statistics.median(ratios):.3f} [{min(ratios):.3f}, {max(ratios):.3f}] |"
-        )
+        spread = f"{statistics.median(ratios):.3f} [{min(ratios):.3f}, {max(ratios):.3f}]"
+        print(f"| {name} | {statistics.median(times):.2f} | {spread} |")
     if arguments.json:
         arguments.json.write_text(json.dumps(seconds, indent=2) + "\n")
 
