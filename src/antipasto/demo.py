@@ -50,7 +50,9 @@ LEARNING_RATE = 1e-2
 ADAM_BETAS = (0.9, 0.99)
 KL_WEIGHT = 0.005
 PAIRS, HELDOUT_PAIRS = 48, 16
-THRESHOLD = 0.65  # effect size
+# effect sizes: the largest of those tried with which both hacks together stay at or under the reference's rate, on other seeds
+# and on training operands (scripts/choose_threshold.py)
+THRESHOLDS = {"rare": 1.0, "even": 0.8}
 TEST_PROMPTS = 1000  # of each kind
 MEASURES = ("solve", "known hack !", "unknown hack ?")
 EITHER = "either hack"
@@ -89,7 +91,7 @@ class DemoConfig:
             "kl_weight": KL_WEIGHT,
             "pairs": PAIRS,
             "heldout_pairs": HELDOUT_PAIRS,
-            "threshold": THRESHOLD,
+            "threshold": THRESHOLDS[self.variant],
             "test_prompts_of_each_kind": TEST_PROMPTS,
             "threads": torch.get_num_threads(),
             "versions": {name: version(name) for name in ("antipasto", "torch", "transformers", "peft", "trl")},
@@ -202,7 +204,7 @@ def train(
         peft_config=ap.AntiPastoConfig(),
     )
     trainer.remove_callback(PrinterCallback)  # the bar says it, and metrics.jsonl keeps it
-    router = make_router(trainer.model, tokenizer, config.seed, thresholds or {})
+    router = make_router(trainer.model, tokenizer, config, thresholds or {})
     RoutingCallback(router).install(trainer)
     with ProgressBar(console, f"training, seed {config.seed}") as bar:
         trainer.add_callback(bar)
@@ -213,8 +215,9 @@ def train(
     return router, [row for row in trainer.state.log_history if "reward" in row]
 
 
-def make_router(model: nn.Module, tokenizer: Any, seed: int, thresholds: dict[str, float]) -> ap.Router:
+def make_router(model: nn.Module, tokenizer: Any, config: DemoConfig, thresholds: dict[str, float]) -> ap.Router:
     """The direction of the known hack, and its controls."""
+    seed = config.seed
     model.eval()
     pairs = ap.load_pairs(addition.hack_pairs(PAIRS + HELDOUT_PAIRS, seed))
     known = ap.extract_direction(model, tokenizer, pairs[:PAIRS], heldout=pairs[PAIRS:])
@@ -227,7 +230,7 @@ def make_router(model: nn.Module, tokenizer: Any, seed: int, thresholds: dict[st
     }
     frontier = {name: ap.Control(known, threshold=threshold) for name, threshold in thresholds.items()}
     model.train()
-    return ap.Router(model, known, threshold=THRESHOLD, controls={**controls, **frontier})
+    return ap.Router(model, known, threshold=THRESHOLDS[config.variant], controls={**controls, **frontier})
 
 
 def training_prompts(seed: int, number: int) -> list[str]:
