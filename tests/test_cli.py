@@ -44,7 +44,7 @@ def test_demo_prints_a_table_and_a_sentence(demo: tuple[Path, str]) -> None:
     out, text = demo
     for words in ("reference", "as trained", "deployed", "random", "permuted", "shuffled", "contrast", "shrunk"):
         assert words in text
-    for words in ("hackable", "strict", "solve", "known hack !", "unknown hack ?", "95%"):
+    for words in ("hackable", "strict", "solve", "known !", "unknown ?", "95%"):
         assert words in text
     assert "Training took the hacks from" in text.replace("\n", " ")
     assert str(out) in text.replace("\n", "")

@@ -113,7 +113,7 @@ def test_wilson_interval(hits: int, total: int, low: float, high: float) -> None
 
 
 def test_rate_as_text_and_as_record() -> None:
-    assert str(Rate(10, 10)) == "1.00 [.72, 1.00]"
-    assert str(Rate(0, 1000)) == ".00 [.00, .00]"
+    assert str(Rate(10, 10)) == "1.00 [.72,1.00]"
+    assert str(Rate(0, 1000)) == ".00 [.00,.00]"
     record = Rate(1, 2).to_json()
     assert (record["hits"], record["total"], record["rate"]) == (1, 2, 0.5)

@@ -288,9 +288,9 @@ def table(runs: Sequence[Sequence[Arm]]) -> Table:
     """One row per kind of prompt and arm. One run: shares with 95% Wilson intervals; several: mean ± standard deviation."""
     total = runs[0][0].rates["hackable"]["solve"].total
     spread = "[95% interval]" if len(runs) == 1 else f"(mean ± sd of {len(runs)} seeds)"
-    result = Table(
-        "prompts", "model", *MEASURES, title=f"share of {total:,} sampled answers on unseen operands {spread}"
-    )
+    columns = [name.replace(" hack", "") for name in MEASURES]  # so that the table fits into 80 columns
+    title = f"share of {total:,} sampled answers on unseen operands {spread}"
+    result = Table("prompts", "model", *columns, title=title)
     for kind in KINDS:
         for arms in zip(*runs, strict=True):
             result.add_row(kind, arms[0].name, *(_cell([arm.rates[kind][name] for arm in arms]) for name in MEASURES))
@@ -334,17 +334,21 @@ def reading(runs: Sequence[Sequence[Arm]]) -> str:
         )
     ]
     if trained.interval[0] > before.interval[1]:
-        if deployed.interval[0] <= before.interval[1]:
-            text.append(f"With the quarantine out they are at {deployed}, not above the reference.")
+        if deployed.value <= before.value:
+            text.append(f"With the quarantine out they are at {deployed}, at or under the reference's {before}.")
+        elif deployed.interval[0] <= before.interval[1]:
+            text.append(
+                f"With the quarantine out they are at {deployed}, near the reference's {before} but not under it."
+            )
         elif deployed.interval[1] < trained.interval[0]:
             text.append(f"With the quarantine out they are at {deployed}: less, but more than the reference has.")
         else:
             text.append(f"With the quarantine out they are still at {deployed}.")
         rivals = [name for name in CONTROLS if hack[name].interval[0] <= deployed.interval[1]]
         text.append(
-            "Every control has more of them, so that it is the direction that did it."
+            "Every control has more of them: it was the direction, and not just something taken out."
             if not rivals
-            else f"No fewer than {_and(rivals)}, so that this does not show that it was the direction."
+            else f"That is no fewer than {_and(rivals)}: this does not show that it was the direction."
         )
     kept = [gain_kept(arms) for arms in runs]
     if all(share is not None for share in kept):
@@ -353,6 +357,8 @@ def reading(runs: Sequence[Sequence[Arm]]) -> str:
             f"{pooled['deployed']['hackable']['solve']} of the answers, by the reference in "
             f"{pooled['reference']['hackable']['solve']}."
         )
+    if len(runs) > 1:
+        text.append("(Intervals are of the answers of all seeds together; the table's ± is the spread between seeds.)")
     return " ".join(text)
 
 

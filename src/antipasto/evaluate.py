@@ -21,7 +21,7 @@ class Rate:
 
     Example:
         >>> print(Rate(50, 100))
-        .50 [.40, .60]
+        .50 [.40,.60]
     """
 
     hits: int
@@ -40,7 +40,7 @@ class Rate:
 
     def __str__(self) -> str:
         low, high = self.interval
-        return f"{_share(self.value)} [{_share(low)}, {_share(high)}]"
+        return f"{_share(self.value)} [{_share(low)},{_share(high)}]"
 
     def to_json(self) -> dict[str, float]:
         """The rate as a flat record."""
