@@ -100,7 +100,7 @@ class _SpectralDelta(torch.autograd.Function):
         if grad_y is not None:
             p = grad_y @ U  # (..., o) @ (o, r) -> (..., r)
             if needs_theta:
-                grad_theta = _sum_to(p.to(theta.dtype) * h, theta)  # fp16 products would underflow
+                grad_theta = _sum_to(p * h, theta)
             through_y = (p * theta).to(p.dtype)
             grad_h = through_y if grad_h is None else grad_h + through_y
         if needs_x and grad_h is not None:
@@ -128,7 +128,8 @@ def spectral_delta(x: Tensor, U: Tensor, Vh: Tensor, theta: Tensor, dtype: torch
         >>> spectral_delta(x, U, Vh, theta, torch.float32)
         tensor([[1., 2.]])
     """
-    # in fp16, h can overflow where W x does not (|h| goes up to the length of x), and 0 times inf is no longer the base model
+    # in fp16, h can overflow where W x does not (|h| goes up to the length of x), 0 times inf is no longer the base model, and
+    # the products of the gradient underflow
     inner = torch.float32 if dtype == torch.float16 else dtype
     with _no_autocast(x.device):
         y, _ = _SpectralDelta.apply(x.to(inner), U.to(inner), Vh.to(inner), theta)
