@@ -268,6 +268,24 @@ def test_gradient_level_splits_the_gradient() -> None:
     torch.testing.assert_close(seen["g"], g - hack)
 
 
+def test_at_gradient_level_books_see_what_theta_moved() -> None:
+    v, model = make_direction(), make_model()
+    router = ap.Router(
+        model, v, level="gradient", gate="one_sided", controls={"same": v, "other": make_direction(seed=4)}
+    )
+    optimizer = OPTIMIZERS["Adam"](trainable(model))
+    want = {"same": torch.zeros(sum(SIZES)), "other": torch.zeros(sum(SIZES))}
+    with router.attach(optimizer):
+        for i in range(5):
+            before = theta(model)
+            step(model, optimizer, i)
+            delta = dict(zip("02", (theta(model) - before).split(SIZES), strict=True))
+            for name, direction in (("same", v), ("other", make_direction(seed=4))):
+                want[name] += moved_by_definition(direction, delta, "one_sided", 0)
+    for name, moved in want.items():
+        torch.testing.assert_close(torch.cat(list(router.book(name).values())), moved, atol=1e-6, rtol=1e-4)
+
+
 def test_micro_batches_route_alike() -> None:
     results = []
     for micro in (1, 4):

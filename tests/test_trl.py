@@ -157,8 +157,12 @@ def known_hack(model: nn.Module) -> ap.Direction:
     return ap.extract_direction(model, tokenizer(), ap.load_pairs(addition.hack_pairs(24, seed=0)))
 
 
-def routed(out: Path, *, resume_from: Path | None = None, **options: object) -> tuple[GRPOTrainer, ap.Router]:
+def routed(
+    out: Path, *, resume_from: Path | None = None, reporter: TrainerCallback | None = None, **options: object
+) -> tuple[GRPOTrainer, ap.Router]:
     trainer = grpo(out, load(), peft_config=ap.AntiPastoConfig(), **options)
+    if reporter is not None:
+        trainer.add_callback(reporter)  # as report_to's are: there before the router is
     v = known_hack(trainer.model)
     router = ap.Router(trainer.model, v, controls={"random": v.random(0), "permuted": v.permuted(0)})
     RoutingCallback(router, resume_from).install(trainer)
@@ -178,9 +182,8 @@ class Reporter(TrainerCallback):
 def test_routing_a_grpo_run(tmp_path: Path) -> None:
     plain = grpo(tmp_path / "plain", load(), peft_config=ap.AntiPastoConfig())
     plain.train()
-    trainer, router = routed(tmp_path / "routed")
     reporter = Reporter()
-    trainer.add_callback(reporter)
+    trainer, router = routed(tmp_path / "routed", reporter=reporter)
     trainer.train()
     moved = False
     for name, layer in ap.knobs(trainer.model).items():
