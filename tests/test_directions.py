@@ -12,6 +12,7 @@ from datasets import Dataset
 from families import FAMILIES
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peft import get_peft_model
 from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -81,6 +82,12 @@ def test_a_bad_row_names_file_line_and_field(tmp_path: Path, line: str, message:
     with pytest.raises(ValueError, match=message) as error:
         ap.load_pairs(path)
     assert str(path) in str(error.value)
+
+
+def test_line_separators_inside_texts_are_no_new_lines(tmp_path: Path) -> None:
+    row = {"prompt": "a\u2028b", "hack": "c\u0085d", "clean": "e"}
+    (tmp_path / "pairs.jsonl").write_text(json.dumps(row, ensure_ascii=False) + "\r\n", encoding="utf-8")
+    assert ap.load_pairs(tmp_path / "pairs.jsonl") == [ap.ContrastPair(**row)]
 
 
 def test_no_pair_at_all(tmp_path: Path) -> None:
@@ -250,6 +257,28 @@ def test_what_cannot_be_extracted(
         ap.extract_direction(model, tokenizer, PAIRS[:1])
     with pytest.raises(ValueError, match="no AntiPaSTO layers"):
         ap.extract_direction(FAMILIES["llama"].build(), tokenizer, PAIRS[:4])
+
+
+def test_a_smaller_adapter_beside_a_larger_one_has_directions_of_its_own_rank(tokenizer: object) -> None:
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(addition.model_path()), ap.AntiPastoConfig(rank=3))
+    model.add_adapter("large", ap.AntiPastoConfig())
+    v = ap.extract_direction(model, tokenizer, PAIRS[:4])
+    assert {V.shape for V in v.values()} == {(1, 3)}
+    router = ap.Router(model, v, controls={"c": v.random(0)})
+    with router.deployed("c"), ap.scaled(model, 0.5):
+        model(torch.tensor([[2, 3]]))
+    model.set_adapter("large")
+    with pytest.raises(ValueError, match="of the adapter 'default', but 'large' is active"):
+        router.deployed("c")
+    with pytest.raises(ValueError, match="the direction has r=3, the layer 96"):
+        ap.Router(model, v)
+
+
+def test_reentrant_checkpointing_is_named(tokenizer: object) -> None:
+    model = get_peft_model(AutoModelForCausalLM.from_pretrained(addition.model_path()), ap.AntiPastoConfig()).train()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+    with pytest.raises(ValueError, match="'use_reentrant': False"):
+        ap.extract_direction(model, tokenizer, PAIRS[:4])
 
 
 # ── the mapping ──────────────────────────────────────────────────────────────────────────────────────────────────────

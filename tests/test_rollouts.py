@@ -119,6 +119,21 @@ def test_gradient_checkpointing(use_reentrant: bool) -> None:
     assert_rows(grads, want)
 
 
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True")
+def test_reentrant_checkpointing_of_two_forwards_at_once_is_refused() -> None:
+    model, ids = build(FAMILIES["llama"]).train(), tokens(4, 5)
+    model.enable_input_require_grads()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
+    with ap.rollout_grads(model):
+        losses(model, ids[:1]).sum().backward()
+        with torch.no_grad():
+            losses(model, ids)  # does not count
+        losses(model, ids[1:2]).sum().backward()
+        both = losses(model, ids[:1]).sum() + losses(model, ids[1:]).sum()
+        with pytest.raises(ValueError, match="Several forwards before one backward"):
+            both.backward()
+
+
 def test_packed_sequences_by_their_index() -> None:
     model = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3))
     layers = ap.wrap(model, ap.AntiPastoConfig(target_modules=["0", "2"]))

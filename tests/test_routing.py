@@ -286,6 +286,77 @@ def test_at_gradient_level_books_see_what_theta_moved() -> None:
         torch.testing.assert_close(torch.cat(list(router.book(name).values())), moved, atol=1e-6, rtol=1e-4)
 
 
+def test_clipping_sees_the_gradient_once_at_gradient_level() -> None:
+    norms = []
+    for level in ("update", "gradient"):
+        model = make_model()
+        router = ap.Router(model, make_direction(), level=level, gate="one_sided")
+        optimizer = torch.optim.SGD(trainable(model), lr=0.1)
+        with router.attach(optimizer):
+            model(torch.ones(4, 8)).square().sum().backward()
+            norms.append(nn.utils.clip_grad_norm_(trainable(model), 1.0))
+            optimizer.step()
+    assert torch.equal(*norms)
+
+
+def test_a_closure_at_gradient_level_is_refused() -> None:
+    model = make_model()
+    router = ap.Router(model, make_direction(), level="gradient")
+    optimizer = torch.optim.SGD(trainable(model), lr=0.1)
+    with pytest.raises(ValueError, match="with a closure"), router.attach(optimizer):
+        optimizer.step(lambda: torch.zeros(()))
+
+
+class Interrupted(SignStep):
+    """Moves, and is interrupted at the end of its first step."""
+
+    first = True
+
+    def step(self, closure: Callable[[], torch.Tensor] | None = None) -> None:
+        SignStep.step(self, closure)
+        if self.first:
+            self.first = False
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("then", ["another step", "the end"])
+def test_a_step_that_ends_in_an_exception_is_routed_all_the_same(then: str) -> None:
+    v, model = make_direction(), make_model()
+    optimizer = Interrupted(trainable(model), lr=0.02)
+    with ap.Router(model, v, threshold=0.0).attach(optimizer):
+        with pytest.raises(KeyboardInterrupt):
+            step(model, optimizer, 0)
+        assert theta(model).any()
+        assert not flat(model, "delta_s_hack").any()
+        if then == "another step":
+            step(model, optimizer, 1)
+    assert flat(model, "delta_s_hack").any()
+    assert not (torch.cat(list(v.effect.values())) * flat(model, "delta_s") < 0).any()
+
+
+def test_a_quarantine_that_would_train_by_itself_is_refused() -> None:
+    model = make_model()
+    ap.Router(model, make_direction(), level="gradient")  # leaves the quarantine requiring a gradient
+    optimizer = torch.optim.SGD(trainable(model), lr=0.1)
+    router = ap.Router(model, make_direction())
+    with (
+        pytest.raises(ValueError, match="0: its delta_s_hack is in the optimizer and would train"),
+        router.attach(optimizer),
+    ):
+        pass
+
+
+def test_bf16_knobs() -> None:
+    for gate in GATES:
+        model = make_model().to(torch.bfloat16)
+        optimizer = torch.optim.SGD(trainable(model), lr=0.1)
+        router = ap.Router(model, make_direction(2), gate=gate, preserve_magnitude=True)
+        with router.attach(optimizer):
+            model(torch.ones(4, 8, dtype=torch.bfloat16)).square().sum().backward()
+            optimizer.step()
+        assert all(value == value for value in router.metrics().values())
+
+
 def test_micro_batches_route_alike() -> None:
     results = []
     for micro in (1, 4):
@@ -440,6 +511,33 @@ def test_refresh_takes_what_agrees_and_refuses_what_does_not() -> None:
             train(model, optimizer, 3)
     assert router.direction is v
     assert views == [{View.DEPLOYED}] * 2
+
+
+def test_a_refreshed_direction_is_continued_from(tmp_path: Path) -> None:
+    v, new = make_direction(), make_direction(seed=1)
+
+    def start() -> ap.Router:
+        return ap.Router(make_model(), v, refresh=lambda: new, refresh_every=2, min_overlap=-1.0)
+
+    router = start()
+    optimizer = OPTIMIZERS["SGD"](trainable(router.model))
+    with router.attach(optimizer):
+        train(router.model, optimizer, 3)
+    router.save(tmp_path / "books")
+    again = start()
+    again.load(tmp_path / "books")
+    for name in v:
+        assert torch.equal(again.direction[name], new[name])
+        assert torch.equal(again.direction.effect[name], new.effect[name])
+
+
+def test_a_refresh_that_cannot_be_used_leaves_the_present_direction() -> None:
+    v = make_direction()
+    router = ap.Router(make_model(), v, refresh=lambda: ap.Direction(dict(v)), refresh_every=1)
+    optimizer = OPTIMIZERS["SGD"](trainable(router.model))
+    with pytest.raises(ValueError, match="needs a direction with effect sizes"), router.attach(optimizer):
+        train(router.model, optimizer, 1)
+    assert router.direction is v
 
 
 # ── hooks, options ───────────────────────────────────────────────────────────────────────────────────────────────────

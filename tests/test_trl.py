@@ -220,6 +220,17 @@ def test_a_resumed_run_ends_where_the_uninterrupted_one_does_books_included(tmp_
         lost.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
 
 
+def test_the_best_checkpoints_books_come_back_with_its_knobs(tmp_path: Path) -> None:
+    trainer, router = routed(tmp_path, save_strategy="steps", save_steps=2)
+    trainer.train()
+    last = router.book("random")
+    callback = trainer.callback_handler.callbacks[0]
+    state = SimpleNamespace(best_model_checkpoint=str(tmp_path / "checkpoint-2"))
+    callback.on_train_end(SimpleNamespace(load_best_model_at_end=True), state, None)
+    assert router.steps == 2
+    assert any(not torch.equal(router.book("random")[name], part) for name, part in last.items())
+
+
 @pytest.mark.parametrize("level", ["update", "gradient"])
 def test_routing_in_a_plain_trainer_with_accumulation(tmp_path: Path, level: str) -> None:
     def knobs_after(batch_size: int, accumulation: int) -> torch.Tensor:

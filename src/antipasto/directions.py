@@ -30,9 +30,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from antipasto.basis import fingerprint
+from antipasto.knobs import knobs
 from antipasto.rollouts import rollout_grads
 from antipasto.tuner.layer import as_matrix
-from antipasto.tuner.views import adapted_layers
 
 Estimator = Literal["tstat", "mean", "svd"]
 ESTIMATORS: tuple[Estimator, ...] = ("tstat", "mean", "svd")
@@ -80,7 +80,7 @@ def load_pairs(source: str | Path | Iterable[Any]) -> list[ContrastPair]:
         text = Path(source).read_text(encoding="utf-8")
         pairs = [
             _to_pair(_parse_json(line, f"{source}, line {number}"), f"{source}, line {number}")
-            for number, line in enumerate(text.splitlines(), 1)
+            for number, line in enumerate(text.split("\n"), 1)
             if line.strip()
         ]
         where = str(source)
@@ -339,25 +339,23 @@ class Direction(Mapping[str, Tensor]):
             raise ValueError(f"{path} is not a direction that can be used: {error}.") from error
 
     def check_base(self, model: nn.Module) -> None:
-        """Refuse a model that this direction does not count in.
+        """Refuse a model whose active adapter this direction does not count in.
 
         Raises:
             ValueError: a layer is missing, has another r, or another base weight; names the layers.
         """
-        layers = adapted_layers(model)
+        layers = knobs(model)
         for name, V in self.items():
             if name not in layers:
                 raise ValueError(
                     f"The direction has a layer {name}, which is not among the adapted ones of this model."
                 )
-            basis = layers[name].basis
-            assert basis is not None
-            if V.shape[1] != basis.rank:
-                raise ValueError(f"{name}: the direction has r={V.shape[1]}, the layer {basis.rank}.")
+            if V.shape[1] != layers[name].r:
+                raise ValueError(f"{name}: the direction has r={V.shape[1]}, the layer {layers[name].r}.")
         wrong = [
             name
             for name, key in self.fingerprints.items()
-            if name in self and key != fingerprint(as_matrix(layers[name].get_base_layer()))
+            if name in self and key != fingerprint(as_matrix(layers[name].layer.get_base_layer()))
         ]
         if wrong:
             raise ValueError(
@@ -427,8 +425,8 @@ def extract_direction(
         effect[name] = effect_size(D)
         rows[name] = _estimate(D, effect[name], estimator, k)
         strength[name] = effect_size(D @ rows[name].T)
-    layers = adapted_layers(model)
-    keys = {name: fingerprint(as_matrix(layers[name].get_base_layer())) for name in rows}
+    layers = knobs(model)
+    keys = {name: fingerprint(as_matrix(layers[name].layer.get_base_layer())) for name in rows}
     direction = Direction(rows, effect=effect, strength=strength, fingerprints=keys)
     if heldout:
         direction.heldout = score(direction, pair_differences(model, tokenizer, heldout, **options))  # type: ignore[arg-type]
@@ -454,7 +452,7 @@ def pair_differences(
 
     Sequences are padded on the right, whatever the tokenizer's side: a causal model does not see what comes after.
     """
-    device = next(model.parameters()).device
+    device, layers = next(model.parameters()).device, knobs(model)
     collected: dict[str, list[Tensor]] = {}
     for start in range(0, len(pairs), batch_size):
         part = pairs[start : start + batch_size]
@@ -470,9 +468,14 @@ def pair_differences(
             weight = completion_mask[:, 1:].float()
             if length_normalise:
                 weight = weight / weight.sum(-1, keepdim=True)
+            if not grads.leaves:
+                raise ValueError(
+                    "No layer can be differentiated here. Reentrant gradient checkpointing does that: turn it off for the "
+                    "extraction, or use gradient_checkpointing_kwargs={'use_reentrant': False}."
+                )
             torch.autograd.backward((nll * weight).sum(), inputs=grads.leaves)
-        for name, rows in grads.items():
-            hack, clean = rows.float().cpu().split(len(part))
+        for name, layer in layers.items():
+            hack, clean = grads[name][:, : layer.r].float().cpu().split(len(part))
             collected.setdefault(name, []).append(hack - clean)
     return {name: torch.cat(parts) for name, parts in collected.items()}
 

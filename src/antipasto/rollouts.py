@@ -31,7 +31,8 @@ class RolloutGrads(Mapping[str, Tensor]):
         self.leaves: list[Tensor] = []
         self._detach = detach
         self._rows: dict[str, dict[int, Tensor]] = {}
-        self._forward = 0  # how many times the model was called
+        self._forward = 0  # how many times the model was called, with gradient
+        self._finished = 0  # of these, the last whose backward was seen
         self._tokens: tuple[int, ...] = ()  # (batch, sequence) of the current call
 
     def clear(self) -> None:
@@ -54,12 +55,18 @@ class RolloutGrads(Mapping[str, Tensor]):
         candidates = [kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args]
         first = next((value for value in candidates if isinstance(value, Tensor)), None)
         self._tokens = () if first is None else tuple(first.shape[:2])
-        self._forward += 1
+        self._forward += torch.is_grad_enabled()
 
     def spread(self, name: str, theta: Tensor, x: Tensor) -> Tensor:
         """θ (r,) as one row per sequence, in a shape that broadcasts to x's tokens; its gradient will be kept."""
         if self._forward == 0:
             raise ValueError(f"{name} was called by itself inside rollout_grads: call the model that was given to it.")
+        in_backward = torch._C._current_graph_task_id() != -1  # reentrant checkpointing runs the layer again in there
+        if in_backward and self._forward - self._finished > 1:
+            raise ValueError(
+                "Several forwards before one backward, under reentrant gradient checkpointing: which of them is run again is "
+                "not known here. Call backward after each, or use gradient_checkpointing_kwargs={'use_reentrant': False}."
+            )
         if self._detach or not theta.requires_grad:
             theta = theta.detach().requires_grad_()
             self.leaves.append(theta)
@@ -96,6 +103,7 @@ class RolloutGrads(Mapping[str, Tensor]):
 
         def keep(grad: Tensor) -> None:
             grad = grad.detach().reshape(grad.shape[0], -1)
+            self._finished = max(self._finished, forward)
             earlier = self._rows.setdefault(name, {}).get(forward)  # a layer that is used twice in one call adds up
             self._rows[name][forward] = grad.clone() if earlier is None else earlier + grad
 

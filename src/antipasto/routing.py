@@ -117,8 +117,8 @@ class _Gate:
 
     def _rescaled(self, kept: Tensor, delta: Tensor) -> Tensor:
         """What is kept, at the length that each layer's displacement had; left alone where nothing is kept."""
-        squares = torch.zeros(2, self.layers, device=delta.device, dtype=delta.dtype)
-        squares.index_add_(1, self.segment, torch.stack([kept, delta]).square())
+        both = torch.stack([kept, delta.to(kept.dtype)]).square()  # (2, R)
+        squares = both.new_zeros(2, self.layers).index_add_(1, self.segment, both)
         scale = torch.where(squares[0] > 0, (squares[1] / squares[0]).sqrt(), torch.ones_like(squares[0]))
         return kept * scale[self.segment]
 
@@ -168,6 +168,7 @@ class Router:
         self.steps = 0
         self.last_overlap: float | None = None
         layers = knobs(model)
+        self.adapter_name = next(iter(layers.values())).adapter
         self._sizes = {name: layer.r for name, layer in layers.items()}
         self._delta_s = [layer.delta_s for layer in layers.values()]
         hack = [layer.delta_s_hack for layer in layers.values()] if mode == "route" else []
@@ -203,11 +204,11 @@ class Router:
 
     def _set_direction(self, direction: Direction) -> None:
         direction.check_base(self.model)
-        self.direction = direction
         o = self._options
         options = (o.gate, o.threshold, o.overshoot, o.preserve_magnitude)
-        self._gate = _Gate(Control(direction, *options), self._sizes, self._device)
+        gate = _Gate(Control(direction, *options), self._sizes, self._device)
         self._chance = _Gate(Control(direction.random(_CHANCE_SEED), *options), self._sizes, self._device)
+        self.direction, self._gate = direction, gate
 
     # ── in the loop ──────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -227,9 +228,12 @@ class Router:
         optimizer = getattr(optimizer, "optimizer", optimizer)
         self._check_optimizer(optimizer)
         handles = [
-            optimizer.register_step_pre_hook(lambda *_: self._before_step()),
+            optimizer.register_step_pre_hook(lambda _, args, kwargs: self._on_step(args, kwargs)),
             optimizer.register_step_post_hook(lambda *_: self._after_step()),
         ]
+        if self.level == "gradient":
+            # until the step splits it, the gradient counts once: clipping would else see it in both knobs
+            handles += [knob.register_hook(torch.zeros_like) for knob in self._hack]
         self._attached = True
         try:
             yield self
@@ -237,7 +241,8 @@ class Router:
             for handle in handles:
                 handle.remove()
             self._attached = False
-            self._before = None
+            if self._before is not None:  # a step that ended in an exception: what it moved is routed all the same
+                self._after_step()
 
     def _check_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         if self._attached:
@@ -253,6 +258,14 @@ class Router:
                         f"{name}: its {what} is not in the optimizer. Create the optimizer after the router, with all "
                         "parameters that require a gradient."
                     )
+        if self.level != "gradient" or self.mode != "route":
+            for name, layer in knobs(self.model, adapter_name=self.adapter_name).items():
+                hack = layer.delta_s_hack
+                if hack is not None and hack.requires_grad and id(hack) in groups:
+                    raise ValueError(
+                        f"{name}: its delta_s_hack is in the optimizer and would train by itself. Call "
+                        "delta_s_hack.requires_grad_(False) on every layer, and create the optimizer without it."
+                    )
         if any(groups[id(knob)].get("weight_decay") for knob in self._delta_s):
             warnings.warn(
                 "The optimizer decays the knobs. The decay is routed as part of each step and the quarantine does not decay, "
@@ -261,9 +274,18 @@ class Router:
                 stacklevel=4,
             )
 
+    def _on_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        closure = any(value is not None for value in (*args[1:], kwargs.get("closure")))  # args[0] is the optimizer
+        if closure and self.level == "gradient" and self.mode != "measure":
+            raise ValueError(
+                "level='gradient' cannot route a step with a closure, which computes gradients of its own."
+            )
+        self._before_step()
+
     @torch.no_grad()
     def _before_step(self) -> None:
-        self._before = _flat(self._delta_s)
+        if self._before is None:  # else the step before ended in an exception, and what it moved is still to be routed
+            self._before = _flat(self._delta_s)
         g = _flat([torch.zeros_like(knob) if knob.grad is None else knob.grad for knob in self._delta_s])
         self._see("hackward_in", g)
         if self.level == "gradient" and self.mode != "measure":
@@ -357,8 +379,13 @@ class Router:
         """Context: the quarantine out; or, by name, a control's book out instead.
 
         Raises:
-            ValueError: there is no such book.
+            ValueError: there is no such book, or another adapter is active than the one that is routed.
         """
+        active = next(iter(knobs(self.model).values())).adapter
+        if active != self.adapter_name:
+            raise ValueError(
+                f"The router is of the adapter {self.adapter_name!r}, but {active!r} is active: set_adapter first."
+            )
         if name is None and self.mode == "measure":
             name = OWN_BOOK
         if name is None:
@@ -368,14 +395,12 @@ class Router:
     # ── continuing ───────────────────────────────────────────────────────────────────────────────────────────────────
 
     def save(self, path: str | Path) -> None:
-        """Write the books and the number of steps; ``delta_s_hack`` is saved with the adapter."""
-        tensors = {
-            f"{book} {layer}": part.contiguous() for book in self._books for layer, part in self.book(book).items()
-        }
-        chance = zip(self._sizes, self._split(self._chance_book), strict=True)
-        tensors |= {
-            f" {layer}": part.contiguous() for layer, part in chance
-        }  # no control can have an empty name's book
+        """Write the books, the direction as it is by now, and the number of steps; the adapter holds ``delta_s_hack``."""
+        tensors = {f"book/{book}/{layer}": part for book in self._books for layer, part in self.book(book).items()}
+        tensors |= {f"chance/{n}": part for n, part in zip(self._sizes, self._split(self._chance_book), strict=True)}
+        tensors |= {f"V/{name}": V for name, V in self.direction.items()}
+        tensors |= {f"strength/{name}": s for name, s in self.direction.strength.items()}
+        tensors |= {f"effect/{name}": t for name, t in (self.direction.effect or {}).items()}
         facts = {"steps": self.steps, "books": sorted(self._books), "last_overlap": self.last_overlap}
         save_file(
             {k: t.cpu().clone() for k, t in tensors.items()}, path, metadata={"format": _FORMAT, **_as_json(facts)}
@@ -397,19 +422,31 @@ class Router:
                 if facts["books"] != sorted(self._books):
                     raise ValueError(f"it has the books {facts['books']}, this router {sorted(self._books)}")
                 books = {
-                    name: torch.cat([file.get_tensor(f"{name} {layer}") for layer in self._sizes])
-                    for name in ("", *self._books)
+                    name: torch.cat([file.get_tensor(f"book/{name}/{layer}") for layer in self._sizes])
+                    for name in self._books
                 }
-            if any(len(book) != len(self._chance_book) for book in books.values()):
-                raise ValueError("its layers have another r")
+                chance = torch.cat([file.get_tensor(f"chance/{layer}") for layer in self._sizes])
+                if any(len(book) != len(self._chance_book) for book in (chance, *books.values())):
+                    raise ValueError("its layers have another r")
+                if self.refresh is not None:
+                    self._set_direction(_read_direction(file, self.direction.fingerprints))
         except (SafetensorError, ValueError, KeyError) as error:
             raise ValueError(f"{path} does not continue this run: {error}.") from error
-        self._chance_book = books.pop("").to(self._device)
+        self._chance_book = chance.to(self._device)
         self._books = {name: book.to(self._device) for name, book in books.items()}
         self.steps, self.last_overlap = facts["steps"], facts["last_overlap"]
 
     def _split(self, flat: Tensor) -> tuple[Tensor, ...]:
         return flat.split(list(self._sizes.values()))
+
+
+def _read_direction(file: Any, fingerprints: Mapping[str, str]) -> Direction:
+    parts: dict[str, dict[str, Tensor]] = {"V": {}, "strength": {}, "effect": {}}
+    for key in file.keys():  # noqa: SIM118 (safe_open is no mapping)
+        part, _, name = key.partition("/")
+        if part in parts:
+            parts[part][name] = file.get_tensor(key)
+    return Direction(parts["V"], effect=parts["effect"] or None, strength=parts["strength"], fingerprints=fingerprints)
 
 
 def _as_json(facts: Mapping[str, Any]) -> dict[str, str]:

@@ -70,7 +70,7 @@ class AntiPastoLinear(nn.Module, BaseTunerLayer):
         basis: U, S, Vh of the base weight, shared by all adapters, up to the largest of their ranks. Plain tensors rather
             than buffers: they are no state, and DDP would broadcast buffers at every forward.
         view: which knobs the forward sees.
-        offset: where set, added to θ: how a router takes a control's book out for a while. (r,)
+        offset: where set, added to θ: how a router takes a control's book out for a while. (r,) of the basis, or shorter.
         spread_theta: where set, called with θ and x at every forward for a θ that broadcasts over x's tokens: how
             `antipasto.rollouts` tells sequences apart.
     """
@@ -140,7 +140,7 @@ class AntiPastoLinear(nn.Module, BaseTunerLayer):
                 theta = F.pad(theta, (0, self.basis.rank - theta.shape[0]))
             total = theta if total is None else total + theta
         if total is not None and self.offset is not None:
-            total = total + self.offset
+            total = total + F.pad(self.offset, (0, total.shape[0] - self.offset.shape[0]))
         return total
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
