@@ -52,13 +52,15 @@ class SignStep(torch.optim.Optimizer):
 
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
-    "SGD": lambda p, lr=0.1: torch.optim.SGD(p, lr=lr, momentum=0.9),
-    "SGD nesterov": lambda p, lr=0.1: torch.optim.SGD(p, lr=lr, momentum=0.9, nesterov=True),
-    "Adam": lambda p, lr=0.02: torch.optim.Adam(p, lr=lr, betas=(0.9, 0.99)),
-    "AdamW": lambda p, lr=0.02: torch.optim.AdamW(p, lr=lr, weight_decay=0.0),
-    "AdamW fused": lambda p, lr=0.02: torch.optim.AdamW(p, lr=lr, weight_decay=0.0, fused=True),
-    "RMSprop": lambda p, lr=0.02: torch.optim.RMSprop(p, lr=lr, momentum=0.5),
-    "sign": lambda p, lr=0.02: SignStep(p, lr=lr),
+    "SGD": lambda p, lr=0.1, m=0.9: torch.optim.SGD(p, lr=lr, momentum=m),
+    "SGD nesterov": lambda p, lr=0.1, m=0.9: torch.optim.SGD(p, lr=lr, momentum=m or 0.1, nesterov=True),
+    "Adam": lambda p, lr=0.02, m=0.9: torch.optim.Adam(p, lr=lr, betas=(m, 0.99)),
+    "AdamW": lambda p, lr=0.02, m=0.9: torch.optim.AdamW(p, lr=lr, betas=(m, 0.999), weight_decay=0.0),
+    "AdamW fused": lambda p, lr=0.02, m=0.9: torch.optim.AdamW(
+        p, lr=lr, betas=(m, 0.999), weight_decay=0.0, fused=True
+    ),
+    "RMSprop": lambda p, lr=0.02, m=0.5: torch.optim.RMSprop(p, lr=lr, momentum=m),
+    "sign": lambda p, lr=0.02, m=0.9: SignStep(p, lr=lr, beta=m),
 }
 
 
@@ -200,6 +202,7 @@ def test_decay_is_warned_about_and_does_what_the_text_says() -> None:
 @given(
     optimizer=st.sampled_from(sorted(OPTIMIZERS)),
     lr=st.sampled_from([1e-3, 1e-2, 0.3]),
+    momentum=st.sampled_from([0.0, 0.5, 0.99]),
     k=st.integers(1, 4),
     micro=st.sampled_from([1, 2, 4]),
     clip=st.sampled_from([None, 0.1, 10.0]),
@@ -208,12 +211,12 @@ def test_decay_is_warned_about_and_does_what_the_text_says() -> None:
 )
 @settings(max_examples=60, deadline=None)
 def test_no_step_moves_delta_s_hackward(
-    optimizer: str, lr: float, k: int, micro: int, clip: float | None, mode: str, seed: int
+    optimizer: str, lr: float, momentum: float, k: int, micro: int, clip: float | None, mode: str, seed: int
 ) -> None:
     v = make_direction(k, seed)
     for gate in ("one_sided", "coordinate"):
         model = make_model(seed)
-        steps = OPTIMIZERS[optimizer](trainable(model), lr=lr)
+        steps = OPTIMIZERS[optimizer](trainable(model), lr=lr, m=momentum)
         with ap.Router(model, v, mode=mode, gate=gate, threshold=0.5 if gate == "coordinate" else None).attach(steps):
             for i in range(6):
                 before = flat(model, "delta_s")
