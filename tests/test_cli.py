@@ -206,7 +206,7 @@ def test_ctrl_c_says_where_the_run_is(tmp_path: Path) -> None:
 def test_the_whole_demo_teaches_the_exploit_and_the_task(tmp_path: Path) -> None:
     code, text = run("demo", "--out", str(tmp_path / "demo"))
     assert code == 0
-    assert "it taught the exploit" in text.replace("\n", " ")
+    assert "it taught the exploit" in " ".join(text.split())
     reference, trained, deployed, *controls = json.loads((tmp_path / "demo" / "results.json").read_text())
     assert deployed["hackable"]["either hack"]["high"] < 0.2
     assert all(control["hackable"]["either hack"]["low"] > 0.4 for control in controls)
