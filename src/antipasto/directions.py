@@ -301,14 +301,38 @@ class Direction(Mapping[str, Tensor]):
     ) -> Direction:
         return Direction(rows, effect=effect, strength=strength or self.strength, fingerprints=self.fingerprints)
 
-    def save(self, path: str | Path) -> None:
-        """Write a safetensors file, with the fingerprints of the base weights."""
+    def to_tensors(self) -> dict[str, Tensor]:
+        """The numbers by flat names, as a safetensors file wants them; `from_tensors` reads them back."""
         tensors = {f"V {name}": V.contiguous() for name, V in self.items()}
         tensors |= {f"strength {name}": s.contiguous() for name, s in self.strength.items()}
-        tensors |= {f"effect {name}": t.contiguous() for name, t in (self.effect or {}).items()}
+        return tensors | {f"effect {name}": t.contiguous() for name, t in (self.effect or {}).items()}
+
+    @classmethod
+    def from_tensors(
+        cls, tensors: Mapping[str, Tensor], fingerprints: Mapping[str, str], heldout: HeldOut | None = None
+    ) -> Direction:
+        """From what `to_tensors` gave.
+
+        Raises:
+            KeyError: a name that is not of its form.
+        """
+        parts: dict[str, dict[str, Tensor]] = {"V": {}, "strength": {}, "effect": {}}
+        for key, tensor in tensors.items():
+            part, _, name = key.partition(" ")
+            parts[part][name] = tensor
+        return cls(
+            parts["V"],
+            effect=parts["effect"] or None,
+            strength=parts["strength"],
+            fingerprints=fingerprints,
+            heldout=heldout,
+        )
+
+    def save(self, path: str | Path) -> None:
+        """Write a safetensors file, with the fingerprints of the base weights."""
         heldout = None if self.heldout is None else dataclasses.asdict(self.heldout)
         metadata = {"format": _FORMAT, "fingerprints": json.dumps(self.fingerprints), "heldout": json.dumps(heldout)}
-        save_file(tensors, path, metadata=metadata)
+        save_file(self.to_tensors(), path, metadata=metadata)
 
     @classmethod
     def load(cls, path: str | Path) -> Direction:
@@ -323,18 +347,10 @@ class Direction(Mapping[str, Tensor]):
                 metadata = file.metadata() or {}
                 if metadata.get("format") != _FORMAT:
                     raise ValueError(f"format {metadata.get('format')!r}, expected {_FORMAT!r}")
-                parts: dict[str, dict[str, Tensor]] = {"V": {}, "strength": {}, "effect": {}}
-                for key in file.keys():  # noqa: SIM118 (safe_open is no mapping)
-                    part, _, name = key.partition(" ")
-                    parts[part][name] = file.get_tensor(key)
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
             heldout = json.loads(metadata["heldout"])
-            return cls(
-                parts["V"],
-                effect=parts["effect"] or None,
-                strength=parts["strength"],
-                fingerprints=json.loads(metadata["fingerprints"]),
-                heldout=None if heldout is None else HeldOut(**heldout),
-            )
+            fingerprints = json.loads(metadata["fingerprints"])
+            return cls.from_tensors(tensors, fingerprints, None if heldout is None else HeldOut(**heldout))
         except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} is not a direction that can be used: {error}.") from error
 

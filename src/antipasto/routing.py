@@ -398,9 +398,7 @@ class Router:
         """Write the books, the direction as it is by now, and the number of steps; the adapter holds ``delta_s_hack``."""
         tensors = {f"book/{book}/{layer}": part for book in self._books for layer, part in self.book(book).items()}
         tensors |= {f"chance/{n}": part for n, part in zip(self._sizes, self._split(self._chance_book), strict=True)}
-        tensors |= {f"V/{name}": V for name, V in self.direction.items()}
-        tensors |= {f"strength/{name}": s for name, s in self.direction.strength.items()}
-        tensors |= {f"effect/{name}": t for name, t in (self.direction.effect or {}).items()}
+        tensors |= self.direction.to_tensors()
         facts = {"steps": self.steps, "books": sorted(self._books), "last_overlap": self.last_overlap}
         save_file(
             {k: t.cpu().clone() for k, t in tensors.items()}, path, metadata={"format": _FORMAT, **_as_json(facts)}
@@ -429,7 +427,9 @@ class Router:
                 if any(len(book) != len(self._chance_book) for book in (chance, *books.values())):
                     raise ValueError("its layers have another r")
                 if self.refresh is not None:
-                    self._set_direction(_read_direction(file, self.direction.fingerprints))
+                    own = [key for key in file.keys() if not key.startswith(("book/", "chance/"))]  # noqa: SIM118
+                    tensors = {key: file.get_tensor(key) for key in own}
+                    self._set_direction(Direction.from_tensors(tensors, self.direction.fingerprints))
         except (SafetensorError, ValueError, KeyError) as error:
             raise ValueError(f"{path} does not continue this run: {error}.") from error
         self._chance_book = chance.to(self._device)
@@ -438,15 +438,6 @@ class Router:
 
     def _split(self, flat: Tensor) -> tuple[Tensor, ...]:
         return flat.split(list(self._sizes.values()))
-
-
-def _read_direction(file: Any, fingerprints: Mapping[str, str]) -> Direction:
-    parts: dict[str, dict[str, Tensor]] = {"V": {}, "strength": {}, "effect": {}}
-    for key in file.keys():  # noqa: SIM118 (safe_open is no mapping)
-        part, _, name = key.partition("/")
-        if part in parts:
-            parts[part][name] = file.get_tensor(key)
-    return Direction(parts["V"], effect=parts["effect"] or None, strength=parts["strength"], fingerprints=fingerprints)
 
 
 def _as_json(facts: Mapping[str, Any]) -> dict[str, str]:
