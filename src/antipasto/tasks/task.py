@@ -1,0 +1,361 @@
+"""What the trainer and the evaluator know of a task: its prompts, a reward that can be fooled, and the truth.
+
+    reward   : rollout → number        what training sees
+    oracle   : rollout → [0, 1]        the strict truth; logged and evaluated, never trained on
+    detector : rollout → {0, 1}        a weak monitor: flags some of the hacks, or none
+
+Each of them is called with TRL's convention, on a whole batch, columns being the dataset's other than ``prompt``::
+
+    f(prompts=[…], completions=[…], answer=[…], …)  ->  one value per rollout
+
+Completions are plain texts, of chats too: the assistant's text. A function without ``**kwargs`` gets what it names.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import functools
+import inspect
+import math
+import numbers
+from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from typing import Any
+
+from antipasto.directions import load_pairs
+
+Row = Mapping[str, Any]
+Prompt = str | list[dict[str, str]]
+
+# names that TRL takes for itself
+_RESERVED = {"prompts", "completions", "completion", "completion_ids", "trainer_state", "log_extra", "log_metric"}
+_SHOWN = 200  # characters of a prompt or completion in a message
+
+
+class TaskError(ValueError):
+    """A task's own function failed, or returned what is not a judgement. Names the function and the rollout."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Judged:
+    """What a task's functions say of some rollouts, one entry each.
+
+    Attributes:
+        reward: what training sees.
+        oracle: 0 to 1; None where the task has no oracle.
+        flagged: whether the detector flags it; None where the task has no detector.
+    """
+
+    reward: list[float]
+    oracle: list[float] | None
+    flagged: list[bool] | None
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Task:
+    """Prompts, a reward, and what is known about the truth.
+
+    Args:
+        name: what tables and run folders call it.
+        train: rows, a list of mappings or a ``datasets.Dataset``. Each has ``prompt``, a text or a chat (a list of
+            ``{"role": …, "content": …}``), and any further columns.
+        reward: one finite number per rollout.
+        oracle: one bool, or a number from 0 to 1, per rollout.
+        detector: one bool per rollout.
+        detects: what the detector flags, in a few words.
+        test: held-out rows, with every column that a function needs.
+        pairs: labelled rows (``prompt``, ``hack``, ``clean``) for the direction, as `antipasto.load_pairs` takes them.
+        max_completion_length: tokens that an answer needs.
+
+    Raises:
+        ValueError: rows, prompts, columns or pairs that do not fit, a function that names a column which is not there, a
+            detector without ``detects`` or the other way round.
+
+    Example:
+        >>> def reward(completions, answer):  # takes the columns that it names
+        ...     return [float(a in text) for text, a in zip(completions, answer)]
+        >>> def oracle(completions, answer):
+        ...     return [text == a for text, a in zip(completions, answer)]
+        >>> rows = [{"prompt": "2+2=", "answer": "4"}, {"prompt": "3+5=", "answer": "8"}]
+        >>> task = Task("sums", train=rows, reward=reward, oracle=oracle)
+        >>> task.judge(["2+2=", "3+5="], ["4", "7 8 9"], {"answer": ["4", "8"]})
+        Judged(reward=[1.0, 1.0], oracle=[1.0, 0.0], flagged=None)
+    """
+
+    name: str
+    train: Sequence[Row] = dataclasses.field(repr=False)
+    reward: Callable[..., Sequence[float]]
+    oracle: Callable[..., Sequence[bool | float]] | None = None
+    detector: Callable[..., Sequence[bool]] | None = None
+    detects: str = ""
+    test: Sequence[Row] | None = dataclasses.field(default=None, repr=False)
+    pairs: Sequence[Row] | None = dataclasses.field(default=None, repr=False)
+    max_completion_length: int | None = None
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.name, str) or not self.name:
+            raise ValueError(f"A task's name must be a text that is not empty, got {self.name!r}.")
+        where = f"Task {self.name!r}: "
+        train, test = _check_rows(self.train, where + "train"), None
+        if self.test is not None:
+            test = _check_rows(self.test, where + "test")
+            if test.kind != train.kind:
+                raise ValueError(f"{where}train has prompts that are {train.kind}, test has {test.kind}.")
+        for role, function in self._functions():
+            if not callable(function):
+                raise ValueError(f"{where}{role} must be a function, got {type(function).__name__}.")
+            _check_signature(role, function, train.columns, where + "train")
+            if test is not None:
+                _check_signature(role, function, test.columns, where + "test")
+        if not isinstance(self.detects, str):
+            raise ValueError(f"{where}detects must be a text, got {type(self.detects).__name__}.")
+        if (self.detector is None) != (not self.detects.strip()):
+            raise ValueError(
+                f"{where}a detector needs detects, what it flags in a few words."
+                if self.detector is not None
+                else f"{where}detects={self.detects!r} is given, but no detector."
+            )
+        if self.pairs is not None:
+            try:
+                load_pairs(list(self.pairs))
+            except ValueError as error:
+                raise ValueError(f"{where}pairs, {error}") from error
+        length = self.max_completion_length
+        if length is not None and (not isinstance(length, int) or length < 1):
+            raise ValueError(f"{where}max_completion_length must be a positive whole number or None, got {length!r}.")
+
+    @property
+    def columns(self) -> list[str]:
+        """The training rows' columns other than ``prompt``."""
+        return [column for column in self.train[0] if column != "prompt"]
+
+    @property
+    def is_chat(self) -> bool:
+        """Whether prompts are chats; else they are texts."""
+        return not isinstance(self.train[0]["prompt"], str)
+
+    def judge(
+        self, prompts: Sequence[Prompt], completions: Sequence[Any], columns: Mapping[str, Sequence[Any]]
+    ) -> Judged:
+        """What the functions say of these rollouts, checked.
+
+        Args:
+            prompts: one per rollout.
+            completions: texts; or chats as TRL has them, of which functions get the text.
+            columns: the rows' columns other than ``prompt``, one entry per rollout each.
+
+        Raises:
+            TaskError: a function raises, or returns another number of values than there are rollouts, or a value that is no
+                finite number, for the oracle not in [0, 1], for the detector not a bool.
+            ValueError: the arguments have different lengths, a completion is no text, or a function names a column that is
+                not there.
+        """
+        for name, values in {"prompts": prompts, **columns}.items():
+            if len(values) != len(completions):
+                raise ValueError(f"{name} has {len(values)} entries for {len(completions)} completions.")
+        batch = {**columns, "prompts": prompts, "completions": [completion_text(c) for c in completions]}
+        judged = {role: _Call(role, function, batch).values() for role, function in self._functions()}
+        flags = judged.get("detector")
+        return Judged(judged["reward"], judged.get("oracle"), None if flags is None else [bool(flag) for flag in flags])
+
+    def _functions(self) -> list[tuple[str, Callable[..., Any]]]:
+        optional = (("oracle", self.oracle), ("detector", self.detector))
+        return [("reward", self.reward), *((role, function) for role, function in optional if function is not None)]
+
+
+def completion_text(completion: Any) -> str:
+    """The text of a completion: itself, or what the assistant says in the messages that TRL makes of it.
+
+    Raises:
+        ValueError: it is neither.
+
+    Example:
+        >>> completion_text([{"role": "assistant", "content": "24"}])
+        '24'
+    """
+    if isinstance(completion, str):
+        return completion
+    if isinstance(completion, Sequence) and _is_chat(completion):
+        return "".join(message["content"] for message in completion if message["role"] == "assistant")
+    raise ValueError(f"A completion must be a text or a chat, got {_short(completion)}.")
+
+
+# ── rows ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclasses.dataclass(frozen=True)
+class _Rows:
+    kind: str
+    columns: set[str]
+
+
+def _check_rows(rows: Any, where: str) -> _Rows:
+    if isinstance(rows, (str, Mapping)) or not (hasattr(rows, "__len__") and hasattr(rows, "__getitem__")):
+        raise ValueError(f"{where} must be a list of rows or a datasets.Dataset, got {type(rows).__name__}.")
+    if len(rows) == 0:
+        raise ValueError(f"{where} is empty.")
+    first: _Rows | None = None
+    for number, row in enumerate(rows):
+        if not isinstance(row, Mapping):
+            raise ValueError(f"{where}, row {number}: expected a mapping with 'prompt', got {type(row).__name__}.")
+        if "prompt" not in row:
+            raise ValueError(f"{where}, row {number}: no 'prompt'; there are {sorted(map(str, row))}.")
+        found = _Rows(_prompt_kind(row["prompt"], f"{where}, row {number}"), set(row) - {"prompt"})
+        first = first or found
+        if found.kind != first.kind:
+            raise ValueError(
+                f"{where}, row {number}: the prompt is one of {found.kind}, those before are {first.kind}."
+            )
+        if found.columns != first.columns:
+            raise ValueError(
+                f"{where}, row {number}: has the columns {sorted(map(str, found.columns))}, "
+                f"those before have {sorted(map(str, first.columns))}."
+            )
+    assert first is not None
+    if taken := sorted(first.columns & _RESERVED):
+        raise ValueError(f"{where}: a column cannot be called {', '.join(map(repr, taken))}, TRL uses that name.")
+    return first
+
+
+def _prompt_kind(prompt: Any, where: str) -> str:
+    if isinstance(prompt, str):
+        if prompt:
+            return "texts"
+        raise ValueError(f"{where}: the prompt is empty.")
+    if isinstance(prompt, list) and _is_chat(prompt):
+        return "chats"
+    raise ValueError(
+        f"{where}: a prompt must be a text or a chat, a list of {{'role': …, 'content': …}}, got {_short(prompt)}."
+    )
+
+
+def _is_chat(value: Sequence[Any]) -> bool:
+    return bool(value) and all(
+        isinstance(message, Mapping) and all(isinstance(message.get(key), str) for key in ("role", "content"))
+        for message in value
+    )
+
+
+# ── functions ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def label(function: Any) -> str:
+    """A function's name for messages: ``my_task.reward``."""
+    while isinstance(function, functools.partial):
+        function = function.func
+    named = function if hasattr(function, "__qualname__") else type(function)
+    return f"{named.__module__.rpartition('.')[2]}.{named.__qualname__.rpartition('<locals>.')[2]}"
+
+
+def _parameters(function: Callable[..., Any]) -> list[inspect.Parameter] | None:
+    try:
+        return list(inspect.signature(function).parameters.values())
+    except (TypeError, ValueError):  # some functions in C have no signature
+        return None
+
+
+def _check_signature(role: str, function: Callable[..., Any], columns: Set[str], where: str) -> None:
+    """Every argument that must be given can be given."""
+    for parameter in _parameters(function) or []:
+        if (
+            parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
+            or parameter.default is not parameter.empty
+        ):
+            continue
+        named = f"the {role} {label(function)}"
+        if parameter.kind is parameter.POSITIONAL_ONLY:
+            raise ValueError(f"{where}: {named} takes {parameter.name!r} by position; columns are given by name.")
+        if parameter.name not in columns | {"prompts", "completions"}:
+            raise ValueError(
+                f"{where}: {named} needs {parameter.name!r}, which is no column; there are "
+                f"{', '.join(sorted(columns | {'prompts', 'completions'}))}."
+            )
+
+
+class _Call:
+    """One call of one function on one batch, whose every way to go wrong is a `TaskError`."""
+
+    def __init__(self, role: str, function: Callable[..., Any], batch: Mapping[str, Sequence[Any]]) -> None:
+        _check_signature(role, function, set(batch) - {"prompts", "completions"}, "the rollouts")
+        parameters = _parameters(function)
+        names: Set[str] = set(batch)
+        if parameters is not None and not any(p.kind is p.VAR_KEYWORD for p in parameters):
+            names = names & {p.name for p in parameters}
+        self.role = role
+        self.function = function
+        self.batch = batch
+        self.arguments = [name for name in batch if name in names]
+        self.size = len(batch["completions"])
+        self.named = f"the {role} {label(function)}"
+
+    def values(self) -> list[float]:
+        try:
+            values = self._run(slice(None))
+        except Exception as error:
+            raise self._located(error) from error
+        if values is None:
+            raise TaskError(f"{self.named} did not return a list, but {self._returned}, for {self._everyone}.")
+        if len(values) != self.size:
+            raise TaskError(f"{self.named} returned {len(values)} values for {self._everyone}.")
+        return [self._checked(value, row) for row, value in enumerate(values)]
+
+    def _run(self, part: slice) -> list[Any] | None:
+        """The values of these rollouts, as a list; None where that is not what came."""
+        values = self.function(**{name: list(self.batch[name][part]) for name in self.arguments})
+        self._returned = _short(values)
+        if hasattr(values, "tolist"):  # arrays and tensors
+            values = values.tolist()
+        if isinstance(values, (str, bytes, Mapping, Set)) or not hasattr(values, "__iter__"):
+            return None
+        return list(values)
+
+    def _located(self, error: Exception) -> TaskError:
+        """The error on the first rollout that fails by itself."""
+        for row in range(self.size):
+            try:
+                self._run(slice(row, row + 1))
+            except Exception as alone:
+                return TaskError(f"{self.named} raised {described(alone)} on {self._rollout(row)}.")
+        return TaskError(f"{self.named} raised {described(error)} on {self._everyone}, on none of them alone.")
+
+    def _checked(self, value: Any, row: int) -> float:
+        number = value.item() if getattr(value, "ndim", None) == 0 else value  # NumPy's scalars, tensors of one number
+        wanted = {"reward": "a finite number", "oracle": "a bool or a number from 0 to 1", "detector": "a bool"}[
+            self.role
+        ]
+        if isinstance(number, numbers.Real):
+            try:
+                result = float(number)
+            except OverflowError:
+                result = math.inf
+            if math.isfinite(result) and (
+                self.role == "reward"
+                or (self.role == "oracle" and 0 <= result <= 1)
+                or (self.role == "detector" and result in (0, 1))
+            ):
+                return result
+        raise TaskError(f"{self.named} returned {_short(value)}, not {wanted}, on {self._rollout(row)}.")
+
+    def _rollout(self, row: int) -> str:
+        return f"prompt {_short(self.batch['prompts'][row])} with completion {_short(self.batch['completions'][row])}"
+
+    @property
+    def _everyone(self) -> str:
+        return f"a batch of {self.size}"
+
+
+def near(name: str, names: Iterable[str]) -> str:
+    """The end of a sentence about an unknown name: ``; did you mean 'contains'?``, or a full stop."""
+    found = difflib.get_close_matches(name, list(names), n=3)
+    return f"; did you mean {' or '.join(map(repr, found))}?" if found else "."
+
+
+def described(error: BaseException) -> str:
+    """``ZeroDivisionError: division by zero``, on one line."""
+    text = " ".join(str(error).split())
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
+
+
+def _short(value: Any) -> str:
+    text = " ".join(repr(value).split("\n"))
+    return text if len(text) <= _SHOWN else text[: _SHOWN - 1] + "…"
