@@ -1,0 +1,139 @@
+"""Tasks by name, from the user's file or from a module."""
+
+from __future__ import annotations
+
+import hashlib
+import importlib
+import importlib.util
+import inspect
+import sys
+import traceback
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import ModuleType
+
+from antipasto.tasks import addition, contains, reasoning
+from antipasto.tasks.task import Task, described, near
+
+BUILT_IN: Mapping[str, Callable[[], Task]] = {"addition": addition.task, "contains": contains.task}
+
+
+def load_task(spec: str) -> Task:
+    """The task that a text names.
+
+        addition                      a built-in: addition, contains
+        reasoning_gym/<dataset>       one of reasoning_gym's datasets
+        path/to/my_task.py:name       a `Task` in a file, or a function without arguments that returns one
+        package.module:name           the same in a module
+
+    A file is run anew at every call.
+
+    Raises:
+        ValueError: there is no such built-in, file, module or name, it is no task, or the user's code raises; one line.
+
+    Example:
+        >>> len(load_task("contains").test)
+        129
+    """
+    if spec.startswith(reasoning.PREFIX):
+        return reasoning.task(spec.removeprefix(reasoning.PREFIX))
+    if spec in BUILT_IN:
+        return BUILT_IN[spec]()
+    source, colon, name = spec.rpartition(":")
+    if not colon:
+        if spec.endswith(".py"):
+            raise ValueError(f"{spec}: which task of this file? Write {spec}:name.")
+        raise ValueError(
+            f"There is no built-in task {spec!r}{near(spec, BUILT_IN)} There are {', '.join(BUILT_IN)}, "
+            f"{reasoning.PREFIX}<dataset>, path/to/my_task.py:name and package.module:name."
+        )
+    if not source or not name:
+        raise ValueError(f"{spec!r}: expected path/to/my_task.py:name or package.module:name.")
+    module = _import_file(Path(source)) if source.endswith(".py") else _import_module(source)
+    return _named(module, name, source)
+
+
+def _import_file(path: Path) -> ModuleType:
+    if not path.is_file():
+        raise ValueError(f"There is no file {path}.")
+    path = path.resolve()
+    # the digest: two files of one name are two modules; the stem comes last, as messages show it
+    unique = f"antipasto_task_{hashlib.sha256(str(path).encode()).hexdigest()[:12]}.{path.stem}"
+    module_spec = importlib.util.spec_from_file_location(unique, path)
+    assert module_spec is not None
+    assert module_spec.loader is not None
+    module = importlib.util.module_from_spec(module_spec)
+    sys.modules[unique] = module  # dataclasses and pickle look their module up
+    try:
+        module_spec.loader.exec_module(module)
+    except (Exception, SystemExit) as error:
+        del sys.modules[unique]
+        raise ValueError(f"{path.name}{_line(error, str(path))}: importing it raised {described(error)}.") from error
+    return module
+
+
+def _import_module(name: str) -> ModuleType:
+    try:
+        return importlib.import_module(name)
+    except (Exception, SystemExit) as error:
+        if isinstance(error, ModuleNotFoundError) and error.name and f"{name}.".startswith(f"{error.name}."):
+            raise ValueError(f"There is no module {error.name}; a file is given as path/to/my_task.py:name.") from error
+        found = _origin(name)
+        raise ValueError(f"{name}{_line(error, found)}: importing it raised {described(error)}.") from error
+
+
+def _origin(name: str) -> str | None:
+    try:
+        found = importlib.util.find_spec(name)
+    except Exception:  # a parent package that fails
+        return None
+    return found.origin if found else None
+
+
+def _named(module: ModuleType, name: str, source: str) -> Task:
+    if not hasattr(module, name):
+        there = [key for key, value in vars(module).items() if _task_like(key, value, module)]
+        raise ValueError(f"{source} has no {name!r}; tasks in it could be: {', '.join(there) or 'none'}.")
+    value = getattr(module, name)
+    if isinstance(value, Task):
+        return value
+    if not callable(value):
+        raise ValueError(
+            f"{source}:{name} is neither a Task nor a function that returns one, but of type {type(value).__name__}."
+        )
+    if needed := _required(value):
+        raise ValueError(f"{source}:{name} takes arguments ({', '.join(needed)}); a function for a task takes none.")
+    try:
+        made = value()
+    except (Exception, SystemExit) as error:
+        raise ValueError(
+            f"{Path(source).name}{_line(error, getattr(module, '__file__', None))}: {name}() raised {described(error)}."
+        ) from error
+    if not isinstance(made, Task):
+        raise ValueError(f"{source}:{name} is a function that returns no Task, but {type(made).__name__}.")
+    return made
+
+
+def _task_like(key: str, value: object, module: ModuleType) -> bool:
+    if isinstance(value, Task):
+        return True
+    own = inspect.isfunction(value) and value.__module__ == module.__name__
+    return own and not key.startswith("_") and not _required(value)  # type: ignore[arg-type]
+
+
+def _required(function: Callable[..., object]) -> list[str]:
+    """The arguments that must be given."""
+    variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):  # some functions in C have no signature
+        return []
+    return [p.name for p in parameters if p.default is p.empty and p.kind not in variadic]
+
+
+def _line(error: BaseException, file: str | None) -> str:
+    """``, line 3``: where in the user's file; nothing where the traceback does not pass through it."""
+    if isinstance(error, SyntaxError) and error.filename == file:
+        return f", line {error.lineno}"
+    lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]
+    return f", line {lines[-1]}" if lines else ""
