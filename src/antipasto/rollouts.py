@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from antipasto.tuner import AntiPastoLinear
+from antipasto.tuner.rows import batch_shape, per_token
 from antipasto.tuner.views import adapted_layers, unwrap
 
 
@@ -52,13 +53,11 @@ class RolloutGrads(Mapping[str, Tensor]):
 
     def on_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook of the model: a new micro-batch, of this shape."""
-        candidates = [kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args]
-        first = next((value for value in candidates if isinstance(value, Tensor)), None)
-        self._tokens = () if first is None else tuple(first.shape[:2])
+        self._tokens = batch_shape(args, kwargs)
         self._forward += torch.is_grad_enabled()
 
     def spread(self, name: str, theta: Tensor, x: Tensor) -> Tensor:
-        """θ (r,) as one row per sequence, in a shape that broadcasts to x's tokens; its gradient will be kept."""
+        """θ (r,), or (b, r), as one row per sequence, in a shape that broadcasts to x's tokens; its gradient will be kept."""
         if self._forward == 0:
             raise ValueError(f"{name} was called by itself inside rollout_grads: call the model that was given to it.")
         in_backward = torch._C._current_graph_task_id() != -1  # reentrant checkpointing runs the layer again in there
@@ -73,28 +72,21 @@ class RolloutGrads(Mapping[str, Tensor]):
         leading = tuple(x.shape[:-1])
         if self.sequence_index is not None:
             return self._gather(name, theta, self.sequence_index.to(x.device), leading)
-        if len(leading) == 1 and len(self._tokens) == 2 and leading[0] == self._tokens[0] * self._tokens[1]:
-            batch, length = self._tokens  # the model flattened its tokens on the way here
-            index = torch.arange(batch, device=x.device).repeat_interleave(length)
-            return self._gather(name, theta, index, leading, batch)
-        if not leading or (self._tokens and leading[0] != self._tokens[0]):
-            raise ValueError(
-                f"{name} sees inputs of shape {tuple(x.shape)} in a call of the model with {self._tokens}: which token is of "
-                "which sequence? Pass sequence_index, one entry per token."
-            )
-        rows = theta.expand(leading[0], *[1] * (len(leading) - 1), theta.shape[0])  # (batch, 1, …, r)
+        batch = self._tokens[0] if self._tokens else (*leading, 1)[0]
+        rows = theta.expand(batch, -1)
         self._keep(name, rows)
-        return rows
+        try:
+            return per_token(rows, x, self._tokens)
+        except ValueError as error:
+            raise ValueError(f"{name} sees {error}") from None
 
-    def _gather(
-        self, name: str, theta: Tensor, index: Tensor, leading: tuple[int, ...], sequences: int | None = None
-    ) -> Tensor:
+    def _gather(self, name: str, theta: Tensor, index: Tensor, leading: tuple[int, ...]) -> Tensor:
         if index.numel() != torch.Size(leading).numel():
             raise ValueError(
                 f"{name} sees {torch.Size(leading).numel()} tokens (inputs of leading shape {leading}), "
                 f"but sequence_index has {index.numel()} entries: give one per token."
             )
-        rows = theta.expand(int(index.max()) + 1 if sequences is None else sequences, -1)  # (sequences, r)
+        rows = theta.expand(int(index.max()) + 1, -1)  # (sequences, r)
         self._keep(name, rows)
         return rows[index.reshape(leading)]  # (…, r)
 

@@ -23,6 +23,7 @@ from transformers.pytorch_utils import Conv1D
 
 from antipasto.basis import Basis
 from antipasto.functional import delta_weight, spectral_delta
+from antipasto.tuner.rows import RowViews, per_token
 
 
 class View(enum.Enum):
@@ -71,6 +72,7 @@ class AntiPastoLinear(nn.Module, BaseTunerLayer):
             than buffers: they are no state, and DDP would broadcast buffers at every forward.
         view: which knobs the forward sees.
         offset: where set, added to θ: how a router takes a control's book out for a while. (r,) of the basis, or shorter.
+        rows: where set, says which sequences of a batch see the quarantine; θ is then (b, r).
         spread_theta: where set, called with θ and x at every forward for a θ that broadcasts over x's tokens: how
             `antipasto.rollouts` tells sequences apart.
     """
@@ -87,6 +89,7 @@ class AntiPastoLinear(nn.Module, BaseTunerLayer):
         self.basis: Basis | None = None
         self.view = View.TRAINED
         self.offset: Tensor | None = None
+        self.rows: RowViews | None = None
         self.spread_theta: Callable[[Tensor, Tensor], Tensor] | None = None
         self.merged_adapters: list[str] = []
         self._unmerged_weight: Tensor | None = None
@@ -126,7 +129,10 @@ class AntiPastoLinear(nn.Module, BaseTunerLayer):
         return delta_s, hack
 
     def theta(self, adapters: list[str]) -> Tensor | None:
-        """θ (r,) of some adapters together, as the view has it; r is the basis's. None where nothing takes part."""
+        """θ of some adapters together, as the view has it; None where nothing takes part.
+
+        (r,), r being the basis's; (b, r) where rows of the batch see different knobs.
+        """
         if self.view is View.REFERENCE:
             return None
         total: Tensor | None = None
@@ -135,12 +141,15 @@ class AntiPastoLinear(nn.Module, BaseTunerLayer):
             if adapter not in self.delta_s:
                 continue  # this adapter does not target this layer
             delta_s, hack = self.knobs(adapter)
-            theta = delta_s + hack if hack is not None and self.view is View.TRAINED else delta_s
-            if theta.shape[0] < self.basis.rank:
-                theta = F.pad(theta, (0, self.basis.rank - theta.shape[0]))
+            if hack is None or self.view is not View.TRAINED:
+                theta = delta_s
+            else:
+                theta = delta_s + hack if self.rows is None else self.rows.theta(delta_s, hack)
+            if theta.shape[-1] < self.basis.rank:
+                theta = F.pad(theta, (0, self.basis.rank - theta.shape[-1]))
             total = theta if total is None else total + theta
         if total is not None and self.offset is not None:
-            total = total + F.pad(self.offset, (0, total.shape[0] - self.offset.shape[0]))
+            total = total + F.pad(self.offset, (0, total.shape[-1] - self.offset.shape[0]))
         return total
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -160,6 +169,9 @@ class AntiPastoLinear(nn.Module, BaseTunerLayer):
             return y
         if self.spread_theta is not None and torch.is_grad_enabled():
             theta = self.spread_theta(theta, x)
+        elif theta.ndim > 1:
+            assert self.rows is not None
+            theta = per_token(theta, x, self.rows.shape)
         assert self.basis is not None
         return y + spectral_delta(x, self.basis.U, self.basis.Vh, theta, y.dtype)
 

@@ -12,6 +12,7 @@ from peft.utils.other import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from .layer import AntiPastoLinear, View
+from .rows import RowViews
 
 
 def unwrap(model: nn.Module) -> nn.Module:
@@ -75,6 +76,42 @@ def seen_as(model: nn.Module, view: View, offsets: Mapping[str, Tensor] | None =
                 layer.view, layer.offset = old_view, old_offset
             for wrapper, old_flag in zip(wrappers, disabled, strict=True):
                 wrapper._disable_adapters = old_flag
+
+
+@contextmanager
+def mixed(model: nn.Module) -> Iterator[RowViews]:
+    """Context under which rows of one batch may see different knobs, as `RowViews.set` says; at first, all see both.
+
+    Layers that are merged have W itself in place meanwhile.
+
+    Raises:
+        ValueError: the model is not adapted.
+
+    Example:
+        >>> import torch
+        >>> from antipasto import AntiPastoConfig, wrap
+        >>> model = nn.Sequential(nn.Linear(4, 3))
+        >>> layer = wrap(model, AntiPastoConfig(target_modules=["0"], cache_dir=None))["0"]
+        >>> _ = layer.delta_s_hack.data.fill_(1.0)
+        >>> with mixed(model) as rows:
+        ...     rows.set(torch.tensor([True, False]))
+        ...     y = model(torch.ones(2, 4))
+        >>> torch.equal(y[0], y[1])
+        False
+    """
+    rows = RowViews()
+    layers = adapted_layers(model)
+    previous = [layer.rows for layer in layers.values()]
+    handle = unwrap(model).register_forward_pre_hook(rows.on_forward, with_kwargs=True, prepend=True)
+    with unmerged(model):
+        for layer in layers.values():
+            layer.rows = rows
+        try:
+            yield rows
+        finally:
+            handle.remove()
+            for layer, old in zip(layers.values(), previous, strict=True):
+                layer.rows = old
 
 
 @contextmanager
