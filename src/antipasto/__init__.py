@@ -6,6 +6,7 @@ with PEFT, so that ``get_peft_model`` and ``PeftModel.from_pretrained`` know it.
 
 from antipasto.basis import Basis, BasisCacheWarning, load_basis
 from antipasto.directions import ContrastPair, Direction, extract_direction, load_pairs
+from antipasto.gates import Control
 from antipasto.knobs import (
     LayerKnobs,
     deployed,
@@ -18,7 +19,7 @@ from antipasto.knobs import (
     wrap,
 )
 from antipasto.rollouts import RolloutGrads, rollout_grads
-from antipasto.routing import Control, Router
+from antipasto.routing import Router
 from antipasto.tuner import TARGET_MODULES, AntiPastoConfig
 
 __version__ = "0.1.0"

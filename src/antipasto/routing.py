@@ -4,13 +4,10 @@
                              moved = gate(Δ);   δS = δS_before + (Δ − moved);   δS_hack += moved
     gradient level           before the step:  the same gate on Δ = −g;  δS.grad = g + moved;  δS_hack.grad = −moved
 
-    gate         moved
-    coordinate   Δ_j where t_j Δ_j < 0 and |t_j| > τ, with t the direction's effect sizes      (default)
-    one_sided    −c V,  c = relu(−V Δ)                   the hack-ward part along the direction
-    no_gate      −c V,  c = −V Δ                         all that runs along the direction, either way
-    reverse      −c V,  c = −relu(V Δ)                   the part that runs against the hack: a control
+A direction claims a part by its gate (`antipasto.gates`). A detector claims whole rollouts: with g_D the part of the gradient
+that the deployed knobs may learn from and g_Q the rest, the optimizer's own step is Δ = Δ_D + Δ_Q (`antipasto.momentum`), and
 
-A gradient step moves along −g, so Δ is hack-ward where −V Δ > 0, or t_j Δ_j < 0.
+    moved = Δ_Q + gate(Δ_D)
 
 θ = δS + δS_hack is the same after an update-level move: **routing never changes the training run**, with any optimizer, and
 each further direction can keep a book of what it would have moved in that same run (`controls`). mode="erase" drops the moved
@@ -28,11 +25,9 @@ trainer this is meant for, and anything else is warned about.
 from __future__ import annotations
 
 import json
-import math
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -42,85 +37,21 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from antipasto.directions import Direction
+from antipasto.gates import Control, Gate, GateName
 from antipasto.knobs import knobs
+from antipasto.momentum import MomentumSplit
 from antipasto.tuner.layer import View
 from antipasto.tuner.views import seen_as
 
 Mode = Literal["route", "erase", "measure"]
 Level = Literal["update", "gradient"]
-GateName = Literal["coordinate", "one_sided", "no_gate", "reverse"]
 
-DEFAULT_THRESHOLD = 0.65
 OWN_BOOK = "direction"
 """Name of the direction's own book in ``measure`` mode; in ``route`` mode ``delta_s_hack`` is that book."""
 
 _FORMAT = "antipasto-books-1"
 _CHANCE_SEED = 0
-
-
-@dataclass(frozen=True)
-class Control:
-    """A further direction, gate or threshold that keeps its own book in the same run; arguments as `Router`'s."""
-
-    direction: Direction
-    gate: GateName = "coordinate"
-    threshold: float | None = None
-    overshoot: float = 1.0
-    preserve_magnitude: bool = False
-
-
-class _Gate:
-    """One gate over all layers at once: knobs as one vector (R,), V as (K, R) with zeros where a layer has fewer rows."""
-
-    def __init__(self, control: Control, sizes: Mapping[str, int], device: torch.device) -> None:
-        v = control.direction
-        _check_gate(control)
-        rows = max(len(V) for V in v.values())
-        self.kind = control.gate
-        self.threshold = DEFAULT_THRESHOLD if control.threshold is None else control.threshold
-        self.overshoot, self.preserve_magnitude = control.overshoot, control.preserve_magnitude
-        self.layers = len(sizes)
-        self.segment = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(list(sizes.values()))).to(device)
-        blocks = [torch.zeros(rows, r) for r in sizes.values()]
-        for block, name in zip(blocks, sizes, strict=True):
-            if name in v:
-                block[: len(v[name])] = v[name]
-        self.V = torch.cat(blocks, 1).to(device)  # (K, R)
-        self.rows = sum(len(V) for V in v.values())
-        effect = [(v.effect or {}).get(name, torch.zeros(r)) for name, r in sizes.items()]
-        self.effect = torch.cat(effect).to(device)  # (R,)
-        self.guarded = self.effect.abs() > self.threshold
-
-    def along(self, u: Tensor) -> Tensor:
-        """V u of every layer: (R,) to (K, L)."""
-        products = self.V * u  # (K, R)
-        return products.new_zeros(len(self.V), self.layers).index_add_(1, self.segment, products)
-
-    def hackward(self, u: Tensor) -> Tensor:
-        """‖relu(V u)‖ / ‖u‖ of something that points as a gradient does: a scalar; 0 for u = 0."""
-        return self.along(u).relu().norm() / u.norm().clamp_min(torch.finfo(u.dtype).tiny)
-
-    def moved(self, delta: Tensor) -> tuple[Tensor, Tensor]:
-        """The part of a displacement that goes into the quarantine, (R,), and the share of places where the gate fired."""
-        if self.kind == "coordinate":
-            mask = self.guarded & (self.effect * delta < 0)
-            moved, fired = torch.where(mask, delta, torch.zeros_like(delta)), mask.float().mean()
-        else:
-            c = -self.along(delta)  # (K, L)
-            c = {"one_sided": c.relu(), "no_gate": c, "reverse": -(-c).relu()}[self.kind]
-            moved = -(c[:, self.segment] * self.V).sum(0)
-            fired = (c != 0).sum() / self.rows
-        moved = moved * self.overshoot
-        if self.preserve_magnitude:
-            moved = delta - self._rescaled(delta - moved, delta)
-        return moved, fired
-
-    def _rescaled(self, kept: Tensor, delta: Tensor) -> Tensor:
-        """What is kept, at the length that each layer's displacement had; left alone where nothing is kept."""
-        both = torch.stack([kept, delta.to(kept.dtype)]).square()  # (2, R)
-        squares = both.new_zeros(2, self.layers).index_add_(1, self.segment, both)
-        scale = torch.where(squares[0] > 0, (squares[1] / squares[0]).sqrt(), torch.ones_like(squares[0]))
-        return kept * scale[self.segment]
+_MOMENTUM = ("momentum/deployed", "momentum/quarantined")
 
 
 class Router:
@@ -128,7 +59,7 @@ class Router:
 
     Args:
         model: an adapted model. Its active adapter is the one that is routed.
-        direction: which way is hack-ward.
+        direction: which way is hack-ward. None where rollouts alone are routed, by `add_gradients`.
         mode: ``"route"`` moves into the quarantine, ``"erase"`` drops, ``"measure"`` only watches.
         level: ``"update"`` or ``"gradient"``. At gradient level ``delta_s_hack`` is made to require a gradient: create the
             optimizer afterwards, with both knobs in it.
@@ -149,7 +80,7 @@ class Router:
     def __init__(
         self,
         model: nn.Module,
-        direction: Direction,
+        direction: Direction | None,
         *,
         mode: Mode = "route",
         level: Level = "update",
@@ -163,6 +94,10 @@ class Router:
         min_overlap: float = 0.5,
     ) -> None:
         _check_options(mode, level, refresh, refresh_every, min_overlap)
+        if direction is None and (controls or refresh is not None or threshold is not None or level == "gradient"):
+            raise ValueError(
+                "controls, refresh, threshold and level='gradient' are about a direction, and there is none."
+            )
         self.model, self.mode, self.level = model, mode, level
         self.refresh, self.refresh_every, self.min_overlap = refresh, refresh_every, min_overlap
         self.steps = 0
@@ -178,25 +113,31 @@ class Router:
         if level == "gradient":
             for knob in self._hack:
                 knob.requires_grad_(True)
-        self._options = Control(direction, gate, threshold, overshoot, preserve_magnitude)
-        self._set_direction(direction)
+        self._options = (gate, threshold, overshoot, preserve_magnitude)
+        self.direction: Direction | None = None
+        self._gate: Gate | None = None
+        self._chance: Gate | None = None
+        if direction is not None:
+            self._set_direction(direction)
         entries = dict(controls or {})
         if OWN_BOOK in entries:
             raise ValueError(f"{OWN_BOOK!r} is the name of the direction's own book: give the control another.")
-        self._gates: dict[str, _Gate] = {}
+        self._gates: dict[str, Gate] = {}
         for name, entry in entries.items():
-            control = (
-                entry if isinstance(entry, Control) else Control(entry, gate, threshold, overshoot, preserve_magnitude)
-            )
+            control = entry if isinstance(entry, Control) else Control(entry, *self._options)
             control.direction.check_base(model)
-            self._gates[name] = _Gate(control, self._sizes, self._device)
+            self._gates[name] = Gate(control, self._sizes, self._device)
         kept = [*self._gates, *([OWN_BOOK] if mode == "measure" else [])]
         self._books = {name: torch.zeros(sum(self._sizes.values()), device=self._device) for name in kept}
         self._chance_book = torch.zeros(sum(self._sizes.values()), device=self._device)
         self._seen: dict[str, Tensor] = {}
         self._hack_before = torch.empty(0)
         self._before: Tensor | None = None
-        self._attached = False
+        self._optimizer: torch.optim.Optimizer | None = None
+        self.reduce: Callable[[Tensor], Tensor] | None = None
+        self._parts: tuple[Tensor, Tensor] | None = None  # g_D and g_Q since the last step
+        self._momentum: MomentumSplit | None = None
+        self._saved_momentum: tuple[Tensor, Tensor] | None = None
 
     @property
     def _device(self) -> torch.device:
@@ -204,10 +145,8 @@ class Router:
 
     def _set_direction(self, direction: Direction) -> None:
         direction.check_base(self.model)
-        o = self._options
-        options = (o.gate, o.threshold, o.overshoot, o.preserve_magnitude)
-        gate = _Gate(Control(direction, *options), self._sizes, self._device)
-        self._chance = _Gate(Control(direction.random(_CHANCE_SEED), *options), self._sizes, self._device)
+        gate = Gate(Control(direction, *self._options), self._sizes, self._device)
+        self._chance = Gate(Control(direction.random(_CHANCE_SEED), *self._options), self._sizes, self._device)
         self.direction, self._gate = direction, gate
 
     # ── in the loop ──────────────────────────────────────────────────────────────────────────────────────────────────
@@ -234,18 +173,20 @@ class Router:
         if self.level == "gradient":
             # until the step splits it, the gradient counts once: clipping would else see it in both knobs
             handles += [knob.register_hook(torch.zeros_like) for knob in self._hack]
-        self._attached = True
+        self._optimizer, self._momentum = optimizer, None
         try:
             yield self
         finally:
             for handle in handles:
                 handle.remove()
-            self._attached = False
+            self._optimizer = None
+            if self._momentum is not None:  # attached again, to the same optimizer, it goes on
+                self._saved_momentum = self._momentum.deployed, self._momentum.quarantined
             if self._before is not None:  # a step that ended in an exception: what it moved is routed all the same
                 self._after_step()
 
     def _check_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
-        if self._attached:
+        if self._optimizer is not None:
             raise ValueError("This router is attached already: each step would be routed twice.")
         groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
         wanted = [("delta_s", self._delta_s)]
@@ -282,14 +223,82 @@ class Router:
             )
         self._before_step()
 
+    def flatten(self, grads: Mapping[str, Tensor]) -> Tensor:
+        """Gradients by layer, (b, r) each, as one (b, R); zeros where a layer has none."""
+        b = len(next(iter(grads.values())))
+        blocks = [
+            grads[name][:, :r] if name in grads else torch.zeros(b, r, device=self._device)
+            for name, r in self._sizes.items()
+        ]
+        return torch.cat(blocks, 1)
+
+    def alignment(self, gradients: Tensor) -> Tensor:
+        """How hack-ward the steps are that gradients (b, R) ask for: cosines (b,) with the direction (`Gate.alignment`)."""
+        if self._gate is None:
+            raise ValueError("This router has no direction.")
+        return self._gate.alignment(gradients)
+
+    def add_gradients(self, deployed: Tensor, quarantined: Tensor) -> None:
+        """Say, once per micro-batch, how the gradient splits: what the deployed knobs may learn from, and the rest.
+
+        The optimizer's next step is then split between the two (`antipasto.momentum`).
+
+        Args:
+            deployed: g_D (R,), as `flatten` orders the knobs.
+            quarantined: g_Q (R,). The two add up to what the backward adds to the knobs' gradients.
+
+        Raises:
+            ValueError: routing is at gradient level; or, at the step, the two do not add up to the gradient, or the optimizer
+                is none whose step can be split.
+        """
+        if self.level == "gradient":
+            raise ValueError("Rollouts are routed at level='update': at gradient level Adam would rescale their share.")
+        g_D, g_Q = self._parts or (torch.zeros_like(deployed), torch.zeros_like(quarantined))
+        self._parts = g_D + deployed, g_Q + quarantined
+
+    def _begin_split(self, g: Tensor) -> None:
+        """Before the step: bring the parts to the scale of the gradient that the optimizer will see, after clipping."""
+        if self._parts is None and self._momentum is None:
+            return
+        assert self._optimizer is not None
+        if self._momentum is None:
+            self._momentum = MomentumSplit(self._optimizer, self._delta_s)
+            if self._saved_momentum is not None:
+                self._momentum.deployed, self._momentum.quarantined = self._saved_momentum
+        self._momentum.begin()
+        parts = torch.stack(self._parts or (g, torch.zeros_like(g)))  # (2, R)
+        if self.reduce is not None:
+            parts = self.reduce(parts)
+        whole = parts.sum(0)
+        scale = (g @ whole) / (whole @ whole).clamp_min(torch.finfo(g.dtype).tiny)
+        if (g - scale * whole).norm() > 0.01 * g.norm():
+            raise ValueError(
+                "The parts given to add_gradients do not add up to the gradient of the knobs, also not at another scale: "
+                f"lengths {float(whole.norm()):.3g} and {float(g.norm()):.3g}. Call it once for every backward."
+            )
+        self._parts = (scale * parts[0], scale * parts[1])
+
+    def _claimed(self, delta: Tensor) -> Tensor:
+        """After the step: Δ_Q, what of it the rollouts of the quarantine have done."""
+        if self._momentum is None:
+            return torch.zeros_like(delta)
+        assert self._parts is not None
+        claimed = self._momentum.end(*self._parts, delta)
+        self._parts = None
+        self._seen["flagged_update"] = claimed.norm() / delta.norm().clamp_min(torch.finfo(delta.dtype).tiny)
+        return claimed
+
     @torch.no_grad()
     def _before_step(self) -> None:
         if self._before is None:  # else the step before ended in an exception, and what it moved is still to be routed
             self._before = _flat(self._delta_s)
         g = _flat([torch.zeros_like(knob) if knob.grad is None else knob.grad for knob in self._delta_s])
         self._see("hackward_in", g)
+        self._begin_split(g)
         if self.level == "gradient" and self.mode != "measure":
             self._hack_before = _flat(self._hack) if self._hack else torch.zeros_like(g)
+            assert self._gate is not None
+            assert self._chance is not None
             moved, self._seen["fired"] = self._gate.moved(-g)
             self._seen["fired_random"] = self._chance.moved(-g)[1]
             for knob, part in zip(self._delta_s, self._split(g + moved), strict=True):
@@ -304,10 +313,14 @@ class Router:
         delta = after - before
         if self.level == "gradient" and self._hack:
             delta = delta + (_flat(self._hack) - self._hack_before)  # of θ: here the optimizer moves both knobs
-        moved, fired = self._gate.moved(delta)
-        chance_moved, chance_fired = self._chance.moved(delta)
-        if self.level == "update" or self.mode == "measure":
-            self._seen["fired"], self._seen["fired_random"] = fired, chance_fired
+        claimed = self._claimed(delta)
+        moved = chance_moved = claimed
+        if self._gate is not None and self._chance is not None:
+            by_gate, fired = self._gate.moved(delta - claimed)
+            by_chance, chance_fired = self._chance.moved(delta - claimed)
+            moved, chance_moved = claimed + by_gate, claimed + by_chance
+            if self.level == "update" or self.mode == "measure":
+                self._seen["fired"], self._seen["fired_random"] = fired, chance_fired
         if self.level == "update" and self.mode != "measure":
             # exact on both sides: what is moved entirely ends where it began, what is not moved stays where the step put it
             _write(self._delta_s, self._split(torch.where(moved == 0, after, before + (delta - moved))))
@@ -315,21 +328,22 @@ class Router:
                 _write(self._hack, self._split(_flat(self._hack) + moved))
         self._see("hackward_update", -delta)
         self._see("hackward_out", before - _flat(self._delta_s))
-        self._keep_books(delta, moved, chance_moved)
+        self._keep_books(delta, claimed, moved, chance_moved)
         self._before = None
         self.steps += 1
         if self.refresh_every and self.steps % self.refresh_every == 0:
             self._refresh()
 
-    def _keep_books(self, delta: Tensor, moved: Tensor, chance_moved: Tensor) -> None:
+    def _keep_books(self, delta: Tensor, claimed: Tensor, moved: Tensor, chance_moved: Tensor) -> None:
         self._chance_book += chance_moved
         if self.mode == "measure":
             self._books[OWN_BOOK] += moved
         for name, gate in self._gates.items():
-            self._books[name] += gate.moved(delta)[0]
+            self._books[name] += claimed + gate.moved(delta - claimed)[0]
 
     def _refresh(self) -> None:
         assert self.refresh is not None
+        assert self.direction is not None
         with self.deployed():
             new = self.refresh()
         self.last_overlap = new.overlap(self.direction).overall
@@ -344,6 +358,8 @@ class Router:
             self._set_direction(new)
 
     def _see(self, name: str, u: Tensor) -> None:
+        if self._gate is None or self._chance is None:
+            return
         self._seen[name] = self._gate.hackward(u)
         self._seen[f"{name}_random"] = self._chance.hackward(u)
 
@@ -354,16 +370,23 @@ class Router:
 
         ``hackward_in``: ‖relu(V g)‖ / ‖g‖ of the gradient; ``hackward_update``: the same of the step that the optimizer made;
         ``hackward_out``: of what ``delta_s`` moved in the end; ``fired``: share of coordinates, or of rows, where the gate
-        fired; ``quarantine_norm``: length of all that was moved so far; ``refresh_overlap``: of the last refresh, if any.
+        fired; ``quarantine_norm``: length of all that was moved so far; ``refresh_overlap``: of the last refresh, if any;
+        ``flagged_update``: ‖Δ_Q‖ / ‖Δ‖, where rollouts are routed. Without a direction, only what needs none.
         """
         own = self._hack if self.mode == "route" else None
         book = _flat(own) if own else self._books.get(OWN_BOOK)
         numbers = {name: float(value) for name, value in self._seen.items()}
         numbers["quarantine_norm"] = 0.0 if book is None else float(book.norm())
-        numbers["quarantine_norm_random"] = float(self._chance_book.norm())
+        if self._chance is not None:
+            numbers["quarantine_norm_random"] = float(self._chance_book.norm())
         if self.last_overlap is not None:
             numbers["refresh_overlap"] = self.last_overlap
         return numbers
+
+    @property
+    def books(self) -> tuple[str, ...]:
+        """The names of the books."""
+        return tuple(self._books)
 
     def book(self, name: str) -> dict[str, Tensor]:
         """What a control would have moved so far: layer name → (r,).
@@ -395,10 +418,13 @@ class Router:
     # ── continuing ───────────────────────────────────────────────────────────────────────────────────────────────────
 
     def save(self, path: str | Path) -> None:
-        """Write the books, the direction as it is by now, and the number of steps; the adapter holds ``delta_s_hack``."""
+        """Write the books, the direction as it is, the split momentum and the number of steps; the adapter holds the knobs."""
         tensors = {f"book/{book}/{layer}": part for book in self._books for layer, part in self.book(book).items()}
         tensors |= {f"chance/{n}": part for n, part in zip(self._sizes, self._split(self._chance_book), strict=True)}
-        tensors |= self.direction.to_tensors()
+        if self.direction is not None:
+            tensors |= self.direction.to_tensors()
+        if self._momentum is not None:
+            tensors |= dict(zip(_MOMENTUM, (self._momentum.deployed, self._momentum.quarantined), strict=True))
         facts = {"steps": self.steps, "books": sorted(self._books), "last_overlap": self.last_overlap}
         save_file(
             {k: t.cpu().clone() for k, t in tensors.items()}, path, metadata={"format": _FORMAT, **_as_json(facts)}
@@ -426,12 +452,16 @@ class Router:
                 chance = torch.cat([file.get_tensor(f"chance/{layer}") for layer in self._sizes])
                 if any(len(book) != len(self._chance_book) for book in (chance, *books.values())):
                     raise ValueError("its layers have another r")
-                if self.refresh is not None:
-                    own = [key for key in file.keys() if not key.startswith(("book/", "chance/"))]  # noqa: SIM118
+                names = list(file.keys())
+                momentum = [file.get_tensor(name) for name in _MOMENTUM] if _MOMENTUM[0] in names else []
+                if self.refresh is not None and self.direction is not None:
+                    own = [key for key in names if not key.startswith(("book/", "chance/", "momentum/"))]
                     tensors = {key: file.get_tensor(key) for key in own}
                     self._set_direction(Direction.from_tensors(tensors, self.direction.fingerprints))
         except (SafetensorError, ValueError, KeyError) as error:
             raise ValueError(f"{path} does not continue this run: {error}.") from error
+        if momentum:
+            self._saved_momentum = momentum[0].to(self._device), momentum[1].to(self._device)
         self._chance_book = chance.to(self._device)
         self._books = {name: book.to(self._device) for name, book in books.items()}
         self.steps, self.last_overlap = facts["steps"], facts["last_overlap"]
@@ -450,21 +480,6 @@ def _flat(tensors: Any) -> Tensor:
 
 def _write(parameters: list[nn.Parameter], values: tuple[Tensor, ...]) -> None:
     torch._foreach_copy_([parameter.detach() for parameter in parameters], list(values))
-
-
-def _check_gate(control: Control) -> None:
-    if control.gate not in ("coordinate", "one_sided", "no_gate", "reverse"):
-        raise ValueError(f"gate must be coordinate, one_sided, no_gate or reverse, got {control.gate!r}.")
-    if control.gate == "coordinate" and control.direction.effect is None:
-        raise ValueError(
-            "gate='coordinate' needs a direction with effect sizes; this one has rows only: use 'one_sided'."
-        )
-    if control.gate != "coordinate" and control.threshold is not None:
-        raise ValueError(f"threshold={control.threshold} belongs to the coordinate gate; {control.gate!r} has none.")
-    if control.threshold is not None and not (math.isfinite(control.threshold) and control.threshold >= 0):
-        raise ValueError(f"threshold is an effect size of at least 0, got {control.threshold}.")
-    if not (math.isfinite(control.overshoot) and control.overshoot > 0):
-        raise ValueError(f"overshoot must be above 0, got {control.overshoot}.")
 
 
 def _check_options(mode: str, level: str, refresh: object, refresh_every: int | None, min_overlap: float) -> None:
