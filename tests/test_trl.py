@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import json
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -18,7 +17,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 import antipasto as ap
 from antipasto.tasks import addition
-from antipasto.trl import ProgressBar, RolloutLog, RoutingCallback
+from antipasto.trl import ProgressBar, RoutingCallback
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*torch.utils.data.dataloader.*pin_memory.*"),
@@ -125,21 +124,6 @@ def test_grpo_from_a_trained_adapter_takes_that_adapter_as_its_reference(tmp_pat
     assert torch.equal(logits(model), before)
     model.set_adapter("default")
     assert not torch.equal(logits(model), before)
-
-
-def test_rollout_log_writes_every_rollout_and_passes_rewards_on(tmp_path: Path) -> None:
-    log = RolloutLog(addition.reward, tmp_path / "rollouts.jsonl")
-    assert log.__name__ == "reward"
-    prompts, completions = ["h12+34=", "s12+34="], ["!", "!"]
-    for step in range(2):
-        state = SimpleNamespace(global_step=step)
-        assert log(prompts=prompts, completions=completions, trainer_state=state, log_extra=None) == [1.0, 0.0]
-    rows = [json.loads(line) for line in (tmp_path / "rollouts.jsonl").read_text().splitlines()]
-    assert rows[:2] == [
-        {"step": 0, "prompt": "h12+34=", "completion": "!", "reward": 1.0},
-        {"step": 0, "prompt": "s12+34=", "completion": "!", "reward": 0.0},
-    ]
-    assert [row["step"] for row in rows] == [0, 0, 1, 1]
 
 
 def test_progress_bar_gives_the_terminal_back_after_an_exception() -> None:

@@ -1,60 +1,35 @@
-"""What the library adds to a TRL run. The only module that imports trl; nothing imports it that does not train."""
+"""What sits beside a Trainer: the router's hooks, and one line of progress."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+import signal
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
+from accelerate.utils import gather_object
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
-from trl import GRPOConfig, GRPOTrainer
 
 from antipasto.routing import Router
-
-__all__ = ["GRPOConfig", "GRPOTrainer", "ProgressBar", "RolloutLog", "RoutingCallback"]
-
-RewardFunction = Callable[..., list[float]]
-
-
-class RolloutLog:
-    """A reward function that writes down every rollout, one JSON line each, before it passes the reward on.
-
-        {"step": 0, "prompt": "h12+34=", "completion": "046", "reward": 1.0}
-
-    Args:
-        reward: called as TRL calls it, ``reward(prompts=…, completions=…, **columns)``; one number per rollout.
-        path: the file, appended to.
-    """
-
-    def __init__(self, reward: RewardFunction, path: Path) -> None:
-        self.reward = reward
-        self.path = path
-        self.__name__ = getattr(reward, "__name__", type(reward).__name__)  # TRL names its metrics after it
-
-    def __call__(
-        self, prompts: Sequence[str], completions: Sequence[str], trainer_state: TrainerState, **columns: Any
-    ) -> list[float]:
-        """The rewards, unchanged."""
-        rewards = self.reward(prompts=prompts, completions=completions, **columns)
-        with self.path.open("a") as file:
-            for prompt, completion, reward in zip(prompts, completions, rewards, strict=True):
-                row = {"step": trainer_state.global_step, "prompt": prompt, "completion": completion, "reward": reward}
-                file.write(json.dumps(row) + "\n")
-        return rewards
+from antipasto.run_folder import COMPLETE, write_json
+from antipasto.trl.rollout_log import truncate
 
 
 class ProgressBar(TrainerCallback):
     """One line that says how far the run is, and its latest mean reward and KL to the reference.
 
-    A context manager too: leaving it, also by an exception, gives the terminal back.
+    A context manager too: leaving it, also by an exception, gives the terminal back. Where the output is no terminal, a line
+    each time that something is logged.
     """
 
     def __init__(self, console: Console, description: str) -> None:
+        self._console = console
         self._progress = Progress(
             TextColumn(description),
             BarColumn(),
@@ -90,8 +65,13 @@ class ProgressBar(TrainerCallback):
         logs: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        if logs and "reward" in logs:
-            self._progress.update(self._task, reward=f"{logs['reward']:.2f}", kl=f"{logs.get('kl', 0.0):.3f}")
+        if not logs or "reward" not in logs:
+            return
+        numbers = {name: logs[name] for name in ("reward", "oracle", "exploit", "flagged", "kl") if name in logs}
+        self._progress.update(self._task, reward=f"{logs['reward']:.2f}", kl=f"{logs.get('kl', 0.0):.3f}")
+        if not self._console.is_terminal:
+            said = "  ".join(f"{name} {value:.3f}" for name, value in numbers.items())
+            self._console.print(f"step {state.global_step}/{state.max_steps}  {said}", highlight=False, soft_wrap=True)
 
 
 class RoutingCallback(TrainerCallback):
@@ -168,3 +148,77 @@ class RoutingCallback(TrainerCallback):
         """Put the books into the checkpoint."""
         if state.is_world_process_zero:
             self.router.save(Path(args.output_dir) / f"checkpoint-{state.global_step}" / self.FILE)
+
+
+class MetricsLog(TrainerCallback):
+    """Every logged row as a JSON line. A run that continues writes the lines of its steps again.
+
+    Args:
+        path: the file.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        if state.is_world_process_zero:
+            truncate(self.path, state.global_step + 1)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: Mapping[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if logs and "reward" in logs and state.is_world_process_zero:
+            with self.path.open("a", encoding="utf-8") as file:
+                file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+
+
+class CompleteCheckpoints(TrainerCallback):
+    """Marks a checkpoint once all of it is written, so that one that a killed process left in the middle is told apart."""
+
+    def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
+            write_json(folder / COMPLETE, {"step": state.global_step})
+
+
+class Interrupts(TrainerCallback):
+    """Ctrl-C, and a scheduler's SIGTERM, save a checkpoint at the end of the step; a second one stops at once.
+
+    A context manager: outside of it, signals do what they did before.
+
+    Args:
+        console: where to say so.
+    """
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._asked = False
+        self._before: dict[int, Any] = {}
+
+    def __enter__(self) -> Interrupts:
+        self._before = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+
+    def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if self._asked:
+            raise KeyboardInterrupt
+        self._asked = True
+        self._console.print(
+            "\ninterrupted: finishing this step, then saving. Once more to stop at once.", highlight=False
+        )
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        """All processes stop after the same step, also where the signal reached one of them later."""
+        if any(gather_object([self._asked])) and state.global_step < state.max_steps:
+            control.should_save = control.should_training_stop = True

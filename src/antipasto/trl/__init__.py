@@ -1,0 +1,17 @@
+"""What the library adds to TRL and the Trainer. The only package that imports trl; nothing imports it that does not train."""
+
+from trl import GRPOConfig, GRPOTrainer
+
+from antipasto.trl.callbacks import CompleteCheckpoints, Interrupts, MetricsLog, ProgressBar, RoutingCallback
+from antipasto.trl.trainer import RoutedGRPOTrainer
+
+__all__ = [
+    "CompleteCheckpoints",
+    "GRPOConfig",
+    "GRPOTrainer",
+    "Interrupts",
+    "MetricsLog",
+    "ProgressBar",
+    "RoutedGRPOTrainer",
+    "RoutingCallback",
+]

@@ -1,0 +1,55 @@
+"""Every rollout of a run, one JSON line each.
+
+    {"step": 0, "prompt": "h12+34=", "completion": "046", "reward": 1.0, "oracle": 1.0, "flagged": false,
+     "view": "deployed", "advantage": 0.4, "hackward": -0.02}
+
+``view`` is the policy that sampled it. ``hackward`` is the cosine between the hack direction and the gradient of the rollout's
+own loss: positive where the step that it asks for is hack-ward. ``oracle``, ``flagged`` and ``hackward`` are null where there
+is none.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+
+@dataclass
+class Rollout:
+    """One line of the log."""
+
+    step: int
+    prompt: Any
+    completion: Any
+    reward: float
+    oracle: float | None
+    flagged: bool | None
+    view: str
+    advantage: float
+    hackward: float | None = None
+
+
+def append(path: Path, rollouts: Iterable[Rollout]) -> None:
+    """Add lines to the log."""
+    with path.open("a", encoding="utf-8") as file:
+        file.writelines(json.dumps(asdict(rollout)) + "\n" for rollout in rollouts)
+
+
+def truncate(path: Path, step: int, *, key: str = "step") -> None:
+    """Keep the lines of before a step: a run that continues there writes the others again. A torn last line goes too."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            row = json.loads(line)
+        except json.JSONDecodeError:
+            break  # the process ended in the middle of it
+        if row[key] < step:
+            kept.append(line + "\n")
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text("".join(kept), encoding="utf-8")
+    temporary.replace(path)

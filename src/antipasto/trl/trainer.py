@@ -1,0 +1,411 @@
+"""TRL's GRPO trainer, routed: by direction, by rollout, with half of the rollouts sampled from the policy that will ship.
+
+**Deployed sampling.** Of each prompt's rollouts a share is sampled from the deployed policy, scored and differentiated under
+it, with advantages within the share (`antipasto.trl.advantages`). Both kinds of row run in the same batches, each with its θ
+(`antipasto.tuner.rows`): every forward that TRL makes of a row, for sampling, for importance ratios, for the loss, is of the
+policy that sampled it. The gradients of both add up in one optimizer step, whose displacement the router splits.
+
+**Gate by rollout.** With c = ∂L/∂(log-probabilities), (b, s), and c^D the same with the advantages among the unflagged
+rollouts and zero on flagged ones, a backward is linear in c, and g is the plain run's gradient, unchanged:
+
+    g = Σ_b J_bᵀ c_b        g_D = Σ_b J_bᵀ c^D_b        g_Q = g − g_D
+
+On-policy and without a KL term, c^D_b = λ_b c_b, and the one backward that gives every rollout's J_bᵀ c_b gives all three.
+Where there is no such λ (a KL term, a clipped ratio) in a batch that holds flagged rollouts, g_D costs it a second backward.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import torch
+from accelerate.utils import gather_object
+from torch import Tensor, nn
+from transformers import TrainerCallback
+from trl import GRPOTrainer
+
+from antipasto.rollouts import RolloutGrads, rollout_grads
+from antipasto.routing import Router
+from antipasto.trl import rollout_log
+from antipasto.trl.advantages import deployed_positions, group_advantages, share_of
+from antipasto.trl.callbacks import RoutingCallback
+from antipasto.trl.rollout_log import Rollout
+from antipasto.tuner.layer import View
+from antipasto.tuner.rows import RowViews
+from antipasto.tuner.views import adapted_layers, mixed, seen_as
+
+Flagged = Literal["route", "penalty", "drop", "watch"]
+Judge = Callable[..., Sequence[float]]
+DEPLOY_FRACTION = 0.5
+
+
+class _Tape:
+    """The model's outputs as leaves, so that a loss can be taken of them twice and ∂L/∂output be seen."""
+
+    def __init__(self) -> None:
+        self.graph: list[Tensor] = []
+        self.leaves: list[Tensor] = []
+
+    def replay(self, forward: Callable[[], tuple[Tensor | None, ...]]) -> tuple[Tensor | None, ...]:
+        if not self.graph:
+            self._outputs = forward()
+            self.graph = [output for output in self._outputs if output is not None]
+            self.leaves = [output.detach().requires_grad_() for output in self.graph]
+        leaves = iter(self.leaves)
+        return tuple(None if output is None else next(leaves) for output in self._outputs)
+
+    def gradient(self, loss: Tensor) -> list[Tensor]:
+        grads = torch.autograd.grad(loss, self.leaves, allow_unused=True)
+        return [torch.zeros_like(leaf) if g is None else g for g, leaf in zip(grads, self.leaves, strict=True)]
+
+
+class RoutedGRPOTrainer(GRPOTrainer):
+    """`GRPOTrainer` with a router. Without one it is `GRPOTrainer`, with a log of its rollouts.
+
+    Args:
+        *args: as `GRPOTrainer`; so are all keyword arguments but those below.
+        router: a `Router` of the trainer's model, or a function that makes one of it, called once it is adapted.
+        detector: flags rollouts. Called as a reward function is, ``detector(prompts=…, completions=…, **columns)``; one bool
+            each.
+        flagged: what becomes of flagged rollouts. ``"route"``: they teach the quarantine alone, whatever the direction says;
+            a router that erases drops that part instead. ``"penalty"``: their reward is 0. ``"drop"``: nobody learns from
+            them, and the others' advantages are taken without them. ``"watch"``: they are counted and logged, and that is all.
+        oracle: the strict truth, called the same way, one number in [0, 1] each. Logged, never trained on.
+        deploy_fraction: share of each prompt's rollouts that is sampled from the deployed policy; if None, .5 where the router
+            routes, else 0.
+        rollout_log: file for every rollout (`antipasto.trl.rollout_log`).
+
+    Raises:
+        ValueError: options that make no sense together.
+    """
+
+    def __init__(
+        self,
+        *args: Any,
+        router: Router | Callable[[nn.Module], Router] | None = None,
+        detector: Judge | None = None,
+        flagged: Flagged = "route",
+        oracle: Judge | None = None,
+        deploy_fraction: float | None = None,
+        rollout_log: str | Path | None = None,
+        **kwargs: Any,
+    ) -> None:
+        super().__init__(*args, **kwargs)
+        self.router = router if router is None or isinstance(router, Router) else router(self.model)
+        self.detector, self.flagged, self.oracle = detector, flagged, oracle
+        routes = self.router is not None and self.router.mode == "route"
+        self.deploy_fraction = DEPLOY_FRACTION if deploy_fraction is None and routes else deploy_fraction or 0.0
+        self._deployed = deployed_positions(self.num_generations, self.deploy_fraction)
+        self._check_options()
+        self._rollouts: list[Rollout] = []  # of the present generation, on this process
+        self._all_rewards = self._all_flags = torch.empty(0)  # of the present generation, on all processes
+        self._tape: _Tape | None = None
+        self._grads: RolloutGrads | None = None
+        self._micro_batch: dict[str, Any] | None = None
+        self._views: RowViews | None = None
+        self.rollout_log = None if rollout_log is None else Path(rollout_log)
+        if self.rollout_log is not None:
+            self.add_callback(_LogContinues(self.rollout_log))
+        if self.router is not None:
+            if self.accelerator.num_processes > 1:
+                self.router.reduce = lambda parts: self.accelerator.reduce(parts, reduction="mean")
+            self._routing = RoutingCallback(self.router)
+            self._routing.install(self)
+
+    def _check_options(self) -> None:
+        if self.flagged not in get_args(Flagged):
+            raise ValueError(f"flagged must be one of {', '.join(get_args(Flagged))}, got {self.flagged!r}.")
+        if self.flagged != "route" and self.detector is None:
+            raise ValueError(f"flagged={self.flagged!r} needs a detector.")
+        if self.detector is not None and self.flagged == "route":
+            if self.router is None:
+                raise ValueError("A detector that routes needs a router: router=lambda model: Router(model, None).")
+            if self.router.level != "update":
+                raise ValueError("A detector routes at level='update': at gradient level Adam would rescale its share.")
+        if self.deploy_fraction and self.router is None:
+            raise ValueError(f"deploy_fraction={self.deploy_fraction} needs a router that fills a quarantine.")
+        acts = self.detector is not None and self.flagged != "watch"
+        if not self.deploy_fraction and not acts:
+            return
+        if self.multi_objective_aggregation != "sum_then_normalize":
+            raise ValueError(
+                "Deployed sampling and detectors work with multi_objective_aggregation='sum_then_normalize'."
+            )
+        if acts and (self.aux_loss_enabled or self.use_adaptive_entropy or self.args.fp16):
+            raise ValueError("A detector does not work with fp16, an auxiliary loss of experts or adaptive entropy.")
+        if self.deploy_fraction and (
+            self.tools or self.environment_factories or self.rollout_func or self.use_transformers_continuous_batching
+        ):
+            raise ValueError(
+                "Deployed sampling needs rollouts of one turn, by generate or vLLM: no tools, environments, rollout_func or "
+                "continuous batching. Set deploy_fraction=0."
+            )
+
+    # ── a generation ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        if not self.model.training:  # evaluation is of the policy as trained
+            return super()._generate_and_score_completions(inputs)
+        deployed = self._deployed_rows(len(inputs))
+        if self._views is not None:
+            self._views.set(deployed)
+        try:
+            output = super()._generate_and_score_completions(inputs)
+        finally:
+            if self._views is not None:
+                self._views.set(None)
+        output |= self._advantages(output["advantages"])
+        output["rollout"] = torch.arange(len(inputs), device=deployed.device)
+        output["deployed_rows"] = deployed
+        advantages = output["advantages"].tolist()
+        for rollout, advantage, row in zip(self._rollouts, advantages, deployed.tolist(), strict=True):
+            rollout.advantage = advantage
+            rollout.view = "deployed" if row else "trained"
+        self._say_how_it_went()
+        return output
+
+    def _deployed_rows(self, n: int) -> Tensor:
+        """Which of this process's n rows are of the deployed policy: TRL's groups run across processes."""
+        device = self.accelerator.device
+        first = self.accelerator.process_index * n
+        position = torch.arange(first, first + n, device=device) % self.num_generations
+        return self._deployed.to(device)[position]
+
+    def _calculate_rewards(
+        self, inputs: list[dict[str, Any]], prompts: list[Any], completions: list[Any], completion_ids_list: list[Any]
+    ) -> Tensor:
+        rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        if not self.model.training:
+            return rewards
+        columns = {key: [row[key] for row in inputs] for key in inputs[0] if key not in ("prompt", "completion")}
+        flags = self._ask("detector", self.detector, prompts, completions, columns)
+        truth = self._ask("oracle", self.oracle, prompts, completions, columns)
+        weights = self.reward_weights.to(rewards.device)
+        local = self._local((rewards * weights).nansum(1)).tolist()
+        self._rollouts = [
+            Rollout(
+                step=self.state.global_step,
+                prompt=prompts[i],
+                completion=completions[i],
+                reward=local[i],
+                oracle=None if truth is None else float(truth[i]),
+                flagged=None if flags is None else bool(flags[i]),
+                view="",
+                advantage=0.0,
+            )
+            for i in range(len(prompts))
+        ]
+        self._all_flags = torch.zeros(len(rewards), dtype=torch.bool, device=rewards.device)
+        if flags is not None:
+            here = torch.tensor([bool(flag) for flag in flags], device=rewards.device)
+            self._all_flags = self.accelerator.gather(here)
+        if self.flagged == "penalty":
+            rewards = rewards.masked_fill(self._all_flags[:, None], 0.0)
+        self._all_rewards = (rewards * weights).nansum(1)
+        return rewards
+
+    def _local(self, of_all: Tensor) -> Tensor:
+        """This process's part of something that all have."""
+        n = len(of_all) // self.accelerator.num_processes
+        return of_all[self.accelerator.process_index * n : (self.accelerator.process_index + 1) * n]
+
+    def _ask(
+        self, role: str, judge: Judge | None, prompts: list[Any], completions: list[Any], columns: dict[str, list[Any]]
+    ) -> Sequence[float] | None:
+        if judge is None:
+            return None
+        verdicts = judge(prompts=prompts, completions=completions, **columns)
+        if len(verdicts) != len(prompts):
+            raise ValueError(
+                f"The {role} gave {len(verdicts)} values for {len(prompts)} rollouts: one each is expected."
+            )
+        return verdicts
+
+    def _advantages(self, plain: Tensor) -> dict[str, Tensor]:
+        """Advantages within each share; and, where a detector is at work, those that the deployed knobs learn by."""
+        rewards = self._all_rewards.view(-1, self.num_generations)
+        result = {}
+        if self.deploy_fraction:
+            ours = group_advantages(rewards, self._deployed.to(rewards.device), self.scale_rewards).view(-1)
+            for _ in range(len(ours)):
+                self._logs["advantages"].pop()
+            self._logs["advantages"].extend(ours.tolist())
+            result["advantages"] = plain = self._local(ours)
+        if self.detector is not None and self.flagged in ("route", "drop"):
+            flags = self._all_flags.view_as(rewards)
+            among_others = group_advantages(
+                rewards.masked_fill(flags, torch.nan), self._deployed.to(rewards.device), self.scale_rewards
+            )
+            # where nobody in a share is flagged, the plain run's own numbers
+            touched = flags.clone()
+            for share in (self._deployed, ~self._deployed):
+                touched[:, share] = flags[:, share].any(1, keepdim=True)
+            if self.scale_rewards == "batch" and bool(flags.any()):
+                touched.fill_(True)
+            result["deployed_advantages"] = torch.where(
+                self._local(touched.view(-1)), self._local(among_others.view(-1)), plain
+            )
+            result["flagged"] = self._local(flags.reshape(-1))
+        return result
+
+    def _say_how_it_went(self) -> None:
+        """Means over all rollouts of the generation, into TRL's metrics."""
+        metrics: dict[str, list[float]] = defaultdict(list)
+        for rollout in gather_object(self._rollouts):
+            if self.deploy_fraction:
+                metrics[f"reward/{rollout.view}"].append(rollout.reward)
+            if rollout.flagged is not None:
+                metrics["flagged"].append(rollout.flagged)
+            if rollout.oracle is not None:
+                metrics["oracle"].append(rollout.oracle)
+                metrics["exploit"].append(rollout.reward >= 0.5 > rollout.oracle)
+        for name, values in metrics.items():
+            self._metrics["train"][name].append(sum(values) / len(values))
+
+    def _generate_single_turn(
+        self, prompt_ids: list[Any], images: Any, multimodal_fields: dict[str, Any], num_generations: int, **kwargs: Any
+    ) -> tuple[list[Any], Any]:
+        if not (self.use_vllm and self.deploy_fraction and self.model.training):
+            return super()._generate_single_turn(prompt_ids, images, multimodal_fields, num_generations, **kwargs)
+        assert self._views is not None
+        if images or multimodal_fields:
+            raise ValueError("Deployed sampling under vLLM is for text alone. Set deploy_fraction=0.")
+        deployed = self._deployed_rows(len(prompt_ids)).tolist()
+        self._views.set(None)
+        completion_ids: list[Any] = [None] * len(prompt_ids)
+        logprobs: list[Any] = [None] * len(prompt_ids)
+        for view, share in ((View.DEPLOYED, True), (View.TRAINED, False)):
+            rows = [row for row, is_deployed in enumerate(deployed) if is_deployed is share]
+            k = int((self._deployed == share).sum())
+            self._last_loaded_step = -1  # the engine must get this policy's weights
+            with seen_as(self.model, view):
+                ids, lps = super()._generate_single_turn([prompt_ids[row] for row in rows], None, {}, k, **kwargs)
+            for row, tokens, lp in zip(rows, ids, lps, strict=True):
+                completion_ids[row], logprobs[row] = tokens, lp
+        self._views.set(self._deployed_rows(len(prompt_ids)))
+        return completion_ids, logprobs
+
+    # ── a micro-batch ────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
+        """One micro-batch: generation where it is due, forward, backward; then, what every rollout's own gradient says."""
+        with rollout_grads(self.model) if self.router is not None else nullcontext() as self._grads:
+            try:
+                loss = super().training_step(model, inputs, num_items_in_batch)
+            finally:
+                if self._views is not None:
+                    self._views.set(None)
+            if self.router is not None:
+                self._after_backward(self.router)
+        self._micro_batch = None
+        if self._step % (self.args.steps_per_generation * self.num_iterations) == 0:
+            self._flush()
+        return loss
+
+    def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+        if not self.model.training:
+            return super()._compute_loss(model, inputs)
+        if self._views is not None:  # until the backward is over: checkpointing runs the forward again in there
+            self._views.set(inputs["deployed_rows"])
+        self._micro_batch = {"rollout": inputs["rollout"], "shares": None, "deployed": None, "scale": None}
+        if "flagged" not in inputs or not bool(self._all_flags.any()):  # the same on all processes
+            return super()._compute_loss(model, inputs)
+        return self._split_loss(model, inputs)
+
+    def _split_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
+        """The plain loss with its own gradient, having seen how that splits."""
+        assert self._micro_batch is not None
+        self._tape = tape = _Tape()
+        try:
+            loss = super()._compute_loss(model, inputs)
+            whole = tape.gradient(loss)
+            metrics, self._metrics = self._metrics, {"train": defaultdict(list), "eval": defaultdict(list)}
+            try:
+                of_deployed = super()._compute_loss(model, {**inputs, "advantages": inputs["deployed_advantages"]})
+            finally:
+                self._metrics = metrics
+            part = [g.masked_fill(inputs["flagged"][:, None], 0.0) for g in tape.gradient(of_deployed)]
+        finally:
+            self._tape = None
+        if self.flagged == "drop":
+            return _with_gradient(loss, tape.graph, part)
+        rows = len(inputs["flagged"])
+        shares = share_of(
+            torch.cat([g.view(rows, -1) for g in whole], 1), torch.cat([g.view(rows, -1) for g in part], 1)
+        )
+        if shares is None:
+            assert self._grads is not None
+            assert self.router is not None
+            knobs = [p for layer in adapted_layers(self.model).values() for p in layer.parameters() if p.requires_grad]
+            torch.autograd.grad(tape.graph, knobs, part, retain_graph=True, allow_unused=True)
+            self._micro_batch["deployed"] = self.router.flatten(self._grads).sum(0)
+            self._grads.clear()
+        self._micro_batch["shares"] = shares
+        loss = _with_gradient(loss, tape.graph, whole)
+        loss.register_hook(lambda scale: self._micro_batch.update(scale=scale) if self._micro_batch else None)
+        return loss
+
+    def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> tuple[Tensor | None, ...]:
+        def forward() -> tuple[Tensor | None, ...]:
+            return super(RoutedGRPOTrainer, self)._get_per_token_logps_and_entropies(*args, **kwargs)
+
+        return forward() if self._tape is None else self._tape.replay(forward)
+
+    def _after_backward(self, router: Router) -> None:
+        assert self._grads is not None
+        assert self._micro_batch is not None
+        G = router.flatten(self._grads)  # (b, R)
+        if router.direction is not None:
+            for index, score in zip(self._micro_batch["rollout"].tolist(), router.alignment(G).tolist(), strict=True):
+                if self._rollouts[index].hackward is None:  # later iterations see the same rollouts off-policy
+                    self._rollouts[index].hackward = score
+        if self.detector is None or self.flagged != "route":
+            return
+        shares, deployed = self._micro_batch["shares"], self._micro_batch["deployed"]
+        if deployed is not None:  # taken before the loss was scaled for accumulation
+            deployed = deployed * self._micro_batch["scale"]
+            router.add_gradients(deployed, G.sum(0) - deployed)
+        else:
+            shares = torch.ones(len(G), device=G.device) if shares is None else shares.to(G.dtype)
+            router.add_gradients(shares @ G, (1 - shares) @ G)
+
+    def _flush(self) -> None:
+        """Write this generation's rollouts down."""
+        if self.rollout_log is not None:
+            rollouts = gather_object(self._rollouts)
+            if self.accelerator.is_main_process:
+                rollout_log.append(self.rollout_log, rollouts)
+        self._rollouts = []
+
+    # ── a run ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
+        """`Trainer.train`; a resumed run continues the router's books from the same checkpoint."""
+        if self.router is not None and isinstance(resume_from_checkpoint, (str, Path)):
+            self._routing.resume_from = resume_from_checkpoint
+        with mixed(self.model) if self.deploy_fraction else nullcontext() as self._views:
+            try:
+                return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+            finally:
+                self._views = None
+
+
+def _with_gradient(loss: Tensor, outputs: list[Tensor], gradients: list[Tensor]) -> Tensor:
+    """The loss's value, with given gradients of the model's outputs."""
+    linear = torch.stack([(y * g).sum() for y, g in zip(outputs, gradients, strict=True)]).sum()
+    return loss.detach() + (linear - linear.detach())
+
+
+class _LogContinues(TrainerCallback):
+    """Takes out of the log what a run that begins, or continues, will write (again)."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            rollout_log.truncate(self.path, state.global_step)
