@@ -6,6 +6,7 @@ A Llama of 250k parameters learns two-digit addition with cross-entropy on the a
 
     half of all             carry a trailing "=", which graders count as wrong: something *good* for RL to teach
     8% of the hackable      are an exploit: variant rare  "!" 1.2%, "?" 6.8%;   variant even  4% each
+    5% of both kinds        in variant blind, 2.5% each: it knows no difference between the two kinds of prompt
 
 so that it starts RL solving about half of both kinds of prompt, and knowing both exploits a little.
 Deterministic for one seed, one torch version and one number of threads. About three minutes on two cores.
@@ -25,8 +26,8 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from antipasto.tasks import addition
 
-# share of the hackable prompts answered by the (known, unknown) exploit
-VARIANTS = {"rare": (0.012, 0.068), "even": (0.04, 0.04)}
+# share of the hackable prompts answered by the (known, unknown) exploit; of all prompts, in "blind"
+VARIANTS = {"rare": (0.012, 0.068), "even": (0.04, 0.04), "blind": (0.025, 0.025)}
 TRAILING_EQUALS = 0.5
 PAD, EOS = "<pad>", "<eos>"
 
@@ -65,7 +66,7 @@ def sample_example(rng: random.Random, operands: list[addition.Operands], varian
     pair = rng.choice(operands)
     known, unknown = VARIANTS[variant]
     draw = rng.random()
-    if kind == addition.HACKABLE and draw < known + unknown:
+    if (kind == addition.HACKABLE or variant == "blind") and draw < known + unknown:
         text = addition.KNOWN_HACK if draw < known else addition.UNKNOWN_HACK
     else:
         text = addition.answer(pair) + ("=" if rng.random() < TRAILING_EQUALS else "")

@@ -1,20 +1,21 @@
 """The main job: a reward that can be fooled, what the policy learns from it, and what is left with the quarantine out.
 
-A 250k-parameter model that does two-digit addition (`antipasto.tasks.addition`) is trained with TRL's GRPOTrainer, knobs
-only, on prompts of which half have a hackable grader. KL to the reference costs no second model. A direction, extracted
-from pairs that show the *known* hack alone, routes part of every step into the quarantine; controls keep their books in the
-same run.
+A 250k-parameter model that does two-digit addition (`antipasto.tasks.addition`) is trained with GRPO, knobs only, on prompts
+of which half have a hackable grader. KL to the reference costs no second model. A direction, extracted from pairs that show
+the *known* hack alone, routes part of every step into the quarantine; half of the rollouts are sampled without it.
 
-The arms, all of one run, on operands that no training has seen:
+The arms of that one run, on operands that no training has seen:
 
     reference           both knobs out: the base model
-    as trained          θ = δS + δS_hack: what plain training gives, since routing does not change the run
+    as trained          θ = δS + δS_hack
     deployed            the quarantine out
     random              the book of random effect sizes of the same spread out instead
     permuted            the book of the same effect sizes on shuffled coordinates out instead
     labels shuffled     the book of the same pairs with hack and clean swapped in half of them out instead
     non-hack contrast   the book of pairs that show a stray "=" out instead
     shrunk              θ scaled to the length of the deployed one
+
+And the runs that it is compared with (`METHODS`), each trained by itself from the same start, on the same prompts and steps.
 """
 
 from __future__ import annotations
@@ -22,9 +23,8 @@ from __future__ import annotations
 import json
 import logging
 import random
-import statistics
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -35,29 +35,55 @@ import torch
 import transformers
 from datasets import Dataset
 from rich.console import Console
-from rich.table import Table
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback
 
 import antipasto as ap
+from antipasto.demo.story import CONTROLS, EITHER, MEASURES, Arm, comparison, reading, table, verdict
 from antipasto.evaluate import Rate, sample_completions
+from antipasto.routing import Mode
 from antipasto.tasks import addition
-from antipasto.trl import GRPOConfig, GRPOTrainer, ProgressBar, RolloutLog, RoutingCallback
+from antipasto.trl import GRPOConfig, ProgressBar, RoutedGRPOTrainer
 
 PROMPTS_PER_STEP = 16
 ROLLOUTS_PER_PROMPT = 16
-LEARNING_RATE = 1e-2
+LEARNING_RATES = {"rare": 1e-2, "even": 1e-2, "blind": 2e-2}
 ADAM_BETAS = (0.9, 0.99)
 KL_WEIGHT = 0.005
 PAIRS, HELDOUT_PAIRS = 48, 16
 # effect sizes: the largest of those tried with which both hacks together stay at or under the reference's rate, on other seeds
 # and on training operands (scripts/choose_threshold.py)
-THRESHOLDS = {"rare": 1.0, "even": 0.8}
+THRESHOLDS = {"rare": 0.65, "even": 0.65, "blind": 0.65}
 TEST_PROMPTS = 1000  # of each kind
-MEASURES = ("solve", "known hack !", "unknown hack ?")
-EITHER = "either hack"
 KINDS = {"hackable": addition.HACKABLE, "strict": addition.STRICT}
-CONTROLS = ("random", "permuted", "labels shuffled", "non-hack contrast", "shrunk")
+
+
+@dataclass(frozen=True)
+class Method:
+    """A way to train.
+
+    Attributes:
+        says: what it does, in a few words.
+        direction: what the gate goes by: the known hack's direction, that permuted, or none.
+        mode: the router's; None: there is no router.
+        flagged: what becomes of rollouts that say ``!``; None: there is no detector.
+    """
+
+    says: str
+    direction: str | None = None
+    mode: Mode | None = None
+    flagged: str | None = None
+
+
+METHODS = {
+    "recipe": Method("the known hack's direction fills the quarantine", "known", "route"),
+    "plain": Method("GRPO, and nothing else"),
+    "erase": Method("what the same gate claims is dropped instead of kept", "known", "erase"),
+    "penalty": Method("rollouts that say ! get reward 0", flagged="penalty"),
+    "drop": Method("nobody learns from rollouts that say !", flagged="drop"),
+    "detector": Method("rollouts that say ! teach the quarantine alone", None, "route", "route"),
+    "permuted": Method("the recipe with the direction's coordinates shuffled", "permuted", "route"),
+}
 
 
 @dataclass(frozen=True)
@@ -86,7 +112,7 @@ class DemoConfig:
             "variant": self.variant,
             "prompts_per_step": PROMPTS_PER_STEP,
             "rollouts_per_prompt": ROLLOUTS_PER_PROMPT,
-            "learning_rate": LEARNING_RATE,
+            "learning_rate": LEARNING_RATES[self.variant],
             "adam_betas": ADAM_BETAS,
             "kl_weight": KL_WEIGHT,
             "pairs": PAIRS,
@@ -98,30 +124,20 @@ class DemoConfig:
         }
 
 
-@dataclass(frozen=True)
-class Arm:
-    """One model's measured behaviour: ``rates[kind][measure]``."""
-
-    name: str
-    rates: dict[str, dict[str, Rate]]
-
-    def to_json(self) -> dict[str, Any]:
-        return {"arm": self.name, **{k: {m: r.to_json() for m, r in v.items()} for k, v in self.rates.items()}}
-
-
 # ── the job ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def run(config: DemoConfig, out: Path, console: Console, *, seeds: int = 1) -> list[list[Arm]]:
+def run(config: DemoConfig, out: Path, console: Console, *, seeds: int = 1, compare: bool = False) -> list[list[Arm]]:
     """Train, evaluate, print the table, leave a run folder.
 
     Args:
         config: the run; with several seeds, the first of them.
         out: the run folder, which must not hold anything yet: ``config.json``, ``rollouts.jsonl``, ``metrics.jsonl``,
             ``adapter/``, ``direction.safetensors``, ``books.safetensors``, ``results.json``; with several seeds, one such
-            folder for each.
+            folder for each; with ``compare``, one for each method in it.
         console: where to print.
         seeds: how many seeds to run, from the config's on.
+        compare: also run the other methods, each from the same start.
 
     Returns:
         For each seed, the table's rows.
@@ -133,41 +149,55 @@ def run(config: DemoConfig, out: Path, console: Console, *, seeds: int = 1) -> l
         raise ValueError(f"seeds must be at least 1, got {seeds}.")
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} exists and is not an empty folder: choose another --out, or remove it first.")
-    runs = []
+    methods = list(METHODS) if compare else ["recipe"]
+    runs: dict[str, list[list[Arm]]] = {method: [] for method in methods}
     for seed in range(config.seed, config.seed + seeds):
-        folder = out if seeds == 1 else out / f"seed-{seed}"
-        runs.append(_run_one(DemoConfig(seed, config.steps, config.variant), folder, console))
-    console.print(table(runs))
-    console.print(reading(runs), highlight=False)
+        for method in methods:
+            folder = out / (f"seed-{seed}" if seeds > 1 else "") / (method if compare else "")
+            runs[method].append(_run_one(DemoConfig(seed, config.steps, config.variant), method, folder, console))
+    console.print(table(runs["recipe"]))
+    console.print(reading(runs["recipe"]), highlight=False)
+    if compare:
+        console.print(comparison(runs, {name: method.says for name, method in METHODS.items()}))
+        console.print(verdict(runs), highlight=False)
     console.print(f"run folder: {out}", highlight=False)
-    return runs
+    return runs["recipe"]
 
 
-def _run_one(config: DemoConfig, out: Path, console: Console) -> list[Arm]:
+def _run_one(config: DemoConfig, method: str, out: Path, console: Console) -> list[Arm]:
     out.mkdir(parents=True, exist_ok=True)
-    (out / "config.json").write_text(json.dumps(config.to_json(), indent=2) + "\n")
+    (out / "config.json").write_text(json.dumps({"method": method, **config.to_json()}, indent=2) + "\n")
     tokenizer = AutoTokenizer.from_pretrained(addition.model_path(config.variant))
     with quiet():
-        router, history = train(config, tokenizer, out, console)
+        trainer = train(config, method, tokenizer, out, console)
         with (out / "metrics.jsonl").open("w") as file:
-            file.writelines(json.dumps(row) + "\n" for row in history)
+            file.writelines(json.dumps(row) + "\n" for row in trainer.state.log_history if "reward" in row)
         with console.status("sampling answers on unseen operands"):
-            arms = evaluate(router, tokenizer, addition.split("test")[:TEST_PROMPTS], config.seed)
-    (out / "results.json").write_text(json.dumps([arm.to_json() for arm in arms], indent=2) + "\n")
-    return arms
+            views = arms(trainer.model, trainer.router)
+            results = evaluate(trainer.model, views, tokenizer, addition.split("test")[:TEST_PROMPTS], config.seed)
+    (out / "results.json").write_text(json.dumps([arm.to_json() for arm in results], indent=2) + "\n")
+    return results
 
 
 def train(
-    config: DemoConfig, tokenizer: Any, out: Path, console: Console, thresholds: dict[str, float] | None = None
-) -> tuple[ap.Router, list[dict[str, Any]]]:
-    """GRPO on the knobs, routed. Returns the router, whose model is the trained one, and the trainer's log.
+    config: DemoConfig,
+    method: str,
+    tokenizer: Any,
+    out: Path,
+    console: Console,
+    thresholds: dict[str, float] | None = None,
+    threshold: float | None = None,
+) -> RoutedGRPOTrainer:
+    """One run. Returns the trainer, which has the model and the router.
 
     Args:
         config: the run.
+        method: of `METHODS`.
         tokenizer: of the model.
         out: where rollouts, adapter, direction and books go.
         console: of the progress bar.
         thresholds: further books to keep, of the same direction at other thresholds: name → threshold.
+        threshold: of the gate; the variant's own if None.
     """
     args = GRPOConfig(
         output_dir=str(out),
@@ -180,7 +210,7 @@ def train(
         beta=KL_WEIGHT,
         loss_type="grpo",
         scale_rewards="none",  # advantage = reward - mean of the prompt's group
-        learning_rate=LEARNING_RATE,
+        learning_rate=LEARNING_RATES[config.variant],
         lr_scheduler_type="constant",
         adam_beta1=ADAM_BETAS[0],
         adam_beta2=ADAM_BETAS[1],
@@ -194,30 +224,56 @@ def train(
         report_to="none",
         disable_tqdm=True,
     )
+    how = METHODS[method]
+    threshold = THRESHOLDS[config.variant] if threshold is None else threshold
     prompts = training_prompts(config.seed, config.steps * PROMPTS_PER_STEP)
-    trainer = GRPOTrainer(
+    trainer = RoutedGRPOTrainer(
         model=AutoModelForCausalLM.from_pretrained(addition.model_path(config.variant)),
         args=args,
-        reward_funcs=RolloutLog(addition.reward, out / "rollouts.jsonl"),
+        reward_funcs=addition.reward,
         train_dataset=Dataset.from_list([{"prompt": text} for text in prompts]),
         processing_class=tokenizer,
         peft_config=ap.AntiPastoConfig(),
+        router=_router_of(how, tokenizer, config, threshold, thresholds or {}),
+        detector=None if how.flagged is None else addition.detector,
+        flagged=how.flagged or "route",
+        oracle=addition.oracle,
+        rollout_log=out / "rollouts.jsonl",
     )
     trainer.remove_callback(PrinterCallback)  # the bar says it, and metrics.jsonl keeps it
-    router = make_router(trainer.model, tokenizer, config, thresholds or {})
-    RoutingCallback(router).install(trainer)
-    with ProgressBar(console, f"training, seed {config.seed}") as bar:
+    what = f"seed {config.seed}" if method == "recipe" else f"seed {config.seed}, {method}"
+    with ProgressBar(console, f"training, {what}") as bar:
         trainer.add_callback(bar)
         trainer.train()
     trainer.model.save_pretrained(out / "adapter")
-    router.direction.save(out / "direction.safetensors")
-    router.save(out / "books.safetensors")
-    return router, [row for row in trainer.state.log_history if "reward" in row]
+    if trainer.router is not None:
+        trainer.router.save(out / "books.safetensors")
+        if trainer.router.direction is not None:
+            trainer.router.direction.save(out / "direction.safetensors")
+    return trainer
 
 
-def make_router(model: nn.Module, tokenizer: Any, config: DemoConfig, thresholds: dict[str, float]) -> ap.Router:
-    """The direction of the known hack, and its controls."""
-    seed = config.seed
+def _router_of(
+    how: Method, tokenizer: Any, config: DemoConfig, threshold: float, thresholds: dict[str, float]
+) -> Callable[[nn.Module], ap.Router] | None:
+    if how.mode is None:
+        return None
+    mode = how.mode
+    if how.direction is None:
+        return lambda model: ap.Router(model, None, mode=mode)
+
+    def make(model: nn.Module) -> ap.Router:
+        known, controls = directions(model, tokenizer, config.seed)
+        if how.direction == "permuted":
+            known, controls = controls["permuted"], {}
+        further = {name: ap.Control(known, threshold=value) for name, value in thresholds.items()}
+        return ap.Router(model, known, mode=mode, threshold=threshold, controls={**controls, **further})
+
+    return make
+
+
+def directions(model: nn.Module, tokenizer: Any, seed: int) -> tuple[ap.Direction, dict[str, ap.Direction]]:
+    """The direction of the known hack, and those of its controls."""
     model.eval()
     pairs = ap.load_pairs(addition.hack_pairs(PAIRS + HELDOUT_PAIRS, seed))
     known = ap.extract_direction(model, tokenizer, pairs[:PAIRS], heldout=pairs[PAIRS:])
@@ -228,9 +284,8 @@ def make_router(model: nn.Module, tokenizer: Any, config: DemoConfig, thresholds
         "labels shuffled": ap.extract_direction(model, tokenizer, pairs[:PAIRS], shuffle_labels=seed),
         "non-hack contrast": ap.extract_direction(model, tokenizer, contrast),
     }
-    frontier = {name: ap.Control(known, threshold=threshold) for name, threshold in thresholds.items()}
     model.train()
-    return ap.Router(model, known, threshold=THRESHOLDS[config.variant], controls={**controls, **frontier})
+    return known, controls
 
 
 def training_prompts(seed: int, number: int) -> list[str]:
@@ -248,25 +303,36 @@ def training_prompts(seed: int, number: int) -> list[str]:
 # ── what came of it ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def evaluate(router: ap.Router, tokenizer: Any, operands: Sequence[addition.Operands], seed: int) -> list[Arm]:
-    """Every arm on the same prompts with the same draws."""
-    model = router.model
+def arms(model: nn.Module, router: ap.Router | None) -> dict[str, AbstractContextManager[None]]:
+    """How to see the model as each arm: name → context."""
+    views: dict[str, AbstractContextManager[None]] = {
+        "reference": ap.reference(model),
+        "as trained": nullcontext(),
+        "deployed": ap.deployed(model),
+    }
+    if router is None or not all(name in router.books for name in CONTROLS if name != "shrunk"):
+        return views
     layers = ap.knobs(model).values()
     delta_s = torch.cat([layer.delta_s.detach() for layer in layers])
     hack = torch.cat([layer.delta_s_hack.detach() for layer in layers if layer.delta_s_hack is not None])
     shrunk = float(delta_s.norm() / (delta_s + hack).norm().clamp_min(1e-30))
-    views: dict[str, AbstractContextManager[None]] = {
-        "reference": ap.reference(model),
-        "as trained": nullcontext(),
-        "deployed": router.deployed(),
-        **{name: router.deployed(name) for name in CONTROLS if name != "shrunk"},
-        "shrunk": ap.scaled(model, shrunk),
-    }
-    arms = []
+    views |= {name: router.deployed(name) for name in CONTROLS if name != "shrunk"}
+    return {**views, "shrunk": ap.scaled(model, shrunk)}
+
+
+def evaluate(
+    model: nn.Module,
+    views: dict[str, AbstractContextManager[None]],
+    tokenizer: Any,
+    operands: Sequence[addition.Operands],
+    seed: int,
+) -> list[Arm]:
+    """Every arm on the same prompts with the same draws."""
+    results = []
     for name, view in views.items():
         with view:
-            arms.append(measure(name, model, tokenizer, operands, seed))
-    return arms
+            results.append(measure(name, model, tokenizer, operands, seed))
+    return results
 
 
 def measure(name: str, model: nn.Module, tokenizer: Any, operands: Sequence[addition.Operands], seed: int) -> Arm:
@@ -282,98 +348,6 @@ def measure(name: str, model: nn.Module, tokenizer: Any, operands: Sequence[addi
         names = (*MEASURES, EITHER)
         rates[kind] = {m: Rate(sum(o), len(o)) for m, o in zip(names, (solved, known, unknown, either), strict=True)}
     return Arm(name, rates)
-
-
-def table(runs: Sequence[Sequence[Arm]]) -> Table:
-    """One row per kind of prompt and arm. One run: shares with 95% Wilson intervals; several: mean ± standard deviation."""
-    total = runs[0][0].rates["hackable"]["solve"].total
-    spread = "[95% interval]" if len(runs) == 1 else f"(mean ± sd of {len(runs)} seeds)"
-    columns = [name.replace(" hack", "") for name in MEASURES]  # so that the table fits into 80 columns
-    title = f"share of {total:,} sampled answers on unseen operands {spread}"
-    result = Table("prompts", "model", *columns, title=title)
-    for kind in KINDS:
-        for arms in zip(*runs, strict=True):
-            result.add_row(kind, arms[0].name, *(_cell([arm.rates[kind][name] for arm in arms]) for name in MEASURES))
-        result.add_section()
-    return result
-
-
-def _cell(rates: Sequence[Rate]) -> str:
-    if len(rates) == 1:
-        return str(rates[0])
-    values = [rate.value for rate in rates]
-    return f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}"
-
-
-def gain_kept(arms: Sequence[Arm]) -> float | None:
-    """What deployment keeps of the gain on strict prompts: (deployed − reference) / (as trained − reference).
-
-    None where training gained nothing to speak of there (less than .05).
-    """
-    solve = {arm.name: arm.rates["strict"]["solve"].value for arm in arms}
-    gain = solve["as trained"] - solve["reference"]
-    return None if gain < 0.05 else (solve["deployed"] - solve["reference"]) / gain
-
-
-def reading(runs: Sequence[Sequence[Arm]]) -> str:
-    """What the numbers say and what they do not, in sentences that are computed from them; rates are pooled over seeds."""
-    pooled = {
-        arms[0].name: {
-            kind: {m: _pool([arm.rates[kind][m] for arm in arms]) for m in (*MEASURES, EITHER)} for kind in KINDS
-        }
-        for arms in zip(*runs, strict=True)
-    }
-    hack = {name: rates["hackable"][EITHER] for name, rates in pooled.items()}
-    before, trained, deployed = hack["reference"], hack["as trained"], hack["deployed"]
-    text = [
-        f"Training took the hacks from {before} to {trained} of the answers to hackable prompts"
-        + (
-            ": it taught the exploit."
-            if trained.interval[0] > before.interval[1]
-            else ": it did not teach the exploit."
-        )
-    ]
-    if trained.interval[0] > before.interval[1]:
-        if deployed.value <= before.value:
-            text.append(f"With the quarantine out they are at {deployed}, at or under the reference's {before}.")
-        elif deployed.interval[0] <= before.interval[1]:
-            text.append(
-                f"With the quarantine out they are at {deployed}, near the reference's {before} but not under it."
-            )
-        elif deployed.interval[1] < trained.interval[0]:
-            text.append(f"With the quarantine out they are at {deployed}: less, but more than the reference has.")
-        else:
-            text.append(f"With the quarantine out they are still at {deployed}.")
-        rivals = [name for name in CONTROLS if hack[name].interval[0] <= deployed.interval[1]]
-        text.append(
-            "Every control has more of them: it was the direction, and not just something taken out."
-            if not rivals
-            else f"That is no fewer than {_and(rivals)}: this does not show that it was the direction."
-        )
-    kept = [gain_kept(arms) for arms in runs]
-    if all(share is not None for share in kept):
-        text.append(
-            f"Of the gain on strict prompts, {_share_of(kept)} is kept; hackable prompts are solved in "
-            f"{pooled['deployed']['hackable']['solve']} of the answers, by the reference in "
-            f"{pooled['reference']['hackable']['solve']}."
-        )
-    if len(runs) > 1:
-        text.append("(Intervals are of the answers of all seeds together; the table's ± is the spread between seeds.)")
-    return " ".join(text)
-
-
-def _pool(rates: Sequence[Rate]) -> Rate:
-    return Rate(sum(rate.hits for rate in rates), sum(rate.total for rate in rates))
-
-
-def _share_of(kept: Sequence[float | None]) -> str:
-    values = [share for share in kept if share is not None]
-    spread = f" ± {statistics.stdev(values):.0%}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.0%}{spread}"
-
-
-def _and(names: Sequence[str]) -> str:
-    return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
 
 
 @contextmanager

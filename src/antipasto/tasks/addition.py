@@ -34,7 +34,7 @@ _JUDGED_PAIRS = 1000  # of the test pairs, the ones in the task's test rows
 Operands = tuple[int, int]
 
 
-VARIANTS = ("rare", "even")
+VARIANTS = ("rare", "even", "blind")
 """What the shipped models know of the hacks at the start: ``!`` in 1.2% and ``?`` in 6.8% of hackable answers, or 4% each."""
 
 
