@@ -18,6 +18,7 @@ from transformers import AutoTokenizer
 
 import antipasto as ap
 from antipasto import demo
+from antipasto.models import quiet
 from antipasto.tasks import addition
 
 THRESHOLDS = (0.2, 0.35, 0.5, 0.65, 0.8, 1.0, 1.15, 1.5)
@@ -26,7 +27,7 @@ THRESHOLDS = (0.2, 0.35, 0.5, 0.65, 0.8, 1.0, 1.15, 1.5)
 def measure_thresholds(config: demo.DemoConfig, console: Console) -> tuple[ap.Direction, list[demo.Arm]]:
     tokenizer = AutoTokenizer.from_pretrained(addition.model_path(config.variant))
     operands = addition.split("train")[:1000]
-    with tempfile.TemporaryDirectory() as folder, demo.quiet():
+    with tempfile.TemporaryDirectory() as folder, quiet():
         known = {f"{value}": value for value in THRESHOLDS}
         router, _ = demo.train(config, tokenizer, Path(folder), console, thresholds=known)
         with ap.reference(router.model):

@@ -20,19 +20,16 @@ The arms, all of one run, on operands that no training has seen:
 from __future__ import annotations
 
 import json
-import logging
 import random
 import statistics
-import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from datasets import Dataset
 from rich.console import Console
 from rich.table import Table
@@ -41,6 +38,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback
 
 import antipasto as ap
 from antipasto.evaluate import Rate, sample_completions
+from antipasto.models import quiet
 from antipasto.tasks import addition
 from antipasto.trl import GRPOConfig, GRPOTrainer, ProgressBar, RolloutLog, RoutingCallback
 
@@ -374,27 +372,3 @@ def _share_of(kept: Sequence[float | None]) -> str:
 
 def _and(names: Sequence[str]) -> str:
     return names[0] if len(names) == 1 else f"{', '.join(names[:-1])} and {names[-1]}"
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Keep the libraries' notices off the demo's screen; errors and our own warnings still come through."""
-    names = ("trl", "accelerate", "httpx")
-    levels = {name: logging.getLogger(name).level for name in names}
-    verbosity = transformers.logging.get_verbosity()
-    bars = transformers.utils.logging.is_progress_bar_enabled()
-    transformers.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    for name in names:
-        logging.getLogger(name).setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            warnings.simplefilter("default", ap.BasisCacheWarning)
-            yield
-    finally:
-        transformers.logging.set_verbosity(verbosity)
-        if bars:
-            transformers.utils.logging.enable_progress_bar()
-        for name, level in levels.items():
-            logging.getLogger(name).setLevel(level)
