@@ -132,9 +132,8 @@ def load_basis(weight: Tensor, *, cache_dir: str | os.PathLike[str] | None = DEF
     _check(weight)
     if cache_dir is None:
         return decompose(weight)
-    folder = cache_home() if cache_dir == DEFAULT_CACHE else Path(cache_dir).expanduser()
-    key = fingerprint(weight)
-    path = folder / f"{key}.safetensors"
+    path = cache_file(weight, cache_dir)
+    folder, key = path.parent, path.stem
 
     basis = _read(path, key, weight)
     if basis is not None:
@@ -158,6 +157,18 @@ def load_basis(weight: Tensor, *, cache_dir: str | os.PathLike[str] | None = DEF
     ) as error:  # NotImplementedError: no locks on this file system
         _warn_unwritable(folder, error)
     return decompose(weight) if basis is None else basis
+
+
+def cache_file(weight: Tensor, cache_dir: str | os.PathLike[str] = DEFAULT_CACHE) -> Path:
+    """The file that `load_basis` keeps a weight's basis in, whether or not it is there."""
+    folder = cache_home() if cache_dir == DEFAULT_CACHE else Path(cache_dir).expanduser()
+    return folder / f"{fingerprint(weight)}.safetensors"
+
+
+def is_cached(weight: Tensor, cache_dir: str | os.PathLike[str] = DEFAULT_CACHE) -> bool:
+    """Whether a weight's basis is in the cache, whole and right, so that `load_basis` would only read it."""
+    path = cache_file(weight, cache_dir)
+    return _read(path, path.stem, weight, quiet=True) is not None
 
 
 def _check(weight: Tensor) -> None:

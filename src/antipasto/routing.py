@@ -29,7 +29,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -438,36 +438,70 @@ class Router:
             OSError: the file cannot be read.
         """
         try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                if metadata.get("format") != _FORMAT:
-                    raise ValueError(f"format {metadata.get('format')!r}, expected {_FORMAT!r}")
-                facts = {key: json.loads(value) for key, value in metadata.items() if key != "format"}
-                if facts["books"] != sorted(self._books):
-                    raise ValueError(f"it has the books {facts['books']}, this router {sorted(self._books)}")
-                books = {
-                    name: torch.cat([file.get_tensor(f"book/{name}/{layer}") for layer in self._sizes])
-                    for name in self._books
-                }
-                chance = torch.cat([file.get_tensor(f"chance/{layer}") for layer in self._sizes])
-                if any(len(book) != len(self._chance_book) for book in (chance, *books.values())):
-                    raise ValueError("its layers have another r")
-                names = list(file.keys())
-                momentum = [file.get_tensor(name) for name in _MOMENTUM] if _MOMENTUM[0] in names else []
-                if self.refresh is not None and self.direction is not None:
-                    own = [key for key in names if not key.startswith(("book/", "chance/", "momentum/"))]
-                    tensors = {key: file.get_tensor(key) for key in own}
-                    self._set_direction(Direction.from_tensors(tensors, self.direction.fingerprints))
+            saved = _read_books(path)
+            if sorted(saved.books) != sorted(self._books):
+                raise ValueError(f"it has the books {sorted(saved.books)}, this router {sorted(self._books)}")
+            books = {
+                name: torch.cat([saved.books[name][layer] for layer in self._sizes]).to(self._device)
+                for name in self._books
+            }
+            chance = torch.cat([saved.chance[layer] for layer in self._sizes])
+            if any(len(book) != len(self._chance_book) for book in (chance, *books.values())):
+                raise ValueError("its layers have another r")
+            if self.refresh is not None and self.direction is not None:
+                self._set_direction(Direction.from_tensors(saved.direction, self.direction.fingerprints))
         except (SafetensorError, ValueError, KeyError) as error:
             raise ValueError(f"{path} does not continue this run: {error}.") from error
-        if momentum:
-            self._saved_momentum = momentum[0].to(self._device), momentum[1].to(self._device)
+        if saved.momentum is not None:
+            g_D, g_Q = saved.momentum
+            self._saved_momentum = g_D.to(self._device), g_Q.to(self._device)
         self._chance_book = chance.to(self._device)
-        self._books = {name: book.to(self._device) for name, book in books.items()}
-        self.steps, self.last_overlap = facts["steps"], facts["last_overlap"]
+        self._books, self.steps, self.last_overlap = books, saved.steps, saved.last_overlap
 
     def _split(self, flat: Tensor) -> tuple[Tensor, ...]:
         return flat.split(list(self._sizes.values()))
+
+
+class Books(NamedTuple):
+    """What `Router.save` wrote: what each control would have moved, name → layer → (r,), and what belongs to it."""
+
+    steps: int
+    books: dict[str, dict[str, Tensor]]
+    chance: dict[str, Tensor]
+    direction: dict[str, Tensor]
+    last_overlap: float | None
+    momentum: tuple[Tensor, Tensor] | None
+
+
+def read_books(path: str | Path) -> Books:
+    """Read what `Router.save` wrote, without a router.
+
+    Raises:
+        ValueError: the file is no book file, or is damaged; names it.
+        OSError: the file cannot be read.
+    """
+    try:
+        return _read_books(path)
+    except (SafetensorError, ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not a book file that can be used: {error}.") from error
+
+
+def _read_books(path: str | Path) -> Books:
+    with safe_open(path, framework="pt") as file:
+        metadata = file.metadata() or {}
+        if metadata.get("format") != _FORMAT:
+            raise ValueError(f"format {metadata.get('format')!r}, expected {_FORMAT!r}")
+        facts = {key: json.loads(value) for key, value in metadata.items() if key != "format"}
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
+    chance = {key.removeprefix("chance/"): t for key, t in tensors.items() if key.startswith("chance/")}
+    return Books(
+        steps=facts["steps"],
+        books={name: {layer: tensors[f"book/{name}/{layer}"] for layer in chance} for name in facts["books"]},
+        chance=chance,
+        direction={key: t for key, t in tensors.items() if not key.startswith(("book/", "chance/", "momentum/"))},
+        last_overlap=facts["last_overlap"],
+        momentum=(tensors[_MOMENTUM[0]], tensors[_MOMENTUM[1]]) if _MOMENTUM[0] in tensors else None,
+    )
 
 
 def _as_json(facts: Mapping[str, Any]) -> dict[str, str]:

@@ -21,18 +21,15 @@ And the runs that it is compared with (`METHODS`), each trained by itself from t
 from __future__ import annotations
 
 import json
-import logging
 import random
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from datasets import Dataset
 from rich.console import Console
 from torch import nn
@@ -41,9 +38,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback
 import antipasto as ap
 from antipasto.demo.story import CONTROLS, EITHER, MEASURES, Arm, comparison, reading, table, verdict
 from antipasto.evaluate import Rate, sample_completions
+from antipasto.models import quiet
 from antipasto.routing import Mode
 from antipasto.tasks import addition
 from antipasto.trl import GRPOConfig, ProgressBar, RoutedGRPOTrainer
+from antipasto.trl.trainer import Flagged
 
 PROMPTS_PER_STEP = 16
 ROLLOUTS_PER_PROMPT = 16
@@ -72,7 +71,7 @@ class Method:
     says: str
     direction: str | None = None
     mode: Mode | None = None
-    flagged: str | None = None
+    flagged: Flagged | None = None
 
 
 METHODS = {
@@ -185,7 +184,6 @@ def train(
     tokenizer: Any,
     out: Path,
     console: Console,
-    thresholds: dict[str, float] | None = None,
     threshold: float | None = None,
 ) -> RoutedGRPOTrainer:
     """One run. Returns the trainer, which has the model and the router.
@@ -196,7 +194,6 @@ def train(
         tokenizer: of the model.
         out: where rollouts, adapter, direction and books go.
         console: of the progress bar.
-        thresholds: further books to keep, of the same direction at other thresholds: name → threshold.
         threshold: of the gate; the variant's own if None.
     """
     args = GRPOConfig(
@@ -234,7 +231,7 @@ def train(
         train_dataset=Dataset.from_list([{"prompt": text} for text in prompts]),
         processing_class=tokenizer,
         peft_config=ap.AntiPastoConfig(),
-        router=_router_of(how, tokenizer, config, threshold, thresholds or {}),
+        router=_router_of(how, tokenizer, config, threshold),
         detector=None if how.flagged is None else addition.detector,
         flagged=how.flagged or "route",
         oracle=addition.oracle,
@@ -254,7 +251,7 @@ def train(
 
 
 def _router_of(
-    how: Method, tokenizer: Any, config: DemoConfig, threshold: float, thresholds: dict[str, float]
+    how: Method, tokenizer: Any, config: DemoConfig, threshold: float
 ) -> Callable[[nn.Module], ap.Router] | None:
     if how.mode is None:
         return None
@@ -266,8 +263,7 @@ def _router_of(
         known, controls = directions(model, tokenizer, config.seed)
         if how.direction == "permuted":
             known, controls = controls["permuted"], {}
-        further = {name: ap.Control(known, threshold=value) for name, value in thresholds.items()}
-        return ap.Router(model, known, mode=mode, threshold=threshold, controls={**controls, **further})
+        return ap.Router(model, known, mode=mode, threshold=threshold, controls=controls)
 
     return make
 
@@ -348,27 +344,3 @@ def measure(name: str, model: nn.Module, tokenizer: Any, operands: Sequence[addi
         names = (*MEASURES, EITHER)
         rates[kind] = {m: Rate(sum(o), len(o)) for m, o in zip(names, (solved, known, unknown, either), strict=True)}
     return Arm(name, rates)
-
-
-@contextmanager
-def quiet() -> Iterator[None]:
-    """Keep the libraries' notices off the demo's screen; errors and our own warnings still come through."""
-    names = ("trl", "accelerate", "httpx")
-    levels = {name: logging.getLogger(name).level for name in names}
-    verbosity = transformers.logging.get_verbosity()
-    bars = transformers.utils.logging.is_progress_bar_enabled()
-    transformers.logging.set_verbosity_error()
-    transformers.utils.logging.disable_progress_bar()
-    for name in names:
-        logging.getLogger(name).setLevel(logging.ERROR)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            warnings.simplefilter("default", ap.BasisCacheWarning)
-            yield
-    finally:
-        transformers.logging.set_verbosity(verbosity)
-        if bars:
-            transformers.utils.logging.enable_progress_bar()
-        for name, level in levels.items():
-            logging.getLogger(name).setLevel(level)

@@ -158,6 +158,17 @@ class Task:
         flags = judged.get("detector")
         return Judged(judged["reward"], judged.get("oracle"), None if flags is None else [bool(flag) for flag in flags])
 
+    def ask(
+        self,
+        role: str,
+        prompts: Sequence[Prompt],
+        completions: Sequence[Any],
+        columns: Mapping[str, Sequence[Any]],
+    ) -> list[float]:
+        """One of `judge`'s questions alone: ``reward``, ``oracle`` or ``detector``; raises as it does."""
+        batch = {**columns, "prompts": prompts, "completions": [completion_text(c) for c in completions]}
+        return _Call(role, dict(self._functions())[role], batch).values()
+
     def _functions(self) -> list[tuple[str, Callable[..., Any]]]:
         optional = (("oracle", self.oracle), ("detector", self.detector))
         return [("reward", self.reward), *((role, function) for role, function in optional if function is not None)]

@@ -323,7 +323,11 @@ class RoutedGRPOTrainer(GRPOTrainer):
         try:
             loss = super()._compute_loss(model, inputs)
             whole = tape.gradient(loss)
-            metrics, self._metrics = self._metrics, {"train": defaultdict(list), "eval": defaultdict(list)}
+            metrics = self._metrics
+            self._metrics: dict[str, Any] = {
+                "train": defaultdict(list),
+                "eval": defaultdict(list),
+            }  # this one is not logged
             try:
                 of_deployed = super()._compute_loss(model, {**inputs, "advantages": inputs["deployed_advantages"]})
             finally:

@@ -136,6 +136,7 @@ class AntiPastoLinear(nn.Module, BaseTunerLayer):
         if self.view is View.REFERENCE:
             return None
         total: Tensor | None = None
+        theta: Tensor
         assert self.basis is not None
         for adapter in adapters:
             if adapter not in self.delta_s:

@@ -90,18 +90,7 @@ class AntiPastoModel(BaseTuner):
 
     def _prepare_model(self, peft_config: AntiPastoConfig, model: nn.Module) -> None:
         """Resolve the targets, refuse what cannot be adapted, load or compute every basis."""
-        _resolve_targets(peft_config, model)
-        targets = _find_targets(peft_config, model)
-        model_type = getattr(getattr(model, "config", None), "model_type", None)
-        owners: dict[int, str] = {}
-        for name, module in targets.items():
-            _require_supported(name, module)
-            base_layer = module.get_base_layer() if isinstance(module, AntiPastoLinear) else module
-            owner = owners.setdefault(id(base_layer.weight), name)
-            if owner != name:
-                raise _unsupported(name, f"it shares its weight with {owner}, and merging either would change both")
-            if model_type in _MAMBA_TYPES and name.rpartition(".")[2] in _MAMBA_LAYERS:
-                raise _unsupported(name, f"the fused kernels of {model_type} models read its weight and never call it")
+        targets = find_targets(peft_config, model)
         self._bases = {
             name: _basis_for(name, module, peft_config)
             # shown only when it takes long enough for someone to wonder
@@ -131,13 +120,34 @@ class AntiPastoModel(BaseTuner):
             self._replace_module(parent, target_name, layer, target)
 
 
+def find_targets(config: AntiPastoConfig, model: nn.Module) -> dict[str, nn.Module]:
+    """The modules that a config adapts, by name; writes the names that its ``target_modules`` stands for into it.
+
+    Raises:
+        ValueError: nothing matches, or a target cannot be adapted; names it.
+    """
+    _resolve_targets(config, model)
+    targets = _match_targets(config, model)
+    model_type = getattr(getattr(model, "config", None), "model_type", None)
+    owners: dict[int, str] = {}
+    for name, module in targets.items():
+        _require_supported(name, module)
+        base_layer = module.get_base_layer() if isinstance(module, AntiPastoLinear) else module
+        owner = owners.setdefault(id(base_layer.weight), name)
+        if owner != name:
+            raise _unsupported(name, f"it shares its weight with {owner}, and merging either would change both")
+        if model_type in _MAMBA_TYPES and name.rpartition(".")[2] in _MAMBA_LAYERS:
+            raise _unsupported(name, f"the fused kernels of {model_type} models read its weight and never call it")
+    return targets
+
+
 def _matches_name(key: str, name: str) -> bool:
     return key == name or key.endswith(f".{name}")
 
 
 def _resolve_targets(config: AntiPastoConfig, model: nn.Module) -> None:
     """Turn None and ``"all-linear"`` into names; refuse names that no module has."""
-    # stacked experts are parameters, not modules: they count, so that _find_targets refuses rather than passes them over
+    # stacked experts are parameters, not modules: they count, so that _match_targets refuses rather than passes them over
     keys = [key for key, _ in model.named_modules() if key] + [key for key, p in model.named_parameters() if p.ndim > 2]
     if config.target_modules is None:
         config.target_modules = [t for t in TARGET_MODULES if any(_matches_name(key, t) for key in keys)]
@@ -159,7 +169,7 @@ def _resolve_targets(config: AntiPastoConfig, model: nn.Module) -> None:
             )
 
 
-def _find_targets(config: AntiPastoConfig, model: nn.Module) -> dict[str, nn.Module]:
+def _match_targets(config: AntiPastoConfig, model: nn.Module) -> dict[str, nn.Module]:
     """The modules that the config matches, by name. At least one; parameters that look like experts are refused."""
     targets: dict[str, nn.Module] = {}
     adapted: tuple[str, ...] = ()

@@ -1,0 +1,236 @@
+"""The jobs behind `antipasto basis` and `antipasto extract`."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import random
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from antipasto.basis import cache_file, is_cached, load_basis
+from antipasto.directions import ContrastPair, Direction, Estimator, extract_direction, load_pairs
+from antipasto.gates import DEFAULT_THRESHOLD
+from antipasto.inspection import guarded, strongest_layers
+from antipasto.knobs import wrap
+from antipasto.models import Dtype, load_model, load_weights
+from antipasto.terminal import add_row, plain
+from antipasto.tuner import AntiPastoConfig
+from antipasto.tuner.layer import as_matrix
+from antipasto.tuner.model import find_targets
+
+
+@dataclasses.dataclass(frozen=True)
+class Cached:
+    """What `cache_bases` did.
+
+    Attributes:
+        layers: how many there are.
+        numbers: trainable numbers at full rank, Σ min(o, i).
+        bytes: size of their files.
+        folder: where these are.
+        there: how many were there already.
+        seconds: how long it took, without loading the model.
+    """
+
+    layers: int
+    numbers: int
+    bytes: int
+    folder: Path
+    there: int
+    seconds: float
+
+
+def cache_bases(name_or_path: str, config: AntiPastoConfig, console: Console, *, dtype: Dtype = "auto") -> Cached:
+    """Put the basis of every layer that a config adapts into the cache, and say so.
+
+    Args:
+        name_or_path: the model.
+        config: which layers, and ``cache_dir``. What its ``target_modules`` stands for is written into it.
+        console: where to print.
+        dtype: of the weights; another dtype is another weight.
+
+    Raises:
+        ValueError: as `load_model`; a layer that cannot be adapted; a cache folder that cannot be made or written.
+    """
+    assert config.cache_dir is not None
+    with console.status(f"loading {plain(name_or_path)}"):
+        model = load_weights(name_or_path, dtype=dtype)
+    weights = {name: as_matrix(module) for name, module in find_targets(config, model).items()}
+    started = time.monotonic()
+    files, there = set(), 0
+    with _progress(console) as progress:
+        for name, weight in progress.track(weights.items(), description="singular bases"):
+            file = cache_file(weight, config.cache_dir)
+            _make_folder(file.parent)
+            if is_cached(weight, config.cache_dir):
+                there += 1
+            else:
+                try:
+                    load_basis(weight, cache_dir=config.cache_dir)
+                except (ValueError, RuntimeError) as error:
+                    raise ValueError(f"{name}: {error}") from error
+            if not file.exists():
+                raise _no_cache(file.parent, "it does not take files")
+            files.add(file)
+    done = Cached(
+        layers=len(weights),
+        numbers=sum(min(weight.shape) for weight in weights.values()),
+        bytes=sum(file.stat().st_size for file in files),
+        folder=file.parent,
+        there=there,
+        seconds=time.monotonic() - started,
+    )
+    console.print(_cached_table(name_or_path, done))
+    return done
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _no_cache(folder, str(error.strerror)) from error
+
+
+def _no_cache(folder: Path, reason: str) -> ValueError:
+    return ValueError(f"{folder} cannot be the cache folder ({reason}): choose another --cache-dir.")
+
+
+def _cached_table(name_or_path: str, done: Cached) -> Table:
+    table = Table(show_header=False, title="singular bases", title_justify="left")
+    computed = done.layers - done.there
+    add_row(table, "model", name_or_path)
+    add_row(table, "layers", done.layers)
+    add_row(table, "there already", "all" if computed == 0 else done.there)
+    add_row(table, "computed now", computed)
+    add_row(table, "seconds", f"{done.seconds:.1f}")
+    add_row(table, "trainable numbers", f"{done.numbers:,} (times two with the quarantine)")
+    add_row(table, "files", f"{done.bytes / 2**20:,.1f} MiB")
+    add_row(table, "folder", done.folder)
+    return table
+
+
+def extract(
+    name_or_path: str,
+    pairs_file: Path,
+    out: Path,
+    config: AntiPastoConfig,
+    console: Console,
+    *,
+    dtype: Dtype = "auto",
+    estimator: Estimator = "tstat",
+    k: int = 1,
+    heldout: float = 0.25,
+    seed: int = 0,
+    batch_size: int = 16,
+    force: bool = False,
+) -> Direction:
+    """Extract a direction from a file of labelled pairs, save it, and say how good it is.
+
+    Args:
+        name_or_path: the model.
+        pairs_file: JSON lines with prompt, hack and clean.
+        out: the file to write.
+        config: which layers, at what rank.
+        console: where to print.
+        dtype: of the model's weights.
+        estimator: as `extract_direction`.
+        k: as `extract_direction`.
+        heldout: share of the pairs, in [0, 1), that are scored and not used.
+        seed: of the split, and of the shuffled labels.
+        batch_size: pairs per backward.
+        force: overwrite ``out``.
+
+    Raises:
+        ValueError: ``out`` exists, the pairs are bad or too few, the model cannot be loaded or adapted.
+        OSError: a file cannot be read or written.
+    """
+    if out.exists() and (out.is_dir() or not force):
+        raise ValueError(
+            f"{out} exists: choose another --out{'' if out.is_dir() else ', or overwrite it with --force'}."
+        )
+    fit, held = split_pairs(load_pairs(pairs_file), heldout, seed)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with console.status(f"loading {plain(name_or_path)}"):
+        model, tokenizer = load_model(name_or_path, dtype=dtype)
+    wrap(model, config)
+    with console.status(f"extracting from {len(fit)} pairs"):
+        direction = extract_direction(
+            model, tokenizer, fit, estimator=estimator, k=k, heldout=held, batch_size=batch_size
+        )
+        shuffled = extract_direction(
+            model, tokenizer, fit, estimator=estimator, k=k, shuffle_labels=seed, batch_size=batch_size
+        )
+    direction.save(out)
+    console.print(_direction_table(direction, shuffled, fit, held))
+    console.print(strongest_layers(direction))
+    console.print(plain(f"written: {out}"), markup=False, highlight=False)
+    return direction
+
+
+def split_pairs(
+    pairs: Sequence[ContrastPair], heldout: float, seed: int
+) -> tuple[list[ContrastPair], list[ContrastPair]]:
+    """A shuffled split into pairs to fit and pairs to hold out. What is said more than once stays on one side.
+
+    Raises:
+        ValueError: ``heldout`` is outside [0, 1), or fewer than two pairs are left to fit.
+
+    Example:
+        >>> rows = load_pairs([{"prompt": f"{i}+1=", "hack": "!", "clean": str(i + 1)} for i in range(8)])
+        >>> [len(part) for part in split_pairs(rows, 0.25, seed=0)]
+        [6, 2]
+    """
+    if not 0 <= heldout < 1:
+        raise ValueError(f"--heldout is a share in [0, 1), got {heldout}.")
+    groups: dict[str, list[ContrastPair]] = {}
+    for pair in pairs:
+        groups.setdefault(json.dumps(dataclasses.astuple(pair)), []).append(pair)
+    order = list(groups.values())
+    random.Random(seed).shuffle(order)
+    number = max(1, round(heldout * len(order))) if heldout > 0 else 0
+    held, fit = ([pair for group in part for pair in group] for part in (order[:number], order[number:]))
+    if len(fit) < 2:
+        raise ValueError(
+            f"{len(pairs)} pairs, of which {len(held)} are held out, leave {len(fit)} to fit, and two are needed: give more "
+            "pairs, or a smaller --heldout."
+        )
+    return fit, held
+
+
+def _direction_table(
+    direction: Direction, shuffled: Direction, fit: Sequence[ContrastPair], held: Sequence[ContrastPair]
+) -> Table:
+    total = sum(V.shape[1] for V in direction.values())
+    table = Table("", "this direction", "by chance", title=f"direction from {len(fit)} pairs", title_justify="left")
+    score = direction.heldout
+    add_row(
+        table,
+        f"{len(held)} held-out pairs ordered right",
+        "-" if score is None else f"{score.overall:.0%}",
+        "-" if score is None else f"{score.random:.0%} (random directions)",
+    )
+    add_row(
+        table,
+        f"coordinates with an effect size above {DEFAULT_THRESHOLD}",
+        f"{guarded(direction):,} of {total:,}",
+        f"{guarded(shuffled):,} (labels shuffled)",
+    )
+    return table
+
+
+def _progress(console: Console) -> Progress:
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(
+        *columns,
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )

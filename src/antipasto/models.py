@@ -1,0 +1,147 @@
+"""Load a model and its tokenizer by folder or hub name, with errors that say what to do.
+
+Only what transformers itself knows: code that comes with a model is never run. A checkpoint that lacks weights, or has them
+in other shapes than its config says, is refused; transformers would put random numbers in their place.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import re
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, Literal, get_args
+
+import transformers
+from safetensors import SafetensorError
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from antipasto.basis import BasisCacheWarning
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+
+
+def load_model(name_or_path: str, *, dtype: Dtype = "auto") -> tuple[PreTrainedModel, Any]:
+    """A causal LM in eval mode, on the CPU, and its tokenizer, which pads on the left.
+
+    Args:
+        name_or_path: a model's folder, or its name on the hub.
+        dtype: of the weights; ``"auto"`` for the one they are saved in.
+
+    Returns:
+        The model, and the tokenizer; its pad token is the end-of-sequence token where it has none of its own.
+
+    Raises:
+        ValueError: there is no such folder or model, it cannot be reached, it is an adapter, is damaged, or is of a kind that
+            transformers does not know; names the model and says what to do.
+    """
+    model = load_weights(name_or_path, dtype=dtype)
+    tokenizer = _load(
+        AutoTokenizer.from_pretrained, name_or_path, "tokenizer", trust_remote_code=False, padding_side="left"
+    )
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return model, tokenizer
+
+
+def load_weights(name_or_path: str, *, dtype: Dtype = "auto") -> PreTrainedModel:
+    """As `load_model`, the model alone: for what needs no tokenizer."""
+    if dtype not in get_args(Dtype):
+        raise ValueError(f"dtype must be one of {', '.join(get_args(Dtype))}, got {dtype!r}.")
+    _check_path(name_or_path)
+    model, info = _load(
+        AutoModelForCausalLM.from_pretrained,
+        name_or_path,
+        "model",
+        dtype=dtype,
+        trust_remote_code=False,
+        ignore_mismatched_sizes=True,  # they are refused below, by name
+        output_loading_info=True,
+    )
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise ValueError(f"{name_or_path} is an adapter, not a model: give the model that it was trained on.")
+    mismatched = [name for name, *_ in info["mismatched_keys"]]
+    for names, what in ((info["missing_keys"], "lacks"), (mismatched, "has, in another shape than its config says,")):
+        if names:
+            raise ValueError(
+                f"The checkpoint of {name_or_path} {what} {len(names)} of the model's weights, first {min(names)}: "
+                "it is incomplete, or of another kind of model. Download or save it again."
+            )
+    return model.eval()
+
+
+def _check_path(name_or_path: str) -> None:
+    path = Path(name_or_path)
+    config = path / "adapter_config.json"
+    if config.is_file():
+        base = _base_model(config)
+        known = "; its config does not say which" if base is None else f", {base}"
+        raise ValueError(f"{name_or_path} is an adapter, not a model: give the model that it was trained on{known}.")
+    if name_or_path and path.is_dir() and not (path / "config.json").is_file():
+        raise ValueError(
+            f"The folder {name_or_path} holds no model: there is no config.json in it. Give the folder that the model's "
+            "save_pretrained wrote, or its name on the hub."
+        )
+    if path.is_file():
+        raise ValueError(f"{name_or_path} is a file: give the folder of a model, or its name on the hub.")
+    if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name_or_path) and not (name_or_path and path.exists()):
+        raise ValueError(
+            f"There is no folder {name_or_path!r}: give the folder of a model, or its name on the hub (owner/name)."
+        )
+
+
+def _base_model(config: Path) -> str | None:
+    try:
+        return json.loads(config.read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{config} is damaged, or no adapter's.") from error
+
+
+def _load(load: Callable[..., Any], name_or_path: str, what: str, **options: Any) -> Any:
+    try:
+        with quiet():
+            return load(name_or_path, **options)
+    except (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError) as error:
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        if Path(name_or_path).is_dir():
+            if "custom code" in reason:
+                reason = "it needs code of its own, which is never run here; only what transformers knows is loaded"
+            message = (
+                f"The folder {name_or_path} holds no causal language model that can be loaded; its {what}: {reason}"
+            )
+        else:
+            offline = " HF_HUB_OFFLINE is set." if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0") else ""
+            message = (
+                f"{name_or_path!r} is no folder here, and its {what} cannot be had from the hub: {reason.rstrip('.')}."
+                f"{offline} Check the spelling and the connection, run `hf auth login` for a gated model, or give the "
+                "folder of a downloaded one"
+            )
+        raise ValueError(f"{message.rstrip('.')}.") from error
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep the libraries' notices off the screen; errors and our own warnings still come through."""
+    names = ("trl", "accelerate", "httpx")
+    levels = {name: logging.getLogger(name).level for name in names}
+    verbosity = transformers.logging.get_verbosity()
+    bars = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    for name in names:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            warnings.simplefilter("default", BasisCacheWarning)
+            yield
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+        if bars:
+            transformers.utils.logging.enable_progress_bar()
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)

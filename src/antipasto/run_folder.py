@@ -1,0 +1,120 @@
+"""What a training run leaves on disk, and what of it a later process may trust.
+
+    config.yaml            the resolved config: `antipasto train --config` repeats the run
+    run.json               versions, command, the base model's fingerprint
+    metrics.jsonl          one line a step
+    rollouts.jsonl         one line a rollout (`antipasto.trl.rollout_log`)
+    direction.safetensors  what the run was routed by
+    checkpoint-<step>/     the Trainer's, with books.safetensors; complete once ``complete.json`` is in it
+    adapter/               the trained adapter, written at the end
+    books.safetensors      the router's books, written at the end
+    eval.json, eval.jsonl  written by `antipasto eval`
+
+A process can be killed at any moment: a checkpoint without ``complete.json`` is passed over and removed, and lines of the logs
+from after the checkpoint are written again.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+CONFIG, RUN, METRICS, ROLLOUTS = "config.yaml", "run.json", "metrics.jsonl", "rollouts.jsonl"
+DIRECTION, BOOKS, ADAPTER, COMPLETE = "direction.safetensors", "books.safetensors", "adapter", "complete.json"
+
+
+class RunFolder:
+    """The paths of one run.
+
+    Args:
+        root: the folder.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.config, self.run = root / CONFIG, root / RUN
+        self.metrics, self.rollouts = root / METRICS, root / ROLLOUTS
+        self.direction, self.books, self.adapter = root / DIRECTION, root / BOOKS, root / ADAPTER
+
+    def create(self) -> None:
+        """Make the folder.
+
+        Raises:
+            ValueError: there is something in it, or it is a file.
+        """
+        if self.root.exists() and (not self.root.is_dir() or any(self.root.iterdir())):
+            hint = f", or continue that run: antipasto train --resume {self.root}" if self.config.exists() else ""
+            raise ValueError(f"{self.root} exists and is not an empty folder: choose another --out{hint}.")
+        self.root.mkdir(parents=True, exist_ok=True)
+
+    def read_config(self) -> dict[str, Any]:
+        """The config of a run.
+
+        Raises:
+            ValueError: there is none, or it cannot be read.
+        """
+        if not self.config.is_file():
+            raise ValueError(f"{self.root} is no run folder: there is no {CONFIG} in it.")
+        return read_yaml(self.config)
+
+    def read_run(self) -> dict[str, Any]:
+        """What ``run.json`` says.
+
+        Raises:
+            ValueError: it is not there, or no JSON.
+        """
+        try:
+            return dict(json.loads(self.run.read_text(encoding="utf-8")))
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{self.run} cannot be read ({error}).") from error
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether the run came to its end."""
+        return (self.adapter / COMPLETE).exists()
+
+    def last_checkpoint(self) -> Path | None:
+        """The latest complete checkpoint; later incomplete ones are removed."""
+        checkpoints = sorted(self.root.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+        for checkpoint in reversed(checkpoints):
+            if (checkpoint / COMPLETE).exists():
+                return checkpoint
+            shutil.rmtree(checkpoint)  # the process ended while it was written
+        return None
+
+
+def write_json(path: Path, value: Mapping[str, Any]) -> None:
+    """Write a JSON file, whole or not at all."""
+    write_text(path, json.dumps(value, indent=2) + "\n")
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a file, whole or not at all."""
+    temporary = path.with_name(f".{path.name}.tmp")
+    with temporary.open("w", encoding="utf-8") as file:
+        file.write(text)
+        file.flush()
+        os.fsync(file.fileno())
+    temporary.replace(path)
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    """A YAML file's mapping.
+
+    Raises:
+        ValueError: it is not YAML, or no mapping; names the file.
+        OSError: it cannot be read.
+    """
+    try:
+        value = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}.") from error
+    if not isinstance(value, dict):
+        raise ValueError(f"{path} must hold options, one 'name: value' a line, got {type(value).__name__}.")
+    return value

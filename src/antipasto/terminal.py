@@ -1,0 +1,46 @@
+"""Text from files and models, made safe for a terminal: shown as it is, never obeyed."""
+
+from __future__ import annotations
+
+import unicodedata
+
+from rich.table import Table
+from rich.text import Text
+
+
+def plain(text: object) -> str:
+    r"""The text on one line, with what a terminal would act on, or not show, spelled out.
+
+    Control characters, bidirectional marks and other invisible ones, line breaks and lone surrogates become escapes.
+
+    Example:
+        >>> print(plain("a\nb \x1b[31mred"))
+        a\nb \x1b[31mred
+    """
+    return "".join(
+        ch.encode("unicode_escape").decode() if unicodedata.category(ch) in _ACTED_ON else ch for ch in str(text)
+    )
+
+
+_ACTED_ON = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
+
+
+def shorten(text: object, width: int) -> str:
+    """`plain`, with its middle left out where it is longer than ``width``.
+
+    Example:
+        >>> shorten("abcdefghij", 7)
+        'abc…hij'
+    """
+    # cut first: a text may be very long, and a character never becomes shorter
+    raw = str(text)
+    whole = plain(raw if len(raw) <= 2 * width else raw[:width] + "…" + raw[-width:])
+    if len(whole) <= width:
+        return whole
+    head = width // 2
+    return f"{whole[:head]}…{whole[len(whole) - (width - 1 - head) :]}"
+
+
+def add_row(table: Table, *cells: object) -> None:
+    """A table's row whose cells are taken literally: no markup, no control characters."""
+    table.add_row(*(cell if isinstance(cell, Text) else Text(plain(cell)) for cell in cells))
