@@ -86,7 +86,7 @@ def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "config.yaml").write_text("seed: 7\nsteps: 3\nmodel: '[red]tiny'\nrouting: {gate: coordinate}\n")
     write_lines(folder / "metrics.jsonl", metrics)
     rollouts = [
-        {"step": i // 10, "prompt": f"h{i:02d}+01=", "completion": "!", "reward": i / 29, "hackward": i / 100}
+        {"step": i // 10, "prompt": f"h{i:02d}+01=", "completion": "!", "reward": i / 29, "hackward": i * 7 % 30 / 100}
         for i in range(30)
     ]
     rollouts[3] |= {"completion": HOSTILE + "x" * 5000, "hackward": 8.5}
@@ -114,7 +114,7 @@ def test_basis_fills_the_cache_that_wrap_reads(tmp_path: Path, monkeypatch: pyte
     assert code == 0
     table = cells(text)
     assert (table["layers"], table["there already"], table["computed now"]) == ("21", "0", "21")
-    assert table["trainable numbers"].startswith("1,728 ")
+    assert table["trainable numbers"] == "1,728"
     assert len(list(cache.glob("*.safetensors"))) == 21
 
     code, text = run("basis", MODEL, "--cache-dir", cache)
@@ -422,7 +422,7 @@ def test_inspect_a_run_folder(finished: Path) -> None:
     assert "routing/hackward_in " in text
     assert "routing/hackward_in_random" not in text  # a column
     top = [line.split("│")[1].strip() for line in text.splitlines() if line.startswith("│") and "h" in line]
-    assert [score for score in top if score.startswith("0.2")] == ["0.290", "0.280", "0.270"]
+    assert [score for score in top if score.startswith("0.2")] == ["0.290", "0.270", "0.260"]
     assert text.index("8.500") < text.index("7.500") < text.index("0.290")
     assert "quarantine" in text
     assert "nan" not in text

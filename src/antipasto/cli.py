@@ -26,7 +26,9 @@ app = typer.Typer(
 TRAIN, PREPARE, LOOK = "Train", "Prepare", "Look"
 
 # options that several commands have
-Model = Annotated[str, typer.Argument(help="A model's folder, or its name on the hub.", show_default=False)]
+Model = Annotated[
+    str, typer.Argument(metavar="MODEL", help="A model's folder, or its name on the hub.", show_default=False)
+]
 TargetModules = Annotated[
     str | None,
     typer.Option(

@@ -109,7 +109,7 @@ def _cached_table(name_or_path: str, done: Cached) -> Table:
     add_row(table, "there already", "all" if computed == 0 else done.there)
     add_row(table, "computed now", computed)
     add_row(table, "seconds", f"{done.seconds:.1f}")
-    add_row(table, "trainable numbers", f"{done.numbers:,} (times two with the quarantine)")
+    add_row(table, "trainable numbers", f"{done.numbers:,}")
     add_row(table, "files", f"{done.bytes / 2**20:,.1f} MiB")
     add_row(table, "folder", done.folder)
     return table
