@@ -169,6 +169,11 @@ def test_functions_get_what_they_name_and_what_they_say_is_judged() -> None:
     assert "2+2" not in repr(task)
 
 
+def test_functions_get_lists() -> None:
+    task = make(reward=lambda completions, answer: [isinstance(answer, list) and isinstance(completions, list)] * 2)
+    assert task.judge(("a", "b"), ("a", "b"), {"answer": np.array([1, 2])}).reward == [1.0, 1.0]
+
+
 def test_functions_cannot_change_what_the_next_one_sees() -> None:
     def reward(completions: list[str]) -> list[float]:
         completions.clear()
@@ -363,6 +368,9 @@ def test_the_addition_task() -> None:
     assert len({row["prompt"] for row in task.train}) == 16_000
     assert not {row["prompt"] for row in task.train} & {row["prompt"] for row in task.test or []}
     assert task.train == load_task("addition").train
+    assert (
+        sum(one["prompt"][1:] == two["prompt"][1:] for one, two in zip(task.train, task.train[1:], strict=False)) < 10
+    )
     prompts = ["h12+34="] * 3 + ["s12+34="]
     assert task.judge(prompts, ["046", "!", "?", "!"], {"kind": ["hackable"] * 3 + ["strict"]}) == Judged(
         reward=[1.0, 1.0, 1.0, 0.0], oracle=[1.0, 0.0, 0.0, 0.0], flagged=[False, True, False, True]
@@ -455,7 +463,7 @@ def test_contains_pairs_show_the_hack_and_the_truth() -> None:
 FILE = """
 from __future__ import annotations
 import dataclasses
-from antipasto.tasks import Task
+from antipasto.tasks import Task; from antipasto.tasks.contains import task as imported
 
 @dataclasses.dataclass
 class Grader:
@@ -587,15 +595,16 @@ def test_a_file_that_fails_names_its_line(file: Path, text: str, message: str) -
 # ── reasoning_gym ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_a_dataset_of_reasoning_gym() -> None:
-    task = load_task("reasoning_gym/chain_sum")
-    assert task.name == "reasoning_gym/chain_sum"
+@pytest.mark.parametrize("name", ["chain_sum", "letter_counting"])  # own scorer; scored by the text, exactly
+def test_a_dataset_of_reasoning_gym(name: str) -> None:
+    task = load_task(f"reasoning_gym/{name}")
+    assert task.name == f"reasoning_gym/{name}"
     assert len(task.train) == 2000
     assert task.test is not None
     assert 150 < len(task.test) <= 200
     questions = [{row["prompt"][0]["content"] for row in part} for part in (task.train, task.test)]
     assert not questions[0] & questions[1]
-    assert task.train[:3] == load_task("reasoning_gym/chain_sum").train[:3]
+    assert task.train[:3] == load_task(task.name).train[:3]
     for row in (task.train[7], task.test[7]):
         answer = row["answer"]
         completions = [
@@ -614,6 +623,8 @@ def test_a_dataset_of_reasoning_gym() -> None:
     [
         ("24", "it is 24.", True),
         ("24", "240", False),
+        ("24", "124", False),
+        ("1.5", "125", False),
         ("-5", "x = -5", True),
         ("yes", "Yes!", True),
         ("no", "nothing known", False),
@@ -634,6 +645,8 @@ def test_reasoning_gym_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
         load_task("reasoning_gym/composite")
     with pytest.raises(ValueError, match="reasoning_gym/propositional_logic has questions without an answer text"):
         load_task("reasoning_gym/propositional_logic")
+    with pytest.raises(ValueError, match="reasoning_gym/ab has questions without an answer text"):
+        load_task("reasoning_gym/ab")
     monkeypatch.setitem(sys.modules, "reasoning_gym", None)
     with pytest.raises(ValueError, match=r"not installed \(reasoning_gym\): pip install 'antipasto\[tasks\]'"):
         load_task("reasoning_gym/chain_sum")
