@@ -50,7 +50,7 @@ OWN_BOOK = "direction"
 """Name of the direction's own book in ``measure`` mode; in ``route`` mode ``delta_s_hack`` is that book."""
 
 _FORMAT = "antipasto-books-1"
-_CHANCE_SEED = 0
+_CHANCE_SEED = 2410_04332  # no seed that a control would be given
 _MOMENTUM = ("momentum/deployed", "momentum/quarantined")
 
 
