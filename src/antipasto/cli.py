@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import difflib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
 
+from antipasto.basis import DEFAULT_CACHE
 from antipasto.terminal import plain
 from antipasto.tuner import AntiPastoConfig
 
@@ -24,6 +26,7 @@ app = typer.Typer(
 )
 
 TRAIN, PREPARE, LOOK = "Train", "Prepare", "Look"
+ROUTING, ADAPTER = "Routing", "Adapter"
 
 # options that several commands have
 Model = Annotated[
@@ -63,6 +66,57 @@ def main(
     """RL post-training in the singular basis of the weights, with a quarantine for what should not ship."""
 
 
+def _read_config(context: typer.Context, path: Path | None) -> Path | None:
+    """Make a YAML file's options the defaults of the command's own; what is for TRL goes into ``context.obj``."""
+    if path is None:
+        return None
+    with _readable_errors():
+        from antipasto.run_folder import read_yaml
+
+        options = read_yaml(path)
+        trainer = options.pop("trainer", None) or {}
+        if not isinstance(trainer, dict):
+            raise ValueError(f"{path}: trainer must hold options by name, got {type(trainer).__name__}.")
+        known = [parameter.name for parameter in context.command.params if parameter.name not in ("config", "resume")]
+        for name in options:
+            if name not in known:
+                close = difflib.get_close_matches(str(name), [name for name in known if name], n=1)
+                hint = f"; did you mean {close[0]!r}?" if close else "."
+                raise ValueError(f"{path}: there is no option {name!r}{hint}")
+        context.obj = trainer
+        context.default_map = {
+            name: ",".join(map(str, value)) if isinstance(value, list) else value
+            for name, value in options.items()
+            if value is not None
+        }
+    return path
+
+
+def _is_given(context: typer.Context, name: str) -> bool:
+    source = context.get_parameter_source(name)
+    return source is not None and source.name == "COMMANDLINE"
+
+
+def _trainer_options(words: list[str]) -> dict[str, Any]:
+    """``--trainer.NAME VALUE`` or ``--trainer.NAME=VALUE``, as YAML would read the value; without one, true."""
+    import yaml
+
+    options: dict[str, Any] = {}
+    rest = list(words)
+    while rest:
+        word = rest.pop(0)
+        if not word.startswith("--trainer."):
+            raise ValueError(f"There is no option {word}. TRL's own are written --trainer.NAME VALUE; see --help.")
+        name, equals, text = word.removeprefix("--trainer.").partition("=")
+        if not equals:
+            text = rest.pop(0) if rest and not rest[0].startswith("--") else "true"
+        try:
+            options[name.replace("-", "_")] = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ValueError(f"--trainer.{name}: {text!r} cannot be read as a value.") from error
+    return options
+
+
 @app.command(rich_help_panel=TRAIN)
 def demo(
     seed: Annotated[int, typer.Option(min=0, help="Seed of prompts, rollouts and evaluation.")] = 0,
@@ -82,6 +136,167 @@ def demo(
         from antipasto import demo as job
 
         job.run(job.DemoConfig(seed, steps, variant), out, Console(), seeds=seeds)
+
+
+@app.command(
+    rich_help_panel=TRAIN,
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+    no_args_is_help=True,
+)
+def train(
+    context: typer.Context,
+    model: Annotated[
+        str | None, typer.Argument(help="A model's folder, or its name on the hub.", show_default=False)
+    ] = None,
+    task: Annotated[
+        str | None,
+        typer.Option(
+            help="addition, contains, reasoning_gym/NAME, path/to/task.py:NAME or package.module:NAME.",
+            show_default=False,
+        ),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Run folder, new or empty.", show_default="runs/<task>-<time>")
+    ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            is_eager=True,
+            callback=_read_config,
+            help="YAML file with any of these options; those on the command line win.",
+            show_default=False,
+        ),
+    ] = None,
+    resume: Annotated[
+        Path | None, typer.Option(help="Continue the run in this folder; no other options.", show_default=False)
+    ] = None,
+    method: Annotated[
+        Literal["plain", "route", "erase", "measure", "penalty", "drop"],
+        typer.Option(help="What becomes of what the gate claims.", rich_help_panel=ROUTING),
+    ] = "route",
+    by: Annotated[
+        Literal["direction", "detector", "both"] | None,
+        typer.Option(
+            help="What the gate goes by.", show_default="direction if there are pairs", rich_help_panel=ROUTING
+        ),
+    ] = None,
+    pairs: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE",
+            help="Pairs to extract the direction from.",
+            show_default="the task's",
+            rich_help_panel=ROUTING,
+        ),
+    ] = None,
+    direction: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE", help="A direction, instead of pairs.", show_default=False, rich_help_panel=ROUTING
+        ),
+    ] = None,
+    estimator: Annotated[
+        Literal["tstat", "mean", "svd"], typer.Option(help="Of the direction's rows.", rich_help_panel=ROUTING)
+    ] = "tstat",
+    k: Annotated[int, typer.Option("--k", min=1, help="Rows a layer, with svd.", rich_help_panel=ROUTING)] = 1,
+    gate: Annotated[
+        Literal["coordinate", "one_sided", "no_gate", "reverse"],
+        typer.Option(help="Which part of a step a direction claims.", rich_help_panel=ROUTING),
+    ] = "coordinate",
+    threshold: Annotated[
+        float | None,
+        typer.Option(help="Effect size that the coordinate gate guards.", show_default="0.65", rich_help_panel=ROUTING),
+    ] = None,
+    controls: Annotated[
+        str, typer.Option(metavar="NAMES", help="Directions that keep books beside it.", rich_help_panel=ROUTING)
+    ] = "random,permuted",
+    deploy_fraction: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            max=1,
+            help="Share of rollouts sampled from the deployed policy.",
+            show_default="0.5 with route",
+            rich_help_panel=ROUTING,
+        ),
+    ] = None,
+    rank: Annotated[
+        int | None,
+        typer.Option(min=1, help="Top singular directions of each layer.", show_default="all", rich_help_panel=ADAPTER),
+    ] = None,
+    target_modules: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAMES",
+            help="Layers to adapt: names with commas between, or 'all-linear'.",
+            show_default="known names",
+            rich_help_panel=ADAPTER,
+        ),
+    ] = None,
+    exclude_modules: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAMES", help="Layers to leave out of those.", show_default="none", rich_help_panel=ADAPTER
+        ),
+    ] = None,
+    cache_dir: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DIR",
+            help="Where singular bases are kept.",
+            show_default="$ANTIPASTO_CACHE or the user's",
+            rich_help_panel=ADAPTER,
+        ),
+    ] = None,
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"],
+        typer.Option(help="Of the base weights; 'auto' as saved.", rich_help_panel=ADAPTER),
+    ] = "auto",
+    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 100,
+    prompts: Annotated[int, typer.Option(min=1, help="Prompts a step.")] = 4,
+    generations: Annotated[int, typer.Option(min=2, help="Rollouts of each prompt.")] = 8,
+    micro_batch: Annotated[
+        int | None, typer.Option(min=1, help="Rollouts per forward and process.", show_default="all of a step")
+    ] = None,
+    learning_rate: Annotated[float, typer.Option(help="Of the knobs.")] = 1e-2,
+    beta: Annotated[float, typer.Option(min=0, help="Weight of the KL to the reference.")] = 0.0,
+    temperature: Annotated[float, typer.Option(help="Of sampling.")] = 1.0,
+    max_completion_length: Annotated[
+        int | None, typer.Option(min=1, help="Tokens an answer may have.", show_default="the task's, or 256")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of everything.")] = 0,
+    save_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 25,
+) -> None:
+    """Train any causal LM with GRPO on any task, routed. Leaves a run folder; Ctrl-C saves, and --resume continues.
+
+    Everything else of TRL's GRPOConfig goes through by name: --trainer.scale_rewards none --trainer.report_to trackio.
+    Runs under `accelerate launch -m antipasto train …` on several processes.
+    """
+    given = [name for name in context.params if _is_given(context, name)]
+    options = {name: value for name, value in context.params.items() if name not in ("out", "config", "resume")}
+    if resume is not None:
+        out = resume
+    with _readable_errors(out, extra="trl"):
+        from antipasto import train as job
+        from antipasto.run_folder import RunFolder
+
+        if resume is not None:
+            if (others := [name for name in given if name != "resume"]) or context.args:
+                words = [f"--{name.replace('_', '-')}" for name in others] + context.args[:1]
+                raise ValueError(f"--resume takes everything from the run's folder: leave out {', '.join(words)}.")
+            settings = job.TrainConfig.from_mapping(RunFolder(resume).read_config(), str(RunFolder(resume).config))
+        else:
+            options |= {name: _names(f"--{name}", options[name]) for name in ("exclude_modules", "controls")}
+            if target_modules != "all-linear":
+                options["target_modules"] = _names("--target-modules", target_modules)
+            options["controls"] = options["controls"] or ()
+            options["cache_dir"] = cache_dir or DEFAULT_CACHE
+            trainer = {**(context.obj or {}), **_trainer_options(context.args)}
+            where = "antipasto train" if config is None else str(config)
+            settings = job.TrainConfig.from_mapping({**options, "trainer": trainer}, where)
+        out = job.start(settings, out, Console(), resume=resume is not None)
+    if out is None:
+        raise typer.Exit(130)
 
 
 @app.command(rich_help_panel=PREPARE)
@@ -143,6 +358,27 @@ def extract(
             seed=seed,
             batch_size=batch_size,
             force=force,
+        )
+
+
+@app.command(rich_help_panel=LOOK)
+def eval(
+    run: Annotated[Path, typer.Argument(help="A run folder that `antipasto train` left.", show_default=False)],
+    prompts: Annotated[int | None, typer.Option(min=1, help="How many held-out prompts.", show_default="all")] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Answers to each.")] = 1,
+    temperature: Annotated[float, typer.Option(min=0, help="Of sampling; 0 is greedy.")] = 1.0,
+    seed: Annotated[int, typer.Option(min=0, help="Of the sampling.")] = 0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Answers at once.")] = 128,
+) -> None:
+    """Ask every arm of a run the task's held-out prompts: reference, as trained, deployed, each control's book taken out.
+
+    Prints shares with 95% intervals; leaves eval.json and, with every answer, eval.jsonl in the run folder.
+    """
+    with _readable_errors(run, extra="trl"):
+        from antipasto import arms
+
+        arms.evaluate_run(
+            run, Console(), prompts=prompts, samples=samples, temperature=temperature, seed=seed, batch_size=batch_size
         )
 
 

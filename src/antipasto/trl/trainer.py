@@ -28,6 +28,7 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 from trl import GRPOTrainer
 
+from antipasto.evaluate import REWARDED, SOLVED
 from antipasto.rollouts import RolloutGrads, rollout_grads
 from antipasto.routing import Router
 from antipasto.trl import rollout_log
@@ -262,7 +263,7 @@ class RoutedGRPOTrainer(GRPOTrainer):
                 metrics["flagged"].append(rollout.flagged)
             if rollout.oracle is not None:
                 metrics["oracle"].append(rollout.oracle)
-                metrics["exploit"].append(rollout.reward >= 0.5 > rollout.oracle)
+                metrics["exploit"].append(rollout.reward >= REWARDED and rollout.oracle < SOLVED)
         for name, values in metrics.items():
             self._metrics["train"][name].append(sum(values) / len(values))
 

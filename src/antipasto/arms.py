@@ -1,0 +1,111 @@
+"""The job behind `antipasto eval`: every arm of a run, asked the task's held-out prompts with the same draws.
+
+reference       both knobs out: the base model
+as trained      θ = δS + δS_hack
+deployed        the quarantine out
+random, …       a control's book out instead
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from pathlib import Path
+from typing import Any
+
+from peft import PeftModel
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+
+from antipasto.evaluate import ArmRecord, judge_arm, sample_completions
+from antipasto.knobs import deployed, reference
+from antipasto.models import load_model, quiet
+from antipasto.routing import read_books
+from antipasto.run_folder import RunFolder, write_json, write_text
+from antipasto.tasks import Task, load_task
+from antipasto.terminal import add_row
+from antipasto.tuner.layer import View
+from antipasto.tuner.views import seen_as
+
+
+def evaluate_run(
+    root: Path,
+    console: Console,
+    *,
+    prompts: int | None,
+    samples: int,
+    temperature: float,
+    seed: int,
+    batch_size: int,
+) -> list[ArmRecord]:
+    """Every arm of a run on the same held-out prompts with the same draws; prints a table, writes eval.json and eval.jsonl.
+
+    Raises:
+        ValueError: this is no run that came to its end, or its task has no held-out rows.
+    """
+    folder = RunFolder(root)
+    config = folder.read_config()
+    if not folder.is_finished:
+        raise ValueError(f"The run in {root} has not come to its end: antipasto train --resume {root}")
+    task = load_task(config["task"])
+    if task.test is None:
+        raise ValueError(f"Task {task.name!r} has no held-out rows (test): there is nothing to ask.")
+    rows = [row for row in list(task.test)[:prompts] for _ in range(samples)]
+    model, tokenizer = load_model(config["model"], dtype=config["dtype"])
+    with quiet():
+        model = PeftModel.from_pretrained(model, folder.adapter)
+    views = _views(model, folder, config["method"])
+    max_new_tokens = config["max_completion_length"] or task.max_completion_length or 256
+    records = []
+    with Progress(
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console
+    ) as bar:
+        line = bar.add_task("", total=len(rows) * len(views))
+        for name, view in views.items():
+            bar.update(line, description=name)
+            with view, quiet():
+                answers = sample_completions(
+                    model,
+                    tokenizer,
+                    [row["prompt"] for row in rows],
+                    max_new_tokens=max_new_tokens,
+                    seed=seed,
+                    batch_size=batch_size,
+                    temperature=temperature,
+                    on_batch=lambda n: bar.advance(line, n),
+                )
+            records.append(judge_arm(name, task, rows, answers))
+    facts = {"prompts": len(rows) // samples, "samples": samples, "temperature": temperature, "seed": seed}
+    write_json(root / "eval.json", {**facts, "arms": [record.to_json() for record in records]})
+    lines = [
+        json.dumps({"arm": record.name, "prompt": row["prompt"], "completion": text})
+        for record in records
+        for row, text in zip(rows, record.completions, strict=True)
+    ]
+    write_text(root / "eval.jsonl", "".join(line + "\n" for line in lines))
+    console.print(_arms_table(task, records, facts))
+    return records
+
+
+def _views(model: PeftModel, folder: RunFolder, method: str) -> dict[str, AbstractContextManager[None]]:
+    views: dict[str, AbstractContextManager[None]] = {"reference": reference(model), "as trained": nullcontext()}
+    if method == "route":
+        views["deployed"] = deployed(model)
+    if folder.books.exists():
+        for name, book in read_books(folder.books).books.items():
+            views[name] = seen_as(model, View.TRAINED, {layer: -part for layer, part in book.items()})
+    return views
+
+
+def _arms_table(task: Task, records: Sequence[ArmRecord], facts: dict[str, Any]) -> Table:
+    table = Table(title=f"{facts['prompts']} held-out prompts x {facts['samples']}, share [95% interval]")
+    table.add_column("model")
+    shown = [name for name in ("solve", "exploit", "flagged") if getattr(records[0], name) is not None]
+    for name in shown:
+        table.add_column(task.detects if name == "flagged" else name)
+    table.add_column("mean reward")
+    for record in records:
+        add_row(table, record.name, *(str(getattr(record, name)) for name in shown), f"{record.reward:.2f}")
+    return table
