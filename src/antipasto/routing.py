@@ -423,8 +423,11 @@ class Router:
         tensors |= {f"chance/{n}": part for n, part in zip(self._sizes, self._split(self._chance_book), strict=True)}
         if self.direction is not None:
             tensors |= self.direction.to_tensors()
+        momentum = self._saved_momentum
         if self._momentum is not None:
-            tensors |= dict(zip(_MOMENTUM, (self._momentum.deployed, self._momentum.quarantined), strict=True))
+            momentum = self._momentum.deployed, self._momentum.quarantined
+        if momentum is not None:
+            tensors |= dict(zip(_MOMENTUM, momentum, strict=True))
         facts = {"steps": self.steps, "books": sorted(self._books), "last_overlap": self.last_overlap}
         save_file(
             {k: t.cpu().clone() for k, t in tensors.items()}, path, metadata={"format": _FORMAT, **_as_json(facts)}

@@ -38,7 +38,16 @@ from antipasto.gates import GateName
 from antipasto.models import load_model, quiet
 from antipasto.run_folder import COMPLETE, RunFolder, write_json, write_text
 from antipasto.tasks import Task, load_task
-from antipasto.trl import CompleteCheckpoints, GRPOConfig, Interrupts, MetricsLog, ProgressBar, RoutedGRPOTrainer
+from antipasto.trl import (
+    CompleteCheckpoints,
+    GRPOConfig,
+    Interrupts,
+    MetricsLog,
+    ProgressBar,
+    RoutedGRPOTrainer,
+    RoutingCallback,
+)
+from antipasto.trl.advantages import deployed_positions
 from antipasto.tuner.layer import as_matrix
 
 Method = Literal["plain", "route", "erase", "measure", "penalty", "drop"]
@@ -272,8 +281,11 @@ def run(config: TrainConfig, out: Path, console: Console, *, resume: bool = Fals
     state = PartialState()
     folder = RunFolder(out)
     console.quiet = console.quiet or not state.is_main_process
+    if resume and folder.is_finished:
+        raise ValueError(f"The run in {out} came to its end: there is nothing to continue.")
     task = load_task(config.task)
-    args = trainer_args(config, task, out, state.num_processes)
+    with quiet():
+        args = trainer_args(config, task, out, state.num_processes)
     how = _Gating(config, task)
     model, tokenizer = load_model(config.model, dtype=config.dtype)
     if not resume and state.is_main_process:
@@ -309,7 +321,7 @@ def run(config: TrainConfig, out: Path, console: Console, *, resume: bool = Fals
             trainer.add_callback(bar)
             if checkpoint is not None:
                 console.print(f"continuing from {checkpoint}", highlight=False)
-            trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+            _train(trainer, checkpoint)
         if trainer.state.global_step < args.max_steps:
             console.print(
                 f"stopped after step {trainer.state.global_step} of {args.max_steps}, and saved. "
@@ -322,6 +334,17 @@ def run(config: TrainConfig, out: Path, console: Console, *, resume: bool = Fals
     state.wait_for_everyone()
     console.print(f"run folder: {out}\nnext: antipasto eval {out}", highlight=False, soft_wrap=True)
     return True
+
+
+def _train(trainer: RoutedGRPOTrainer, checkpoint: Path | None) -> None:
+    """Train, from a checkpoint if there is one; from that of the last step on, there is nothing left but to take it."""
+    if checkpoint is None or int(checkpoint.name.rpartition("-")[2]) < trainer.args.max_steps:
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        return
+    trainer._load_from_checkpoint(str(checkpoint))
+    if trainer.router is not None:
+        trainer.router.load(checkpoint / RoutingCallback.FILE)
+    trainer.state.global_step = trainer.args.max_steps
 
 
 class _Gating:
@@ -345,6 +368,11 @@ class _Gating:
             raise ValueError(f"method {method} needs a detector, and task {task.name!r} has none.")
         if config.threshold is not None and not self.uses_direction:
             raise ValueError("threshold is of the direction's gate, and no direction is used.")
+        deployed_positions(config.generations, config.deploy_fraction or 0.0)
+        if self.uses_direction and config.direction is not None:
+            ap.Direction.load(config.direction)  # a bad file is better known of before the model is loaded
+        elif self.uses_direction and config.pairs is not None:
+            ap.load_pairs(config.pairs)
         # a detector that nothing goes by is still worth a column in the logs
         self.watches = task.detector is not None and not self.uses_detector
         flagged: dict[str, Literal["penalty", "drop"]] = {"penalty": "penalty", "drop": "drop"}

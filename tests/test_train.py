@@ -1,0 +1,323 @@
+"""`antipasto train` and `antipasto eval`, as someone types them."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+from typer.testing import CliRunner
+
+import antipasto as ap
+from antipasto.cli import app
+from antipasto.run_folder import RunFolder
+from antipasto.tasks import addition
+
+MODEL = str(addition.model_path())
+SMALL = ["--prompts", "2", "--generations", "4", "--steps", "2", "--save-every", "1"]
+SIX = ["--prompts", "2", "--generations", "4", "--steps", "6", "--save-every", "2"]
+ARTEFACTS = ("adapter/adapter_model.safetensors", "books.safetensors", "rollouts.jsonl")
+
+
+def run(*arguments: str) -> tuple[int, str]:
+    """Exit code, and all that was printed."""
+    result = CliRunner().invoke(app, list(arguments), env={"COLUMNS": "100", "NO_COLOR": "1"})
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.exit_code, result.output
+
+
+def process(*arguments: str, **options: object) -> subprocess.Popen[str]:
+    """The command in a process of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "antipasto", *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        **options,  # type: ignore[call-overload]
+    )
+
+
+def wait_for(path: Path, seconds: float = 90) -> None:
+    deadline = time.monotonic() + seconds
+    while not path.exists():
+        assert time.monotonic() < deadline, f"{path} did not appear"
+        time.sleep(0.02)
+
+
+def same_files(one: Path, other: Path) -> None:
+    for name in ARTEFACTS:
+        if name.endswith("safetensors"):
+            tensors, others = load_file(one / name), load_file(other / name)
+            assert tensors.keys() == others.keys()
+            assert all(torch.equal(tensor, others[key]) for key, tensor in tensors.items()), name
+        else:
+            assert (one / name).read_text() == (other / name).read_text(), name
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
+    """A run of six steps, by direction and by detector: its folder and what it printed."""
+    out = tmp_path_factory.mktemp("runs") / "run"
+    code, text = run("train", MODEL, "--task", "addition", "--by", "both", "--out", str(out), *SIX)
+    assert code == 0, text
+    return out, text
+
+
+def test_a_run_leaves_everything_that_it_was(trained: tuple[Path, str]) -> None:
+    out, text = trained
+    assert "antipasto eval" in text
+    assert "Warning" not in text
+    names = {path.name for path in out.iterdir()}
+    assert names >= {"config.yaml", "run.json", "metrics.jsonl", "rollouts.jsonl", "adapter", "direction.safetensors"}
+    assert names >= {"books.safetensors", "checkpoint-4", "checkpoint-6"}
+    config = yaml.safe_load((out / "config.yaml").read_text())
+    assert (config["model"], config["task"], config["by"], config["steps"]) == (MODEL, "addition", "both", 6)
+    facts = json.loads((out / "run.json").read_text())
+    assert facts["versions"].keys() == {"antipasto", "torch", "transformers", "peft", "trl"}
+    assert len(facts["base"]["fingerprint"]) == 64
+    rollouts = [json.loads(line) for line in (out / "rollouts.jsonl").read_text().splitlines()]
+    assert [sum(row["step"] == step for row in rollouts) for step in range(6)] == [8] * 6
+    for row in rollouts:
+        assert row["reward"] == addition.reward([row["prompt"]], [row["completion"]])[0]
+        assert row["oracle"] == addition.solves(row["prompt"], row["completion"])
+        assert row["flagged"] == ("!" in row["completion"])
+        assert -1 <= row["hackward"] <= 1
+    assert [row["view"] for row in rollouts] == ["trained", "deployed"] * 24
+    metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in metrics] == [1, 2, 3, 4, 5, 6]
+    for step, row in enumerate(metrics):
+        here = [r for r in rollouts if r["step"] == step]
+        assert row["oracle"] == pytest.approx(sum(r["oracle"] for r in here) / 8)
+        assert row["exploit"] == pytest.approx(sum(r["reward"] > r["oracle"] for r in here) / 8)
+        assert "routing/hackward_in" in row
+    model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(MODEL), out / "adapter")
+    assert all(layer.delta_s.any() for layer in ap.knobs(model).values())
+
+
+def test_its_config_repeats_it(trained: tuple[Path, str], tmp_path: Path) -> None:
+    out, _ = trained
+    code, text = run("train", "--config", str(out / "config.yaml"), "--out", str(tmp_path / "again"))
+    assert code == 0, text
+    same_files(out, tmp_path / "again")
+    code, _ = run("train", "--config", str(out / "config.yaml"), "--seed", "1", "--out", str(tmp_path / "other"))
+    assert code == 0
+    assert yaml.safe_load((tmp_path / "other" / "config.yaml").read_text())["seed"] == 1
+    assert (tmp_path / "other" / "rollouts.jsonl").read_text() != (out / "rollouts.jsonl").read_text()
+
+
+@pytest.mark.parametrize("after", ["checkpoint-2", "checkpoint-4"])
+def test_killed_and_resumed_it_ends_in_the_same_place(trained: tuple[Path, str], tmp_path: Path, after: str) -> None:
+    out, _ = trained
+    folder = tmp_path / "run"
+    running = process("train", MODEL, "--task", "addition", "--by", "both", "--out", str(folder), *SIX)
+    wait_for(folder / after / "complete.json")
+    running.send_signal(signal.SIGKILL)
+    running.communicate()
+    assert not RunFolder(folder).is_finished
+    with (folder / "rollouts.jsonl").open("a") as file:
+        file.write('{"step": 5, "prompt": "torn')  # as a process leaves it that is killed in the middle of a line
+    (folder / "checkpoint-5").mkdir()  # and a checkpoint
+    code, text = run("train", "--resume", str(folder))
+    assert code == 0, text
+    assert "continuing from" in text
+    assert not (folder / "checkpoint-5").exists()
+    same_files(out, folder)
+    steps = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert steps == [1, 2, 3, 4, 5, 6]
+
+
+def test_ctrl_c_saves_and_says_how_to_continue(trained: tuple[Path, str], tmp_path: Path) -> None:
+    out, _ = trained
+    folder = tmp_path / "run"
+    arguments = ("train", MODEL, "--task", "addition", "--by", "both", "--out", str(folder), *SIX)
+    running = process(*arguments)
+    wait_for(folder / "metrics.jsonl")
+    running.send_signal(signal.SIGINT)
+    text, _ = running.communicate()
+    assert running.returncode == 130, text
+    assert f"antipasto train --resume {folder}" in text
+    assert "Traceback" not in text
+    code, text = run("train", "--resume", str(folder))
+    assert code == 0, text
+    same_files(out, folder)
+    code, text = run("train", "--resume", str(folder))
+    assert code == 2
+    assert "came to its end" in text
+
+
+def test_a_run_killed_after_its_last_checkpoint_only_finishes(trained: tuple[Path, str], tmp_path: Path) -> None:
+    out, _ = trained
+    folder = tmp_path / "run"
+    subprocess.run(["cp", "-r", str(out), str(folder)], check=True)
+    (folder / "adapter" / "complete.json").unlink()
+    (folder / "adapter" / "adapter_model.safetensors").unlink()
+    code, text = run("train", "--resume", str(folder))
+    assert code == 0, text
+    same_files(out, folder)
+
+
+def test_a_run_does_not_continue_on_another_base(trained: tuple[Path, str], tmp_path: Path) -> None:
+    folder = tmp_path / "run"
+    subprocess.run(["cp", "-r", str(trained[0]), str(folder)], check=True)
+    (folder / "adapter" / "complete.json").unlink()
+    text = (folder / "config.yaml").read_text().replace(MODEL, str(addition.model_path("even")))
+    (folder / "config.yaml").write_text(text)
+    code, text = run("train", "--resume", str(folder))
+    assert code == 2
+    assert "other weights" in text
+
+
+@pytest.mark.parametrize("method", ["plain", "erase", "measure", "penalty", "drop"])
+def test_every_method_runs(method: str, tmp_path: Path) -> None:
+    code, text = run("train", MODEL, "--task", "addition", "--method", method, "--out", str(tmp_path / "run"), *SMALL)
+    assert code == 0, text
+    rows = [json.loads(line) for line in (tmp_path / "run" / "rollouts.jsonl").read_text().splitlines()]
+    assert all(row["flagged"] is not None for row in rows)
+    assert {row["view"] for row in rows} == {"trained"}
+    knobs = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
+    assert not any(tensor.any() for name, tensor in knobs.items() if "delta_s_hack" in name)
+
+
+def test_eval_asks_every_arm(trained: tuple[Path, str]) -> None:
+    out, _ = trained
+    code, text = run("eval", str(out), "--prompts", "40", "--seed", "3")
+    assert code == 0, text
+    for word in ("reference", "as trained", "deployed", "random", "permuted", "solve", "exploit", "says !"):
+        assert word in text
+    result = json.loads((out / "eval.json").read_text())
+    assert [arm["arm"] for arm in result["arms"]] == ["reference", "as trained", "deployed", "permuted", "random"]
+    answers = [json.loads(line) for line in (out / "eval.jsonl").read_text().splitlines()]
+    assert len(answers) == 200
+    for arm in result["arms"]:
+        own = [a for a in answers if a["arm"] == arm["arm"]]
+        assert arm["solve"]["hits"] == sum(addition.solves(a["prompt"], a["completion"]) for a in own)
+        assert arm["solve"]["total"] == 40
+
+
+TASK = """
+from antipasto.tasks import Task
+
+def reward(completions, **_):
+    return {body}
+
+mine = Task("mine", train=[{{"prompt": "h12+34="}}] * 4, reward=reward, max_completion_length=4)
+"""
+
+
+def test_a_users_own_task_trains(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(TASK.format(body="[float('4' in text) for text in completions]"))
+    code, text = run(
+        "train",
+        MODEL,
+        "--task",
+        f"{tmp_path / 'mine.py'}:mine",
+        "--method",
+        "plain",
+        "--out",
+        str(tmp_path / "r"),
+        *SMALL,
+    )
+    assert code == 0, text
+    code, text = run("eval", str(tmp_path / "r"))
+    assert code == 2
+    assert "no held-out rows" in text
+
+
+@pytest.mark.parametrize(
+    ("body", "words"),
+    [
+        ("[1 / 0 for _ in completions]", ["reward", "ZeroDivisionError", "h12+34="]),
+        ("[float('nan')] * len(completions)", ["reward", "nan", "h12+34="]),
+        ("[1.0]", ["reward", "1 values", "batch of 8"]),
+        ("[None] * len(completions)", ["reward", "None", "h12+34="]),
+    ],
+)
+def test_a_reward_that_fails_stops_the_run(body: str, words: list[str], tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(TASK.format(body=body))
+    code, text = run(
+        "train",
+        MODEL,
+        "--task",
+        f"{tmp_path / 'mine.py'}:mine",
+        "--method",
+        "plain",
+        "--out",
+        str(tmp_path / "r"),
+        *SMALL,
+    )
+    assert code == 2
+    assert all(word in text for word in words), text
+    assert "Traceback" not in text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--task", "addition"], "model is missing"),
+        ([MODEL], "task is missing"),
+        ([MODEL, "--task", "adition"], "did you mean 'addition'"),
+        (["nowhere/at/all", "--task", "addition"], "no folder 'nowhere/at/all'"),
+        ([MODEL, "--task", "addition", "--stepz", "5"], "no option --stepz"),
+        ([MODEL, "--task", "addition", "--steps", "0"], "'--steps'"),
+        (
+            [MODEL, "--task", "addition", "--trainer.lerning_rate", "1"],
+            "no 'lerning_rate'; did you mean 'learning_rate'",
+        ),
+        ([MODEL, "--task", "addition", "--trainer.learning_rate", "1"], "use learning_rate"),
+        ([MODEL, "--task", "addition", "--trainer.warmup_steps", "abc"], "invalid float value: 'abc'"),
+        ([MODEL, "--task", "addition", "--method", "penalty", "--by", "direction"], "uses no direction"),
+        ([MODEL, "--task", "contains", "--method", "plain", "--deploy-fraction", "0.5"], "belongs to method route"),
+        ([MODEL, "--task", "addition", "--deploy-fraction", "0.3"], "must be whole numbers"),
+        ([MODEL, "--task", "addition", "--pairs", "nowhere.jsonl"], "nowhere.jsonl"),
+        ([MODEL, "--task", "addition", "--controls", "random,odd"], "got odd"),
+        ([MODEL, "--task", "addition", "--target-modules", "nope"], "'nope'"),
+        ([MODEL, "--task", "addition", "--micro-batch", "5"], "does not divide"),
+        ([MODEL, "--config", "nowhere.yaml"], "nowhere.yaml"),
+        (["--resume", "nowhere"], "no run folder"),
+        (["--resume", "nowhere", "--steps", "3"], "leave out --steps"),
+    ],
+)
+def test_wrong_words_cost_a_line_and_exit_code_2(arguments: list[str], message: str, tmp_path: Path) -> None:
+    out = [] if "--resume" in arguments else ["--out", str(tmp_path / "run")]
+    code, text = run("train", *arguments, *out)
+    assert code == 2, text
+    assert message in " ".join(text.replace("│", " ").split()), text
+    assert "Traceback" not in text
+    assert not (tmp_path / "run").exists() or not any((tmp_path / "run").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("stepz: 3", "no option 'stepz'; did you mean 'steps'?"),
+        ("steps: many", "Invalid value for '--steps'"),
+        ("- steps", "must hold options"),
+        ("steps: [", "is not YAML"),
+        ("trainer: 3", "trainer must hold options by name"),
+        ("trainer: {odd: 3}", "no 'odd'"),
+    ],
+)
+def test_a_config_that_does_not_fit(text: str, message: str, tmp_path: Path) -> None:
+    (tmp_path / "run.yaml").write_text(text)
+    code, said = run("train", MODEL, "--task", "addition", "--config", str(tmp_path / "run.yaml"))
+    assert code == 2
+    assert message in " ".join(said.replace("│", " ").split()), said
+    assert "Traceback" not in said
+
+
+def test_a_folder_with_something_in_it_is_left_alone(tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("mine")
+    code, text = run("train", MODEL, "--task", "addition", "--out", str(tmp_path), *SMALL)
+    assert code == 2
+    assert "not an empty folder" in text
+    assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
