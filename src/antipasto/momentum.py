@@ -81,6 +81,9 @@ class MomentumSplit:
         moved = []
         split = zip(*(t.split(sizes) for t in (g_D, g_Q, self.deployed, self.quarantined)), strict=True)
         for index, (gradient_D, gradient_Q, m_D, m_Q) in enumerate(split):
+            if self._parameters[index].grad is None:  # the optimizer passes it over, and its momentum stays as it is
+                moved.append(torch.zeros_like(gradient_Q))
+                continue
             group = self._groups[index]
             keep, new = self._weights(index)
             m_D.mul_(keep).add_(gradient_D, alpha=new)  # views: written into the whole

@@ -206,7 +206,8 @@ class RoutedGRPOTrainer(GRPOTrainer):
             self._all_flags = self.accelerator.gather(here)
         if self.flagged == "penalty":
             rewards = rewards.masked_fill(self._all_flags[:, None], 0.0)
-        self._all_rewards = (rewards * weights).nansum(1)
+        nobody_scored = rewards.isnan().all(1)
+        self._all_rewards = (rewards * weights).nansum(1).masked_fill(nobody_scored, torch.nan)
         return rewards
 
     def _local(self, of_all: Tensor) -> Tensor:
