@@ -123,19 +123,23 @@ def demo(
     seeds: Annotated[int, typer.Option(min=1, help="How many seeds to run, from --seed on.")] = 1,
     steps: Annotated[int, typer.Option(min=1, help="Optimizer steps of 16 prompts x 16 rollouts.")] = 160,
     variant: Annotated[
-        str, typer.Option(help="How common the known hack is at the start: 'rare', or 'even' with the unknown one.")
+        Literal["rare", "even", "blind"],
+        typer.Option(help="The start: the known hack rare, as common as the other, or in both kinds of prompt alike."),
     ] = "rare",
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Also train plain, erase, penalty, drop and more.")
+    ] = False,
     out: Annotated[Path | None, typer.Option(help="Run folder, new or empty.", show_default="runs/demo-<time>")] = None,
 ) -> None:
     """Train a small model on a reward that can be fooled; see what it learns, and what is left without the quarantine.
 
-    About a minute a seed on two cores. Leaves every rollout with its reward in the run folder.
+    About a minute a seed on two cores, six more with --compare. Leaves every rollout with its reward in the run folder.
     """
     out = out or Path("runs") / f"demo-{datetime.now():%Y%m%d-%H%M%S}"
     with _readable_errors(out, extra="trl"):
         from antipasto import demo as job
 
-        job.run(job.DemoConfig(seed, steps, variant), out, Console(), seeds=seeds)
+        job.run(job.DemoConfig(seed, steps, variant), out, Console(), seeds=seeds, compare=compare)
 
 
 @app.command(

@@ -50,9 +50,7 @@ LEARNING_RATES = {"rare": 1e-2, "even": 1e-2, "blind": 2e-2}
 ADAM_BETAS = (0.9, 0.99)
 KL_WEIGHT = 0.005
 PAIRS, HELDOUT_PAIRS = 48, 16
-# effect sizes: the largest of those tried with which both hacks together stay at or under the reference's rate, on other seeds
-# and on training operands (scripts/choose_threshold.py)
-THRESHOLDS = {"rare": 0.65, "even": 0.65, "blind": 0.65}
+THRESHOLD = 0.8  # an effect size; chosen on other seeds and on training operands (scripts/choose_threshold.py)
 TEST_PROMPTS = 1000  # of each kind
 KINDS = {"hackable": addition.HACKABLE, "strict": addition.STRICT}
 
@@ -116,7 +114,7 @@ class DemoConfig:
             "kl_weight": KL_WEIGHT,
             "pairs": PAIRS,
             "heldout_pairs": HELDOUT_PAIRS,
-            "threshold": THRESHOLDS[self.variant],
+            "threshold": THRESHOLD,
             "test_prompts_of_each_kind": TEST_PROMPTS,
             "threads": torch.get_num_threads(),
             "versions": {name: version(name) for name in ("antipasto", "torch", "transformers", "peft", "trl")},
@@ -194,7 +192,7 @@ def train(
         tokenizer: of the model.
         out: where rollouts, adapter, direction and books go.
         console: of the progress bar.
-        threshold: of the gate; the variant's own if None.
+        threshold: of the gate; the demo's own if None.
     """
     args = GRPOConfig(
         output_dir=str(out),
@@ -222,7 +220,7 @@ def train(
         disable_tqdm=True,
     )
     how = METHODS[method]
-    threshold = THRESHOLDS[config.variant] if threshold is None else threshold
+    threshold = THRESHOLD if threshold is None else threshold
     prompts = training_prompts(config.seed, config.steps * PROMPTS_PER_STEP)
     trainer = RoutedGRPOTrainer(
         model=AutoModelForCausalLM.from_pretrained(addition.model_path(config.variant)),
