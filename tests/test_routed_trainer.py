@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import math
 from pathlib import Path
@@ -33,11 +34,14 @@ SGD = {"optim": "sgd", "lr_scheduler_type": "constant", "learning_rate": 0.1, "m
 
 @pytest.fixture(autouse=True, scope="module")
 def _one_basis_cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """All runs here are of one model."""
+    """All runs here are of one model; and accelerate's gc.collect at each begin need not go through all that is imported."""
+    gc.collect()
+    gc.freeze()
     with pytest.MonkeyPatch.context() as patch:
         folder = tmp_path_factory.mktemp("basis")
         patch.setenv("ANTIPASTO_CACHE", str(folder))
         yield folder
+    gc.unfreeze()
 
 
 @pytest.fixture(autouse=True)
