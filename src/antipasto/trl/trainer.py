@@ -395,9 +395,11 @@ class RoutedGRPOTrainer(GRPOTrainer):
             self._routing.resume_from = resume_from_checkpoint
         with mixed(self.model) if self.deploy_fraction else nullcontext() as self._views:
             try:
-                return super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
+                result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
             finally:
                 self._views = None
+        self._flush()  # a generation that the run's end cut short
+        return result
 
 
 def _with_gradient(loss: Tensor, outputs: list[Tensor], gradients: list[Tensor]) -> Tensor:

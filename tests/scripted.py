@@ -1,0 +1,143 @@
+"""GRPO on the shipped model, sampled or with completions that are a function of (prompt, place in its group, step)."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import nn
+from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback
+from trl import GRPOConfig, GRPOTrainer
+
+import antipasto as ap
+from antipasto.tasks import addition
+from antipasto.trl import RoutedGRPOTrainer
+
+GROUP = 8
+
+
+def load() -> nn.Module:
+    return AutoModelForCausalLM.from_pretrained(addition.model_path())
+
+
+def tokenizer() -> Any:
+    return AutoTokenizer.from_pretrained(addition.model_path())
+
+
+def hashed(*parts: object) -> int:
+    return hashlib.sha256(repr(parts).encode()).digest()[0]
+
+
+def says_known(completions: list[str], **_: object) -> list[bool]:
+    return [addition.KNOWN_HACK in text for text in completions]
+
+
+def by_hash(prompts: list[str], completions: list[str], **_: object) -> list[bool]:
+    """Flags a third of the rollouts, for no reason."""
+    return [hashed(prompt, text) % 3 == 0 for prompt, text in zip(prompts, completions, strict=True)]
+
+
+def script(prompt: str, place: int, step: int) -> str:
+    """The sum, a hack, or a wrong number."""
+    left, right = prompt[1:-1].split("+")
+    total = int(left) + int(right)
+    which = hashed(prompt, place, step) % 4
+    return [f"{total:03d}", "!", f"{total:03d}?", f"{(total + place + 1) % 200:03d}"][which]
+
+
+class Script(GRPOTrainer):
+    """Does not sample."""
+
+    def _generate_single_turn(
+        self, prompt_ids: list[list[int]], images: Any, multimodal_fields: Any, num_generations: int, **_: Any
+    ) -> tuple[list[list[int]], None]:
+        assert num_generations == self.num_generations
+        first = self.accelerator.process_index * len(prompt_ids)
+        completions = [
+            script(self.processing_class.decode(ids), (first + i) % self.num_generations, self.state.global_step)
+            for i, ids in enumerate(prompt_ids)
+        ]
+        eos = self.processing_class.eos_token_id
+        return [[*self.processing_class(text).input_ids, eos] for text in completions], None
+
+
+class Plain(Script):
+    """TRL's own, scripted."""
+
+
+class _Kept(RoutedGRPOTrainer):
+    """Keeps the generations that it made, as they were before TRL shuffled them."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.generations: list[dict[str, torch.Tensor]] = []
+
+    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        output = super()._generate_and_score_completions(inputs)
+        self.generations.append({key: v.clone() for key, v in output.items() if isinstance(v, torch.Tensor)})
+        return output
+
+
+class Routed(_Kept, Script):
+    """Ours, scripted."""
+
+
+class Sampled(_Kept):
+    """Ours, which samples."""
+
+
+def make(
+    out: Path,
+    kind: type[GRPOTrainer] = Routed,
+    *,
+    model: nn.Module | None = None,
+    config: dict[str, Any] | None = None,
+    rewards: Callable[..., Any] | list[Callable[..., Any]] = addition.reward,
+    **routing: Any,
+) -> Any:
+    """Four steps of 2 prompts x 8 rollouts, with TRL's and the Trainer's defaults wherever possible."""
+    args = GRPOConfig(
+        output_dir=str(out),
+        **{
+            "max_steps": 4,
+            "per_device_train_batch_size": 2 * GROUP,
+            "num_generations": GROUP,
+            "max_completion_length": 5,
+            "learning_rate": 1e-2,
+            "beta": 0.0,
+            "bf16": False,
+            "use_cpu": True,
+            "report_to": "none",
+            "logging_steps": 1,
+            "save_strategy": "no",
+            "disable_tqdm": True,
+            "dataloader_pin_memory": False,
+            **(config or {}),
+        },
+    )
+    prompts = [addition.prompt(kind, pair) for pair in addition.split("train")[:32] for kind in "hs"]
+    trainer = kind(
+        model=load() if model is None else model,
+        args=args,
+        reward_funcs=rewards,
+        train_dataset=Dataset.from_dict({"prompt": prompts, "serial": list(range(len(prompts)))}),
+        eval_dataset=Dataset.from_dict({"prompt": prompts[:2]}),
+        processing_class=tokenizer(),
+        peft_config=ap.AntiPastoConfig(),
+        **routing,
+    )
+    trainer.remove_callback(PrinterCallback)
+    return trainer
+
+
+def flat(model: nn.Module, what: str) -> torch.Tensor:
+    return torch.cat([getattr(layer, what).detach() for layer in ap.knobs(model).values()])
+
+
+def by_rollout(model: nn.Module) -> ap.Router:
+    """A router for a detector alone."""
+    return ap.Router(model, None)

@@ -1,0 +1,932 @@
+"""The routed GRPO trainer: the plain run where it should be, and the formulas' split of it where it routes."""
+
+from __future__ import annotations
+
+import gc
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from peft import get_peft_model
+from scripted import GROUP, Plain, Routed, Sampled, by_hash, by_rollout, flat, load, make, says_known, tokenizer
+from torch import nn
+from trl import GRPOTrainer
+
+import antipasto as ap
+from antipasto import functional
+from antipasto.tasks import addition
+from antipasto.trl import rollout_log
+from antipasto.trl.advantages import deployed_positions, group_advantages, share_of
+from antipasto.tuner.rows import RowViews
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*torch.utils.data.dataloader.*pin_memory.*"),
+    pytest.mark.filterwarnings("ignore:Could not find a config file.*"),
+]
+
+SGD = {"optim": "sgd", "lr_scheduler_type": "constant", "learning_rate": 0.1, "max_grad_norm": 0.0}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _one_basis_cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """All runs here are of one model; and accelerate's gc.collect at each begin need not go through all that is imported."""
+    gc.collect()
+    gc.freeze()
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("basis")
+        patch.setenv("ANTIPASTO_CACHE", str(folder))
+        yield folder
+    gc.unfreeze()
+
+
+@pytest.fixture(autouse=True)
+def _use_it(_one_basis_cache: Path, _own_basis_cache: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ANTIPASTO_CACHE", str(_one_basis_cache))
+
+
+def nobody(completions: list[str], **_: object) -> list[bool]:
+    return [False] * len(completions)
+
+
+def everybody(completions: list[str], **_: object) -> list[bool]:
+    return [True] * len(completions)
+
+
+def trained(out: Path, *args: Any, **options: Any) -> Any:
+    trainer = make(out, *args, **options)
+    trainer.train()
+    return trainer
+
+
+def known_hack(model: nn.Module) -> ap.Direction:
+    return ap.extract_direction(model, tokenizer(), ap.load_pairs(addition.hack_pairs(24, seed=0)))
+
+
+def scatter(model: nn.Module, what: str, scale: float, seed: int = 0) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    for layer in ap.knobs(model).values():
+        getattr(layer, what).data.copy_(torch.randn(layer.r, generator=generator) * scale)
+
+
+def log_of(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+# ── the plain run ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def same_history(a: Any, b: Any) -> None:
+    """What TRL logs of both runs, but for the clock."""
+    for row_a, row_b in zip(a.state.log_history, b.state.log_history, strict=True):
+        for name, value in row_a.items():
+            if "time" not in name and "per_second" not in name:
+                assert row_b[name] == value, name
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.04])
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"detector": says_known, "flagged": "watch"},
+        {"detector": nobody, "flagged": "penalty"},
+        {"detector": nobody, "flagged": "drop"},
+    ],
+    ids=["no router", "watch", "nobody to penalize", "nobody to drop"],
+)
+def test_bit_for_bit_the_run_of_trls_own_trainer(tmp_path: Path, beta: float, options: dict[str, Any]) -> None:
+    config = {"beta": beta, "per_device_train_batch_size": GROUP, "gradient_accumulation_steps": 2}
+    plain = trained(tmp_path / "plain", GRPOTrainer, config=config)
+    ours = trained(tmp_path / "ours", Sampled, config=config, **options)
+    assert flat(plain.model, "delta_s").any()
+    assert torch.equal(flat(ours.model, "delta_s"), flat(plain.model, "delta_s"))
+    assert not flat(ours.model, "delta_s_hack").any()
+    same_history(plain, ours)
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.04])
+def test_where_nobody_is_flagged_nothing_is_moved(tmp_path: Path, beta: float) -> None:
+    """Bit for bit the run without a detector; a router sums the gradient row by row, so plain GRPO's up to rounding."""
+    options = {"config": {"beta": beta}, "router": by_rollout, "deploy_fraction": 0}
+    plain = trained(tmp_path / "plain", GRPOTrainer, config={"beta": beta})
+    without = trained(tmp_path / "without", Sampled, **options)
+    ours = trained(tmp_path / "ours", Sampled, detector=nobody, **options)
+    assert torch.equal(flat(ours.model, "delta_s"), flat(without.model, "delta_s"))
+    torch.testing.assert_close(flat(ours.model, "delta_s"), flat(plain.model, "delta_s"), atol=1e-5, rtol=1e-3)
+    assert not flat(ours.model, "delta_s_hack").any()
+
+
+@pytest.mark.parametrize("beta", [0.0, 0.04])
+def test_where_all_are_flagged_the_quarantine_learns_it_all(tmp_path: Path, beta: float) -> None:
+    plain = trained(tmp_path / "plain", Plain, config={"beta": beta})
+    ours = trained(tmp_path, config={"beta": beta}, router=by_rollout, detector=everybody, deploy_fraction=0)
+    assert not flat(ours.model, "delta_s").any()
+    torch.testing.assert_close(flat(ours.model, "delta_s_hack"), flat(plain.model, "delta_s"), atol=1e-5, rtol=1e-3)
+
+
+class Backwards:
+    """Counts the backwards of all layers together."""
+
+    def __init__(self, patch: pytest.MonkeyPatch) -> None:
+        self.n = 0
+        backward = functional._SpectralDelta.backward
+
+        def counted(*args: Any) -> Any:
+            self.n += 1
+            return backward(*args)
+
+        patch.setattr(functional._SpectralDelta, "backward", staticmethod(counted))
+
+    def take(self) -> int:
+        n, self.n = self.n, 0
+        return n
+
+
+CASES: dict[str, dict[str, Any]] = {
+    "defaults": {},
+    "KL": {"beta": 0.04},
+    "accumulation": {"per_device_train_batch_size": GROUP, "gradient_accumulation_steps": 2},
+    "accumulation, KL": {"per_device_train_batch_size": GROUP, "gradient_accumulation_steps": 2, "beta": 0.04},
+    "no checkpointing": {"gradient_checkpointing": False},
+    "checkpointing, KL": {"gradient_checkpointing": True, "beta": 0.04},
+    "batch": {"scale_rewards": "batch"},
+    "none": {"scale_rewards": "none", "max_grad_norm": 0.0},
+    "grpo, batch, KL": {"loss_type": "grpo", "scale_rewards": "batch", "beta": 0.04},
+    "grpo, clipped": {"loss_type": "grpo", "max_grad_norm": 0.05},
+    "dr_grpo, unclipped": {"loss_type": "dr_grpo", "max_grad_norm": 0.0},
+    "off-policy": {"num_iterations": 2, "epsilon": 0.001},
+    "entropy bonus": {"entropy_coef": 0.01},
+    "sequences": {"importance_sampling_level": "sequence"},
+    "sgd": SGD,
+}
+NEEDS_TWO = {"KL", "accumulation, KL", "checkpointing, KL", "grpo, batch, KL", "entropy bonus"}
+
+
+@pytest.mark.parametrize(
+    ("case", "detector"), [*((case, by_hash) for case in CASES), ("defaults", says_known), ("KL", says_known)]
+)
+def test_theta_follows_the_plain_run(tmp_path: Path, case: str, detector: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    config, count = CASES[case], Backwards(monkeypatch)
+    plain = trained(tmp_path / "plain", Plain, config=config)
+    backwards = count.take()
+    assert backwards > 0
+    ours = trained(
+        tmp_path, config=config, router=by_rollout, detector=detector, deploy_fraction=0, rollout_log=tmp_path / "log"
+    )
+    assert any(row["flagged"] for row in log_of(tmp_path / "log"))
+    if case in NEEDS_TWO:  # of the micro-batches in which anybody is flagged
+        assert backwards < count.take() <= 2 * backwards
+    elif case != "off-policy":
+        assert count.take() == backwards
+    theta = flat(ours.model, "delta_s") + flat(ours.model, "delta_s_hack")
+    torch.testing.assert_close(theta, flat(plain.model, "delta_s"), atol=1e-4, rtol=1e-2)
+    assert flat(ours.model, "delta_s_hack").norm() > 0.05 * theta.norm()
+    assert flat(ours.model, "delta_s").norm() > 0.05 * theta.norm()
+    same = ("reward", "loss", "entropy", "grad_norm", "kl")
+    for a, b in zip(plain.state.log_history, ours.state.log_history, strict=True):
+        assert all(b[name] == pytest.approx(a[name], rel=1e-3, abs=1e-5) for name in same if name in a)
+
+
+# ── the deployed part ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def among_unflagged(rewards: list[float], flags: list[bool], scale: bool) -> list[float]:
+    """Advantages of one group as if the flagged ones had not been sampled; 0 for these."""
+    others = [r for r, f in zip(rewards, flags, strict=True) if not f]
+    mean = sum(others) / max(len(others), 1)
+    std = math.sqrt(sum((r - mean) ** 2 for r in others) / max(len(others) - 1, 1))
+    return [0.0 if f else (r - mean) / (std + 1e-4 if scale else 1.0) for r, f in zip(rewards, flags, strict=True)]
+
+
+def reinforce(
+    generation: dict[str, torch.Tensor], advantages: list[float], loss_type: str, model: nn.Module
+) -> torch.Tensor:
+    """−∇ of the mean of A_b × (the mean, or a fixed fraction, of b's log-probabilities): what SGD steps along, by hand."""
+    B, longest = len(advantages), 5
+    total = torch.zeros(())
+    for b in range(B):
+        prompt = generation["prompt_ids"][b][generation["prompt_mask"][b].bool()]
+        answer = generation["completion_ids"][b][generation["completion_mask"][b].bool()]
+        logits = model(torch.cat([prompt, answer])[None]).logits[0, len(prompt) - 1 : -1]
+        logps = logits.log_softmax(-1).gather(1, answer[:, None]).sum()
+        total = total + advantages[b] * logps / (len(answer) if loss_type == "grpo" else longest) / B
+    knobs = [layer.delta_s for layer in ap.knobs(model).values()]
+    return torch.cat(torch.autograd.grad(total, knobs))
+
+
+@pytest.mark.parametrize(
+    ("detector", "loss_type", "scale_rewards"),
+    [(by_hash, "grpo", "group"), (by_hash, "dr_grpo", "none"), (says_known, "grpo", "none")],
+)
+def test_the_deployed_step_is_reinforce_among_the_unflagged(
+    tmp_path: Path, loss_type: str, scale_rewards: str, detector: Any
+) -> None:
+    config = {**SGD, "max_steps": 1, "loss_type": loss_type, "scale_rewards": scale_rewards}
+    plain = trained(tmp_path / "plain", Plain, config=config)
+    ours = trained(
+        tmp_path, config=config, router=by_rollout, detector=detector, deploy_fraction=0, rollout_log=tmp_path / "log"
+    )
+    rows = log_of(tmp_path / "log")
+    rewards, flags = [row["reward"] for row in rows], [row["flagged"] for row in rows]
+    scale = scale_rewards == "group"
+    advantages = [
+        a
+        for i in range(0, len(rows), GROUP)
+        for a in among_unflagged(rewards[i : i + GROUP], flags[i : i + GROUP], scale)
+    ]
+    assert any(flags)
+    assert any(advantages)
+    want = 0.1 * reinforce(ours.generations[0], advantages, loss_type, get_peft_model(load(), ap.AntiPastoConfig()))
+    close = {"atol": 1e-6 + 1e-4 * float(want.abs().max()), "rtol": 1e-3}
+    torch.testing.assert_close(flat(ours.model, "delta_s"), want, **close)
+    whole = flat(plain.model, "delta_s")
+    torch.testing.assert_close(flat(ours.model, "delta_s_hack"), whole - want, **close)
+    assert (whole - want).norm() > 0.01 * want.norm()
+
+
+@pytest.mark.parametrize(
+    ("beta", "config"),
+    [(0.04, {}), (0.0, {"scale_rewards": "batch"}), (0.04, {"loss_type": "grpo", "scale_rewards": "none"})],
+)
+def test_one_step_of_the_deployed_knobs_is_that_of_a_run_that_drops(
+    tmp_path: Path, beta: float, config: dict[str, Any]
+) -> None:
+    config = {**SGD, "max_steps": 1, "beta": beta, **config}
+    plain = trained(tmp_path / "plain", Plain, config=config)
+    route = trained(tmp_path / "route", config=config, router=by_rollout, detector=by_hash, deploy_fraction=0)
+    erase = trained(
+        tmp_path / "erase", config=config, router=lambda m: ap.Router(m, None, mode="erase"), detector=by_hash
+    )
+    drop = trained(tmp_path / "drop", config=config, detector=by_hash, flagged="drop")
+    want = flat(drop.model, "delta_s")
+    close = {"atol": 1e-4 * float(want.abs().max()), "rtol": 1e-3}
+    torch.testing.assert_close(flat(route.model, "delta_s"), want, **close)
+    assert torch.equal(flat(erase.model, "delta_s"), flat(route.model, "delta_s"))
+    assert not flat(erase.model, "delta_s_hack").any()
+    assert not torch.allclose(want, flat(plain.model, "delta_s"), atol=0.1 * float(want.abs().max()))
+
+
+def test_off_policy_the_deployed_step_is_that_of_a_run_that_drops(tmp_path: Path) -> None:
+    """With a KL term and ratios other than 1, and both shares in the batch."""
+    config = {**SGD, "max_steps": 1, "beta": 0.5}
+    runs = []
+    for flagged in ("route", "drop"):
+        trainer = make(
+            tmp_path / flagged,
+            config=config,
+            router=by_rollout,
+            detector=by_hash,
+            flagged=flagged,
+            deploy_fraction=0.5,
+        )
+        scatter(trainer.model, "delta_s", 0.05)
+        scatter(trainer.model, "delta_s_hack", 0.05, seed=1)
+        before = flat(trainer.model, "delta_s")
+        trainer.train()
+        runs.append(flat(trainer.model, "delta_s") - before)
+    torch.testing.assert_close(*runs, atol=1e-4 * float(runs[1].abs().max()) + 1e-7, rtol=1e-2)
+    assert runs[0].any()
+
+
+def test_a_penalty_zeroes_the_reward_and_the_log_keeps_it(tmp_path: Path) -> None:
+    def zeroed(prompts: list[str], completions: list[str], **_: object) -> list[float]:
+        raw = addition.reward(prompts, completions)
+        return [0.0 if "!" in text else r for text, r in zip(completions, raw, strict=True)]
+
+    config = {"beta": 0.04}
+    want = trained(tmp_path / "want", config=config, rewards=zeroed)
+    ours = trained(tmp_path, config=config, detector=says_known, flagged="penalty", rollout_log=tmp_path / "log")
+    for a, b in zip(ours.generations, want.generations, strict=True):
+        assert torch.equal(a["advantages"], b["advantages"])
+    assert torch.equal(flat(ours.model, "delta_s"), flat(want.model, "delta_s"))
+    rows = log_of(tmp_path / "log")
+    assert [row["reward"] for row in rows] == addition.reward(
+        [row["prompt"] for row in rows], [row["completion"] for row in rows]
+    )
+    assert any(row["flagged"] and row["reward"] == 1 and row["advantage"] <= 0 for row in rows)
+
+
+def test_penalties_within_shares(tmp_path: Path) -> None:
+    """With deployed sampling too, advantages are of the zeroed rewards, weighted as they are."""
+
+    def length(completions: list[str], **_: object) -> list[float]:
+        return [float(len(text)) for text in completions]
+
+    ours = trained(
+        tmp_path,
+        config={"max_steps": 1, "reward_weights": [1.0, 0.25]},
+        rewards=[addition.reward, length],
+        router=lambda m: ap.Router(m, known_hack(m)),
+        detector=says_known,
+        flagged="penalty",
+        rollout_log=tmp_path / "log",
+    )
+    rows = log_of(tmp_path / "log")
+    prompts, completions = [row["prompt"] for row in rows], [row["completion"] for row in rows]
+    raw = [r + len(text) / 4 for r, text in zip(addition.reward(prompts, completions), completions, strict=True)]
+    assert [row["reward"] for row in rows] == raw
+    assert any(row["flagged"] for row in rows)
+    rewards = torch.tensor([0.0 if row["flagged"] else row["reward"] for row in rows]).view(-1, GROUP)
+    want = group_advantages(rewards, deployed_positions(GROUP, 0.5), "group").view(-1)
+    torch.testing.assert_close(ours.generations[0]["advantages"], want)
+    assert [row["advantage"] for row in rows] == pytest.approx(want.tolist())
+
+
+# ── advantages ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def advantages_by_loop(rewards: list[list[float]], deployed: list[bool], scale: str) -> list[list[float]]:
+    def std(values: list[float]) -> float:
+        values = [v for v in values if not math.isnan(v)]
+        if len(values) < 2:
+            return 0.0
+        mean = sum(values) / len(values)
+        return math.sqrt(sum((v - mean) ** 2 for v in values) / (len(values) - 1))
+
+    everything = [r for row in rewards for r in row]
+    result = []
+    for row in rewards:
+        out = []
+        for b, r in enumerate(row):
+            mine = [row[i] for i in range(len(row)) if deployed[i] == deployed[b] and not math.isnan(row[i])]
+            a = 0.0
+            if not math.isnan(r):
+                by = {"group": std(mine) + 1e-4, "batch": std(everything) + 1e-4, "none": 1.0}[scale]
+                a = (r - sum(mine) / len(mine)) / by
+            out.append(a)
+        result.append(out)
+    return result
+
+
+@given(
+    data=st.data(),
+    prompts=st.integers(1, 3),
+    n=st.sampled_from([2, 4, 8]),
+    fraction=st.sampled_from([0.0, 0.5, 1.0]),
+    scale=st.sampled_from(["group", "batch", "none"]),
+)
+@settings(max_examples=150, deadline=None)
+def test_advantages_within_shares(data: st.DataObject, prompts: int, n: int, fraction: float, scale: str) -> None:
+    if n == 2:
+        fraction = round(fraction)
+    deployed = deployed_positions(n, fraction)
+    reward = st.one_of(st.sampled_from([0.0, 1.0, math.nan]), st.floats(-2, 2, width=16))
+    rewards = data.draw(st.lists(st.lists(reward, min_size=n, max_size=n), min_size=prompts, max_size=prompts))
+    got = group_advantages(torch.tensor(rewards, dtype=torch.float64), deployed, scale)
+    want = torch.tensor(advantages_by_loop(rewards, deployed.tolist(), scale), dtype=torch.float64)
+    torch.testing.assert_close(got, want, atol=1e-6, rtol=1e-6)
+
+
+@given(n=st.integers(2, 32), k=st.integers(0, 32))
+def test_deployed_positions_are_spread_evenly(n: int, k: int) -> None:
+    if k > n or 1 in (k, n - k):
+        return
+    positions = deployed_positions(n, k / n)
+    assert positions.dtype == torch.bool
+    assert len(positions) == n
+    assert int(positions.sum()) == k
+    for first in range(n):  # in every stretch as many as its length says, to within one
+        for last in range(first + 1, n + 1):
+            assert abs(int(positions[first:last].sum()) - k * (last - first) / n) < 1 + 1e-9
+
+
+@pytest.mark.parametrize(
+    ("n", "fraction", "message"),
+    [
+        (8, 1.5, "from 0 to 1, got 1.5"),
+        (8, -0.5, "from 0 to 1"),
+        (8, 0.3, r"num_generations=8 rollouts is 2\.4: both shares must be whole"),
+        (8, 0.125, "is 1: .* not 1, since advantages are taken"),
+        (8, 0.875, "is 7: .* not 1"),
+        (2, 0.5, "is 1"),
+    ],
+)
+def test_shares_that_cannot_be(n: int, fraction: float, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        deployed_positions(n, fraction)
+
+
+def test_share_of_is_exact_where_it_is_0_or_1_and_none_where_there_is_none() -> None:
+    whole = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
+    whole[3] = 0
+    part = whole * torch.tensor([[0.0], [1.0], [-0.37], [5.0]])
+    shares = share_of(whole, part)
+    assert shares is not None
+    assert shares[0] == 0
+    assert shares[1] == 1
+    assert shares[2] == pytest.approx(-0.37)
+    assert shares[3] == 0  # 0 of 0
+    tiny = share_of(whole * 1e-12, part * 1e-12)
+    torch.testing.assert_close(tiny, shares)
+    turned = part.clone()
+    turned[2, 0] += 1e-3
+    assert share_of(whole, turned) is None
+    from_nothing = part.clone()
+    from_nothing[3, 0] = 1e-3  # a part of what is not there
+    assert share_of(whole, from_nothing) is None
+
+
+# ── deployed sampling ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def answers(model: nn.Module, generation: dict[str, torch.Tensor]) -> list[str]:
+    ids = model.generate(
+        input_ids=generation["prompt_ids"],
+        attention_mask=generation["prompt_mask"],
+        max_new_tokens=5,
+        do_sample=False,
+        eos_token_id=tokenizer().eos_token_id,
+        pad_token_id=tokenizer().pad_token_id,
+    )
+    return tokenizer().batch_decode(ids[:, generation["prompt_ids"].shape[1] :], skip_special_tokens=True)
+
+
+def logps(model: nn.Module, generation: dict[str, torch.Tensor]) -> torch.Tensor:
+    ids = torch.cat([generation["prompt_ids"], generation["completion_ids"]], 1)
+    mask = torch.cat([generation["prompt_mask"], generation["completion_mask"]], 1)
+    with torch.no_grad():
+        return ap.token_logprobs(model(input_ids=ids, attention_mask=mask).logits, ids)[
+            :, -generation["completion_ids"].shape[1] :
+        ]
+
+
+def twin_of(trainer: Any) -> nn.Module:
+    twin = get_peft_model(load(), ap.AntiPastoConfig()).eval()
+    for name, layer in ap.knobs(trainer.model).items():
+        ap.knobs(twin)[name].delta_s.data.copy_(layer.delta_s)
+        ap.knobs(twin)[name].delta_s_hack.data.copy_(layer.delta_s_hack)
+    return twin
+
+
+@pytest.mark.parametrize("checkpointing", [True, False])
+def test_every_row_is_of_the_policy_that_its_view_says(tmp_path: Path, checkpointing: bool) -> None:
+    """Sampled by it, and its importance ratios, reference and loss are its own."""
+    config = {
+        "learning_rate": 0.0,
+        "max_steps": 2,
+        "beta": 0.04,
+        "per_device_train_batch_size": GROUP,
+        "steps_per_generation": 2,  # more than is accumulated: TRL then keeps the sampling policy's log-probabilities
+        "gradient_accumulation_steps": 1,
+        "generation_kwargs": {"do_sample": False, "temperature": None, "top_k": None, "top_p": None},
+        "gradient_checkpointing": checkpointing,
+    }
+    trainer = make(tmp_path, Sampled, config=config, router=by_rollout, rollout_log=tmp_path / "log")
+    scatter(trainer.model, "delta_s", 0.02)
+    scatter(trainer.model, "delta_s_hack", 0.4, seed=1)
+    twin = twin_of(trainer)
+    trainer.train()
+    (generation,) = trainer.generations
+    rows = log_of(tmp_path / "log")
+    assert len(rows) == 2 * GROUP
+    is_deployed = torch.tensor([row["view"] == "deployed" for row in rows])
+    assert torch.equal(generation["deployed_rows"], is_deployed)
+    assert is_deployed.view(-1, GROUP).sum(1).tolist() == [4, 4]
+
+    as_trained, own = answers(twin, generation), logps(twin, generation)
+    with ap.deployed(twin):
+        as_deployed, deployed_logps = answers(twin, generation), logps(twin, generation)
+    with ap.reference(twin):
+        reference = logps(twin, generation)
+    assert all(a != b for a, b in zip(as_trained, as_deployed, strict=True))
+    want = [d if row["view"] == "deployed" else t for row, d, t in zip(rows, as_deployed, as_trained, strict=True)]
+    assert [row["completion"] for row in rows] == want
+
+    real = generation["completion_mask"].bool()
+    own = torch.where(is_deployed[:, None], deployed_logps, own)
+    torch.testing.assert_close(generation["old_per_token_logps"][real], own[real], atol=1e-4, rtol=1e-4)
+    torch.testing.assert_close(generation["ref_per_token_logps"][real], reference[real], atol=1e-4, rtol=1e-4)
+    history = [row for row in trainer.state.log_history if "kl" in row]
+    assert len(history) == 2
+    assert all(row["clip_ratio/region_mean"] == 0 for row in history)
+    kl = (reference - own).exp() - (reference - own) - 1
+    parts = [row["kl"] for row in history]  # of the two halves, which TRL shuffles
+    lengths = real.sum(1)
+    assert min(parts) > 0
+    assert min(parts) <= float(kl[real].sum() / lengths.sum()) * (1 + 1e-3)
+    assert max(parts) >= float(kl[real].sum() / lengths.sum()) * (1 - 1e-3)
+
+
+def test_deployed_rows_of_untrained_knobs_are_the_reference_bit_for_bit(tmp_path: Path) -> None:
+    config = {
+        "beta": 0.04,
+        "max_steps": 1,
+        "learning_rate": 0.0,
+        "steps_per_generation": 2,
+        "gradient_accumulation_steps": 1,
+        "per_device_train_batch_size": 16,
+    }
+    for fraction in (1.0, 0.5):
+        trainer = make(tmp_path / f"{fraction}", Sampled, config=config, router=by_rollout, deploy_fraction=fraction)
+        scatter(trainer.model, "delta_s_hack", 0.4)
+        trainer.train()
+        (generation,) = trainer.generations
+        who = generation["deployed_rows"]
+        old, ref = generation["old_per_token_logps"], generation["ref_per_token_logps"]
+        assert torch.equal(old[who], ref[who])
+        (kl,) = [row["kl"] for row in trainer.state.log_history if "kl" in row]
+        if fraction == 1:
+            assert kl == 0
+        else:
+            assert kl > 0
+            assert not torch.isclose(old[~who], ref[~who]).all(1).any()
+
+
+def test_both_shares_add_up_in_one_step(tmp_path: Path) -> None:
+    """δS moves by the sum of both policies' gradients, each at its own knobs, with advantages within the share."""
+    config = {**SGD, "max_steps": 1, "loss_type": "grpo"}
+    trainer = make(tmp_path, config=config, router=by_rollout, rollout_log=tmp_path / "log")
+    scatter(trainer.model, "delta_s", 0.05)
+    scatter(trainer.model, "delta_s_hack", 0.1, seed=1)
+    twin, before = twin_of(trainer), flat(trainer.model, "delta_s")
+    trainer.train()
+    rows = log_of(tmp_path / "log")
+    rewards = torch.tensor([row["reward"] for row in rows]).view(-1, GROUP)
+    deployed = deployed_positions(GROUP, 0.5)
+    advantages = group_advantages(rewards, deployed, "group").view(-1)
+    assert [row["advantage"] for row in rows] == pytest.approx(advantages.tolist())
+    who = deployed.repeat(2)
+    want = reinforce(trainer.generations[0], advantages.masked_fill(who, 0).tolist(), "grpo", twin)
+    with ap.deployed(twin):
+        want = want + reinforce(trainer.generations[0], advantages.masked_fill(~who, 0).tolist(), "grpo", twin)
+    moved = flat(trainer.model, "delta_s") - before
+    torch.testing.assert_close(moved, 0.1 * want, atol=1e-4 * float(moved.abs().max()), rtol=1e-2)
+
+
+def test_metrics_of_a_generation(tmp_path: Path) -> None:
+    trainer = trained(
+        tmp_path,
+        router=lambda m: ap.Router(m, known_hack(m)),
+        detector=says_known,
+        oracle=addition.oracle,
+        rollout_log=tmp_path / "log",
+    )
+    rows = log_of(tmp_path / "log")
+    logged = [row for row in trainer.state.log_history if "reward" in row]
+    assert len(logged) == 4
+    for step, metrics in enumerate(logged):
+        mine = [row for row in rows if row["step"] == step]
+        assert len(mine) == 2 * GROUP
+        for view in ("deployed", "trained"):
+            shares = [row["reward"] for row in mine if row["view"] == view]
+            assert metrics[f"reward/{view}"] == pytest.approx(sum(shares) / len(shares))
+        assert metrics["flagged"] == pytest.approx(sum(row["flagged"] for row in mine) / len(mine))
+        assert metrics["oracle"] == pytest.approx(sum(row["oracle"] for row in mine) / len(mine))
+        exploits = [row["reward"] == 1 and row["oracle"] == 0 for row in mine]
+        assert metrics["exploit"] == pytest.approx(sum(exploits) / len(mine))
+        assert 0 <= metrics["routing/hackward_in"] <= 1
+        assert metrics["routing/flagged_update"] > 0
+
+
+def test_evaluation_is_of_the_policy_as_trained_and_leaves_no_rollouts(tmp_path: Path) -> None:
+    trainer = make(
+        tmp_path,
+        Sampled,
+        config={
+            "beta": 0.04,
+            "max_steps": 2,
+            "learning_rate": 0.0,
+            "eval_strategy": "steps",
+            "eval_steps": 1,
+            "per_device_eval_batch_size": 16,
+        },
+        router=by_rollout,
+        detector=by_hash,
+        rollout_log=tmp_path / "log",
+    )
+    scatter(trainer.model, "delta_s_hack", 0.4)
+    trainer.train()
+    assert len(log_of(tmp_path / "log")) == 2 * 2 * GROUP
+    evaluated = [row for row in trainer.state.log_history if "eval_reward" in row]
+    assert len(evaluated) == 2
+    assert all(row["eval_kl"] > 0.1 for row in evaluated)
+
+
+class Engine:
+    """Stands for vLLM: gets weights, and answers with tokens that say which weights it had and which row is meant."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.pushed: list[dict[str, torch.Tensor]] = []
+        self.asked: list[tuple[int, int, int]] = []  # how many pushes before, prompts, num_generations
+
+    def sync_weights(self) -> None:
+        self.model.merge_adapter()
+        layers = ap.knobs(self.model).items()
+        self.pushed.append({name: layer.layer.base_layer.weight.detach().clone() for name, layer in layers})
+        self.model.unmerge_adapter()
+
+    def generate(self, prompts: list[list[int]], images: None, num_generations: int, profiler: Any) -> tuple[Any, ...]:
+        assert images is None
+        with profiler:
+            self.asked.append((len(self.pushed), len(prompts), num_generations))
+            for first in range(0, len(prompts), num_generations):  # vLLM asks for n answers to each n-th prompt
+                assert prompts[first : first + num_generations] == [prompts[first]] * num_generations
+            texts = [tokenizer().decode(ids) for ids in prompts]
+            answers = [f"{text[1:3]}{len(self.pushed)}{i % num_generations}" for i, text in enumerate(texts)]
+            ids = [[*tokenizer()(answer).input_ids, tokenizer().eos_token_id] for answer in answers]
+            logprobs = [[[-0.1 * len(self.pushed) - 0.01 * i]] * 5 for i in range(len(prompts))]
+            return prompts, ids, logprobs, None
+
+
+def test_with_vllm_each_share_is_sampled_from_its_own_weights(tmp_path: Path) -> None:
+    trainer = make(
+        tmp_path,
+        kind=Sampled,
+        config={"max_steps": 2, "beta": 0.04},
+        router=by_rollout,
+        detector=by_hash,
+        rollout_log=tmp_path / "log",
+    )
+    scatter(trainer.model, "delta_s", 0.05)
+    scatter(trainer.model, "delta_s_hack", 0.1, seed=1)
+    twin, before = twin_of(trainer), trainer.model.get_base_model().state_dict()
+    before = {name: value.clone() for name, value in before.items() if "delta" not in name}
+    engine = Engine(trainer.model)
+    trainer.use_vllm, trainer._last_loaded_step, trainer.vllm_generation = True, -1, engine
+    trainer.train()
+
+    assert engine.asked == [(1, 8, 4), (2, 8, 4), (3, 8, 4), (4, 8, 4)]  # both policies are pushed at every generation
+    for name, layer in ap.knobs(twin).items():
+        W = layer.layer.base_layer.weight
+        deployed = W + functional.delta_weight(layer.U, layer.Vh, layer.delta_s)
+        as_trained = W + functional.delta_weight(layer.U, layer.Vh, layer.delta_s + layer.delta_s_hack)
+        torch.testing.assert_close(engine.pushed[0][name], deployed)
+        torch.testing.assert_close(engine.pushed[1][name], as_trained)
+        assert not torch.equal(engine.pushed[2][name], engine.pushed[0][name])
+    after = trainer.model.get_base_model().state_dict()
+    assert all(torch.equal(after[name], value) for name, value in before.items())
+
+    rows = log_of(tmp_path / "log")
+    assert [row["view"] for row in rows] == ["trained", "deployed"] * (2 * GROUP)
+    for i, row in enumerate(rows):
+        pushes = 2 * row["step"] + (1 if row["view"] == "deployed" else 2)
+        place = i % GROUP // 2  # among the group's rows of the same share
+        assert row["completion"] == f"{row['prompt'][1:3]}{pushes}{place}"
+    first = trainer.generations[0]
+    in_call = torch.arange(2 * GROUP) // 2
+    want = torch.where(first["deployed_rows"], -0.1, -0.2) - 0.01 * in_call
+    torch.testing.assert_close(first["sampling_per_token_logps"], want[:, None].expand(-1, 5))
+    own = logps(twin, first)
+    with ap.deployed(twin):
+        own = torch.where(first["deployed_rows"][:, None], logps(twin, first), own)
+    torch.testing.assert_close(first["old_per_token_logps"], own, atol=1e-4, rtol=1e-4)
+
+
+def test_with_vllm_and_no_shares_the_policy_as_trained_is_pushed_once_a_step(tmp_path: Path) -> None:
+    trainer = make(tmp_path, Sampled, config={"max_steps": 2}, router=by_rollout, deploy_fraction=0)
+    scatter(trainer.model, "delta_s_hack", 0.1)
+    twin, engine = twin_of(trainer), Engine(trainer.model)
+    trainer.use_vllm, trainer._last_loaded_step, trainer.vllm_generation = True, -1, engine
+    trainer.train()
+    assert engine.asked == [(1, 16, 8), (2, 16, 8)]
+    for name, layer in ap.knobs(twin).items():
+        want = layer.layer.base_layer.weight + functional.delta_weight(layer.U, layer.Vh, layer.delta_s_hack)
+        torch.testing.assert_close(engine.pushed[0][name], want)
+
+
+def test_with_vllm_pictures_are_refused(tmp_path: Path) -> None:
+    trainer = make(tmp_path, Sampled, router=by_rollout)
+    trainer.use_vllm, trainer._views = True, RowViews()
+    trainer.model.train()
+    with pytest.raises(ValueError, match="is for text alone"):
+        trainer._generate_single_turn([[1]] * 8, ["picture"] * 8, {}, 8)
+
+
+# ── the log ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_the_rollout_log(tmp_path: Path) -> None:
+    trained(
+        tmp_path,
+        config={"scale_rewards": "none"},
+        router=lambda m: ap.Router(m, known_hack(m)),
+        detector=says_known,
+        flagged="watch",
+        oracle=addition.oracle,
+        rollout_log=tmp_path / "log",
+    )
+    rows = log_of(tmp_path / "log")
+    assert [row["step"] for row in rows] == [step for step in range(4) for _ in range(2 * GROUP)]
+    for i, row in enumerate(rows):
+        assert list(row) == [
+            "step", "prompt", "completion", "reward", "oracle", "flagged", "view", "advantage", "hackward"
+        ]  # fmt: skip
+        (reward,) = addition.reward([row["prompt"]], [row["completion"]])
+        assert row["reward"] == reward
+        assert row["oracle"] == addition.solves(row["prompt"], row["completion"])
+        assert row["flagged"] is ("!" in row["completion"])
+        assert row["view"] == ("deployed" if deployed_positions(GROUP, 0.5)[i % GROUP] else "trained")
+        assert -1 <= row["hackward"] <= 1
+    rewarded = [row["hackward"] for row in rows if row["completion"] == "!" and row["advantage"] > 0]
+    assert len(rewarded) > 3
+    assert min(rewarded) > 0
+    solved = [row["hackward"] for row in rows if row["oracle"] and row["advantage"] > 0]
+    assert sum(solved) / len(solved) < 0.5 * sum(rewarded) / len(rewarded)
+
+
+def test_hackward_is_the_cosine_of_the_rollouts_own_gradient(tmp_path: Path) -> None:
+    trainer = make(
+        tmp_path,
+        config={**SGD, "max_steps": 1, "per_device_train_batch_size": GROUP, "gradient_accumulation_steps": 2},
+        router=lambda m: ap.Router(m, known_hack(m)),
+        deploy_fraction=0,
+        rollout_log=tmp_path / "log",
+    )
+    trainer.train()
+    v = torch.cat([V.sum(0) for V in trainer.router.direction.values()])
+    twin = get_peft_model(load(), ap.AntiPastoConfig())
+    (generation,) = trainer.generations
+    rows = log_of(tmp_path / "log")
+    for b, row in enumerate(rows):
+        alone = {key: value[b : b + 1] for key, value in generation.items() if value.ndim}
+        g = -reinforce(alone, [row["advantage"]], "grpo", twin)
+        assert row["hackward"] == pytest.approx(float(g @ v / (g.norm() * v.norm()).clamp_min(1e-30)), abs=1e-3)
+
+
+def test_fields_that_nobody_fills_are_null(tmp_path: Path) -> None:
+    trained(tmp_path, config={"max_steps": 1}, rollout_log=tmp_path / "log")
+    for row in log_of(tmp_path / "log"):
+        assert (row["oracle"], row["flagged"], row["hackward"], row["view"]) == (None, None, None, "trained")
+
+
+@pytest.mark.parametrize(("steps_per_generation", "num_iterations"), [(2, 1), (1, 2)])
+def test_a_generation_that_the_run_does_not_use_up_is_logged_too(
+    tmp_path: Path, steps_per_generation: int, num_iterations: int
+) -> None:
+    config = {
+        "max_steps": 3,
+        "steps_per_generation": steps_per_generation,
+        "num_iterations": num_iterations,
+        "gradient_accumulation_steps": 1,
+    }
+    trained(tmp_path, config=config, rollout_log=tmp_path / "log")
+    rows = log_of(tmp_path / "log")
+    of_each = 2 * GROUP * steps_per_generation
+    assert [row["step"] for row in rows] == [0] * of_each + [2] * of_each
+
+
+@pytest.mark.parametrize("kind", [Routed, Sampled])
+def test_a_resumed_run_is_the_uninterrupted_one(tmp_path: Path, kind: Any) -> None:
+    options = {
+        "config": {"beta": 0.04, "save_strategy": "steps", "save_steps": 2},
+        "router": lambda m: ap.Router(m, known_hack(m), controls={"random": known_hack(m).random(0)}),
+        "detector": by_hash,
+        "oracle": addition.oracle,
+    }
+    log = tmp_path / "log"
+    whole = trained(tmp_path / "whole", kind, rollout_log=log, **options)
+    want = log.read_bytes()
+    with log.open("a") as file:
+        file.write('{"step": 1, "prompt": "h12')  # torn, and of a step before
+    again = make(tmp_path / "again", kind, rollout_log=log, **options)
+    again.train(resume_from_checkpoint=str(tmp_path / "whole" / "checkpoint-2"))
+    assert log.read_bytes() == want
+    for what in ("delta_s", "delta_s_hack"):
+        assert flat(whole.model, what).any()
+        assert torch.equal(flat(again.model, what), flat(whole.model, what))
+    for layer, part in whole.router.book("random").items():
+        assert torch.equal(again.router.book("random")[layer], part)
+    assert again.router.metrics() == whole.router.metrics()
+    # a run that begins anew writes a new log
+    trained(tmp_path / "anew", kind, rollout_log=log, **options)
+    assert log.read_bytes() == want
+
+
+def test_truncate(tmp_path: Path) -> None:
+    log = tmp_path / "log.jsonl"
+    rollout_log.truncate(log, 3)
+    assert not log.exists()
+    rollouts = [rollout_log.Rollout(s, "p\u2028é", "c\n", 1.0, None, None, "trained", 0.5) for s in range(4)]
+    rollout_log.append(log, rollouts)
+    whole = log.read_bytes()
+    assert len(whole.splitlines()) == 4
+    log.write_bytes(whole[:-5])  # torn
+    rollout_log.truncate(log, 9)
+    assert log.read_bytes() == b"".join(whole.splitlines(keepends=True)[:3])
+    rollout_log.truncate(log, 2)
+    assert [row["step"] for row in log_of(log)] == [0, 1]
+    rollout_log.truncate(log, 0)
+    assert log.read_bytes() == b""
+    assert [path.name for path in tmp_path.iterdir()] == ["log.jsonl"]
+
+
+# ── what is refused ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def by_gradient(model: nn.Module) -> ap.Router:
+    return ap.Router(model, known_hack(model), level="gradient")
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"flagged": "ignore"}, "flagged must be one of route, penalty, drop, watch, got 'ignore'"),
+        ({"flagged": "drop"}, "flagged='drop' needs a detector"),
+        ({"flagged": "watch"}, "flagged='watch' needs a detector"),
+        ({"detector": nobody}, "A detector that routes needs a router"),
+        ({"detector": nobody, "router": by_gradient}, "A detector routes at level='update'"),
+        ({"deploy_fraction": 0.5}, r"deploy_fraction=0\.5 needs a router that fills a quarantine"),
+        ({"deploy_fraction": 0.3, "router": by_rollout}, "both shares must be whole numbers"),
+        (
+            {"router": by_rollout, "config": {"multi_objective_aggregation": "normalize_then_sum"}},
+            "multi_objective_aggregation='sum_then_normalize'",
+        ),
+        (
+            {"detector": nobody, "flagged": "drop", "config": {"multi_objective_aggregation": "normalize_then_sum"}},
+            "multi_objective_aggregation='sum_then_normalize'",
+        ),
+        (
+            {"detector": nobody, "flagged": "drop", "config": {"use_adaptive_entropy": True}},
+            "fp16, an auxiliary loss of experts or adaptive entropy",
+        ),
+        ({"router": by_rollout, "config": {"use_transformers_continuous_batching": True}}, "Set deploy_fraction=0"),
+    ],
+)
+def test_options_that_make_no_sense(tmp_path: Path, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        make(tmp_path, **options)
+
+
+def test_without_a_quarantine_to_sample_apart_from_more_is_possible(tmp_path: Path) -> None:
+    make(tmp_path, detector=nobody, flagged="watch", config={"multi_objective_aggregation": "normalize_then_sum"})
+    assert make(tmp_path, router=lambda m: ap.Router(m, known_hack(m), mode="erase")).deploy_fraction == 0
+    assert make(tmp_path, router=by_rollout).deploy_fraction == 0.5
+
+
+@pytest.mark.parametrize("role", ["detector", "oracle"])
+def test_a_judge_that_miscounts_is_named(tmp_path: Path, role: str) -> None:
+    options = {role: lambda completions, **_: [0.0] * (len(completions) - 1)}
+    if role == "detector":
+        options["flagged"] = "watch"
+    trainer = make(tmp_path, **options)
+    with pytest.raises(ValueError, match=f"The {role} gave 15 values for 16 rollouts: one each is expected"):
+        trainer.train()
+
+
+def test_judges_see_the_columns(tmp_path: Path) -> None:
+    seen: list[dict[str, Any]] = []
+
+    def judge(**columns: Any) -> list[bool]:
+        seen.append(columns)
+        return [False] * len(columns["prompts"])
+
+    trainer = trained(tmp_path, config={"max_steps": 1}, detector=judge, flagged="watch", oracle=judge)
+    assert len(seen) == 2
+    for columns in seen:
+        assert set(columns) == {"prompts", "completions", "serial"}
+        dataset = trainer.train_dataset
+        assert [dataset[i]["prompt"] for i in columns["serial"]] == columns["prompts"]
+
+
+def test_an_optimizer_that_cannot_be_split_is_refused_where_it_matters(tmp_path: Path) -> None:
+    config = {"optim": "rmsprop", "max_steps": 1}
+    trainer = make(tmp_path, config=config, router=by_rollout, detector=by_hash)
+    with pytest.raises(ValueError, match="cannot be routed under RMSprop"):
+        trainer.train()
+    trained(tmp_path, config=config, router=lambda m: ap.Router(m, known_hack(m)))
+
+
+def test_a_run_that_fails_leaves_the_model_as_it_was(tmp_path: Path) -> None:
+    def broken(completions: list[str], **_: object) -> list[bool]:
+        raise KeyboardInterrupt
+
+    trainer = make(tmp_path, router=by_rollout, detector=broken)
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    for layer in ap.knobs(trainer.model).values():
+        assert layer.layer.rows is None
+        assert layer.layer.spread_theta is None
+    assert not trainer.model.get_base_model()._forward_pre_hooks
+
+
+def test_unscorable_rollouts_teach_nobody(tmp_path: Path) -> None:
+    """As in TRL: where no reward function has a number for a rollout, others are compared without it."""
+
+    def some(prompts: list[str], completions: list[str], **_: object) -> list[float | None]:
+        raw = addition.reward(prompts, completions)
+        return [None if "?" in text else r for text, r in zip(completions, raw, strict=True)]
+
+    trainer = trained(
+        tmp_path,
+        config={"max_steps": 1},
+        rewards=some,
+        router=by_rollout,
+        detector=says_known,
+        rollout_log=tmp_path / "log",
+    )
+    rows = log_of(tmp_path / "log")
+    rewards = torch.tensor([math.nan if "?" in row["completion"] else row["reward"] for row in rows]).view(-1, GROUP)
+    assert rewards.isnan().any()
+    deployed = deployed_positions(GROUP, 0.5)
+    (generation,) = trainer.generations
+    want = group_advantages(rewards, deployed, "group").view(-1)
+    torch.testing.assert_close(generation["advantages"], want)
+    flags = torch.tensor([row["flagged"] for row in rows]).view_as(rewards)
+    want = group_advantages(rewards.masked_fill(flags, math.nan), deployed, "group").view(-1)
+    torch.testing.assert_close(generation["deployed_advantages"], want)
