@@ -13,6 +13,7 @@ test: $(READY)
 	HF_HUB_OFFLINE=1 $(BIN)/pytest -n 2 $(ARGS)
 
 test-all: $(READY)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev,tasks]"
 	HF_HUB_OFFLINE=1 $(BIN)/pytest -n 2 -m "slow or not slow" $(ARGS)
 
 lint: $(READY)

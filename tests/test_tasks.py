@@ -8,6 +8,7 @@ import random
 import re
 import subprocess
 import sys
+import types
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -595,8 +596,54 @@ def test_a_file_that_fails_names_its_line(file: Path, text: str, message: str) -
 # ── reasoning_gym ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+class StandIn:
+    """A dataset as reasoning_gym has them, for where that is not installed: sums, scored by the text, exactly."""
+
+    def __init__(self, size: int, seed: int) -> None:
+        self.size, self.seed = size, seed
+
+    def __len__(self) -> int:
+        return self.size
+
+    def __getitem__(self, index: int) -> dict[str, object]:
+        n = self.seed + index
+        return {"question": f"{n}+1?", "answer": str(n + 1), "metadata": {"n": n}}
+
+    def score_answer(self, answer: str | None, entry: dict[str, object]) -> float:
+        return float(answer == entry["answer"])
+
+
+@pytest.fixture
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    def extract_answer(completion: str) -> str | None:
+        found = re.findall(r"<answer>(.*?)</answer>", completion)
+        return found[-1].strip() if found else None
+
+    modules = {
+        "reasoning_gym": {"create_dataset": lambda name, size, seed: StandIn(size, seed)},
+        "reasoning_gym.factory": {"DATASETS": {"sums": StandIn, "composite": StandIn}},
+        "reasoning_gym.utils": {"extract_answer": extract_answer},
+    }
+    for name, contents in modules.items():
+        module = types.ModuleType(name)
+        vars(module).update(contents)
+        monkeypatch.setitem(sys.modules, name, module)
+
+
+@pytest.mark.usefixtures("stand_in")
+def test_a_dataset_as_reasoning_gym_has_them() -> None:
+    check_dataset("sums")
+    with pytest.raises(ValueError, match=r"no dataset 'sum' in reasoning_gym; did you mean 'sums'"):
+        load_task("reasoning_gym/sum")
+
+
+@pytest.mark.slow  # installed by `make test-all`
 @pytest.mark.parametrize("name", ["chain_sum", "letter_counting"])  # own scorer; scored by the text, exactly
 def test_a_dataset_of_reasoning_gym(name: str) -> None:
+    check_dataset(name)
+
+
+def check_dataset(name: str) -> None:
     task = load_task(f"reasoning_gym/{name}")
     assert task.name == f"reasoning_gym/{name}"
     assert len(task.train) == 2000
@@ -638,7 +685,8 @@ def test_occurs(answer: str, text: str, found: bool) -> None:
     assert reasoning.reward([text], [answer]) == [float(found)]
 
 
-def test_reasoning_gym_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.slow
+def test_reasoning_gym_refusals() -> None:
     with pytest.raises(ValueError, match="no dataset 'chain_sums' in reasoning_gym; did you mean 'chain_sum'"):
         load_task("reasoning_gym/chain_sums")
     with pytest.raises(ValueError, match="no dataset 'composite' in reasoning_gym"):
@@ -647,6 +695,9 @@ def test_reasoning_gym_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
         load_task("reasoning_gym/propositional_logic")
     with pytest.raises(ValueError, match="reasoning_gym/ab has questions without an answer text"):
         load_task("reasoning_gym/ab")
+
+
+def test_reasoning_gym_that_is_not_installed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "reasoning_gym", None)
     with pytest.raises(ValueError, match=r"not installed \(reasoning_gym\): pip install 'antipasto\[tasks\]'"):
         load_task("reasoning_gym/chain_sum")
