@@ -1,0 +1,141 @@
+"""What deployed sampling and a gate by rollout add to a step of TRL's GRPO: ratios measured side by side.
+
+    python benchmarks/grpo_cost.py --rounds 5
+
+The trunk of SmolLM2-135M's shapes with random weights and the demo's 18-token head, fp32, all 210 Linears adapted at full rank;
+one step samples 16 rollouts of 16 tokens for 2 prompts and trains on them, by TRL's own loop, generation included. Variants take
+turns in every round; each ratio is to the plain step of the same round, with a KL term where the variant has one, given as median
+[min, max] over the rounds, by the wall clock and by the process's own CPU time, which other work on the machine disturbs less.
+The detector flags every second rollout.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import statistics
+import tempfile
+import time
+from typing import Any
+
+import torch
+from datasets import Dataset
+from torch import nn
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PrinterCallback, TrainerCallback
+
+import antipasto as ap
+from antipasto.models import quiet
+from antipasto.tasks import addition
+from antipasto.trl import GRPOConfig, GRPOTrainer, RoutedGRPOTrainer
+
+STEPS = 3  # of which the first warms up
+VARIANTS = ("plain", "direction, deployed sampling", "detector", "plain, KL term", "detector, KL term")
+
+
+def make_model(layers: int) -> nn.Module:
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=18,
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=layers,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        pad_token_id=0,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    return LlamaForCausalLM(config)
+
+
+class Clock(TrainerCallback):
+    """Seconds of every step but the first: wall clock and CPU."""
+
+    def __init__(self) -> None:
+        self.steps: list[tuple[float, float]] = []
+
+    def on_step_begin(self, *args: Any, **kwargs: Any) -> None:
+        self._start = time.perf_counter(), time.process_time()
+
+    def on_step_end(self, *args: Any, **kwargs: Any) -> None:
+        self.steps.append((time.perf_counter() - self._start[0], time.process_time() - self._start[1]))
+
+
+def make_router(model: nn.Module) -> ap.Router:
+    generator = torch.Generator().manual_seed(0)
+    effect = {name: torch.randn(layer.r, generator=generator) for name, layer in ap.knobs(model).items()}
+    v = ap.Direction({name: t / t.norm() for name, t in effect.items()}, effect=effect)
+    return ap.Router(model, v, controls={"random": v.random(1), "permuted": v.permuted(1)})
+
+
+def every_second(completions: list[str], **_: Any) -> list[bool]:
+    return [index % 2 == 0 for index in range(len(completions))]
+
+
+def seconds(variant: str, layers: int, folder: str) -> tuple[float, float]:
+    """Medians of a short run."""
+    args = GRPOConfig(
+        output_dir=folder,
+        max_steps=STEPS,
+        per_device_train_batch_size=16,
+        num_generations=8,
+        max_completion_length=16,
+        beta=0.04 if variant.endswith("KL term") else 0.0,
+        learning_rate=1e-3,
+        bf16=False,
+        use_cpu=True,
+        gradient_checkpointing=False,
+        dataloader_pin_memory=False,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+    )
+    draws = itertools.count()
+    options: dict[str, Any] = {
+        "model": make_model(layers),
+        "args": args,
+        # another reward for every rollout: no group is without a gradient
+        "reward_funcs": lambda completions, **_: [float(next(draws) % 7) for _ in completions],
+        "train_dataset": Dataset.from_list([{"prompt": addition.prompt("h", p)} for p in addition.split("train")[:64]]),
+        "processing_class": AutoTokenizer.from_pretrained(addition.model_path()),
+        "peft_config": ap.AntiPastoConfig(),
+    }
+    trainer: GRPOTrainer
+    if variant.startswith("plain"):
+        trainer = GRPOTrainer(**options)
+    elif variant.startswith("direction"):
+        trainer = RoutedGRPOTrainer(**options, router=make_router)
+    else:
+        trainer = RoutedGRPOTrainer(
+            **options, router=lambda model: ap.Router(model, None), detector=every_second, deploy_fraction=0.0
+        )
+    trainer.remove_callback(PrinterCallback)
+    clock = Clock()
+    trainer.add_callback(clock)
+    trainer.train()
+    wall, cpu = zip(*clock.steps[1:], strict=True)
+    return statistics.median(wall), statistics.median(cpu)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--layers", type=int, default=30)
+    arguments = parser.parse_args()
+    times: dict[str, list[tuple[float, float]]] = {variant: [] for variant in VARIANTS}
+    with tempfile.TemporaryDirectory() as folder, quiet():
+        for number in range(arguments.rounds):
+            start = number % len(VARIANTS)
+            for variant in VARIANTS[start:] + VARIANTS[:start]:  # nobody is always first
+                times[variant].append(seconds(variant, arguments.layers, folder))
+    print(f"{torch.get_num_threads()} threads, {arguments.rounds} rounds")
+    print("| step | median s | ratio to plain, wall clock | ratio to plain, CPU time |\n|---|---|---|---|")
+    for variant, measured in times.items():
+        plain = times["plain, KL term" if variant.endswith("KL term") else "plain"]
+        ratios = [[t[clock] / p[clock] for t, p in zip(measured, plain, strict=True)] for clock in (0, 1)]
+        spreads = [f"{statistics.median(r):.3f} [{min(r):.3f}, {max(r):.3f}]" for r in ratios]
+        print(f"| {variant} | {statistics.median(t[0] for t in measured):.2f} | {' | '.join(spreads)} |")
+
+
+if __name__ == "__main__":
+    main()
