@@ -2,11 +2,11 @@
 
     python benchmarks/grpo_cost.py --rounds 5
 
-The trunk of SmolLM2-135M's shapes with random weights and the demo's 18-token head, fp32, all 210 Linears adapted at full rank;
-one step samples 16 rollouts of 16 tokens for 2 prompts and trains on them, by TRL's own loop, generation included. Variants take
-turns in every round; each ratio is to the plain step of the same round, with a KL term where the variant has one, given as median
-[min, max] over the rounds, by the wall clock and by the process's own CPU time, which other work on the machine disturbs less.
-The detector flags every second rollout.
+The trunk of SmolLM2-135M's shapes with random weights and the demo's 18-token head, fp32, all 210 Linears adapted at full
+rank; one step samples 16 rollouts of 16 tokens for 2 prompts and trains on them, by TRL's own loop, generation included.
+Variants take turns in every round; each ratio is to the plain step of the same round, with a KL term where the variant has
+one, given as median [min, max] over the rounds, by the wall clock and by the process's own CPU time, which other work on
+the machine disturbs less. The detector flags every second rollout.
 """
 
 from __future__ import annotations
