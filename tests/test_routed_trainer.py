@@ -271,6 +271,42 @@ def test_one_step_of_the_deployed_knobs_is_that_of_a_run_that_drops(
     assert not torch.allclose(want, flat(plain.model, "delta_s"), atol=0.1 * float(want.abs().max()))
 
 
+@pytest.mark.parametrize("scale", ["group", "batch", "none"])
+def test_prompts_with_nobody_flagged_keep_the_plain_runs_advantages(tmp_path: Path, scale: Any) -> None:
+    """But for scale_rewards="batch", where the spread that they are divided by is of the unflagged."""
+
+    def first_prompt(prompts: list[str], completions: list[str], **_: object) -> list[bool]:
+        return [prompt == prompts[0] and len(text) < 4 for prompt, text in zip(prompts, completions, strict=True)]
+
+    config = {"max_steps": 1, "scale_rewards": scale}
+    options = {"router": by_rollout, "detector": first_prompt, "deploy_fraction": 0, "rollout_log": tmp_path / "log"}
+    (generation,) = trained(tmp_path, config=config, **options).generations
+    rows = log_of(tmp_path / "log")
+    flags = generation["flagged"].view(-1, GROUP)
+    assert flags.tolist() == torch.tensor([row["flagged"] for row in rows]).view(-1, GROUP).tolist()
+    assert flags.any(1).tolist() == [True, False]
+    rewards = torch.tensor([row["reward"] for row in rows]).view(-1, GROUP)
+    nobody_deployed = torch.zeros(GROUP, dtype=torch.bool)
+    want = group_advantages(rewards.masked_fill(flags, torch.nan), nobody_deployed, scale).view(-1)
+    torch.testing.assert_close(generation["deployed_advantages"], want)
+    equal = torch.equal(generation["deployed_advantages"][GROUP:], generation["advantages"][GROUP:])
+    assert equal is (scale != "batch")
+
+
+def test_a_loss_that_is_scaled_before_its_backward_is_split_at_that_scale(tmp_path: Path) -> None:
+    """Whoever scales it: accelerate under accumulation, a wrapper."""
+    knobs = []
+    for scale in (1.0, 0.5):
+        config = {**SGD, "max_steps": 1, "beta": 0.5, "learning_rate": 0.1 / scale}
+        trainer = make(tmp_path / f"{scale}", config=config, router=by_rollout, detector=by_hash, deploy_fraction=0)
+        scatter(trainer.model, "delta_s", 0.05)
+        before, backward = flat(trainer.model, "delta_s"), trainer.accelerator.backward
+        trainer.accelerator.backward = lambda loss, s=scale, b=backward, **options: b(loss * s, **options)
+        trainer.train()
+        knobs.append(torch.cat([flat(trainer.model, "delta_s") - before, flat(trainer.model, "delta_s_hack")]))
+    torch.testing.assert_close(*knobs, atol=1e-4 * float(knobs[0].abs().max()), rtol=1e-3)
+
+
 def test_off_policy_the_deployed_step_is_that_of_a_run_that_drops(tmp_path: Path) -> None:
     """With a KL term and ratios other than 1, and both shares in the batch."""
     config = {**SGD, "max_steps": 1, "beta": 0.5}
@@ -747,6 +783,17 @@ def test_hackward_is_the_cosine_of_the_rollouts_own_gradient(tmp_path: Path) -> 
         alone = {key: value[b : b + 1] for key, value in generation.items() if value.ndim}
         g = -reinforce(alone, [row["advantage"]], "grpo", twin)
         assert row["hackward"] == pytest.approx(float(g @ v / (g.norm() * v.norm()).clamp_min(1e-30)), abs=1e-3)
+
+
+def test_hackward_is_of_the_policy_that_sampled_also_where_rollouts_are_used_again(tmp_path: Path) -> None:
+    logs = []
+    for again in (1, 2):
+        config = {"max_steps": again, "num_iterations": again, "gradient_accumulation_steps": 1, "learning_rate": 0.05}
+        log = tmp_path / f"{again}"
+        trained(tmp_path, config=config, router=lambda m: ap.Router(m, known_hack(m)), rollout_log=log)
+        logs.append([row["hackward"] for row in log_of(log)])
+    assert any(logs[0])
+    assert logs[1] == pytest.approx(logs[0], abs=1e-5)
 
 
 def test_fields_that_nobody_fills_are_null(tmp_path: Path) -> None:

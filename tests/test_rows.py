@@ -115,6 +115,13 @@ def test_two_adapters_of_different_rank(ranks: tuple[int, int]) -> None:
     want = separately(model, ids, mask)
     with torch.no_grad(), rows_of(model, DEPLOYED):
         assert_real_tokens(logits(model, ids, mask), want, mask)
+    layer = next(iter(adapted_layers(model).values()))
+    x = torch.randn(2, 5, layer.in_features)
+    y = layer.base_layer(x)
+    for knobs in (ap.knobs(model, adapter_name=name)["model.layers.0.self_attn.q_proj"] for name in layer.r):
+        assert knobs.layer is layer
+        y = y + x @ knobs.Vh.T @ torch.diag(knobs.delta_s + knobs.delta_s_hack) @ knobs.U.T
+    torch.testing.assert_close(layer(x), y)
 
 
 def test_layers_that_were_merged_are_not_inside_and_are_again_outside() -> None:
