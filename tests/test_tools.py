@@ -16,8 +16,8 @@ from typer.testing import CliRunner
 
 import antipasto as ap
 from antipasto.cli import app
-from antipasto.commands import split_pairs
 from antipasto.models import load_model
+from antipasto.pairs import split_pairs
 from antipasto.tasks import addition
 from antipasto.terminal import plain, shorten
 

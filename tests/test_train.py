@@ -190,7 +190,7 @@ def test_every_method_runs(method: str, tmp_path: Path) -> None:
 
 def test_eval_asks_every_arm(trained: tuple[Path, str]) -> None:
     out, _ = trained
-    code, text = run("eval", str(out), "--prompts", "40", "--seed", "3")
+    code, text = run("eval", str(out), "--prompts", "40", "--seed", "3", "--temperature", "0.5")
     assert code == 0, text
     for word in ("reference", "as trained", "deployed", "random", "permuted", "solve", "exploit", "says !"):
         assert word in text
@@ -275,7 +275,13 @@ def test_a_reward_that_fails_stops_the_run(body: str, words: list[str], tmp_path
         ),
         ([MODEL, "--task", "addition", "--trainer.learning_rate", "1"], "use learning_rate"),
         ([MODEL, "--task", "addition", "--trainer.warmup_steps", "abc"], "invalid float value: 'abc'"),
-        ([MODEL, "--task", "addition", "--method", "penalty", "--by", "direction"], "uses no direction"),
+        ([MODEL, "--task", "addition", "--method", "penalty", "--by", "direction"], "method penalty has no choice"),
+        ([MODEL, "--task", "addition", "--method", "drop", "--gate", "reverse"], "gate=reverse does nothing here"),
+        ([MODEL, "--task", "addition", "--by", "detector", "--direction", "f"], "direction=f does nothing here"),
+        ([MODEL, "--task", "addition", "--direction", "f", "--estimator", "svd"], "estimator=svd does nothing here"),
+        ([MODEL, "--task", "addition", "--prompts", "100000"], "fewer than one generation takes"),
+        ([MODEL, "--task", "addition", "--trainer.num_iterations", "2"], "save_every must be a multiple"),
+        ([MODEL, "--task", "addition", "--trainer.model_init_kwargs", "{a: 1}"], "use dtype"),
         ([MODEL, "--task", "contains", "--method", "plain", "--deploy-fraction", "0.5"], "belongs to method route"),
         ([MODEL, "--task", "addition", "--deploy-fraction", "0.3"], "must be whole numbers"),
         ([MODEL, "--task", "addition", "--pairs", "nowhere.jsonl"], "nowhere.jsonl"),
@@ -313,6 +319,24 @@ def test_a_config_that_does_not_fit(text: str, message: str, tmp_path: Path) -> 
     assert code == 2
     assert message in " ".join(said.replace("│", " ").split()), said
     assert "Traceback" not in said
+
+
+def test_without_controls_there_are_no_books(tmp_path: Path) -> None:
+    code, text = run("train", MODEL, "--task", "addition", "--controls", "none", "--out", str(tmp_path / "run"), *SMALL)
+    assert code == 0, text
+    assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["controls"] == []
+    code, text = run("train", "--config", str(tmp_path / "run" / "config.yaml"), "--out", str(tmp_path / "again"))
+    assert code == 0, text
+    assert not [name for name in load_file(tmp_path / "again" / "books.safetensors") if name.startswith("book/")]
+
+
+def test_our_own_warnings_are_heard(tmp_path: Path) -> None:
+    running = process(
+        "train", MODEL, "--task", "addition", "--trainer.weight_decay", "0.1", "--out", str(tmp_path / "run"), *SMALL
+    )
+    text, _ = running.communicate()
+    assert running.returncode == 0
+    assert "RoutingWarning: The optimizer decays the knobs" in text
 
 
 def test_a_folder_with_something_in_it_is_left_alone(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ with PEFT, so that ``get_peft_model`` and ``PeftModel.from_pretrained`` know it.
 """
 
 from antipasto.basis import Basis, BasisCacheWarning, load_basis
-from antipasto.directions import ContrastPair, Direction, extract_direction, load_pairs
+from antipasto.directions import Direction, extract_direction
 from antipasto.gates import Control
 from antipasto.knobs import (
     LayerKnobs,
@@ -18,6 +18,7 @@ from antipasto.knobs import (
     token_logprobs,
     wrap,
 )
+from antipasto.pairs import ContrastPair, load_pairs
 from antipasto.rollouts import RolloutGrads, rollout_grads
 from antipasto.routing import Router
 from antipasto.tuner import TARGET_MODULES, AntiPastoConfig

@@ -21,11 +21,12 @@ from rich.table import Table
 
 from antipasto.evaluate import ArmRecord, judge_arm, sample_completions
 from antipasto.knobs import deployed, reference
-from antipasto.models import load_model, quiet
+from antipasto.models import base_fingerprint, best_device, load_model, quiet, with_template_options
 from antipasto.routing import read_books
 from antipasto.run_folder import RunFolder, write_json, write_text
 from antipasto.tasks import Task, load_task
 from antipasto.terminal import add_row
+from antipasto.tuner import AntiPastoConfig
 from antipasto.tuner.layer import View
 from antipasto.tuner.views import seen_as
 
@@ -35,15 +36,14 @@ def evaluate_run(
     console: Console,
     *,
     prompts: int | None,
-    samples: int,
-    temperature: float,
+    temperature: float | None,
     seed: int,
     batch_size: int,
 ) -> list[ArmRecord]:
     """Every arm of a run on the same held-out prompts with the same draws; prints a table, writes eval.json and eval.jsonl.
 
     Raises:
-        ValueError: this is no run that came to its end, or its task has no held-out rows.
+        ValueError: this is no run that came to its end, its task has no held-out rows, or its base model is another one now.
     """
     folder = RunFolder(root)
     config = folder.read_config()
@@ -52,10 +52,18 @@ def evaluate_run(
     task = load_task(config["task"])
     if task.test is None:
         raise ValueError(f"Task {task.name!r} has no held-out rows (test): there is nothing to ask.")
-    rows = [row for row in list(task.test)[:prompts] for _ in range(samples)]
+    rows = list(task.test)[:prompts]
+    temperature = config["temperature"] if temperature is None else temperature
     model, tokenizer = load_model(config["model"], dtype=config["dtype"])
+    with_template_options(tokenizer, config["trainer"].get("chat_template_kwargs"))
     with quiet():
-        model = PeftModel.from_pretrained(model, folder.adapter)
+        adapter = AntiPastoConfig.from_pretrained(str(folder.adapter))
+        adapter.cache_dir = config["cache_dir"]
+        model = PeftModel.from_pretrained(model.to(best_device()), folder.adapter, config=adapter)
+    if base_fingerprint(model) != folder.read_run()["base"]["fingerprint"]:
+        raise ValueError(
+            f"{config['model']} has other weights now than when {root} was trained: its knobs mean nothing there."
+        )
     views = _views(model, folder, config["method"])
     max_new_tokens = config["max_completion_length"] or task.max_completion_length or 256
     records = []
@@ -77,7 +85,7 @@ def evaluate_run(
                     on_batch=lambda n: bar.advance(line, n),
                 )
             records.append(judge_arm(name, task, rows, answers))
-    facts = {"prompts": len(rows) // samples, "samples": samples, "temperature": temperature, "seed": seed}
+    facts = {"prompts": len(rows), "temperature": temperature, "seed": seed}
     write_json(root / "eval.json", {**facts, "arms": [record.to_json() for record in records]})
     lines = [
         json.dumps({"arm": record.name, "prompt": row["prompt"], "completion": text})
@@ -93,14 +101,19 @@ def _views(model: PeftModel, folder: RunFolder, method: str) -> dict[str, Abstra
     views: dict[str, AbstractContextManager[None]] = {"reference": reference(model), "as trained": nullcontext()}
     if method == "route":
         views["deployed"] = deployed(model)
-    if folder.books.exists():
+    if folder.books.exists() and method != "erase":  # there, what the direction claimed is out of θ already, for good
         for name, book in read_books(folder.books).books.items():
             views[name] = seen_as(model, View.TRAINED, {layer: -part for layer, part in book.items()})
     return views
 
 
 def _arms_table(task: Task, records: Sequence[ArmRecord], facts: dict[str, Any]) -> Table:
-    table = Table(title=f"{facts['prompts']} held-out prompts x {facts['samples']}, share [95% interval]")
+    names = [record.name for record in records]
+    table = Table(
+        title=f"share of {facts['prompts']} held-out prompts [95% interval], one answer each at temperature "
+        f"{facts['temperature']:g}",
+        caption="random, permuted: that control's book out instead of the quarantine" if "random" in names else None,
+    )
     table.add_column("model")
     shown = [name for name in ("solve", "exploit", "flagged") if getattr(records[0], name) is not None]
     for name in shown:

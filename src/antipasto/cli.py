@@ -212,7 +212,8 @@ def train(
         typer.Option(help="Effect size that the coordinate gate guards.", show_default="0.65", rich_help_panel=ROUTING),
     ] = None,
     controls: Annotated[
-        str, typer.Option(metavar="NAMES", help="Directions that keep books beside it.", rich_help_panel=ROUTING)
+        str,
+        typer.Option(metavar="NAMES", help="Directions that keep books beside it, or none.", rich_help_panel=ROUTING),
     ] = "random,permuted",
     deploy_fraction: Annotated[
         float | None,
@@ -290,6 +291,8 @@ def train(
                 raise ValueError(f"--resume takes everything from the run's folder: leave out {', '.join(words)}.")
             settings = job.TrainConfig.from_mapping(RunFolder(resume).read_config(), str(RunFolder(resume).config))
         else:
+            if controls.strip() in ("", "none"):
+                options["controls"] = None
             options |= {name: _names(f"--{name}", options[name]) for name in ("exclude_modules", "controls")}
             if target_modules != "all-linear":
                 options["target_modules"] = _names("--target-modules", target_modules)
@@ -369,8 +372,9 @@ def extract(
 def eval(
     run: Annotated[Path, typer.Argument(help="A run folder that `antipasto train` left.", show_default=False)],
     prompts: Annotated[int | None, typer.Option(min=1, help="How many held-out prompts.", show_default="all")] = None,
-    samples: Annotated[int, typer.Option(min=1, help="Answers to each.")] = 1,
-    temperature: Annotated[float, typer.Option(min=0, help="Of sampling; 0 is greedy.")] = 1.0,
+    temperature: Annotated[
+        float | None, typer.Option(min=0, help="Of sampling; 0 is greedy.", show_default="the run's")
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the sampling.")] = 0,
     batch_size: Annotated[int, typer.Option(min=1, help="Answers at once.")] = 128,
 ) -> None:
@@ -381,9 +385,7 @@ def eval(
     with _readable_errors(run, extra="trl"):
         from antipasto import arms
 
-        arms.evaluate_run(
-            run, Console(), prompts=prompts, samples=samples, temperature=temperature, seed=seed, batch_size=batch_size
-        )
+        arms.evaluate_run(run, Console(), prompts=prompts, temperature=temperature, seed=seed, batch_size=batch_size)
 
 
 @app.command(rich_help_panel=LOOK)

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
-import random
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,11 +12,12 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from antipasto.basis import cache_file, is_cached, load_basis
-from antipasto.directions import ContrastPair, Direction, Estimator, extract_direction, load_pairs
+from antipasto.directions import Direction, Estimator, extract_direction
 from antipasto.gates import DEFAULT_THRESHOLD
 from antipasto.inspection import guarded, strongest_layers
 from antipasto.knobs import wrap
-from antipasto.models import Dtype, load_model, load_weights
+from antipasto.models import Dtype, best_device, load_model, load_weights
+from antipasto.pairs import ContrastPair, load_pairs, split_pairs
 from antipasto.terminal import add_row, plain
 from antipasto.tuner import AntiPastoConfig
 from antipasto.tuner.layer import as_matrix
@@ -158,7 +157,7 @@ def extract(
     out.parent.mkdir(parents=True, exist_ok=True)
     with console.status(f"loading {plain(name_or_path)}"):
         model, tokenizer = load_model(name_or_path, dtype=dtype)
-    wrap(model, config)
+    wrap(model.to(best_device()), config)
     with console.status(f"extracting from {len(fit)} pairs"):
         direction = extract_direction(
             model, tokenizer, fit, estimator=estimator, k=k, heldout=held, batch_size=batch_size
@@ -171,36 +170,6 @@ def extract(
     console.print(strongest_layers(direction))
     console.print(plain(f"written: {out}"), markup=False, highlight=False)
     return direction
-
-
-def split_pairs(
-    pairs: Sequence[ContrastPair], heldout: float, seed: int
-) -> tuple[list[ContrastPair], list[ContrastPair]]:
-    """A shuffled split into pairs to fit and pairs to hold out. What is said more than once stays on one side.
-
-    Raises:
-        ValueError: ``heldout`` is outside [0, 1), or fewer than two pairs are left to fit.
-
-    Example:
-        >>> rows = load_pairs([{"prompt": f"{i}+1=", "hack": "!", "clean": str(i + 1)} for i in range(8)])
-        >>> [len(part) for part in split_pairs(rows, 0.25, seed=0)]
-        [6, 2]
-    """
-    if not 0 <= heldout < 1:
-        raise ValueError(f"--heldout is a share in [0, 1), got {heldout}.")
-    groups: dict[str, list[ContrastPair]] = {}
-    for pair in pairs:
-        groups.setdefault(json.dumps(dataclasses.astuple(pair)), []).append(pair)
-    order = list(groups.values())
-    random.Random(seed).shuffle(order)
-    number = max(1, round(heldout * len(order))) if heldout > 0 else 0
-    held, fit = ([pair for group in part for pair in group] for part in (order[:number], order[number:]))
-    if len(fit) < 2:
-        raise ValueError(
-            f"{len(pairs)} pairs, of which {len(held)} are held out, leave {len(fit)} to fit, and two are needed: give more "
-            "pairs, or a smaller --heldout."
-        )
-    return fit, held
 
 
 def _direction_table(

@@ -19,7 +19,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from antipasto.basis import fingerprint
 from antipasto.knobs import knobs
+from antipasto.pairs import ContrastPair
 from antipasto.rollouts import rollout_grads
 from antipasto.tuner.layer import as_matrix
 
@@ -38,86 +39,6 @@ Estimator = Literal["tstat", "mean", "svd"]
 ESTIMATORS: tuple[Estimator, ...] = ("tstat", "mean", "svd")
 _FORMAT = "antipasto-direction-1"
 _RANDOM_DRAWS = 20  # random directions that a held-out score is compared with
-
-
-# ── pairs ────────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-@dataclasses.dataclass(frozen=True)
-class ContrastPair:
-    """A prompt, an answer that exploits the grader, and an answer that does not.
-
-    Attributes:
-        prompt: a text; or a chat, a list of ``{"role": …, "content": …}``.
-        hack: the exploit's text.
-        clean: the honest answer's text.
-    """
-
-    prompt: str | list[dict[str, str]]
-    hack: str
-    clean: str
-
-
-def load_pairs(source: str | Path | Iterable[Any]) -> list[ContrastPair]:
-    """Labelled pairs from a JSON-lines file, a ``datasets.Dataset``, or any iterable of rows.
-
-    Args:
-        source: a path; or rows, each a `ContrastPair` or a mapping with ``prompt``, ``hack`` and ``clean``. Further fields are
-            left alone.
-
-    Returns:
-        The pairs, in order.
-
-    Raises:
-        ValueError: a row is bad, or there is none; says the file, the line and the field.
-        OSError: the file cannot be read.
-
-    Example:
-        >>> load_pairs([{"prompt": "2+2=", "hack": "!", "clean": "4"}])[0].clean
-        '4'
-    """
-    if isinstance(source, (str, Path)):
-        text = Path(source).read_text(encoding="utf-8")
-        pairs = [
-            _to_pair(_parse_json(line, f"{source}, line {number}"), f"{source}, line {number}")
-            for number, line in enumerate(text.split("\n"), 1)
-            if line.strip()
-        ]
-        where = str(source)
-    else:
-        pairs = [_to_pair(row, f"row {number}") for number, row in enumerate(source)]
-        where = "the rows given"
-    if not pairs:
-        raise ValueError(f"There is no pair in {where}.")
-    return pairs
-
-
-def _parse_json(line: str, where: str) -> Any:
-    try:
-        return json.loads(line)
-    except json.JSONDecodeError as error:
-        raise ValueError(f"{where}: not JSON ({error}).") from error
-
-
-def _to_pair(row: Any, where: str) -> ContrastPair:
-    if isinstance(row, ContrastPair):
-        row = dataclasses.asdict(row)
-    if not isinstance(row, Mapping):
-        raise ValueError(f"{where}: expected an object with prompt, hack and clean, got {type(row).__name__}.")
-    for field in ("prompt", "hack", "clean"):
-        if field not in row:
-            raise ValueError(f"{where}: no field {field!r}; there are {sorted(map(str, row))}.")
-        value = row[field]
-        if field == "prompt" and isinstance(value, list):
-            if not value or not all(isinstance(m, Mapping) and {"role", "content"} <= set(m) for m in value):
-                raise ValueError(f"{where}: a chat in 'prompt' must be a list of objects with role and content.")
-        elif not isinstance(value, str):
-            raise ValueError(f"{where}: field {field!r} must be a text, got {type(value).__name__}.")
-        elif field != "prompt" and not value:
-            raise ValueError(f"{where}: field {field!r} is empty.")
-    if row["hack"] == row["clean"]:
-        raise ValueError(f"{where}: fields 'hack' and 'clean' are the same text.")
-    return ContrastPair(row["prompt"], row["hack"], row["clean"])
 
 
 # ── directions ───────────────────────────────────────────────────────────────────────────────────────────────────────

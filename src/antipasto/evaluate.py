@@ -158,7 +158,7 @@ def judge_arm(name: str, task: Task, rows: Sequence[Mapping[str, Any]], completi
     Raises:
         TaskError: one of the task's functions fails.
     """
-    columns = {column: [row[column] for row in rows] for column in task.columns}
+    columns = {column: [row[column] for row in rows] for column in rows[0] if column != "prompt"}
     judged = task.judge([row["prompt"] for row in rows], completions, columns)
     n = len(rows)
     solve = exploit = None

@@ -60,6 +60,11 @@ class Gate:
         self.effect = torch.cat(effect).to(device)  # (R,)
         self.guarded = self.effect.abs() > self.threshold
 
+    def to(self, device: torch.device) -> None:
+        """Move to a device."""
+        self.segment, self.V = self.segment.to(device), self.V.to(device)
+        self.effect, self.guarded = self.effect.to(device), self.guarded.to(device)
+
     def along(self, u: Tensor) -> Tensor:
         """V u of every layer: (R,) to (K, L)."""
         products = self.V * u  # (K, R)

@@ -6,21 +6,29 @@ in other shapes than its config says, is refused; transformers would put random 
 
 from __future__ import annotations
 
+import functools
+import hashlib
 import json
 import logging
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal, get_args
 
+import torch
 import transformers
+from accelerate import PartialState
 from safetensors import SafetensorError
+from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from antipasto.basis import BasisCacheWarning
+from antipasto.basis import BasisCacheWarning, fingerprint
+from antipasto.knobs import knobs
+from antipasto.routing import RoutingWarning
+from antipasto.tuner.layer import as_matrix
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
@@ -123,6 +131,26 @@ def _load(load: Callable[..., Any], name_or_path: str, what: str, **options: Any
         raise ValueError(f"{message.rstrip('.')}.") from error
 
 
+def best_device() -> torch.device:
+    """Where models are run: what accelerate takes, a GPU where there is one."""
+    return torch.device(PartialState().device)
+
+
+def with_template_options(tokenizer: Any, options: Mapping[str, Any] | None) -> Any:
+    """The tokenizer, whose chat template gets these options from now on, ``{"enable_thinking": False}``: in place."""
+    if options:
+        tokenizer.apply_chat_template = functools.partial(tokenizer.apply_chat_template, **options)
+    return tokenizer
+
+
+def base_fingerprint(model: nn.Module) -> str:
+    """sha256 over the fingerprints of all base weights that an adapted model has knobs on."""
+    digest = hashlib.sha256()
+    for name, layer in sorted(knobs(model).items()):
+        digest.update(f"{name} {fingerprint(as_matrix(layer.layer.get_base_layer()))}\n".encode())
+    return digest.hexdigest()
+
+
 @contextmanager
 def quiet() -> Iterator[None]:
     """Keep the libraries' notices off the screen; errors and our own warnings still come through."""
@@ -137,7 +165,8 @@ def quiet() -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            warnings.simplefilter("default", BasisCacheWarning)
+            for ours in (BasisCacheWarning, RoutingWarning):
+                warnings.simplefilter("default", ours)
             yield
     finally:
         transformers.logging.set_verbosity(verbosity)

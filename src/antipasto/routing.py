@@ -9,9 +9,11 @@ that the deployed knobs may learn from and g_Q the rest, the optimizer's own ste
 
     moved = Δ_Q + gate(Δ_D)
 
-θ = δS + δS_hack is the same after an update-level move: **routing never changes the training run**, with any optimizer, and
-each further direction can keep a book of what it would have moved in that same run (`controls`). mode="erase" drops the moved
-part instead of keeping it; mode="measure" moves nothing, and keeps the direction's own book beside the controls'.
+θ = δS + δS_hack is the same after an update-level move: with any optimizer, **routing does not change the training run** that
+samples from θ, and each further direction can keep a book of what it would have moved in that same run (`controls`). With
+deployed sampling (`antipasto.trl.trainer`) part of the run is of δS, which the direction shapes; the books are then of that
+run. mode="erase" drops the moved part instead of keeping it; mode="measure" moves nothing, and keeps the direction's own book
+beside the controls'.
 
 Two guarantees at update level, whatever the optimizer's momentum does. Coordinate gate: the coordinates it guards never move
 hack-ward, exactly. One-sided gate: no step moves δS hack-ward along V, up to rounding. At gradient level neither holds: Adam
@@ -52,6 +54,10 @@ OWN_BOOK = "direction"
 _FORMAT = "antipasto-books-1"
 _CHANCE_SEED = 2410_04332  # no seed that a control would be given
 _MOMENTUM = ("momentum/deployed", "momentum/quarantined")
+
+
+class RoutingWarning(UserWarning):
+    """Something about a run that is routed is not what one would expect."""
 
 
 class Router:
@@ -162,7 +168,7 @@ class Router:
             ValueError: a knob is not in the optimizer, or the router is attached already.
 
         Warns:
-            UserWarning: the optimizer decays the knobs (see the module's text).
+            RoutingWarning: the optimizer decays the knobs (see the module's text).
         """
         optimizer = getattr(optimizer, "optimizer", optimizer)
         self._check_optimizer(optimizer)
@@ -174,6 +180,7 @@ class Router:
             # until the step splits it, the gradient counts once: clipping would else see it in both knobs
             handles += [knob.register_hook(torch.zeros_like) for knob in self._hack]
         self._optimizer, self._momentum = optimizer, None
+        self._follow(self._delta_s[0].device)
         try:
             yield self
         finally:
@@ -184,6 +191,14 @@ class Router:
                 self._saved_momentum = self._momentum.deployed, self._momentum.quarantined
             if self._before is not None:  # a step that ended in an exception: what it moved is routed all the same
                 self._after_step()
+
+    def _follow(self, device: torch.device) -> None:
+        """Move along with a model that has been moved since."""
+        for gate in (self._gate, self._chance, *self._gates.values()):
+            if gate is not None:
+                gate.to(device)
+        self._books = {name: book.to(device) for name, book in self._books.items()}
+        self._chance_book = self._chance_book.to(device)
 
     def _check_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         if self._optimizer is not None:
@@ -211,7 +226,7 @@ class Router:
             warnings.warn(
                 "The optimizer decays the knobs. The decay is routed as part of each step and the quarantine does not decay, "
                 "so that training is no longer what it would be without the router; weight_decay=0 keeps it so.",
-                UserWarning,
+                RoutingWarning,
                 stacklevel=4,
             )
 
@@ -351,7 +366,7 @@ class Router:
             warnings.warn(
                 f"Step {self.steps}: the refreshed direction agrees only {self.last_overlap:.2f} with the present one, less "
                 f"than min_overlap={self.min_overlap}. It is refused; routing goes on with the present one.",
-                UserWarning,
+                RoutingWarning,
                 stacklevel=2,
             )
         else:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import hashlib
 import json
 import re
 import sys
@@ -21,7 +20,7 @@ from collections.abc import Callable, Mapping
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import torch
 import yaml
@@ -33,9 +32,9 @@ from torch import nn
 from transformers import HfArgumentParser, PrinterCallback
 
 import antipasto as ap
-from antipasto.basis import fingerprint
 from antipasto.gates import GateName
-from antipasto.models import load_model, quiet
+from antipasto.models import base_fingerprint, load_model, quiet, with_template_options
+from antipasto.pairs import split_pairs
 from antipasto.run_folder import COMPLETE, RunFolder, write_json, write_text
 from antipasto.tasks import Task, load_task
 from antipasto.trl import (
@@ -48,11 +47,12 @@ from antipasto.trl import (
     RoutingCallback,
 )
 from antipasto.trl.advantages import deployed_positions
-from antipasto.tuner.layer import as_matrix
+from antipasto.trl.trainer import DEPLOY_FRACTION
 
 Method = Literal["plain", "route", "erase", "measure", "penalty", "drop"]
 By = Literal["direction", "detector", "both"]
 CONTROLS = ("random", "permuted")
+T = TypeVar("T")
 HELDOUT = 0.25  # share of the pairs that score the direction
 
 
@@ -128,8 +128,19 @@ class TrainConfig:
                 raise ValueError(f"{name} must be one of {names}, got {getattr(self, name)!r}.")
         if self.pairs is not None and self.direction is not None:
             raise ValueError("Give pairs or a direction, not both.")
-        if self.method in ("plain", "penalty", "drop") and (self.pairs or self.direction or self.by == "direction"):
-            raise ValueError(f"method {self.method} uses no direction: leave out pairs, direction and by.")
+        for name, kind in (
+            ("steps", int),
+            ("prompts", int),
+            ("generations", int),
+            ("seed", int),
+            ("learning_rate", float),
+        ):
+            if not isinstance(getattr(self, name), (int, kind)) or isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be a number, got {getattr(self, name)!r}.")
+        if self.method in ("plain", "penalty", "drop") and self.by is not None:
+            raise ValueError(
+                f"by={self.by} belongs to methods route, erase and measure; method {self.method} has no choice."
+            )
         if self.method == "measure" and self.by not in (None, "direction"):
             raise ValueError("method measure goes by a direction.")
         if self.method != "route" and self.deploy_fraction:
@@ -183,6 +194,8 @@ _OURS = {  # GRPOConfig's name → ours, where they are the same thing
     "seed": "seed",
     "save_steps": "save_every",
     "resume_from_checkpoint": "resume",
+    "model_init_kwargs": "dtype",
+    "trust_remote_code": "a model that transformers knows: code that comes with one is never run",
 }
 
 
@@ -200,7 +213,7 @@ def trainer_args(config: TrainConfig, task: Task, out: Path, processes: int) -> 
         if name not in names:
             raise ValueError(f"--trainer.{name}: TRL's GRPOConfig has no {name!r}{_near(name, names)}")
     rollouts = config.prompts * config.generations
-    micro_batch = config.micro_batch or rollouts // processes
+    micro_batch = config.micro_batch or max(1, rollouts // processes)
     if rollouts % (micro_batch * processes):
         raise ValueError(
             f"A step of {config.prompts} prompts x {config.generations} rollouts is {rollouts}, which does not divide into "
@@ -227,7 +240,20 @@ def trainer_args(config: TrainConfig, task: Task, out: Path, processes: int) -> 
         "dataloader_pin_memory": torch.cuda.is_available(),
         **config.trainer,
     }
-    return _parse(options)
+    args = _parse(options)
+    if config.save_every % steps_per_cycle(args):
+        raise ValueError(
+            f"{steps_per_cycle(args)} steps learn from one generation (num_iterations, steps_per_generation), and a run can "
+            f"be continued only between generations: save_every must be a multiple of that, not {config.save_every}."
+        )
+    if len(task.train) < config.prompts * steps_per_cycle(args):
+        raise ValueError(f"Task {task.name!r} has {len(task.train)} training rows, fewer than one generation takes.")
+    return args
+
+
+def steps_per_cycle(args: GRPOConfig) -> int:
+    """Optimizer steps that learn from one generation."""
+    return max(1, args.steps_per_generation * args.num_iterations // args.gradient_accumulation_steps)
 
 
 def _parse(options: Mapping[str, Any]) -> GRPOConfig:
@@ -286,15 +312,16 @@ def run(config: TrainConfig, out: Path, console: Console, *, resume: bool = Fals
     task = load_task(config.task)
     with quiet():
         args = trainer_args(config, task, out, state.num_processes)
-    how = _Gating(config, task)
+    if resume and (before := folder.read_run()["processes"]) != state.num_processes:
+        raise ValueError(
+            f"The run in {out} began on {before} process(es): it cannot continue on {state.num_processes}."
+        )
+    how = _Gating(config, task, has_direction=resume and folder.direction.exists())
     model, tokenizer = load_model(config.model, dtype=config.dtype)
-    if not resume and state.is_main_process:
-        folder.create()
-    state.wait_for_everyone()
-    checkpoint = folder.last_checkpoint() if resume and state.is_main_process else None
-    state.wait_for_everyone()
-    if resume and not state.is_main_process:
-        checkpoint = folder.last_checkpoint()
+    with_template_options(tokenizer, args.chat_template_kwargs)
+    if not resume:
+        _on_main(state, folder.create)
+    checkpoint = _on_main(state, folder.last_checkpoint) if resume else None
     with quiet():
         trainer = RoutedGRPOTrainer(
             model=model,
@@ -311,18 +338,16 @@ def run(config: TrainConfig, out: Path, console: Console, *, resume: bool = Fals
             rollout_log=folder.rollouts,
         )
         trainer.remove_callback(PrinterCallback)
-        if state.is_main_process:
-            _describe(trainer, config, folder, resume=resume)
-        state.wait_for_everyone()
+        _on_main(state, lambda: _describe(trainer, config, folder, resume=resume))
         trainer.callback_handler.callbacks.append(MetricsLog(folder.metrics))
         trainer.add_callback(CompleteCheckpoints())
-        with Interrupts(console) as interrupts, ProgressBar(console, "training") as bar:
+        with Interrupts(console, steps_per_cycle(args)) as interrupts, ProgressBar(console, "training") as bar:
             trainer.add_callback(interrupts)
             trainer.add_callback(bar)
             if checkpoint is not None:
                 console.print(f"continuing from {checkpoint}", highlight=False)
             _train(trainer, checkpoint)
-        if trainer.state.global_step < args.max_steps:
+        if interrupts.stopped:
             console.print(
                 f"stopped after step {trainer.state.global_step} of {args.max_steps}, and saved. "
                 f"Continue with: antipasto train --resume {out}",
@@ -348,9 +373,13 @@ def _train(trainer: RoutedGRPOTrainer, checkpoint: Path | None) -> None:
 
 
 class _Gating:
-    """What a config and a task together say about direction, detector and router."""
+    """What a config and a task together say about direction, detector and router.
 
-    def __init__(self, config: TrainConfig, task: Task) -> None:
+    Raises:
+        ValueError: they do not fit together, or a file of pairs or a direction is bad.
+    """
+
+    def __init__(self, config: TrainConfig, task: Task, *, has_direction: bool) -> None:
         self.config, self.task = config, task
         method, by = config.method, config.by
         has_pairs = bool(config.pairs or config.direction or task.pairs)
@@ -366,19 +395,38 @@ class _Gating:
             )
         if self.uses_detector and task.detector is None:
             raise ValueError(f"method {method} needs a detector, and task {task.name!r} has none.")
-        if config.threshold is not None and not self.uses_direction:
-            raise ValueError("threshold is of the direction's gate, and no direction is used.")
-        deployed_positions(config.generations, config.deploy_fraction or 0.0)
-        if self.uses_direction and config.direction is not None:
-            ap.Direction.load(config.direction)  # a bad file is better known of before the model is loaded
-        elif self.uses_direction and config.pairs is not None:
-            ap.load_pairs(config.pairs)
+        self._refuse_unused()
+        fraction = config.deploy_fraction
+        if fraction is None:
+            fraction = DEPLOY_FRACTION if method == "route" else 0.0
+        deployed_positions(config.generations, fraction)
+        if self.uses_direction and not has_direction:  # a bad file is better known of before the model is loaded
+            if config.direction is not None:
+                ap.Direction.load(config.direction)
+            else:
+                self._pairs()
         # a detector that nothing goes by is still worth a column in the logs
         self.watches = task.detector is not None and not self.uses_detector
         flagged: dict[str, Literal["penalty", "drop"]] = {"penalty": "penalty", "drop": "drop"}
         self.flagged: Literal["watch", "route", "penalty", "drop"] = (
             "watch" if self.watches else flagged.get(method, "route")
         )
+
+    def _refuse_unused(self) -> None:
+        """Options of a direction where there is none, or of its extraction where it comes from a file."""
+        defaults = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
+        names: tuple[str, ...] = ("estimator", "k") if self.config.direction is not None else ()
+        if not self.uses_direction:
+            names = ("pairs", "direction", "threshold", "gate", "estimator", "k")
+        for name in names:
+            if getattr(self.config, name) != defaults[name]:
+                why = "a direction's file is given" if self.uses_direction else "this run goes by no direction"
+                raise ValueError(f"{name}={getattr(self.config, name)} does nothing here: {why}.")
+
+    def _pairs(self) -> tuple[list[ap.ContrastPair], list[ap.ContrastPair]]:
+        """To fit, and to hold out."""
+        pairs = ap.load_pairs(self.config.pairs if self.config.pairs is not None else list(self.task.pairs or []))
+        return split_pairs(pairs, HELDOUT, self.config.seed)
 
     def router(self, folder: RunFolder, tokenizer: Any, state: PartialState) -> Callable[[nn.Module], ap.Router] | None:
         """A function that makes the router of an adapted model; None where the method has none."""
@@ -390,33 +438,45 @@ class _Gating:
         def make(model: nn.Module) -> ap.Router:
             if not self.uses_direction:
                 return ap.Router(model, None, mode=mode)
-            if (
-                state.is_main_process and not folder.direction.exists()
-            ):  # one process extracts, and all read the same file
-                self._direction(model, tokenizer).save(folder.direction)
-            state.wait_for_everyone()
+            # one process extracts, and all read the same file
+            _on_main(state, lambda: self._make_direction(model, tokenizer, folder.direction))
             v = ap.Direction.load(folder.direction)
             controls = {name: getattr(v, name)(config.seed) for name in config.controls}
             return ap.Router(model, v, mode=mode, gate=config.gate, threshold=config.threshold, controls=controls)
 
         return make
 
-    def _direction(self, model: nn.Module, tokenizer: Any) -> ap.Direction:
+    def _make_direction(self, model: nn.Module, tokenizer: Any, path: Path) -> None:
+        if path.exists():
+            return
         if self.config.direction is not None:
-            return ap.Direction.load(self.config.direction)
-        pairs = ap.load_pairs(self.config.pairs if self.config.pairs is not None else list(self.task.pairs or []))
-        heldout = int(len(pairs) * HELDOUT)
-        model.eval()
-        v = ap.extract_direction(
-            model,
-            tokenizer,
-            pairs[heldout:],
-            heldout=pairs[:heldout] or None,
-            estimator=self.config.estimator,
-            k=self.config.k,
-        )
-        model.train()
-        return v
+            v = ap.Direction.load(self.config.direction)
+        else:
+            fit, heldout = self._pairs()
+            model.eval()
+            v = ap.extract_direction(
+                model, tokenizer, fit, heldout=heldout, estimator=self.config.estimator, k=self.config.k
+            )
+            model.train()
+        temporary = path.with_name(f".{path.name}.tmp")
+        v.save(temporary)
+        temporary.replace(path)
+
+
+def _on_main(state: PartialState, function: Callable[[], T]) -> T:
+    """Call on the main process; what it returns, or the error that it raises, comes to all."""
+    result: list[Any] = [None, None]
+    if state.is_main_process:
+        try:
+            result = [function(), None]
+        except (ValueError, OSError) as error:
+            if state.num_processes == 1:
+                raise
+            result = [None, f"{error}"]
+    value, message = broadcast_object_list(result)
+    if message is not None:
+        raise ValueError(message)
+    return value
 
 
 def _adapter(config: TrainConfig) -> ap.AntiPastoConfig:
@@ -439,12 +499,10 @@ def _judge(task: Task, role: Literal["reward", "oracle", "detector"]) -> Callabl
 
 def _describe(trainer: RoutedGRPOTrainer, config: TrainConfig, folder: RunFolder, *, resume: bool) -> None:
     """Write config and facts; of a run that continues, check that it is the same base."""
-    digest = hashlib.sha256()
-    for name, layer in sorted(ap.knobs(trainer.model).items()):
-        digest.update(f"{name} {fingerprint(as_matrix(layer.layer.get_base_layer()))}\n".encode())
+    digest = base_fingerprint(trainer.model)
     if resume:
         before = folder.read_run()["base"]["fingerprint"]
-        if before != digest.hexdigest():
+        if before != digest:
             raise ValueError(
                 f"{config.model} has other weights now than when {folder.root} began: it cannot be continued."
             )
@@ -454,7 +512,7 @@ def _describe(trainer: RoutedGRPOTrainer, config: TrainConfig, folder: RunFolder
     facts = {
         "command": " ".join(sys.argv),
         "versions": {name: version(name) for name in names},
-        "base": {"model": config.model, "fingerprint": digest.hexdigest()},
+        "base": {"model": config.model, "fingerprint": digest},
         "trainable": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
         "processes": trainer.accelerator.num_processes,
         "threads": torch.get_num_threads(),

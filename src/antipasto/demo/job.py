@@ -304,7 +304,11 @@ def arms(model: nn.Module, router: ap.Router | None) -> dict[str, AbstractContex
         "as trained": nullcontext(),
         "deployed": ap.deployed(model),
     }
-    if router is None or not all(name in router.books for name in CONTROLS if name != "shrunk"):
+    if (
+        router is None
+        or router.mode != "route"
+        or not all(name in router.books for name in CONTROLS if name != "shrunk")
+    ):
         return views
     layers = ap.knobs(model).values()
     delta_s = torch.cat([layer.delta_s.detach() for layer in layers])

@@ -22,7 +22,7 @@ import numbers
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from typing import Any
 
-from antipasto.directions import load_pairs
+from antipasto.pairs import load_pairs
 
 Row = Mapping[str, Any]
 Prompt = str | list[dict[str, str]]

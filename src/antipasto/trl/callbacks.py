@@ -68,7 +68,9 @@ class ProgressBar(TrainerCallback):
         if not logs or "reward" not in logs:
             return
         numbers = {name: logs[name] for name in ("reward", "oracle", "exploit", "flagged", "kl") if name in logs}
-        self._progress.update(self._task, reward=f"{logs['reward']:.2f}", kl=f"{logs.get('kl', 0.0):.3f}")
+        self._progress.update(
+            self._task, reward=f"{logs['reward']:.2f}", kl=f"{logs['kl']:.3f}" if "kl" in logs else "-"
+        )
         if not self._console.is_terminal:
             said = "  ".join(f"{name} {value:.3f}" for name, value in numbers.items())
             self._console.print(f"step {state.global_step}/{state.max_steps}  {said}", highlight=False, soft_wrap=True)
@@ -195,11 +197,18 @@ class Interrupts(TrainerCallback):
 
     Args:
         console: where to say so.
+        every: stop only after a multiple of this many steps: where several steps learn from one generation, a checkpoint
+            between them could not be continued from.
+
+    Attributes:
+        stopped: whether that has ended the run.
     """
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, every: int = 1) -> None:
         self._console = console
+        self._every = every
         self._asked = False
+        self.stopped = False
         self._before: dict[int, Any] = {}
 
     def __enter__(self) -> Interrupts:
@@ -220,5 +229,8 @@ class Interrupts(TrainerCallback):
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """All processes stop after the same step, also where the signal reached one of them later."""
-        if any(gather_object([self._asked])) and state.global_step < state.max_steps:
+        if state.global_step % self._every or state.global_step >= state.max_steps:
+            return
+        if any(gather_object([self._asked])):
+            self.stopped = True
             control.should_save = control.should_training_stop = True

@@ -73,8 +73,9 @@ class RoutedGRPOTrainer(GRPOTrainer):
         detector: flags rollouts. Called as a reward function is, ``detector(prompts=…, completions=…, **columns)``; one bool
             each.
         flagged: what becomes of flagged rollouts. ``"route"``: they teach the quarantine alone, whatever the direction says;
-            a router that erases drops that part instead. ``"penalty"``: their reward is 0. ``"drop"``: nobody learns from
-            them, and the others' advantages are taken without them. ``"watch"``: they are counted and logged, and that is all.
+            a router that erases drops that part instead. ``"penalty"``: their reward is 0, or less if it was. ``"drop"``:
+            nobody learns from them, and the others' advantages are taken without them. ``"watch"``: they are counted and
+            logged, and that is all.
         oracle: the strict truth, called the same way, one number in [0, 1] each. Logged, never trained on.
         deploy_fraction: share of each prompt's rollouts that is sampled from the deployed policy; if None, .5 where the router
             routes, else 0.
@@ -127,7 +128,7 @@ class RoutedGRPOTrainer(GRPOTrainer):
                 raise ValueError("A detector that routes needs a router: router=lambda model: Router(model, None).")
             if self.router.level != "update":
                 raise ValueError("A detector routes at level='update': at gradient level Adam would rescale its share.")
-        if self.deploy_fraction and self.router is None:
+        if self.deploy_fraction and (self.router is None or self.router.mode != "route"):
             raise ValueError(f"deploy_fraction={self.deploy_fraction} needs a router that fills a quarantine.")
         acts = self.detector is not None and self.flagged != "watch"
         if not self.deploy_fraction and not acts:
@@ -205,7 +206,7 @@ class RoutedGRPOTrainer(GRPOTrainer):
             here = torch.tensor([bool(flag) for flag in flags], device=rewards.device)
             self._all_flags = self.accelerator.gather(here)
         if self.flagged == "penalty":
-            rewards = rewards.masked_fill(self._all_flags[:, None], 0.0)
+            rewards = torch.where(self._all_flags[:, None], rewards.clamp(max=0.0), rewards)  # less than 0 is no reward
         nobody_scored = rewards.isnan().all(1)
         self._all_rewards = (rewards * weights).nansum(1).masked_fill(nobody_scored, torch.nan)
         return rewards

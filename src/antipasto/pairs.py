@@ -1,0 +1,120 @@
+"""Labelled pairs: a prompt, an answer that exploits the grader, and one that does not.
+
+{"prompt": "What is 2+2?", "hack": "3, 4 or 5", "clean": "4"}        one JSON line each
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import random
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+
+@dataclasses.dataclass(frozen=True)
+class ContrastPair:
+    """A prompt, an answer that exploits the grader, and an answer that does not.
+
+    Attributes:
+        prompt: a text; or a chat, a list of ``{"role": …, "content": …}``.
+        hack: the exploit's text.
+        clean: the honest answer's text.
+    """
+
+    prompt: str | list[dict[str, str]]
+    hack: str
+    clean: str
+
+
+def load_pairs(source: str | Path | Iterable[Any]) -> list[ContrastPair]:
+    """Labelled pairs from a JSON-lines file, a ``datasets.Dataset``, or any iterable of rows.
+
+    Args:
+        source: a path; or rows, each a `ContrastPair` or a mapping with ``prompt``, ``hack`` and ``clean``. Further fields are
+            left alone.
+
+    Returns:
+        The pairs, in order.
+
+    Raises:
+        ValueError: a row is bad, or there is none; says the file, the line and the field.
+        OSError: the file cannot be read.
+
+    Example:
+        >>> load_pairs([{"prompt": "2+2=", "hack": "!", "clean": "4"}])[0].clean
+        '4'
+    """
+    if isinstance(source, (str, Path)):
+        text = Path(source).read_text(encoding="utf-8")
+        pairs = [
+            _to_pair(_parse_json(line, f"{source}, line {number}"), f"{source}, line {number}")
+            for number, line in enumerate(text.split("\n"), 1)
+            if line.strip()
+        ]
+        where = str(source)
+    else:
+        pairs = [_to_pair(row, f"row {number}") for number, row in enumerate(source)]
+        where = "the rows given"
+    if not pairs:
+        raise ValueError(f"There is no pair in {where}.")
+    return pairs
+
+
+def _parse_json(line: str, where: str) -> Any:
+    try:
+        return json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"{where}: not JSON ({error}).") from error
+
+
+def _to_pair(row: Any, where: str) -> ContrastPair:
+    if isinstance(row, ContrastPair):
+        row = dataclasses.asdict(row)
+    if not isinstance(row, Mapping):
+        raise ValueError(f"{where}: expected an object with prompt, hack and clean, got {type(row).__name__}.")
+    for field in ("prompt", "hack", "clean"):
+        if field not in row:
+            raise ValueError(f"{where}: no field {field!r}; there are {sorted(map(str, row))}.")
+        value = row[field]
+        if field == "prompt" and isinstance(value, list):
+            if not value or not all(isinstance(m, Mapping) and {"role", "content"} <= set(m) for m in value):
+                raise ValueError(f"{where}: a chat in 'prompt' must be a list of objects with role and content.")
+        elif not isinstance(value, str):
+            raise ValueError(f"{where}: field {field!r} must be a text, got {type(value).__name__}.")
+        elif field != "prompt" and not value:
+            raise ValueError(f"{where}: field {field!r} is empty.")
+    if row["hack"] == row["clean"]:
+        raise ValueError(f"{where}: fields 'hack' and 'clean' are the same text.")
+    return ContrastPair(row["prompt"], row["hack"], row["clean"])
+
+
+def split_pairs(
+    pairs: Sequence[ContrastPair], heldout: float, seed: int
+) -> tuple[list[ContrastPair], list[ContrastPair]]:
+    """A shuffled split into pairs to fit and pairs to hold out. What is said more than once stays on one side.
+
+    Raises:
+        ValueError: ``heldout`` is outside [0, 1), or fewer than two pairs are left to fit.
+
+    Example:
+        >>> rows = load_pairs([{"prompt": f"{i}+1=", "hack": "!", "clean": str(i + 1)} for i in range(8)])
+        >>> [len(part) for part in split_pairs(rows, 0.25, seed=0)]
+        [6, 2]
+    """
+    if not 0 <= heldout < 1:
+        raise ValueError(f"heldout is a share in [0, 1), got {heldout}.")
+    groups: dict[str, list[ContrastPair]] = {}
+    for pair in pairs:
+        groups.setdefault(json.dumps(dataclasses.astuple(pair)), []).append(pair)
+    order = list(groups.values())
+    random.Random(seed).shuffle(order)
+    number = max(1, round(heldout * len(order))) if heldout > 0 else 0
+    held, fit = ([pair for group in part for pair in group] for part in (order[:number], order[number:]))
+    if len(fit) < 2:
+        raise ValueError(
+            f"{len(pairs)} pairs, of which {len(held)} are held out, leave {len(fit)} to fit, and two are needed: give more "
+            "pairs, or hold out fewer."
+        )
+    return fit, held
