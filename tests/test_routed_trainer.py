@@ -370,6 +370,7 @@ def test_penalties_within_shares(tmp_path: Path) -> None:
     rewards = torch.tensor([0.0 if row["flagged"] else row["reward"] for row in rows]).view(-1, GROUP)
     want = group_advantages(rewards, deployed_positions(GROUP, 0.5), "group").view(-1)
     torch.testing.assert_close(ours.generations[0]["advantages"], want)
+    assert list(ours._logs["advantages"]) == pytest.approx(want.tolist())  # of TRL's table of completions
     assert [row["advantage"] for row in rows] == pytest.approx(want.tolist())
 
 
@@ -459,6 +460,7 @@ def test_share_of_is_exact_where_it_is_0_or_1_and_none_where_there_is_none() -> 
     assert shares[3] == 0  # 0 of 0
     tiny = share_of(whole * 1e-12, part * 1e-12)
     torch.testing.assert_close(tiny, shares)
+    assert share_of(whole * 1e-30, whole * 1e-30).tolist() == [1, 1, 1, 0]  # their squares are 0
     turned = part.clone()
     turned[2, 0] += 1e-3
     assert share_of(whole, turned) is None

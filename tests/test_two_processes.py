@@ -19,9 +19,9 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*torch.utils.data.dataloader.*p
 TESTS = Path(__file__).parent
 
 
-@pytest.mark.parametrize(("per_rank", "accumulation"), [(GROUP, 1), (GROUP // 2, 2)])
+@pytest.mark.parametrize(("per_rank", "accumulation"), [(GROUP, 1), (GROUP // 4, 2)])
 def test_two_processes_are_one(tmp_path: Path, per_rank: int, accumulation: int) -> None:
-    """Also where a prompt's rollouts lie on both."""
+    """Also where each prompt's rollouts lie on both."""
     one, two = tmp_path / "one", tmp_path / "two"
     for folder in (one, two):
         folder.mkdir()

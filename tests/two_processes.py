@@ -34,7 +34,7 @@ def run(out: Path, per_rank: int, accumulation: int) -> Any:
         router=router,
         detector=says_known,
         oracle=addition.oracle,
-        deploy_fraction=0.5,
+        deploy_fraction=0.375,  # unevenly over the two halves of a group
         rollout_log=out / "log",
     )
     trainer.train()
