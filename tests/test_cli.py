@@ -138,7 +138,7 @@ def test_help_and_version() -> None:
         (["demo", "--seed", "-1"], "'--seed'"),
         (["demo", "--steps", "0"], "'--steps'"),
         (["demo", "--seeds", "0"], "'--seeds'"),
-        (["demo", "--variant", "odd"], "variant must be one of rare, even, blind, got 'odd'"),
+        (["demo", "--variant", "odd"], "'--variant'"),
     ],
 )
 def test_wrong_words_cost_a_line_and_exit_code_2(arguments: list[str], message: str) -> None:
