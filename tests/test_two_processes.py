@@ -14,9 +14,13 @@ from scripted import GROUP
 from two_processes import run
 
 from antipasto.routing import read_books
+from antipasto.tasks import addition
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.utils.data.dataloader.*pin_memory.*")
 TESTS = Path(__file__).parent
+# --multi_gpu is accelerate's word for processes on one machine; with ACCELERATE_USE_CPU they talk by gloo
+LAUNCH = f"{sys.executable} -m accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1".split()
+LAUNCH += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
 
 
 @pytest.mark.parametrize(("per_rank", "accumulation"), [(GROUP, 1), (GROUP // 4, 2)])
@@ -25,10 +29,13 @@ def test_two_processes_are_one(tmp_path: Path, per_rank: int, accumulation: int)
     one, two = tmp_path / "one", tmp_path / "two"
     for folder in (one, two):
         folder.mkdir()
-    launch = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     job = subprocess.run(
-        [sys.executable, *launch, str(TESTS / "two_processes.py"), str(two), str(per_rank), str(accumulation)],
-        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(TESTS.parent / "src"), str(TESTS)])},
+        [*LAUNCH, str(TESTS / "two_processes.py"), str(two), str(per_rank), str(accumulation)],
+        env={
+            **os.environ,
+            "ACCELERATE_USE_CPU": "true",
+            "PYTHONPATH": os.pathsep.join([str(TESTS.parent / "src"), str(TESTS)]),
+        },
         capture_output=True,
         text=True,
         timeout=200,
@@ -75,3 +82,26 @@ def test_two_processes_are_one(tmp_path: Path, per_rank: int, accumulation: int)
     for row, wanted_row in zip(rows, wanted_rows, strict=True):
         for name, value in wanted_row.items():
             assert row[name] == (pytest.approx(value, abs=1e-3) if isinstance(value, float) else value), name
+
+
+def test_the_command_line_under_accelerate_launch(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    words = f"train {addition.model_path()} --task addition --by both --prompts 2 --generations 4 --out {out}".split()
+
+    def launch(*more: str) -> subprocess.CompletedProcess[str]:
+        command = [*LAUNCH, "-m", "antipasto", *words, *more]
+        env = {**os.environ, "ACCELERATE_USE_CPU": "true"}
+        return subprocess.run(command, env=env, capture_output=True, text=True, timeout=200)
+
+    job = launch("--steps", "2", "--save-every", "1")
+    assert job.returncode == 0, job.stderr[-4000:]
+    assert job.stdout.count("antipasto eval") == 1  # one of them prints
+    assert json.loads((out / "run.json").read_text())["processes"] == 2
+    rows = [json.loads(line) for line in (out / "rollouts.jsonl").read_text().splitlines()]
+    assert [sum(row["step"] == step for row in rows) for step in (0, 1)] == [8, 8]
+    assert len((out / "metrics.jsonl").read_text().splitlines()) == 2
+    assert (out / "adapter" / "complete.json").exists()
+
+    again = launch("--steps", "2")  # into the same folder: an error of the main process stops both
+    assert again.returncode != 0
+    assert f"antipasto: {out} exists and is not an empty folder" in again.stderr

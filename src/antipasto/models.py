@@ -131,9 +131,14 @@ def _load(load: Callable[..., Any], name_or_path: str, what: str, **options: Any
         raise ValueError(f"{message.rstrip('.')}.") from error
 
 
+def process_state() -> PartialState:
+    """This process among those of a launcher; without an accelerator, one of several on the CPU."""
+    return PartialState(cpu=not torch.accelerator.is_available())
+
+
 def best_device() -> torch.device:
     """Where models are run: what accelerate takes, a GPU where there is one."""
-    return torch.device(PartialState().device)
+    return torch.device(process_state().device)
 
 
 def with_template_options(tokenizer: Any, options: Mapping[str, Any] | None) -> Any:

@@ -33,7 +33,7 @@ from transformers import HfArgumentParser, PrinterCallback
 
 import antipasto as ap
 from antipasto.gates import GateName
-from antipasto.models import base_fingerprint, load_model, quiet, with_template_options
+from antipasto.models import base_fingerprint, load_model, process_state, quiet, with_template_options
 from antipasto.pairs import split_pairs
 from antipasto.run_folder import COMPLETE, RunFolder, write_json, write_text
 from antipasto.tasks import Task, load_task
@@ -236,7 +236,9 @@ def trainer_args(config: TrainConfig, task: Task, out: Path, processes: int) -> 
         "logging_steps": 1,
         "report_to": "none",
         "disable_tqdm": True,
+        "use_cpu": not torch.accelerator.is_available(),
         "bf16": torch.cuda.is_available(),
+        "ddp_find_unused_parameters": False,
         "dataloader_pin_memory": torch.cuda.is_available(),
         **config.trainer,
     }
@@ -279,7 +281,7 @@ def start(config: TrainConfig, out: Path | None, console: Console, *, resume: bo
     Returns:
         The folder; None after Ctrl-C.
     """
-    PartialState()
+    process_state()
     name = re.sub(r"\W+", "-", Path(config.task.rpartition(":")[0] or config.task).stem)
     default = Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
     (folder,) = broadcast_object_list([str(out or default)])
@@ -304,7 +306,7 @@ def run(config: TrainConfig, out: Path, console: Console, *, resume: bool = Fals
     Raises:
         ValueError: options, files, model or task that do not fit; says which.
     """
-    state = PartialState()
+    state = process_state()
     folder = RunFolder(out)
     console.quiet = console.quiet or not state.is_main_process
     if resume and folder.is_finished:
