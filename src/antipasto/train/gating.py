@@ -1,0 +1,139 @@
+"""What a config and a task together say: by what the run is routed, and by which direction.
+
+method    what becomes of what the gate claims                         gates by
+plain     nothing is claimed
+route     it fills the quarantine, which is deleted at deployment      direction, detector or both
+erase     it is dropped                                                direction, detector or both
+measure   nothing is moved, books are kept                             direction
+penalty   flagged rollouts get reward 0                                detector
+drop      nobody learns from flagged rollouts                          detector
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from accelerate import PartialState
+from accelerate.utils import broadcast_object_list
+from torch import nn
+
+import antipasto as ap
+from antipasto.pairs import split_pairs
+from antipasto.run_folder import RunFolder
+from antipasto.tasks import Task
+from antipasto.train.config import TrainConfig
+from antipasto.trl.advantages import deployed_positions
+from antipasto.trl.trainer import DEPLOY_FRACTION
+
+T = TypeVar("T")
+HELDOUT = 0.25  # share of the pairs that score the direction
+
+
+class Gating:
+    """What a config and a task together say about direction, detector and router.
+
+    Raises:
+        ValueError: they do not fit together, or a file of pairs or a direction is bad.
+    """
+
+    def __init__(self, config: TrainConfig, task: Task, *, has_direction: bool) -> None:
+        self.config, self.task = config, task
+        method, by = config.method, config.by
+        has_pairs = bool(config.pairs or config.direction or task.pairs)
+        if method in ("route", "erase") and by is None:
+            by = "direction" if has_pairs else "detector"
+        self.uses_direction = method == "measure" or (method in ("route", "erase") and by in ("direction", "both"))
+        self.uses_detector = method in ("penalty", "drop") or (
+            method in ("route", "erase") and by in ("detector", "both")
+        )
+        if self.uses_direction and not has_pairs:
+            raise ValueError(
+                f"method {method} by {by} needs a direction: task {task.name!r} brings no pairs, so give --pairs."
+            )
+        if self.uses_detector and task.detector is None:
+            raise ValueError(f"method {method} needs a detector, and task {task.name!r} has none.")
+        self._refuse_unused()
+        fraction = config.deploy_fraction
+        if fraction is None:
+            fraction = DEPLOY_FRACTION if method == "route" else 0.0
+        deployed_positions(config.generations, fraction)
+        if self.uses_direction and not has_direction:  # a bad file is better known of before the model is loaded
+            if config.direction is not None:
+                ap.Direction.load(config.direction)
+            else:
+                self._pairs()
+        # a detector that nothing goes by is still worth a column in the logs
+        self.watches = task.detector is not None and not self.uses_detector
+        flagged: dict[str, Literal["penalty", "drop"]] = {"penalty": "penalty", "drop": "drop"}
+        self.flagged: Literal["watch", "route", "penalty", "drop"] = (
+            "watch" if self.watches else flagged.get(method, "route")
+        )
+
+    def _refuse_unused(self) -> None:
+        """Options of a direction where there is none, or of its extraction where it comes from a file."""
+        defaults = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
+        names: tuple[str, ...] = ("estimator", "k") if self.config.direction is not None else ()
+        if not self.uses_direction:
+            names = ("pairs", "direction", "threshold", "gate", "estimator", "k")
+        for name in names:
+            if getattr(self.config, name) != defaults[name]:
+                why = "a direction's file is given" if self.uses_direction else "this run goes by no direction"
+                raise ValueError(f"{name}={getattr(self.config, name)} does nothing here: {why}.")
+
+    def _pairs(self) -> tuple[list[ap.ContrastPair], list[ap.ContrastPair]]:
+        """To fit, and to hold out."""
+        pairs = ap.load_pairs(self.config.pairs if self.config.pairs is not None else list(self.task.pairs or []))
+        return split_pairs(pairs, HELDOUT, self.config.seed)
+
+    def router(self, folder: RunFolder, tokenizer: Any, state: PartialState) -> Callable[[nn.Module], ap.Router] | None:
+        """A function that makes the router of an adapted model; None where the method has none."""
+        config = self.config
+        if config.method not in ("route", "erase", "measure"):
+            return None
+        mode = config.method
+
+        def make(model: nn.Module) -> ap.Router:
+            if not self.uses_direction:
+                return ap.Router(model, None, mode=mode)
+            # one process extracts, and all read the same file
+            on_main(state, lambda: self._make_direction(model, tokenizer, folder.direction))
+            v = ap.Direction.load(folder.direction)
+            controls = {name: getattr(v, name)(config.seed) for name in config.controls}
+            return ap.Router(model, v, mode=mode, gate=config.gate, threshold=config.threshold, controls=controls)
+
+        return make
+
+    def _make_direction(self, model: nn.Module, tokenizer: Any, path: Path) -> None:
+        if path.exists():
+            return
+        if self.config.direction is not None:
+            v = ap.Direction.load(self.config.direction)
+        else:
+            fit, heldout = self._pairs()
+            model.eval()
+            v = ap.extract_direction(
+                model, tokenizer, fit, heldout=heldout, estimator=self.config.estimator, k=self.config.k
+            )
+            model.train()
+        temporary = path.with_name(f".{path.name}.tmp")
+        v.save(temporary)
+        temporary.replace(path)
+
+
+def on_main(state: PartialState, function: Callable[[], T]) -> T:
+    """Call on the main process; what it returns, or the error that it raises, comes to all."""
+    result: list[Any] = [None, None]
+    if state.is_main_process:
+        try:
+            result = [function(), None]
+        except (ValueError, OSError) as error:
+            if state.num_processes == 1:
+                raise
+            result = [None, f"{error}"]
+    value, message = broadcast_object_list(result)
+    if message is not None:
+        raise ValueError(message)
+    return value

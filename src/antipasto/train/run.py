@@ -1,0 +1,182 @@
+"""The job behind `antipasto train`: any causal LM, any `Task`, TRL's GRPO, routed."""
+
+from __future__ import annotations
+
+import re
+import sys
+from collections.abc import Callable
+from datetime import datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from accelerate.utils import broadcast_object_list
+from datasets import Dataset
+from rich.console import Console
+from transformers import PrinterCallback
+
+import antipasto as ap
+from antipasto.models import base_fingerprint, load_model, process_state, quiet, with_template_options
+from antipasto.run_folder import COMPLETE, RunFolder, write_json, write_text
+from antipasto.tasks import Task, load_task
+from antipasto.train.config import TrainConfig, steps_per_cycle, trainer_args
+from antipasto.train.gating import Gating, on_main
+from antipasto.trl import (
+    CompleteCheckpoints,
+    Interrupts,
+    MetricsLog,
+    ProgressBar,
+    RoutedGRPOTrainer,
+    RoutingCallback,
+)
+
+
+def start(config: TrainConfig, out: Path | None, console: Console, *, resume: bool = False) -> Path | None:
+    """`run`, in a folder that all processes agree on: ``runs/<task>-<time>`` unless there is one.
+
+    Returns:
+        The folder; None after Ctrl-C.
+    """
+    process_state()
+    name = re.sub(r"\W+", "-", Path(config.task.rpartition(":")[0] or config.task).stem)
+    default = Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
+    (folder,) = broadcast_object_list([str(out or default)])
+    return Path(folder) if run(config, Path(folder), console, resume=resume) else None
+
+
+# ── the run ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def run(config: TrainConfig, out: Path, console: Console, *, resume: bool = False) -> bool:
+    """Train; leave a run folder.
+
+    Args:
+        config: the run.
+        out: its folder: new or empty, or, to resume, one that a run has left.
+        console: where to print; the main process prints.
+        resume: continue from the folder's latest checkpoint.
+
+    Returns:
+        Whether the run came to its end; False after Ctrl-C.
+
+    Raises:
+        ValueError: options, files, model or task that do not fit; says which.
+    """
+    state = process_state()
+    folder = RunFolder(out)
+    console.quiet = console.quiet or not state.is_main_process
+    if resume and folder.is_finished:
+        raise ValueError(f"The run in {out} came to its end: there is nothing to continue.")
+    task = load_task(config.task)
+    with quiet():
+        args = trainer_args(config, task, out, state.num_processes)
+    if resume and (before := folder.read_run()["processes"]) != state.num_processes:
+        raise ValueError(
+            f"The run in {out} began on {before} process(es): it cannot continue on {state.num_processes}."
+        )
+    how = Gating(config, task, has_direction=resume and folder.direction.exists())
+    model, tokenizer = load_model(config.model, dtype=config.dtype)
+    with_template_options(tokenizer, args.chat_template_kwargs)
+    if not resume:
+        on_main(state, folder.create)
+    checkpoint = on_main(state, folder.last_checkpoint) if resume else None
+    with quiet():
+        trainer = RoutedGRPOTrainer(
+            model=model,
+            args=args,
+            reward_funcs=_judge(task, "reward"),
+            train_dataset=Dataset.from_list([dict(row) for row in task.train]),
+            processing_class=tokenizer,
+            peft_config=_adapter(config),
+            router=how.router(folder, tokenizer, state),
+            detector=_judge(task, "detector") if how.uses_detector or how.watches else None,
+            flagged=how.flagged,
+            oracle=None if task.oracle is None else _judge(task, "oracle"),
+            deploy_fraction=config.deploy_fraction,
+            rollout_log=folder.rollouts,
+        )
+        trainer.remove_callback(PrinterCallback)
+        on_main(state, lambda: _describe(trainer, config, folder, resume=resume))
+        trainer.callback_handler.callbacks.append(MetricsLog(folder.metrics))
+        trainer.add_callback(CompleteCheckpoints())
+        with Interrupts(console, steps_per_cycle(args)) as interrupts, ProgressBar(console, "training") as bar:
+            trainer.add_callback(interrupts)
+            trainer.add_callback(bar)
+            if checkpoint is not None:
+                console.print(f"continuing from {checkpoint}", highlight=False)
+            _train(trainer, checkpoint)
+        if interrupts.stopped:
+            console.print(
+                f"stopped after step {trainer.state.global_step} of {args.max_steps}, and saved. "
+                f"Continue with: antipasto train --resume {out}",
+                highlight=False,
+                soft_wrap=True,
+            )
+            return False
+        _finish(trainer, folder)
+    state.wait_for_everyone()
+    console.print(f"run folder: {out}\nnext: antipasto eval {out}", highlight=False, soft_wrap=True)
+    return True
+
+
+def _train(trainer: RoutedGRPOTrainer, checkpoint: Path | None) -> None:
+    """Train, from a checkpoint if there is one; from that of the last step on, there is nothing left but to take it."""
+    if checkpoint is None or int(checkpoint.name.rpartition("-")[2]) < trainer.args.max_steps:
+        trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+        return
+    trainer._load_from_checkpoint(str(checkpoint))
+    if trainer.router is not None:
+        trainer.router.load(checkpoint / RoutingCallback.FILE)
+    trainer.state.global_step = trainer.args.max_steps
+
+
+def _adapter(config: TrainConfig) -> ap.AntiPastoConfig:
+    adapter = ap.AntiPastoConfig(
+        rank=config.rank, target_modules=config.target_modules, exclude_modules=config.exclude_modules
+    )
+    adapter.cache_dir = config.cache_dir
+    return adapter
+
+
+def _judge(task: Task, role: Literal["reward", "oracle", "detector"]) -> Callable[..., list[float]]:
+    """One of a task's functions as TRL calls it, checked."""
+
+    def judge(prompts: list[Any], completions: list[Any], **columns: Any) -> list[float]:
+        return task.ask(role, prompts, completions, {name: columns[name] for name in task.columns})
+
+    judge.__name__ = role
+    return judge
+
+
+def _describe(trainer: RoutedGRPOTrainer, config: TrainConfig, folder: RunFolder, *, resume: bool) -> None:
+    """Write config and facts; of a run that continues, check that it is the same base."""
+    digest = base_fingerprint(trainer.model)
+    if resume:
+        before = folder.read_run()["base"]["fingerprint"]
+        if before != digest:
+            raise ValueError(
+                f"{config.model} has other weights now than when {folder.root} began: it cannot be continued."
+            )
+        return
+    write_text(folder.config, config.to_yaml())
+    names = ("antipasto", "torch", "transformers", "peft", "trl")
+    facts = {
+        "command": " ".join(sys.argv),
+        "versions": {name: version(name) for name in names},
+        "base": {"model": config.model, "fingerprint": digest},
+        "trainable": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
+        "processes": trainer.accelerator.num_processes,
+        "threads": torch.get_num_threads(),
+        "device": str(trainer.accelerator.device),
+    }
+    write_json(folder.run, facts)
+
+
+def _finish(trainer: RoutedGRPOTrainer, folder: RunFolder) -> None:
+    """Adapter and books, where they are looked for."""
+    trainer.save_model(str(folder.adapter))
+    if trainer.accelerator.is_main_process:
+        if trainer.router is not None:
+            trainer.router.save(folder.books)
+        write_json(folder.adapter / COMPLETE, {"step": trainer.state.global_step})
