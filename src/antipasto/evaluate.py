@@ -10,7 +10,7 @@ import torch
 from scipy.stats import binomtest
 from torch import nn
 
-from antipasto.tasks import Task
+from antipasto.tasks import REWARDED, SOLVED, Task
 
 
 @dataclass(frozen=True)
@@ -117,9 +117,6 @@ def _tokenize(tokenizer: Any, prompts: list[Any]) -> Any:
 
 
 # ── arms ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-REWARDED, SOLVED = 0.5, 0.5
-"""From here on a rollout counts as rewarded, by the reward, and as solved, by the oracle."""
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ from torch import Tensor
 from antipasto.directions import Direction
 from antipasto.gates import DEFAULT_THRESHOLD
 from antipasto.routing import read_books
+from antipasto.tasks import REWARDED, SOLVED
 from antipasto.terminal import add_row, plain, shorten
 from antipasto.tuner.config import PEFT_TYPE
 
@@ -47,7 +48,7 @@ _RUN_PARTS = (
     "rollouts.jsonl",
     "results.json",
 )
-_METRICS = re.compile(r"reward|kl|oracle.*|routing/.*")
+_METRICS = re.compile(r"reward(/\w+)?|kl|oracle|exploit|flagged|routing/.*")
 _KNOB = re.compile(r"(?:base_model\.model\.)?(?P<layer>.+)\.(?P<knob>delta_s|delta_s_hack)(?:\.weight)?")
 
 
@@ -364,7 +365,7 @@ def _config_table(folder: Path, config: Mapping[str, Any]) -> Table:
     for key, value in config.items():
         if isinstance(value, dict):
             lines += [(f"{key}.{name}", inner) for name, inner in value.items()]
-        else:
+        elif value is not None:  # what was left at its default says nothing
             lines.append((str(key), value))
     for key, value in lines[:_CONFIG_LINES]:
         add_row(table, shorten(key, 40), _value(value))
@@ -421,7 +422,7 @@ class _Tail(NamedTuple):
 def rollouts_parts(path: Path) -> list[RenderableType]:
     """How the rollouts' reward went, and those that point most along the hack direction."""
     notes: list[str] = []
-    columns: dict[str, list[float]] = {"reward": [], "oracle": [], "flagged": []}
+    columns: dict[str, list[float]] = {"reward": [], "oracle": [], "exploit": [], "flagged": []}
     top: list[_Tail] = []
     count = 0
     for where, row in _rows(path, notes):
@@ -429,6 +430,8 @@ def rollouts_parts(path: Path) -> list[RenderableType]:
             value = _number(row, key, where)
             if value is not None:
                 values.append(value)
+        if columns["oracle"] and len(columns["oracle"]) == len(columns["reward"]):
+            columns["exploit"].append(columns["reward"][-1] >= REWARDED and columns["oracle"][-1] < SOLVED)
         score = _number(row, "hackward", where)
         if score is not None and math.isfinite(score):
             entry = _Tail(score, -count, row)

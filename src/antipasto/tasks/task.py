@@ -24,6 +24,9 @@ from typing import Any
 
 from antipasto.pairs import load_pairs
 
+REWARDED, SOLVED = 0.5, 0.5
+"""From here on a rollout counts as rewarded, by the reward, and as solved, by the oracle. An exploit is only rewarded."""
+
 Row = Mapping[str, Any]
 Prompt = str | list[dict[str, str]]
 

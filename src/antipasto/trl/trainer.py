@@ -28,9 +28,9 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 from trl import GRPOTrainer
 
-from antipasto.evaluate import REWARDED, SOLVED
 from antipasto.rollouts import RolloutGrads, rollout_grads
 from antipasto.routing import Router
+from antipasto.tasks import REWARDED, SOLVED
 from antipasto.trl import rollout_log
 from antipasto.trl.advantages import deployed_positions, group_advantages, share_of
 from antipasto.trl.callbacks import RoutingCallback
