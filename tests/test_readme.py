@@ -14,8 +14,8 @@ ROOT = Path(__file__).parents[1]
 BLOCKS = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), flags=re.MULTILINE | re.DOTALL)
 
 
-def test_there_are_three() -> None:
-    assert len(BLOCKS) == 3
+def test_there_are_four() -> None:
+    assert len(BLOCKS) == 4
 
 
 @pytest.mark.parametrize("number", range(len(BLOCKS)))
@@ -33,6 +33,8 @@ def test_block(number: int, tmp_path: Path) -> None:
         assert (tmp_path / "runs" / "grpo" / "adapter" / "adapter_model.safetensors").exists()
     elif number == 1:
         assert "torch.Size([4, 8, 18])" in result.stdout
+    elif number == 3:
+        assert len((tmp_path / "runs" / "routed-rollouts.jsonl").read_text().splitlines()) == 5 * 8
     else:
         lines = result.stdout.splitlines()
         without, random = (float(line.split()[1]) for line in lines[-2:])

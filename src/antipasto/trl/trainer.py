@@ -111,6 +111,7 @@ class RoutedGRPOTrainer(GRPOTrainer):
         self._views: RowViews | None = None
         self.rollout_log = None if rollout_log is None else Path(rollout_log)
         if self.rollout_log is not None:
+            self.rollout_log.parent.mkdir(parents=True, exist_ok=True)
             self.add_callback(_LogContinues(self.rollout_log))
         if self.router is not None:
             if self.accelerator.num_processes > 1:
