@@ -20,10 +20,11 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from antipasto.evaluate import ArmRecord, judge_arm, sample_completions
+from antipasto.files import write_json, write_text
 from antipasto.knobs import deployed, reference
 from antipasto.models import base_fingerprint, best_device, load_model, quiet, with_template_options
 from antipasto.routing import read_books
-from antipasto.run_folder import RunFolder, write_json, write_text
+from antipasto.run_folder import RunFolder
 from antipasto.tasks import Task, load_task
 from antipasto.terminal import add_row
 from antipasto.tuner import AntiPastoConfig

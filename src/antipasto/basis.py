@@ -21,7 +21,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import uuid
 import warnings
 from pathlib import Path
 from typing import NamedTuple
@@ -30,8 +29,9 @@ import torch
 from filelock import FileLock
 from platformdirs import user_cache_dir
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor
+
+from antipasto.files import write_tensors
 
 WEIGHT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 """The dtypes of the weights that a basis can be computed for."""
@@ -242,20 +242,8 @@ def _verify(metadata: dict[str, str], tensors: dict[str, Tensor], key: str, weig
 
 
 def _write(path: Path, key: str, basis: Basis) -> None:
-    """Write to a temporary file beside ``path``, flush it to disk, rename it into place."""
     tensors = {name: tensor.cpu() for name, tensor in basis._asdict().items()}
-    metadata = {"format": _FORMAT, "weight": key, "digest": _digest(tensors)}
-    temporary = path.with_name(f".{key}-{uuid.uuid4().hex}.tmp")
-    try:
-        # opened here and not by tempfile or safetensors, whose files only their owner may read: a cache may be shared
-        with temporary.open("xb") as file:
-            file.write(save(tensors, metadata=metadata))
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
+    write_tensors(path, tensors, {"format": _FORMAT, "weight": key, "digest": _digest(tensors)})
 
 
 def _warn_unwritable(folder: Path, error: Exception) -> None:

@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 
 import typer
 from rich.console import Console
+from safetensors import SafetensorError
 
 from antipasto.basis import DEFAULT_CACHE
 from antipasto.terminal import plain
@@ -434,8 +435,12 @@ def _readable_errors(out: Path | None = None, *, extra: str | None = None) -> It
         yield
     except ValueError as error:
         _fail(str(error))
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         _fail(f"{error}." if out is None else f"{error}. The run folder is {out}.")
+    except RuntimeError as error:
+        if "PytorchStreamWriter" not in str(error) and "inline_container" not in str(error):
+            raise
+        _fail(f"a checkpoint could not be written: is the disk full? The run folder is {out}.")  # torch.save's words
     except ImportError as error:
         _fail(
             f"{error}." if extra is None else f"{error}. It needs the extra {extra!r}: pip install 'antipasto[{extra}]'"

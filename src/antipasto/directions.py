@@ -26,10 +26,10 @@ from typing import Any, Literal, NamedTuple
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from antipasto.basis import fingerprint
+from antipasto.files import write_tensors
 from antipasto.knobs import knobs
 from antipasto.pairs import ContrastPair
 from antipasto.rollouts import rollout_grads
@@ -253,7 +253,7 @@ class Direction(Mapping[str, Tensor]):
         """Write a safetensors file, with the fingerprints of the base weights."""
         heldout = None if self.heldout is None else dataclasses.asdict(self.heldout)
         metadata = {"format": _FORMAT, "fingerprints": json.dumps(self.fingerprints), "heldout": json.dumps(heldout)}
-        save_file(self.to_tensors(), path, metadata=metadata)
+        write_tensors(path, self.to_tensors(), metadata)
 
     @classmethod
     def load(cls, path: str | Path) -> Direction:

@@ -35,10 +35,10 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from antipasto.directions import Direction
+from antipasto.files import write_tensors
 from antipasto.gates import Control, Gate, GateName
 from antipasto.knobs import knobs
 from antipasto.momentum import MomentumSplit
@@ -444,9 +444,7 @@ class Router:
         if momentum is not None:
             tensors |= dict(zip(_MOMENTUM, momentum, strict=True))
         facts = {"steps": self.steps, "books": sorted(self._books), "last_overlap": self.last_overlap}
-        save_file(
-            {k: t.cpu().clone() for k, t in tensors.items()}, path, metadata={"format": _FORMAT, **_as_json(facts)}
-        )
+        write_tensors(path, {k: t.clone() for k, t in tensors.items()}, {"format": _FORMAT, **_as_json(facts)})
 
     def load(self, path: str | Path) -> None:
         """Continue from what `save` wrote.

@@ -17,9 +17,7 @@ from after the checkpoint are written again.
 from __future__ import annotations
 
 import json
-import os
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -87,21 +85,6 @@ class RunFolder:
                 return checkpoint
             shutil.rmtree(checkpoint)  # the process ended while it was written
         return None
-
-
-def write_json(path: Path, value: Mapping[str, Any]) -> None:
-    """Write a JSON file, whole or not at all."""
-    write_text(path, json.dumps(value, indent=2) + "\n")
-
-
-def write_text(path: Path, text: str) -> None:
-    """Write a file, whole or not at all."""
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

@@ -118,9 +118,7 @@ class Gating:
                 model, tokenizer, fit, heldout=heldout, estimator=self.config.estimator, k=self.config.k
             )
             model.train()
-        temporary = path.with_name(f".{path.name}.tmp")
-        v.save(temporary)
-        temporary.replace(path)
+        v.save(path)
 
 
 def on_main(state: PartialState, function: Callable[[], T]) -> T:

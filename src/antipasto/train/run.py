@@ -17,8 +17,9 @@ from rich.console import Console
 from transformers import PrinterCallback
 
 import antipasto as ap
+from antipasto.files import write_json, write_text
 from antipasto.models import base_fingerprint, load_model, process_state, quiet, with_template_options
-from antipasto.run_folder import COMPLETE, RunFolder, write_json, write_text
+from antipasto.run_folder import COMPLETE, RunFolder
 from antipasto.tasks import Task, load_task
 from antipasto.train.config import TrainConfig, steps_per_cycle, trainer_args
 from antipasto.train.gating import Gating, on_main

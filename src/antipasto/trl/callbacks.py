@@ -16,8 +16,9 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from antipasto.files import write_json
 from antipasto.routing import Router
-from antipasto.run_folder import COMPLETE, write_json
+from antipasto.run_folder import COMPLETE
 from antipasto.trl.rollout_log import truncate
 
 

@@ -16,6 +16,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from antipasto.files import write_text
+
 
 @dataclass
 class Rollout:
@@ -50,6 +52,4 @@ def truncate(path: Path, step: int, *, key: str = "step") -> None:
             break  # the process ended in the middle of it
         if row[key] < step:
             kept.append(line + "\n")
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text("".join(kept), encoding="utf-8")
-    temporary.replace(path)
+    write_text(path, "".join(kept))
