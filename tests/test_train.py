@@ -345,4 +345,3 @@ def test_a_folder_with_something_in_it_is_left_alone(tmp_path: Path) -> None:
     assert code == 2
     assert "not an empty folder" in text
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
-
