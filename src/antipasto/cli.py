@@ -36,19 +36,32 @@ Model = Annotated[
 TargetModules = Annotated[
     str | None,
     typer.Option(
-        metavar="NAMES", help="Layers to adapt: names with commas between, or 'all-linear'.", show_default="known names"
+        metavar="NAMES",
+        help="Layers to adapt: names with commas between, or 'all-linear'.",
+        show_default="known names",
+        rich_help_panel=ADAPTER,
     ),
 ]
 ExcludeModules = Annotated[
-    str | None, typer.Option(metavar="NAMES", help="Layers to leave out of those.", show_default="none")
+    str | None,
+    typer.Option(metavar="NAMES", help="Layers to leave out of those.", show_default="none", rich_help_panel=ADAPTER),
 ]
 CacheDir = Annotated[
     str | None,
-    typer.Option(metavar="DIR", help="Where singular bases are kept.", show_default="$ANTIPASTO_CACHE or the user's"),
+    typer.Option(
+        metavar="DIR",
+        help="Where singular bases are kept.",
+        show_default="$ANTIPASTO_CACHE or the user's",
+        rich_help_panel=ADAPTER,
+    ),
 ]
 Dtype = Annotated[
     Literal["auto", "float32", "bfloat16", "float16"],
-    typer.Option(help="Of the weights; 'auto' as saved. Each dtype has its own bases."),
+    typer.Option(help="Of the weights; 'auto' as saved. Each dtype has its own bases.", rich_help_panel=ADAPTER),
+]
+Rank = Annotated[
+    int | None,
+    typer.Option(min=1, help="Top singular directions of each layer.", show_default="all", rich_help_panel=ADAPTER),
 ]
 
 
@@ -226,38 +239,11 @@ def train(
             rich_help_panel=ROUTING,
         ),
     ] = None,
-    rank: Annotated[
-        int | None,
-        typer.Option(min=1, help="Top singular directions of each layer.", show_default="all", rich_help_panel=ADAPTER),
-    ] = None,
-    target_modules: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAMES",
-            help="Layers to adapt: names with commas between, or 'all-linear'.",
-            show_default="known names",
-            rich_help_panel=ADAPTER,
-        ),
-    ] = None,
-    exclude_modules: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAMES", help="Layers to leave out of those.", show_default="none", rich_help_panel=ADAPTER
-        ),
-    ] = None,
-    cache_dir: Annotated[
-        str | None,
-        typer.Option(
-            metavar="DIR",
-            help="Where singular bases are kept.",
-            show_default="$ANTIPASTO_CACHE or the user's",
-            rich_help_panel=ADAPTER,
-        ),
-    ] = None,
-    dtype: Annotated[
-        Literal["auto", "float32", "bfloat16", "float16"],
-        typer.Option(help="Of the base weights; 'auto' as saved.", rich_help_panel=ADAPTER),
-    ] = "auto",
+    rank: Rank = None,
+    target_modules: TargetModules = None,
+    exclude_modules: ExcludeModules = None,
+    cache_dir: CacheDir = None,
+    dtype: Dtype = "auto",
     steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 100,
     prompts: Annotated[int, typer.Option(min=1, help="Prompts a step.")] = 4,
     generations: Annotated[int, typer.Option(min=2, help="Rollouts of each prompt.")] = 8,
@@ -338,9 +324,7 @@ def extract(
     ] = "tstat",
     k: Annotated[int, typer.Option("--k", min=1, help="Rows a layer; more than one with 'svd' only.")] = 1,
     heldout: Annotated[float, typer.Option(min=0, max=1, help="Share of pairs to score with and not use.")] = 0.25,
-    rank: Annotated[
-        int | None, typer.Option(min=1, help="Top singular directions of each layer.", show_default="all")
-    ] = None,
+    rank: Rank = None,
     target_modules: TargetModules = None,
     exclude_modules: ExcludeModules = None,
     cache_dir: CacheDir = None,

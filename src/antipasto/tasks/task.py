@@ -153,10 +153,7 @@ class Task:
             ValueError: the arguments have different lengths, a completion is no text, or a function names a column that is
                 not there.
         """
-        for name, values in {"prompts": prompts, **columns}.items():
-            if len(values) != len(completions):
-                raise ValueError(f"{name} has {len(values)} entries for {len(completions)} completions.")
-        batch = {**columns, "prompts": prompts, "completions": [completion_text(c) for c in completions]}
+        batch = _batch(prompts, completions, columns)
         judged = {role: _Call(role, function, batch).values() for role, function in self._functions()}
         flags = judged.get("detector")
         return Judged(judged["reward"], judged.get("oracle"), None if flags is None else [bool(flag) for flag in flags])
@@ -169,12 +166,22 @@ class Task:
         columns: Mapping[str, Sequence[Any]],
     ) -> list[float]:
         """One of `judge`'s questions alone: ``reward``, ``oracle`` or ``detector``; raises as it does."""
-        batch = {**columns, "prompts": prompts, "completions": [completion_text(c) for c in completions]}
+        batch = _batch(prompts, completions, columns)
         return _Call(role, dict(self._functions())[role], batch).values()
 
     def _functions(self) -> list[tuple[str, Callable[..., Any]]]:
         optional = (("oracle", self.oracle), ("detector", self.detector))
         return [("reward", self.reward), *((role, function) for role, function in optional if function is not None)]
+
+
+def _batch(
+    prompts: Sequence[Prompt], completions: Sequence[Any], columns: Mapping[str, Sequence[Any]]
+) -> dict[str, Sequence[Any]]:
+    """What a function may be called with, one entry per rollout each."""
+    for name, values in {"prompts": prompts, **columns}.items():
+        if len(values) != len(completions):
+            raise ValueError(f"{name} has {len(values)} entries for {len(completions)} completions.")
+    return {**columns, "prompts": prompts, "completions": [completion_text(c) for c in completions]}
 
 
 def completion_text(completion: Any) -> str:

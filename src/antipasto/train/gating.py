@@ -65,12 +65,10 @@ class Gating:
                 ap.Direction.load(config.direction)
             else:
                 self._pairs()
-        # a detector that nothing goes by is still worth a column in the logs
-        self.watches = task.detector is not None and not self.uses_detector
-        flagged: dict[str, Literal["penalty", "drop"]] = {"penalty": "penalty", "drop": "drop"}
-        self.flagged: Literal["watch", "route", "penalty", "drop"] = (
-            "watch" if self.watches else flagged.get(method, "route")
-        )
+        actions: dict[str, Literal["penalty", "drop"]] = {"penalty": "penalty", "drop": "drop"}
+        self.flagged: Literal["watch", "route", "penalty", "drop"] = actions.get(method, "route")
+        if task.detector is not None and not self.uses_detector:
+            self.flagged = "watch"  # a detector that nothing goes by is still worth a column in the logs
 
     def _refuse_unused(self) -> None:
         """Options of a direction where there is none, or of its extraction where it comes from a file."""

@@ -68,12 +68,12 @@ class ProgressBar(TrainerCallback):
     ) -> None:
         if not logs or "reward" not in logs:
             return
-        numbers = {name: logs[name] for name in ("reward", "oracle", "exploit", "flagged", "kl") if name in logs}
         self._progress.update(
             self._task, reward=f"{logs['reward']:.2f}", kl=f"{logs['kl']:.3f}" if "kl" in logs else "-"
         )
         if not self._console.is_terminal:
-            said = "  ".join(f"{name} {value:.3f}" for name, value in numbers.items())
+            names = ("reward", "oracle", "exploit", "flagged", "kl")
+            said = "  ".join(f"{name} {logs[name]:.3f}" for name in names if name in logs)
             self._console.print(f"step {state.global_step}/{state.max_steps}  {said}", highlight=False, soft_wrap=True)
 
 
