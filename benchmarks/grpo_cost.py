@@ -94,8 +94,8 @@ def seconds(variant: str, layers: int, folder: str) -> tuple[float, float]:
     options: dict[str, Any] = {
         "model": make_model(layers),
         "args": args,
-        # another reward for every rollout: no group is without a gradient
-        "reward_funcs": lambda completions, **_: [float(next(draws) % 7) for _ in completions],
+        # right or wrong, both in every group and among its unflagged: no rollout is without an advantage
+        "reward_funcs": lambda completions, **_: [float(next(draws) % 3 == 0) for _ in completions],
         "train_dataset": Dataset.from_list([{"prompt": addition.prompt("h", p)} for p in addition.split("train")[:64]]),
         "processing_class": AutoTokenizer.from_pretrained(addition.model_path()),
         "peft_config": ap.AntiPastoConfig(),

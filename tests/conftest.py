@@ -1,14 +1,23 @@
-"""No network, no cache but the test's own."""
+"""No network, no cache but the tests' own."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 # one thread here and in every child: tests run in parallel processes, and OpenMP's threads spin while they wait for each other
 os.environ["OMP_NUM_THREADS"] = "1"
 
 import pytest
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _no_cache_of_the_users(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """For the fixtures of modules, which come before those of tests: another process's basis may differ in its last bits."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("ANTIPASTO_CACHE", str(tmp_path_factory.mktemp("basis-cache")))
+        yield
 
 
 @pytest.fixture(autouse=True)

@@ -66,6 +66,11 @@ class Reference:
         moved = self._adam(g, lr) if self.is_adam else self._sgd(g, lr)
         if self.decoupled:
             moved["D"] = moved["D"] - lr * decay * x.double()
+        if self.is_adam:
+            whole = moved["D"] + moved["Q"]
+            limit = whole.abs().clamp_min(lr)
+            moved["D"] = moved["D"].clamp(-limit, limit)
+            moved["Q"] = whole - moved["D"]
         return moved["D"], moved["Q"]
 
     def _adam(self, g: dict[str, torch.Tensor], lr: float) -> dict[str, torch.Tensor]:
@@ -172,6 +177,17 @@ def test_a_tiny_part_gets_a_tiny_step_where_an_adam_of_its_own_takes_a_full_one(
         assert delta_Q.abs().max() < 1e-4 * lr
         assert delta.norm() > 0.1 * lr
         assert own.norm() > 0.1 * lr
+
+
+@pytest.mark.parametrize("name", [name for name in OPTIMIZERS if name.startswith("Adam")])
+def test_two_parts_that_nearly_cancel_do_not_make_the_deployed_one_jump(name: str) -> None:
+    """Adam's first step is lr in every coordinate; the unbounded part would be a thousand times that, for good."""
+    run = Run(OPTIMIZERS[name])
+    lr = run.optimizer.param_groups[0]["lr"]
+    for g, small in parts(9, 4):
+        delta, delta_Q = run.step(g + 1e-3 * small, -g)
+        assert (delta - delta_Q).abs().max() <= 1.001 * torch.maximum(delta.abs().max(), torch.tensor(lr))
+        assert delta.norm() > 0.1 * lr
 
 
 @pytest.mark.parametrize("name", ["Adam", "AdamW", "SGD momentum", "SGD"])

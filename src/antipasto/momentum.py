@@ -10,6 +10,10 @@ preconditioner that the whole gradient has built up, and the steps add up to the
 
     Δ = Δ_D + Δ_Q
 
+Adam bounds its own step, and not a part's: where g_D and g_Q nearly cancel, v is small and both parts are huge, most of all in
+the first steps, when v is little more than g². What ships must not jump, so under Adam |Δ_D| ≤ max(|Δ|, lr), per coordinate,
+and what is cut off stays in the quarantine.
+
 An Adam of its own for g_Q would not do: it rescales a tiny gradient to a full-size step. Weight decay belongs to the deployed
 part. Where the quarantine's momentum is exactly zero, so is Δ_Q; where the deployed part's is, Δ_Q is Δ, exactly.
 
@@ -79,8 +83,8 @@ class MomentumSplit:
         """
         sizes = [p.numel() for p in self._parameters]
         moved = []
-        split = zip(*(t.split(sizes) for t in (g_D, g_Q, self.deployed, self.quarantined)), strict=True)
-        for index, (gradient_D, gradient_Q, m_D, m_Q) in enumerate(split):
+        split = zip(*(t.split(sizes) for t in (g_D, g_Q, self.deployed, self.quarantined, delta)), strict=True)
+        for index, (gradient_D, gradient_Q, m_D, m_Q, whole) in enumerate(split):
             if self._parameters[index].grad is None:  # the optimizer passes it over, and its momentum stays as it is
                 moved.append(torch.zeros_like(gradient_Q))
                 continue
@@ -88,13 +92,21 @@ class MomentumSplit:
             keep, new = self._weights(index)
             m_D.mul_(keep).add_(gradient_D, alpha=new)  # views: written into the whole
             m_Q.mul_(keep).add_(gradient_Q, alpha=new)
-            moved.append(-float(group["lr"]) * self._direction(index, gradient_Q, m_Q))
+            lr = float(group["lr"])
+            moved.append(self._within(-lr * self._direction(index, gradient_Q, m_Q), whole, lr))
         delta_Q = torch.cat(moved)
         if not any(
             group.get("weight_decay") for group in self._groups
         ):  # else the decay is part of Δ, and not the quarantine's
             delta_Q = torch.where(self.deployed == 0, delta, delta_Q)
         return torch.where(self.quarantined == 0, torch.zeros_like(delta_Q), delta_Q)
+
+    def _within(self, delta_Q: Tensor, delta: Tensor, lr: float) -> Tensor:
+        """Δ_Q, such that under Adam Δ_D = Δ − Δ_Q stays within max(|Δ|, lr)."""
+        if not self._is_adam:
+            return delta_Q
+        limit = delta.abs().clamp_min(lr)
+        return torch.minimum(torch.maximum(delta_Q, delta - limit), delta + limit)
 
     def _weights(self, index: int) -> tuple[float, float]:
         """Of the old momentum and of the new gradient."""

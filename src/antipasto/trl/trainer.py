@@ -45,23 +45,31 @@ DEPLOY_FRACTION = 0.5
 
 
 class _Tape:
-    """The model's outputs as leaves, so that a loss can be taken of them twice and ∂L/∂output be seen."""
+    """The model's outputs as leaves, so that a loss can be taken of them twice and ∂L/∂output be seen.
+
+    Attributes:
+        graph: the outputs that the loss depends on, with their graph: the others (entropies, mostly) need no backward.
+    """
 
     def __init__(self) -> None:
+        self._outputs: tuple[Tensor | None, ...] | None = None
+        self._leaves: list[Tensor] = []
         self.graph: list[Tensor] = []
-        self.leaves: list[Tensor] = []
 
     def replay(self, forward: Callable[[], tuple[Tensor | None, ...]]) -> tuple[Tensor | None, ...]:
-        if not self.graph:
+        if self._outputs is None:
             self._outputs = forward()
-            self.graph = [output for output in self._outputs if output is not None]
-            self.leaves = [output.detach().requires_grad_() for output in self.graph]
-        leaves = iter(self.leaves)
+            self._leaves = [output.detach().requires_grad_() for output in self._outputs if output is not None]
+        leaves = iter(self._leaves)
         return tuple(None if output is None else next(leaves) for output in self._outputs)
 
     def gradient(self, loss: Tensor) -> list[Tensor]:
-        grads = torch.autograd.grad(loss, self.leaves, allow_unused=True)
-        return [torch.zeros_like(leaf) if g is None else g for g, leaf in zip(grads, self.leaves, strict=True)]
+        """∂L/∂output of each of `graph`."""
+        assert self._outputs is not None
+        grads = torch.autograd.grad(loss, self._leaves, allow_unused=True)
+        outputs = [output for output in self._outputs if output is not None]
+        self.graph = [output for output, g in zip(outputs, grads, strict=True) if g is not None]
+        return [g for g in grads if g is not None]
 
 
 class RoutedGRPOTrainer(GRPOTrainer):
