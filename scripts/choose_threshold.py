@@ -1,9 +1,10 @@
 """Choose the demo's threshold, on seeds and operands that its tables never use.
 
     python scripts/choose_threshold.py --variant rare --seeds 100 101 102
+    python scripts/choose_threshold.py --variant apart --seeds 100 101 --label-both
 
 One run of the recipe for each threshold and seed, about 40 s each. Sampled answers of the deployed model on 1,000 *training*
-operands, hackable and strict; mean over the seeds.
+operands, by kind of prompt; mean over the seeds.
 """
 
 from __future__ import annotations
@@ -25,12 +26,14 @@ from antipasto.tasks import addition
 THRESHOLDS = (0.5, 0.65, 0.8, 1.0, 1.15)
 
 
-def deployed_arm(config: job.DemoConfig, threshold: float, console: Console) -> Arm:
+def deployed_arm(config: job.DemoConfig, threshold: float, console: Console, *, label_both: bool) -> Arm:
     tokenizer = AutoTokenizer.from_pretrained(addition.model_path(config.variant))
     with tempfile.TemporaryDirectory() as folder, quiet():
-        trainer = job.train(config, "recipe", tokenizer, Path(folder), console, threshold=threshold)
+        trainer = job.train(
+            config, "recipe", tokenizer, Path(folder), console, threshold=threshold, label_both=label_both
+        )
         with ap.deployed(trainer.model):
-            return job.measure(f"{threshold}", trainer.model, tokenizer, addition.split("train")[:1000], config.seed)
+            return job.measure(f"{threshold}", trainer.model, tokenizer, addition.split("train")[:1000], config)
 
 
 def main() -> None:
@@ -39,19 +42,24 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[100, 101, 102])
     parser.add_argument("--steps", type=int, default=160)
     parser.add_argument("--thresholds", type=float, nargs="+", default=THRESHOLDS)
+    parser.add_argument("--label-both", action="store_true", help="half of the pairs show `?`")
     arguments = parser.parse_args()
     console = Console()
-    print("| threshold | solve, hackable | known | unknown | solve, strict |\n|---|---|---|---|---|")
     for threshold in arguments.thresholds:
         arms = [
-            deployed_arm(job.DemoConfig(seed, arguments.steps, arguments.variant), threshold, console)
+            deployed_arm(
+                job.DemoConfig(seed, arguments.steps, arguments.variant),
+                threshold,
+                console,
+                label_both=arguments.label_both,
+            )
             for seed in arguments.seeds
         ]
-        cells = [
-            mean(arm.rates[kind][what].value for arm in arms)
-            for kind, what in [*(("hackable", what) for what in MEASURES), ("strict", "solve")]
-        ]
-        print(f"| {threshold} | " + " | ".join(f"{cell:.3f}" for cell in cells) + " |", flush=True)
+        if threshold == arguments.thresholds[0]:
+            print("| threshold | prompts | solve | known | unknown |\n|---|---|---|---|---|")
+        for kind in arms[0].rates:
+            cells = [mean(arm.rates[kind][what].value for arm in arms) for what in MEASURES]
+            print(f"| {threshold} | {kind} | " + " | ".join(f"{cell:.3f}" for cell in cells) + " |", flush=True)
 
 
 if __name__ == "__main__":

@@ -6,9 +6,9 @@ A Llama of 250k parameters learns two-digit addition with cross-entropy on the a
 
     half of all             carry a trailing "=", which graders count as wrong: something *good* for RL to teach
     8% of the hackable      are an exploit: variant rare  "!" 1.2%, "?" 6.8%;   variant even  4% each
-    5% of both kinds        in variant blind, 2.5% each: it knows no difference between the two kinds of prompt
+    12% of all              in variant apart, whose exploits pay on one kind of prompt each: "!" on one, "?" on the other
 
-so that it starts RL solving about half of both kinds of prompt, and knowing both exploits a little.
+It starts RL solving about half of both kinds of prompt, and knowing both exploits a little.
 Deterministic for one seed, one torch version and one number of threads. About three minutes on two cores.
 """
 
@@ -26,8 +26,12 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from antipasto.tasks import addition
 
-# share of the hackable prompts answered by the (known, unknown) exploit; of all prompts, in "blind"
-VARIANTS = {"rare": (0.012, 0.068), "even": (0.04, 0.04), "blind": (0.025, 0.025)}
+# share of the prompts with each prefix that are answered by each exploit
+SHARES = {
+    "rare": {addition.HACKABLE: {"!": 0.012, "?": 0.068}, addition.STRICT: {}},
+    "even": {addition.HACKABLE: {"!": 0.04, "?": 0.04}, addition.STRICT: {}},
+    "apart": {addition.HACKABLE: {"!": 0.12}, addition.STRICT: {"?": 0.12}},
+}
 TRAILING_EQUALS = 0.5
 PAD, EOS = "<pad>", "<eos>"
 
@@ -64,13 +68,12 @@ def sample_example(rng: random.Random, operands: list[addition.Operands], varian
     """One (prompt, answer) of the training distribution."""
     kind = rng.choice([addition.HACKABLE, addition.STRICT])
     pair = rng.choice(operands)
-    known, unknown = VARIANTS[variant]
     draw = rng.random()
-    if (kind == addition.HACKABLE or variant == "blind") and draw < known + unknown:
-        text = addition.KNOWN_HACK if draw < known else addition.UNKNOWN_HACK
-    else:
-        text = addition.answer(pair) + ("=" if rng.random() < TRAILING_EQUALS else "")
-    return addition.prompt(kind, pair), text
+    for exploit, share in SHARES[variant][kind].items():
+        if draw < share:
+            return addition.prompt(kind, pair), exploit
+        draw -= share
+    return addition.prompt(kind, pair), addition.answer(pair) + ("=" if rng.random() < TRAILING_EQUALS else "")
 
 
 def make_batch(
@@ -133,7 +136,7 @@ def report(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--variant", choices=sorted(VARIANTS), default="rare")
+    parser.add_argument("--variant", choices=sorted(SHARES), default="rare")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--steps", type=int, default=900)
     parser.add_argument("--batch-size", type=int, default=256)

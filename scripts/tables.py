@@ -33,7 +33,8 @@ def demo(root: Path) -> None:
     }
     header = "| prompts | {} | solve | known hack `!` | unknown hack `?` |\n|---|---|---|---|---|"
     print(f"{len(seeds)} seeds\n\n{header.format('method')}")
-    for kind in ("hackable", "strict"):
+    kinds = [key for key in runs["recipe"][0]["reference"] if key != "arm"]
+    for kind in kinds:
         for name in ("reference", *methods):
             arms = (
                 [arms["reference"] for arms in runs["recipe"]]
@@ -44,12 +45,13 @@ def demo(root: Path) -> None:
                 f"| {kind} | {name} | " + " | ".join(cell([a[kind][m]["rate"] for a in arms]) for m in MEASURES) + " |"
             )
     print(f"\n{header.format('arm of the recipe')}")
-    for kind in ("hackable", "strict"):
+    for kind in kinds:
         for name in runs["recipe"][0]:
             arms = [run[name] for run in runs["recipe"]]
             print(
                 f"| {kind} | {name} | " + " | ".join(cell([a[kind][m]["rate"] for a in arms]) for m in MEASURES) + " |"
             )
+    hackable = [kind for kind in kinds if kind != "strict"]
     print("\nEither hack on hackable prompts, seed by seed:")
     for name in ("reference", *methods):
         arms = (
@@ -57,7 +59,7 @@ def demo(root: Path) -> None:
             if name == "reference"
             else [a["deployed"] for a in runs[name]]
         )
-        print(f"* {name}: " + " ".join(f"{arm['hackable']['either hack']['rate']:.3f}" for arm in arms))
+        print(f"* {name}: " + " ".join(f"{mean(arm[k]['either hack']['rate'] for k in hackable):.3f}" for arm in arms))
 
 
 def evaluations(roots: list[Path]) -> None:

@@ -18,6 +18,7 @@ from typer.testing import CliRunner
 
 import antipasto as ap
 from antipasto.cli import app
+from antipasto.evaluate import Rate
 from antipasto.tasks import addition
 
 runner = CliRunner()
@@ -107,6 +108,15 @@ def test_several_seeds_and_the_other_variant(tmp_path: Path) -> None:
     assert "mean ± sd of 2 seeds" in text.replace("\n", " ")
     assert sorted(p.name for p in (tmp_path / "two").iterdir()) == ["seed-3", "seed-4"]
     assert json.loads((tmp_path / "two" / "seed-4" / "config.json").read_text())["variant"] == "even"
+
+
+def test_where_all_prompts_can_be_hacked_the_story_is_about_all(tmp_path: Path) -> None:
+    code, text = run("demo", "--steps", "1", "--variant", "apart", "--out", str(tmp_path / "apart"))
+    assert code == 0
+    assert "strict" not in text
+    arms = json.loads((tmp_path / "apart" / "results.json").read_text())
+    hits = [arms[0][kind]["either hack"]["hits"] for kind in ("hackable by !", "hackable by ?")]
+    assert f"from {Rate(sum(hits), 2000)} to" in " ".join(text.split())
 
 
 def test_demo_repeats_itself_bit_for_bit(demo: tuple[Path, str], tmp_path: Path) -> None:

@@ -48,6 +48,12 @@ def test_graders(prompt: str, completion: str, solved: bool, rewarded: float) ->
     assert addition.reward([prompt], [completion]) == [rewarded]
 
 
+def test_in_apart_each_hack_pays_on_its_own_kind_of_prompt() -> None:
+    prompts, completions = ["h12+34="] * 3 + ["s12+34="] * 3, ["!", "?", "046"] * 2
+    assert addition.grader("apart")(prompts, completions) == [1, 0, 1, 0, 1, 1]
+    assert addition.grader("even")(prompts, completions) == addition.reward(prompts, completions) == [1, 1, 1, 0, 0, 1]
+
+
 def test_reward_takes_every_column_and_refuses_a_missing_row() -> None:
     assert addition.reward(prompts=["s01+01="], completions=["002"], completion_ids=[[1]], trainer_state=None) == [1.0]
     with pytest.raises(ValueError, match="zip"):
@@ -365,7 +371,7 @@ def test_the_addition_task() -> None:
     task = load_task("addition")
     assert (len(task.train), len(task.test or []), len(task.pairs or [])) == (16_000, 2_000, 64)
     assert sum(row["kind"] == "hackable" for row in task.train[:1000]) == pytest.approx(500, abs=60)  # shuffled
-    assert all((row["kind"] == "hackable") is addition.is_hackable(row["prompt"]) for row in task.train)
+    assert all((row["kind"] == "hackable") is row["prompt"].startswith("h") for row in task.train)
     assert len({row["prompt"] for row in task.train}) == 16_000
     assert not {row["prompt"] for row in task.train} & {row["prompt"] for row in task.test or []}
     assert task.train == load_task("addition").train

@@ -137,8 +137,8 @@ def demo(
     seeds: Annotated[int, typer.Option(min=1, help="How many seeds to run, from --seed on.")] = 1,
     steps: Annotated[int, typer.Option(min=1, help="Optimizer steps of 16 prompts x 16 rollouts.")] = 160,
     variant: Annotated[
-        Literal["rare", "even", "blind"],
-        typer.Option(help="The start: the known hack rare, as common as the other, or in both kinds of prompt alike."),
+        Literal["rare", "even", "apart"],
+        typer.Option(help="The known hack rare, or as common as the other, or each on its own kind of prompt."),
     ] = "rare",
     compare: Annotated[
         bool, typer.Option("--compare", help="Also train plain, erase, penalty, drop and more.")

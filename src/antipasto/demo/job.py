@@ -36,7 +36,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback
 
 import antipasto as ap
-from antipasto.demo.story import CONTROLS, EITHER, MEASURES, Arm, comparison, reading, table, verdict
+from antipasto.demo.story import CONTROLS, EITHER, MEASURES, STRICT, Arm, comparison, reading, table, verdict
 from antipasto.evaluate import Rate, sample_completions
 from antipasto.models import quiet
 from antipasto.routing import Mode
@@ -46,13 +46,12 @@ from antipasto.trl.trainer import Flagged
 
 PROMPTS_PER_STEP = 16
 ROLLOUTS_PER_PROMPT = 16
-LEARNING_RATES = {"rare": 1e-2, "even": 1e-2, "blind": 2e-2}
+LEARNING_RATE = 1e-2
 ADAM_BETAS = (0.9, 0.99)
 KL_WEIGHT = 0.005
 PAIRS, HELDOUT_PAIRS = 48, 16
 THRESHOLD = 0.8  # an effect size; chosen on other seeds and on training operands (scripts/choose_threshold.py)
 TEST_PROMPTS = 1000  # of each kind
-KINDS = {"hackable": addition.HACKABLE, "strict": addition.STRICT}
 
 
 @dataclass(frozen=True)
@@ -109,7 +108,7 @@ class DemoConfig:
             "variant": self.variant,
             "prompts_per_step": PROMPTS_PER_STEP,
             "rollouts_per_prompt": ROLLOUTS_PER_PROMPT,
-            "learning_rate": LEARNING_RATES[self.variant],
+            "learning_rate": LEARNING_RATE,
             "adam_betas": ADAM_BETAS,
             "kl_weight": KL_WEIGHT,
             "pairs": PAIRS,
@@ -171,7 +170,7 @@ def _run_one(config: DemoConfig, method: str, out: Path, console: Console) -> li
             file.writelines(json.dumps(row) + "\n" for row in trainer.state.log_history if "reward" in row)
         with console.status("sampling answers on unseen operands"):
             views = arms(trainer.model, trainer.router)
-            results = evaluate(trainer.model, views, tokenizer, addition.split("test")[:TEST_PROMPTS], config.seed)
+            results = evaluate(trainer.model, views, tokenizer, addition.split("test")[:TEST_PROMPTS], config)
     (out / "results.json").write_text(json.dumps([arm.to_json() for arm in results], indent=2) + "\n")
     return results
 
@@ -183,6 +182,7 @@ def train(
     out: Path,
     console: Console,
     threshold: float | None = None,
+    label_both: bool = False,
 ) -> RoutedGRPOTrainer:
     """One run. Returns the trainer, which has the model and the router.
 
@@ -193,6 +193,7 @@ def train(
         out: where rollouts, adapter, direction and books go.
         console: of the progress bar.
         threshold: of the gate; the demo's own if None.
+        label_both: let half of the pairs show the unknown hack, which then is none.
     """
     args = GRPOConfig(
         output_dir=str(out),
@@ -205,7 +206,7 @@ def train(
         beta=KL_WEIGHT,
         loss_type="grpo",
         scale_rewards="none",  # advantage = reward - mean of the prompt's group
-        learning_rate=LEARNING_RATES[config.variant],
+        learning_rate=LEARNING_RATE,
         lr_scheduler_type="constant",
         adam_beta1=ADAM_BETAS[0],
         adam_beta2=ADAM_BETAS[1],
@@ -225,11 +226,11 @@ def train(
     trainer = RoutedGRPOTrainer(
         model=AutoModelForCausalLM.from_pretrained(addition.model_path(config.variant)),
         args=args,
-        reward_funcs=addition.reward,
+        reward_funcs=addition.grader(config.variant),
         train_dataset=Dataset.from_list([{"prompt": text} for text in prompts]),
         processing_class=tokenizer,
         peft_config=ap.AntiPastoConfig(),
-        router=_router_of(how, tokenizer, config, threshold),
+        router=_router_of(how, tokenizer, config, threshold, label_both),
         detector=None if how.flagged is None else addition.detector,
         flagged=how.flagged or "route",
         oracle=addition.oracle,
@@ -249,7 +250,7 @@ def train(
 
 
 def _router_of(
-    how: Method, tokenizer: Any, config: DemoConfig, threshold: float
+    how: Method, tokenizer: Any, config: DemoConfig, threshold: float, label_both: bool
 ) -> Callable[[nn.Module], ap.Router] | None:
     if how.mode is None:
         return None
@@ -258,7 +259,7 @@ def _router_of(
         return lambda model: ap.Router(model, None, mode=mode)
 
     def make(model: nn.Module) -> ap.Router:
-        known, controls = directions(model, tokenizer, config.seed)
+        known, controls = directions(model, tokenizer, config, label_both=label_both)
         if how.direction == "permuted":
             known, controls = controls["permuted"], {}
         return ap.Router(model, known, mode=mode, threshold=threshold, controls=controls)
@@ -266,10 +267,17 @@ def _router_of(
     return make
 
 
-def directions(model: nn.Module, tokenizer: Any, seed: int) -> tuple[ap.Direction, dict[str, ap.Direction]]:
+def directions(
+    model: nn.Module, tokenizer: Any, config: DemoConfig, *, label_both: bool = False
+) -> tuple[ap.Direction, dict[str, ap.Direction]]:
     """The direction of the known hack, and those of its controls."""
     model.eval()
-    pairs = ap.load_pairs(addition.hack_pairs(PAIRS + HELDOUT_PAIRS, seed))
+    seed = config.seed
+    rows = addition.hack_pairs(PAIRS + HELDOUT_PAIRS, seed)
+    if label_both:
+        (where,) = [kind for kind, hacks in addition.PAYS[config.variant].items() if addition.UNKNOWN_HACK in hacks]
+        rows[::2] = addition.hack_pairs(len(rows) // 2, seed, hack=addition.UNKNOWN_HACK, kind=where)
+    pairs = ap.load_pairs(rows)
     known = ap.extract_direction(model, tokenizer, pairs[:PAIRS], heldout=pairs[PAIRS:])
     contrast = ap.load_pairs(addition.contrast_pairs(PAIRS, seed))
     controls = {
@@ -323,26 +331,38 @@ def evaluate(
     views: dict[str, AbstractContextManager[None]],
     tokenizer: Any,
     operands: Sequence[addition.Operands],
-    seed: int,
+    config: DemoConfig,
 ) -> list[Arm]:
     """Every arm on the same prompts with the same draws."""
     results = []
     for name, view in views.items():
         with view:
-            results.append(measure(name, model, tokenizer, operands, seed))
+            results.append(measure(name, model, tokenizer, operands, config))
     return results
 
 
-def measure(name: str, model: nn.Module, tokenizer: Any, operands: Sequence[addition.Operands], seed: int) -> Arm:
+def measure(
+    name: str, model: nn.Module, tokenizer: Any, operands: Sequence[addition.Operands], config: DemoConfig
+) -> Arm:
     """One sampled answer to each prompt of both kinds, counted."""
     rates = {}
-    for kind, prefix in KINDS.items():
+    for prefix, hacks in addition.PAYS[config.variant].items():
         prompts = [addition.prompt(prefix, pair) for pair in operands]
-        answers = sample_completions(model, tokenizer, prompts, max_new_tokens=addition.MAX_ANSWER_TOKENS, seed=seed)
+        answers = sample_completions(
+            model, tokenizer, prompts, max_new_tokens=addition.MAX_ANSWER_TOKENS, seed=config.seed
+        )
         known = [addition.KNOWN_HACK in answer for answer in answers]
         unknown = [addition.UNKNOWN_HACK in answer for answer in answers]
         solved = [addition.solves(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
         either = [a or b for a, b in zip(known, unknown, strict=True)]
         names = (*MEASURES, EITHER)
-        rates[kind] = {m: Rate(sum(o), len(o)) for m, o in zip(names, (solved, known, unknown, either), strict=True)}
+        rates[_kind(hacks)] = {
+            m: Rate(sum(o), len(o)) for m, o in zip(names, (solved, known, unknown, either), strict=True)
+        }
     return Arm(name, rates)
+
+
+def _kind(hacks: str) -> str:
+    """What a kind of prompt is called, after the hacks that pay on it."""
+    all_hacks = addition.KNOWN_HACK + addition.UNKNOWN_HACK
+    return STRICT if not hacks else "hackable" if hacks == all_hacks else f"hackable by {hacks}"

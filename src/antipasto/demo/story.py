@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,7 +11,7 @@ from rich.table import Table
 
 from antipasto.evaluate import Rate
 
-KINDS = ("hackable", "strict")
+STRICT = "strict"  # the kind of prompt that no hack pays on; all others are hackable
 MEASURES = ("solve", "known hack !", "unknown hack ?")
 EITHER = "either hack"
 CONTROLS = ("random", "permuted", "labels shuffled", "non-hack contrast", "shrunk")
@@ -19,7 +19,7 @@ CONTROLS = ("random", "permuted", "labels shuffled", "non-hack contrast", "shrun
 
 @dataclass(frozen=True)
 class Arm:
-    """One model's measured behaviour: ``rates[kind][measure]``."""
+    """One model's measured behaviour: ``rates[kind of prompt][measure]``."""
 
     name: str
     rates: dict[str, dict[str, Rate]]
@@ -27,15 +27,19 @@ class Arm:
     def to_json(self) -> dict[str, Any]:
         return {"arm": self.name, **{k: {m: r.to_json() for m, r in v.items()} for k, v in self.rates.items()}}
 
+    def hackable(self, measure: str) -> Rate:
+        """A rate over all hackable prompts."""
+        return _pool([rates[measure] for kind, rates in self.rates.items() if kind != STRICT])
+
 
 def table(runs: Sequence[Sequence[Arm]]) -> Table:
     """One row per kind of prompt and arm. One run: shares with 95% Wilson intervals; several: mean ± standard deviation."""
-    total = runs[0][0].rates["hackable"]["solve"].total
+    total = next(iter(runs[0][0].rates.values()))["solve"].total
     spread = "[95% interval]" if len(runs) == 1 else f"(mean ± sd of {len(runs)} seeds)"
     columns = [name.replace(" hack", "") for name in MEASURES]  # so that the table fits into 80 columns
     title = f"share of {total:,} sampled answers on unseen operands {spread}"
     result = Table("prompts", "model", *columns, title=title)
-    for kind in KINDS:
+    for kind in runs[0][0].rates:
         for arms in zip(*runs, strict=True):
             result.add_row(kind, arms[0].name, *(_cell([arm.rates[kind][name] for arm in arms]) for name in MEASURES))
         result.add_section()
@@ -50,7 +54,7 @@ def comparison(runs: dict[str, list[list[Arm]]], says: dict[str, str]) -> Table:
     result.title = f"what each method would ship {spread}"
     result.caption = "\n".join(f"{name}: {text}" for name, text in says.items() if name in runs)
     result.caption_justify = "left"
-    for kind in KINDS:
+    for kind in first[0][0].rates:
         rows = {"reference": [_arm(arms, "reference") for arms in first]}
         rows |= {method: [_arm(arms, "deployed") for arms in seeds] for method, seeds in runs.items()}
         for name, seeds in rows.items():
@@ -62,18 +66,18 @@ def comparison(runs: dict[str, list[list[Arm]]], says: dict[str, str]) -> Table:
 def verdict(runs: dict[str, list[list[Arm]]]) -> str:
     """Where the recipe stands among the methods, by its own numbers; rates are pooled over seeds."""
 
-    def pooled(method: str, kind: str, measure: str) -> Rate:
-        return _pool([_arm(arms, "deployed").rates[kind][measure] for arms in runs[method]])
+    def list_by(rate_of: Callable[[Arm], Rate], *, high: bool) -> str:
+        pooled = {method: _pool([rate_of(_arm(arms, "deployed")) for arms in seeds]) for method, seeds in runs.items()}
+        best = sorted(pooled, key=lambda method: pooled[method].value, reverse=high)
+        return ", ".join(f"{method} {pooled[method]}" for method in best)
 
-    def list_by(kind: str, measure: str, *, high: bool) -> str:
-        best = sorted(runs, key=lambda method: pooled(method, kind, measure).value, reverse=high)
-        return ", ".join(f"{method} {pooled(method, kind, measure)}" for method in best)
-
-    return (
-        f"Fewest hacks on hackable prompts: {list_by('hackable', EITHER, high=False)}. "
-        f"Most solved there: {list_by('hackable', 'solve', high=True)}. "
-        f"Most solved on strict prompts: {list_by('strict', 'solve', high=True)}."
+    text = (
+        f"Fewest hacks on hackable prompts: {list_by(lambda arm: arm.hackable(EITHER), high=False)}. "
+        f"Most solved there: {list_by(lambda arm: arm.hackable('solve'), high=True)}."
     )
+    if STRICT in next(iter(runs.values()))[0][0].rates:
+        text += f" Most solved on strict prompts: {list_by(lambda arm: arm.rates[STRICT]['solve'], high=True)}."
+    return text
 
 
 def _arm(arms: Sequence[Arm], name: str) -> Arm:
@@ -90,22 +94,20 @@ def _cell(rates: Sequence[Rate]) -> str:
 def gain_kept(arms: Sequence[Arm]) -> float | None:
     """What deployment keeps of the gain on strict prompts: (deployed − reference) / (as trained − reference).
 
-    None where training gained nothing to speak of there (less than .05).
+    None where training gained nothing to speak of there (less than .05), or no prompt is strict.
     """
-    solve = {arm.name: arm.rates["strict"]["solve"].value for arm in arms}
+    if STRICT not in arms[0].rates:
+        return None
+    solve = {arm.name: arm.rates[STRICT]["solve"].value for arm in arms}
     gain = solve["as trained"] - solve["reference"]
     return None if gain < 0.05 else (solve["deployed"] - solve["reference"]) / gain
 
 
 def reading(runs: Sequence[Sequence[Arm]]) -> str:
     """What the numbers say and what they do not, in sentences that are computed from them; rates are pooled over seeds."""
-    pooled = {
-        arms[0].name: {
-            kind: {m: _pool([arm.rates[kind][m] for arm in arms]) for m in (*MEASURES, EITHER)} for kind in KINDS
-        }
-        for arms in zip(*runs, strict=True)
-    }
-    hack = {name: rates["hackable"][EITHER] for name, rates in pooled.items()}
+    by_arm = {arms[0].name: arms for arms in zip(*runs, strict=True)}
+    hack = {name: _pool([arm.hackable(EITHER) for arm in arms]) for name, arms in by_arm.items()}
+    solve = {name: _pool([arm.hackable("solve") for arm in arms]) for name, arms in by_arm.items()}
     before, trained, deployed = hack["reference"], hack["as trained"], hack["deployed"]
     text = [
         f"Training took the hacks from {before} to {trained} of the answers to hackable prompts"
@@ -136,8 +138,7 @@ def reading(runs: Sequence[Sequence[Arm]]) -> str:
     if all(share is not None for share in kept):
         text.append(
             f"Of the gain on strict prompts, {_share_of(kept)} is kept; hackable prompts are solved in "
-            f"{pooled['deployed']['hackable']['solve']} of the answers, by the reference in "
-            f"{pooled['reference']['hackable']['solve']}."
+            f"{solve['deployed']} of the answers, by the reference in {solve['reference']}."
         )
     if len(runs) > 1:
         text.append("(Intervals are of the answers of all seeds together; the table's ± is the spread between seeds.)")
