@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-all lint format clean
+.PHONY: demo test test-all lint format bench clean
 
 demo: $(READY)
 	$(BIN)/antipasto demo $(ARGS)
@@ -31,6 +31,16 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt torch
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev]"
 	touch $(READY)
+
+# an hour or two on two cores; benchmarks/results/ has what it measured
+bench: $(READY)
+	for model in whole trunk 4b 8b; do \
+		$(BIN)/python benchmarks/speed.py time --model $$model --json benchmarks/results/time-$$model.json; \
+	done | tee benchmarks/results/time.md
+	$(BIN)/python benchmarks/speed.py memory --json benchmarks/results/memory-whole.json | tee benchmarks/results/memory.md
+	$(BIN)/python benchmarks/speed.py start --json benchmarks/results/start-whole.json | tee benchmarks/results/start.md
+	$(BIN)/python benchmarks/routing_cost.py --rounds 9 | tee benchmarks/results/routing.md
+	$(BIN)/python benchmarks/grpo_cost.py --rounds 3 | tee benchmarks/results/grpo.md
 
 clean:
 	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis

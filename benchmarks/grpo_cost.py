@@ -19,9 +19,11 @@ import time
 from typing import Any
 
 import torch
+from contestants import TARGETS, make_model
 from datasets import Dataset
+from peft import LoraConfig
 from torch import nn
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, PrinterCallback, TrainerCallback
+from transformers import AutoTokenizer, PrinterCallback, TrainerCallback
 
 import antipasto as ap
 from antipasto.models import quiet
@@ -29,23 +31,7 @@ from antipasto.tasks import addition
 from antipasto.trl import GRPOConfig, GRPOTrainer, RoutedGRPOTrainer
 
 STEPS = 3  # of which the first warms up
-VARIANTS = ("plain", "direction, deployed sampling", "detector", "plain, KL term", "detector, KL term")
-
-
-def make_model(layers: int) -> nn.Module:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=18,
-        hidden_size=576,
-        intermediate_size=1536,
-        num_hidden_layers=layers,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-        pad_token_id=0,
-        bos_token_id=None,
-        eos_token_id=None,
-    )
-    return LlamaForCausalLM(config)
+VARIANTS = ("plain", "lora-16", "direction, deployed sampling", "detector", "plain, KL term", "detector, KL term")
 
 
 class Clock(TrainerCallback):
@@ -92,16 +78,16 @@ def seconds(variant: str, layers: int, folder: str) -> tuple[float, float]:
     )
     draws = itertools.count()
     options: dict[str, Any] = {
-        "model": make_model(layers),
+        "model": make_model(layers=layers, vocabulary=18),
         "args": args,
         # right or wrong, both in every group and among its unflagged: no rollout is without an advantage
         "reward_funcs": lambda completions, **_: [float(next(draws) % 3 == 0) for _ in completions],
         "train_dataset": Dataset.from_list([{"prompt": addition.prompt("h", p)} for p in addition.split("train")[:64]]),
         "processing_class": AutoTokenizer.from_pretrained(addition.model_path()),
-        "peft_config": ap.AntiPastoConfig(),
+        "peft_config": LoraConfig(r=16, target_modules=TARGETS) if variant.startswith("lora") else ap.AntiPastoConfig(),
     }
     trainer: GRPOTrainer
-    if variant.startswith("plain"):
+    if variant.startswith(("plain", "lora")):
         trainer = GRPOTrainer(**options)
     elif variant.startswith("direction"):
         trainer = RoutedGRPOTrainer(**options, router=make_router)

@@ -20,24 +20,9 @@ from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 
 import torch
-from torch import nn
-from transformers import LlamaConfig, LlamaForCausalLM
+from contestants import make_model
 
 import antipasto as ap
-
-
-def make_model(layers: int) -> nn.Module:
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=49152,
-        hidden_size=576,
-        intermediate_size=1536,
-        num_hidden_layers=layers,
-        num_attention_heads=9,
-        num_key_value_heads=3,
-        tie_word_embeddings=True,
-    )
-    return LlamaForCausalLM(config)
 
 
 def make_direction(layers: dict[str, ap.LayerKnobs], seed: int) -> ap.Direction:
@@ -62,7 +47,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the raw seconds here")
     arguments = parser.parse_args()
 
-    model = make_model(arguments.layers)
+    model = make_model(layers=arguments.layers)
     layers = ap.wrap(model)
     optimizer = torch.optim.AdamW([layer.delta_s for layer in layers.values()], lr=1e-3, weight_decay=0.0, fused=True)
     v = make_direction(layers, 0)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -11,6 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 import antipasto as ap
 from antipasto.functional import delta_weight, spectral_delta, spectral_linear_reference
+from antipasto.plans import PlanName
 from antipasto.tuner.layer import as_matrix
 
 O, I = 7, 5  # noqa: E741
@@ -20,7 +23,12 @@ LEADING = [(), (3,), (2, 3), (2, 1, 3), (0, 3)]
 
 
 def make_layer(
-    kind: type[nn.Module] = nn.Linear, *, bias: bool = True, rank: int | None = None, dtype: torch.dtype = torch.float32
+    kind: type[nn.Module] = nn.Linear,
+    *,
+    bias: bool = True,
+    rank: int | None = None,
+    dtype: torch.dtype = torch.float32,
+    plan: PlanName = "auto",
 ) -> ap.LayerKnobs:
     """One adapted layer with random weight, bias and knobs."""
     torch.manual_seed(0)
@@ -28,7 +36,7 @@ def make_layer(
     if base.bias is not None:
         nn.init.normal_(base.bias)
     model = nn.Sequential(base).to(dtype)
-    (knobs,) = ap.wrap(model, ap.AntiPastoConfig(target_modules=["0"], rank=rank)).values()
+    (knobs,) = ap.wrap(model, ap.AntiPastoConfig(target_modules=["0"], rank=rank, plan=plan)).values()
     with torch.no_grad():
         knobs.delta_s.normal_(std=0.3)
         knobs.delta_s_hack.normal_(std=0.3)
@@ -48,25 +56,35 @@ def expected(knobs: ap.LayerKnobs, x: torch.Tensor) -> torch.Tensor:
     )
 
 
+@pytest.mark.parametrize("plan", get_args(PlanName))
 @pytest.mark.parametrize("kind", [nn.Linear, Conv1D])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("rank", [None, 1, 3])
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("leading", LEADING)
 def test_layer_is_the_formula(
-    kind: type[nn.Module], bias: bool, rank: int | None, dtype: torch.dtype, leading: tuple[int, ...]
+    plan: PlanName,
+    kind: type[nn.Module],
+    bias: bool,
+    rank: int | None,
+    dtype: torch.dtype,
+    leading: tuple[int, ...],
 ) -> None:
-    knobs = make_layer(kind, bias=bias or kind is Conv1D, rank=rank, dtype=dtype)  # a Conv1D always has one
+    bias = bias or kind is Conv1D  # a Conv1D always has one
+    knobs = make_layer(kind, bias=bias, rank=rank, dtype=dtype, plan=plan)
     if kind is Conv1D and leading == (0, 3):
         leading = (3,)  # Conv1D itself takes no empty batch
     x = torch.randn(*leading, I).to(dtype).requires_grad_()
 
     y = knobs.layer(x)
+    with torch.no_grad():
+        y_without = knobs.layer(x)
     reference = expected(knobs, x)
-    assert y.dtype == dtype
+    assert y.dtype == y_without.dtype == dtype
     assert y.shape == (*leading, O)
     close = {"atol": TOLERANCE[dtype] * 3, "rtol": TOLERANCE[dtype]}
     torch.testing.assert_close(y.double(), reference, **close)
+    torch.testing.assert_close(y_without.double(), reference, **close)
 
     weight = torch.randn_like(reference)
     got = torch.autograd.grad((y * weight.to(dtype)).sum(), [x, knobs.delta_s])
@@ -76,17 +94,22 @@ def test_layer_is_the_formula(
         torch.testing.assert_close(g.double(), w.double(), atol=TOLERANCE[dtype] * 20, rtol=TOLERANCE[dtype])
 
 
+@pytest.mark.parametrize("plan", get_args(PlanName))
 @pytest.mark.parametrize("kind", [nn.Linear, Conv1D])
 @pytest.mark.parametrize("rank", [None, 1, 3])
 @pytest.mark.parametrize("dtype", TOLERANCE)
-def test_zero_knobs_give_the_base_layers_output(kind: type[nn.Module], rank: int | None, dtype: torch.dtype) -> None:
-    knobs = make_layer(kind, rank=rank, dtype=dtype)
+def test_zero_knobs_give_the_base_layers_output(
+    plan: PlanName, kind: type[nn.Module], rank: int | None, dtype: torch.dtype
+) -> None:
+    knobs = make_layer(kind, rank=rank, dtype=dtype, plan=plan)
     x = torch.randn(4, I).to(dtype)
     base = knobs.layer.base_layer(x)
     assert not torch.equal(knobs.layer(x), base)
     nn.init.zeros_(knobs.delta_s)
     nn.init.zeros_(knobs.delta_s_hack)
     assert torch.equal(knobs.layer(x), base)
+    with torch.no_grad():
+        assert torch.equal(knobs.layer(x), base)
 
 
 def test_knobs_are_fp32_zeros_whatever_the_weight_is() -> None:

@@ -279,14 +279,16 @@ def test_adapters_change_places(tmp_path: Path) -> None:
     assert not torch.allclose(changed, outputs["default"])
     model.save_pretrained(tmp_path)
     other = PeftModel.from_pretrained(family.build(), tmp_path)
-    assert torch.equal(other(ids).logits, changed)
+    torch.testing.assert_close(
+        other(ids).logits, changed
+    )  # up to rounding: it is loaded for inference, without gradient
     other.load_adapter(tmp_path / "second", "second")
     other.set_adapter("second")
-    assert torch.equal(other(ids).logits, outputs["second"])
+    torch.testing.assert_close(other(ids).logits, outputs["second"])
     for layer in ap.knobs(other).values():
         layer.delta_s.data.zero_()
     other.load_adapter(tmp_path / "second", "second")  # over the one that is there
-    assert torch.equal(other(ids).logits, outputs["second"])
+    torch.testing.assert_close(other(ids).logits, outputs["second"])
 
 
 def _receive(rank: int, port: int, folder: str) -> None:

@@ -11,10 +11,13 @@ import pytest
 import torch
 from families import FAMILIES
 from peft import get_peft_model
+from rich.console import Console
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 import antipasto as ap
+from antipasto import commands
 from antipasto.cli import app
 from antipasto.models import load_model
 from antipasto.pairs import split_pairs
@@ -134,6 +137,30 @@ def test_basis_of_named_layers_and_another_dtype(tmp_path: Path) -> None:
     assert (code, cells(text)["there already"]) == (0, "0")  # other weights
     code, text = run("basis", MODEL, "--cache-dir", tmp_path, "--target-modules", "all-linear")
     assert (code, cells(text)["layers"], cells(text)["there already"]) == (0, "21", "5")
+
+
+def test_a_dry_run_says_what_it_takes_and_computes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Held against the files, the adapter and the tensors of a real one."""
+    monkeypatch.setattr("antipasto.models.load_weights", lambda *_, **__: pytest.fail("read a weight"))
+    code, text = run("basis", MODEL, "--cache-dir", tmp_path / "none", "--dry-run")
+    assert code == 0
+    assert not (tmp_path / "none").exists()
+    assert (cells(text)["layers"], cells(text)["trainable numbers"]) == ("21", "1,728")
+    needs = commands.what_it_needs(MODEL, ap.AntiPastoConfig(), Console(quiet=True))
+    model = AutoModelForCausalLM.from_pretrained(MODEL)
+    assert needs.model == sum(p.numel() * p.element_size() for p in model.parameters())
+    layers = ap.wrap(model, ap.AntiPastoConfig(cache_dir=str(tmp_path / "cache")))
+    assert needs.basis == sum(t.numel() * t.element_size() for k in layers.values() for t in (k.U, k.S, k.Vh))
+    assert needs.adapted == sum(k.layer.base_layer.weight.nbytes for k in layers.values())
+    files = sum(file.stat().st_size for file in (tmp_path / "cache").glob("*.safetensors"))
+    assert needs.disk < files < needs.disk + 1024 * needs.layers  # with their heads
+    model.save_pretrained(tmp_path / "adapter")
+    saved = (tmp_path / "adapter" / "adapter_model.safetensors").stat().st_size
+    assert needs.adapter < saved < needs.adapter + 300 * needs.layers
+    lower = commands.what_it_needs(MODEL, ap.AntiPastoConfig(rank=8), Console(quiet=True), dtype="bfloat16")
+    assert (lower.numbers, lower.disk, lower.model) == (21 * 8, needs.disk, needs.model // 2)
+    assert lower.basis == sum(2 * 8 * (k.U.shape[0] + k.Vh.shape[1]) + 4 * 8 for k in layers.values())
+    assert "--rank is for --dry-run" in refused("basis", MODEL, "--rank", "8")
 
 
 @pytest.mark.filterwarnings("ignore:The basis cache file:antipasto.BasisCacheWarning")

@@ -298,17 +298,26 @@ def basis(
     model: Model,
     target_modules: TargetModules = None,
     exclude_modules: ExcludeModules = None,
+    rank: Rank = None,
     cache_dir: CacheDir = None,
     dtype: Dtype = "auto",
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Say what it takes, by the model's config alone; compute nothing.")
+    ] = False,
 ) -> None:
     """Compute the singular basis of every layer to be adapted, ahead of the runs that need it.
 
-    What is there already is checked and left alone.
+    What is there already is checked and left alone. The cache has all directions of a layer: --rank is for --dry-run.
     """
     with _readable_errors():
         from antipasto import commands
 
-        config = _config(target_modules, exclude_modules, cache_dir)
+        config = _config(target_modules, exclude_modules, cache_dir, rank)
+        if dry_run:
+            commands.what_it_needs(model, config, Console(), dtype=dtype)
+            return
+        if rank is not None:
+            raise ValueError("--rank is for --dry-run: the cache has all directions of a layer.")
         commands.cache_bases(model, config, Console(), dtype=dtype)
 
 

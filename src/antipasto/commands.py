@@ -16,12 +16,12 @@ from antipasto.directions import Direction, Estimator, extract_direction
 from antipasto.gates import DEFAULT_THRESHOLD
 from antipasto.inspection import guarded, strongest_layers
 from antipasto.knobs import wrap
-from antipasto.models import Dtype, best_device, load_model, load_weights
+from antipasto.models import Dtype, best_device, load_model, load_shapes, load_weights
 from antipasto.pairs import ContrastPair, load_pairs, split_pairs
 from antipasto.terminal import add_row, plain
 from antipasto.tuner import AntiPastoConfig
 from antipasto.tuner.layer import as_matrix
-from antipasto.tuner.model import find_targets
+from antipasto.tuner.model import find_targets, rank_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,6 +87,76 @@ def cache_bases(name_or_path: str, config: AntiPastoConfig, console: Console, *,
     )
     console.print(_cached_table(name_or_path, done))
     return done
+
+
+@dataclasses.dataclass(frozen=True)
+class Needs:
+    """What adapting a model takes, in bytes but for the first two.
+
+    Attributes:
+        layers: how many there are.
+        numbers: trainable numbers.
+        model: the model's own weights.
+        disk: files of the cache, at full rank.
+        basis: U, S, Vh in memory, once for all adapters.
+        adapted: the adapted weights, which W_θ of all layers takes once more: while held between forwards without gradient,
+            or by a training step's graph where that is merged.
+        adapter: a saved adapter with its quarantine.
+    """
+
+    layers: int
+    numbers: int
+    model: int
+    disk: int
+    basis: int
+    adapted: int
+    adapter: int
+
+
+def what_it_needs(name_or_path: str, config: AntiPastoConfig, console: Console, *, dtype: Dtype = "auto") -> Needs:
+    """Say what adapting a model takes, from its config alone: no weight is read and nothing is computed.
+
+    Args:
+        name_or_path: the model.
+        config: which layers, at what rank.
+        console: where to print.
+        dtype: of the weights.
+
+    Raises:
+        ValueError: as `load_model`; a layer that cannot be adapted.
+    """
+    model = load_shapes(name_or_path, dtype=dtype)
+    layers = {name: as_matrix(module) for name, module in find_targets(config, model, shapes_only=True).items()}
+    ranks = {name: rank_of(name, weight, config) for name, weight in layers.items()}
+    numbers = sum(ranks.values())
+    needs = Needs(
+        layers=len(layers),
+        numbers=numbers,
+        model=sum(p.numel() * p.element_size() for p in model.parameters()),
+        disk=sum(4 * min(w.shape) * (sum(w.shape) + 1) for w in layers.values()),
+        basis=sum(w.element_size() * ranks[name] * sum(w.shape) + 4 * ranks[name] for name, w in layers.items()),
+        adapted=sum(w.numel() * w.element_size() for w in layers.values()),
+        adapter=4 * numbers * (2 if config.quarantine else 1),
+    )
+    table = Table(show_header=False, title="what adapting it takes", title_justify="left")
+    add_row(table, "model", name_or_path)
+    add_row(table, "layers", needs.layers)
+    add_row(table, "trainable numbers", f"{needs.numbers:,}")
+    add_row(table, "saved adapter", _size(needs.adapter))
+    add_row(table, "basis on disk, once", _size(needs.disk))
+    add_row(table, "memory: the model itself", _size(needs.model))
+    add_row(table, "memory: plan factored or spectral", f"+ {_size(needs.basis)}, the basis")
+    add_row(table, "memory: merged, or weights held", f"+ {_size(needs.basis + needs.adapted)}, with all W_θ")
+    console.print(table)
+    return needs
+
+
+def _size(number: float) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if number < 1024:
+            return f"{number:,.1f} {unit}"
+        number /= 1024
+    return f"{number:,.1f} GiB"
 
 
 def _make_folder(folder: Path) -> None:

@@ -1,4 +1,4 @@
-"""The maths of one adapted layer: once as the plain formula, once as the autograd function that runs.
+"""The maths of one adapted layer: once as the plain formula, and as the two autograd functions that run.
 
     θ        = δS + δS_hack                                     (r,)
     y        = W x + b + U (θ ⊙ (Vh x))                         W (o, i), U (o, r), Vh (r, i), x (..., i), y (..., o)
@@ -6,21 +6,39 @@
     ∂L/∂x    = W_θᵀ ∂L/∂y  = Wᵀ ∂L/∂y + Vhᵀ (θ ⊙ (Uᵀ ∂L/∂y))
     ∂L/∂θ    = Σ_tokens (Uᵀ ∂L/∂y) ⊙ (Vh x)                     (r,), and ∂L/∂δS = ∂L/∂δS_hack = ∂L/∂θ
 
-W is only ever added to, never rebuilt from its SVD: θ = 0 gives W exactly. This module computes the added term,
-``spectral_delta``; the base layer computes ``W x + b`` itself, with its own hooks, dtype and kernel.
+W is only ever added to, never rebuilt from its SVD: θ = 0 gives W exactly.
 
-Nothing derived from θ outlives the call, so no write to a knob, by whatever route, can meet a stale weight.
+**Factored**, ``spectral_delta``: the added term alone. The base layer computes ``W x + b`` itself, with its own hooks, dtype
+and kernel, and its gradient.
+
+**Merged**, ``merged_linear``: one matmul with W_θ forward and one backward, and ∂L/∂θ by one of several `Route`s. W_θ has the
+singular vectors of W, and the values σ = S + θ. At full rank this gives either factor of ∂L/∂θ from the other side,
+
+    Vh ∂L/∂x = σ ⊙ (Uᵀ ∂L/∂y)          Uᵀ (y − b) = σ ⊙ (Vh x)
+
+so that both can be had on the smaller one; and since only their sum over the tokens is wanted, from a Gram-like matrix:
+
+    factored       Σ (Uᵀ ∂L/∂y) ⊙ (Vh x)                  weight         diag(Uᵀ (∂L/∂yᵀ x) Vhᵀ)
+    input side     Σ (Vh ∂L/∂x) ⊙ (Vh x) / σ              input Gram     diag(Vh (∂L/∂xᵀ x) Vhᵀ) / σ
+    output side    Σ (Uᵀ ∂L/∂y) ⊙ (Uᵀ (y − b)) / σ        output Gram    diag(Uᵀ (∂L/∂yᵀ (y − b)) U) / σ
+
+Division by σ multiplies the rounding of the other factor by up to σ_max / σ_min: `antipasto.plans` allows it where that is
+small.
 
 Prior work: AntiPaSTO (github.com/wassname/AntiPaSTO); SVF in Transformer² (arXiv:2501.06252), which rescales S.
 """
 
 from __future__ import annotations
 
+import enum
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 
 def delta_weight(U: Tensor, Vh: Tensor, theta: Tensor) -> Tensor:
@@ -101,7 +119,8 @@ class _SpectralDelta(torch.autograd.Function):
             p = grad_y @ U  # (..., o) @ (o, r) -> (..., r)
             if needs_theta:
                 grad_theta = _sum_to(p * h, theta)
-            through_y = (p * theta).to(p.dtype)
+            # in place, unless somebody differentiates this
+            through_y = (p * theta if torch.is_grad_enabled() or theta.dtype != p.dtype else p.mul_(theta)).to(p.dtype)
             grad_h = through_y if grad_h is None else grad_h + through_y
         if needs_x and grad_h is not None:
             grad_x = grad_h @ Vh  # (..., r) @ (r, i) -> (..., i)
@@ -134,6 +153,145 @@ def spectral_delta(x: Tensor, U: Tensor, Vh: Tensor, theta: Tensor, dtype: torch
     with _no_autocast(x.device):
         y, _ = _SpectralDelta.apply(x.to(inner), U.to(inner), Vh.to(inner), theta)
     return y.to(dtype)
+
+
+class Route(enum.Enum):
+    """How ``merged_linear`` gets ∂L/∂θ: the formulas are above."""
+
+    FACTORED = "factored"
+    INPUT = "input side"
+    OUTPUT = "output side"
+    WEIGHT = "weight"
+    INPUT_GRAM = "input Gram"
+    OUTPUT_GRAM = "output Gram"
+
+    @property
+    def by_token(self) -> bool:
+        """Whether it has the terms of the sum one by one, so that sequences can have a gradient, or a θ, each."""
+        return self in (Route.FACTORED, Route.INPUT, Route.OUTPUT)
+
+
+def merged_weight(weight: Tensor, U: Tensor, Vh: Tensor, theta: Tensor) -> Tensor:
+    """``W_θ = W + U diag(θ) Vh`` (o, i), of one dtype.
+
+    Example:
+        >>> merged_weight(torch.ones(2, 2), torch.eye(2), torch.eye(2), torch.tensor([1.0, 2.0]))
+        tensor([[2., 1.],
+                [1., 3.]])
+    """
+    return torch.addmm(weight, U * theta, Vh)  # (o, r) @ (r, i) -> (o, i)
+
+
+class _MergedLinear(torch.autograd.Function):
+    """``W_θ x + b``, with ∂L/∂θ by a route. Without a second derivative: what it saves is no input or output."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        theta: Tensor,
+        bias: Tensor | None,
+        weights: Sequence[Tensor],
+        which: Tensor | None,
+        basis: tuple[Tensor, Tensor, Tensor],
+        route: Route,
+    ) -> Tensor:
+        # (..., i) @ (i, o) -> (..., o), by the call that nn.Linear makes: with W_θ = W the same bits
+        y = _by_rows(x, weights, which, lambda rows, weight: F.linear(rows, weight, bias))
+        seen = x
+        if route in (Route.OUTPUT, Route.OUTPUT_GRAM):  # a copy in any case: y is the caller's, who may write to it
+            seen = y.clone() if bias is None else y - bias
+        ctx.save_for_backward(seen, theta, which, *basis, *weights)
+        ctx.route = route
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None, None]:
+        seen, theta, which, U, S, Vh, *weights = ctx.saved_tensors
+        needs_x, needs_theta, *_ = ctx.needs_input_grad
+        route: Route = ctx.route
+        grad_x = grad_theta = None
+        if needs_x or (needs_theta and route in (Route.INPUT, Route.INPUT_GRAM)):
+            grad_x = _by_rows(grad_y, weights, which, torch.matmul)  # (..., o) @ (o, i) -> (..., i)
+        if needs_theta:
+            grad_theta = _theta_gradient(route, seen, grad_x, grad_y, (U, S, Vh), theta)
+        return grad_x if needs_x else None, grad_theta, None, None, None, None, None
+
+
+def _by_rows(
+    x: Tensor, weights: Sequence[Tensor], which: Tensor | None, product: Callable[[Tensor, Tensor], Tensor]
+) -> Tensor:
+    """The product with the one weight; with several, that of x[b] with ``weights[which[b]]``."""
+    if which is None:
+        return product(x, weights[0])
+    groups = [(which == index).nonzero().squeeze(1) for index in range(len(weights))]
+    parts = [product(x[rows], weight) for rows, weight in zip(groups, weights, strict=True)]
+    return torch.cat(parts)[torch.argsort(torch.cat(groups))]
+
+
+def _theta_gradient(
+    route: Route,
+    seen: Tensor,
+    grad_x: Tensor | None,
+    grad_y: Tensor,
+    basis: tuple[Tensor, Tensor, Tensor],
+    theta: Tensor,
+) -> Tensor:
+    """∂L/∂θ in the shape of θ, by a route; ``seen`` is y − b for the output's routes and x for the others."""
+    U, S, Vh = basis
+    match route:
+        case Route.FACTORED:
+            return _sum_to((grad_y @ U) * (seen @ Vh.T), theta)
+        case Route.WEIGHT:
+            gradient = grad_y.flatten(0, -2).T @ seen.flatten(0, -2)  # (o, T) @ (T, i) -> (o, i)
+            return ((U.T @ gradient) * Vh).sum(1)
+        case Route.INPUT | Route.INPUT_GRAM:
+            assert grad_x is not None
+            left, right, rotation = grad_x, seen, Vh
+        case Route.OUTPUT | Route.OUTPUT_GRAM:
+            left, right, rotation = grad_y, seen, U.T
+    if route.by_token:
+        total = _sum_to((left @ rotation.T) * (right @ rotation.T), theta)
+    else:
+        gram = left.flatten(0, -2).T @ right.flatten(0, -2)  # (m, T) @ (T, m) -> (m, m)
+        total = ((rotation @ gram) * rotation).sum(1)
+    return total / (S + theta)
+
+
+def merged_linear(
+    x: Tensor,
+    bias: Tensor | None,
+    theta: Tensor,
+    weights: Sequence[Tensor],
+    basis: tuple[Tensor, Tensor, Tensor],
+    route: Route,
+    which: Tensor | None = None,
+) -> Tensor:
+    """``W_θ x + b`` for a W_θ that is at hand, differentiable once by x and θ.
+
+    Args:
+        x: (..., i).
+        bias: b, (o,) or None; frozen.
+        theta: (r,); or, for a `Route` by token, (..., r) as far as it broadcasts to (..., r) of x's leading shape.
+        weights: W_θ (o, i) as `merged_weight` makes it, without gradient; several where rows of x see different ones.
+        basis: U (o, r), S (r,), Vh (r, i) of W, all of the dtype of x and W.
+        route: how ∂L/∂θ is computed. Those that divide by S + θ need full rank, r = i at the input and r = o at the output.
+        which: (x.shape[0],), the index in ``weights`` of each row; None where there is one weight.
+
+    Returns:
+        (..., o).
+
+    Example:
+        >>> basis = torch.eye(2), torch.tensor([3.0, 2.0]), torch.eye(2)
+        >>> theta = torch.tensor([1.0, 2.0], requires_grad=True)
+        >>> W_theta = merged_weight(torch.diag(basis[1]), basis[0], basis[2], theta.detach())
+        >>> merged_linear(torch.ones(1, 2), None, theta, [W_theta], basis, Route.WEIGHT)
+        tensor([[4., 4.]], grad_fn=<_MergedLinearBackward>)
+    """
+    if not torch.is_grad_enabled() or not (x.requires_grad or theta.requires_grad):
+        return _by_rows(x, weights, which, lambda rows, weight: F.linear(rows, weight, bias))
+    return _MergedLinear.apply(x, theta, bias, weights, which, basis, route)
 
 
 def _no_autocast(device: torch.device) -> AbstractContextManager[Any]:

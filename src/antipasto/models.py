@@ -23,7 +23,7 @@ import transformers
 from accelerate import PartialState
 from safetensors import SafetensorError
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from antipasto.basis import BasisCacheWarning, fingerprint
 from antipasto.knobs import knobs
@@ -80,6 +80,17 @@ def load_weights(name_or_path: str, *, dtype: Dtype = "auto") -> PreTrainedModel
                 "it is incomplete, or of another kind of model. Download or save it again."
             )
     return model.eval()
+
+
+def load_shapes(name_or_path: str, *, dtype: Dtype = "auto") -> PreTrainedModel:
+    """As `load_weights`, from the config alone: on the meta device, without a weight in memory or read."""
+    if dtype not in get_args(Dtype):
+        raise ValueError(f"dtype must be one of {', '.join(get_args(Dtype))}, got {dtype!r}.")
+    _check_path(name_or_path)
+    config = _load(AutoConfig.from_pretrained, name_or_path, "model", trust_remote_code=False)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    return model.to((config.dtype or torch.float32) if dtype == "auto" else getattr(torch, dtype))
 
 
 def _check_path(name_or_path: str) -> None:

@@ -31,6 +31,7 @@ from typing import Any
 
 import torch
 from datasets import Dataset
+from peft import PeftConfig
 from rich.console import Console
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback
@@ -183,6 +184,8 @@ def train(
     console: Console,
     threshold: float | None = None,
     label_both: bool = False,
+    adapter: PeftConfig | None = None,
+    learning_rate: float = LEARNING_RATE,
 ) -> RoutedGRPOTrainer:
     """One run. Returns the trainer, which has the model and the router.
 
@@ -194,6 +197,8 @@ def train(
         console: of the progress bar.
         threshold: of the gate; the demo's own if None.
         label_both: let half of the pairs show the unknown hack, which then is none.
+        adapter: another than the demo's own, for a method without a router.
+        learning_rate: another than the demo's own.
     """
     args = GRPOConfig(
         output_dir=str(out),
@@ -206,7 +211,7 @@ def train(
         beta=KL_WEIGHT,
         loss_type="grpo",
         scale_rewards="none",  # advantage = reward - mean of the prompt's group
-        learning_rate=LEARNING_RATE,
+        learning_rate=learning_rate,
         lr_scheduler_type="constant",
         adam_beta1=ADAM_BETAS[0],
         adam_beta2=ADAM_BETAS[1],
@@ -229,7 +234,7 @@ def train(
         reward_funcs=addition.grader(config.variant),
         train_dataset=Dataset.from_list([{"prompt": text} for text in prompts]),
         processing_class=tokenizer,
-        peft_config=ap.AntiPastoConfig(),
+        peft_config=adapter or ap.AntiPastoConfig(),
         router=_router_of(how, tokenizer, config, threshold, label_both),
         detector=None if how.flagged is None else addition.detector,
         flagged=how.flagged or "route",

@@ -1,4 +1,4 @@
-"""The adapter's configuration: what PEFT users know, plus ``rank``, ``quarantine`` and ``cache_dir``."""
+"""The adapter's configuration: what PEFT users know, plus ``rank``, ``quarantine``, and where and how to compute."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any, cast
 from peft import PeftConfig, PeftType
 
 from antipasto.basis import DEFAULT_CACHE
+from antipasto.plans import PlanName, check_plan
 
 
 def _peft_type(name: str) -> PeftType:
@@ -50,9 +51,13 @@ class AntiPastoConfig(PeftConfig):
         cache_dir: where the singular bases are cached: a folder, ``"auto"`` for ``$ANTIPASTO_CACHE`` or the user's cache
             home, None for nowhere. It speaks of one machine, so it is not saved with the adapter. (``from_pretrained``
             takes an argument of this name for the hub's cache, as everywhere in PEFT: set the attribute afterwards.)
+        plan: how layers are computed (`antipasto.plans`): ``"auto"``, the cheapest way of each call; ``"factored"``, the least
+            memory, and second derivatives; ``"merged"`` or ``"spectral"`` wherever they are possible. Not saved either.
+        hold_weights: keep each layer's W_θ from one forward without gradient to the next, until the knobs change: generation
+            and evaluation at the base model's speed, for the memory of the adapted weights once more. Not saved either.
 
     Raises:
-        ValueError: a rank below 1, or options that exclude each other.
+        ValueError: a rank below 1, an unknown plan, or options that exclude each other.
 
     Example:
         >>> AntiPastoConfig(rank=64, rank_pattern={"down_proj": 128}).rank
@@ -84,10 +89,17 @@ class AntiPastoConfig(PeftConfig):
     cache_dir: str | None = field(
         default=DEFAULT_CACHE, metadata={"help": "Folder of the basis cache; 'auto': the default one; None: no cache."}
     )
+    plan: PlanName = field(
+        default="auto", metadata={"help": "How layers are computed: auto, factored, merged or spectral."}
+    )
+    hold_weights: bool = field(
+        default=True, metadata={"help": "Keep merged weights from one forward without gradient to the next."}
+    )
 
     def __post_init__(self) -> None:
         super().__post_init__()
         self.peft_type = PEFT_TYPE
+        check_plan(self.plan)
         if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
             raise ValueError(
                 f"layers_to_transform={self.layers_to_transform!r} needs target_modules to be a list of names or None, "
@@ -100,9 +112,10 @@ class AntiPastoConfig(PeftConfig):
                 raise ValueError(f"{where} must be a whole number of at least 1, or None for full rank; got {rank!r}.")
 
     def to_dict(self) -> dict[str, Any]:
-        """The configuration as it is saved: without ``cache_dir``, names sorted."""
+        """The configuration as it is saved: without what speaks of one machine, names sorted."""
         saved = asdict(self)
-        del saved["cache_dir"]
+        for name in ("cache_dir", "plan", "hold_weights"):
+            del saved[name]
         for name in ("target_modules", "exclude_modules"):
             if isinstance(saved[name], (set, tuple)):
                 saved[name] = sorted(saved[name])

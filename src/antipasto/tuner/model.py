@@ -34,7 +34,7 @@ _MAMBA_TYPES = {"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"}
 _MAMBA_LAYERS = {"out_proj", "conv1d"}
 
 
-def why_unsupported(module: nn.Module) -> str | None:
+def why_unsupported(module: nn.Module, *, shapes_only: bool = False) -> str | None:
     """Why a module cannot be adapted, as a clause; None if it can.
 
     Example:
@@ -56,7 +56,7 @@ def why_unsupported(module: nn.Module) -> str | None:
         return "its weight is not a parameter but computed (weight_norm or another parametrisation)"
     if weight.dtype not in WEIGHT_DTYPES:
         return f"its weight is of dtype {weight.dtype}, quantised perhaps ({type(module).__name__})"
-    if weight.device.type == "meta":
+    if weight.device.type == "meta" and not shapes_only:
         return "its weight is on the meta device (offloaded, or not loaded yet), where there is nothing to decompose"
     if weight.ndim != 2:
         return f"its weight has shape {tuple(weight.shape)}"
@@ -115,13 +115,19 @@ class AntiPastoModel(BaseTuner):
         layer = target if isinstance(target, AntiPastoLinear) else AntiPastoLinear(target)
         trainable = adapter_name in self.active_adapters and not peft_config.inference_mode
         layer.add_adapter(adapter_name, rank, basis, quarantine=peft_config.quarantine, trainable=trainable)
+        layer.plan, layer.hold_weights = peft_config.plan, peft_config.hold_weights
         if layer is not target:
             layer.set_adapter(self.active_adapters)
             self._replace_module(parent, target_name, layer, target)
 
 
-def find_targets(config: AntiPastoConfig, model: nn.Module) -> dict[str, nn.Module]:
+def find_targets(config: AntiPastoConfig, model: nn.Module, *, shapes_only: bool = False) -> dict[str, nn.Module]:
     """The modules that a config adapts, by name; writes the names that its ``target_modules`` stands for into it.
+
+    Args:
+        config: which layers.
+        model: the model.
+        shapes_only: let weights be on the meta device: nothing is to be decomposed yet.
 
     Raises:
         ValueError: nothing matches, or a target cannot be adapted; names it.
@@ -131,7 +137,7 @@ def find_targets(config: AntiPastoConfig, model: nn.Module) -> dict[str, nn.Modu
     model_type = getattr(getattr(model, "config", None), "model_type", None)
     owners: dict[int, str] = {}
     for name, module in targets.items():
-        _require_supported(name, module)
+        _require_supported(name, module, shapes_only=shapes_only)
         base_layer = module.get_base_layer() if isinstance(module, AntiPastoLinear) else module
         owner = owners.setdefault(id(base_layer.weight), name)
         if owner != name:
@@ -208,8 +214,8 @@ def _describe_linears(model: nn.Module) -> str:
     return f"Layers that can be adapted here: {', '.join(names) or 'none'}."
 
 
-def _require_supported(name: str, module: nn.Module) -> None:
-    reason = None if isinstance(module, AntiPastoLinear) else why_unsupported(module)
+def _require_supported(name: str, module: nn.Module, *, shapes_only: bool = False) -> None:
+    reason = None if isinstance(module, AntiPastoLinear) else why_unsupported(module, shapes_only=shapes_only)
     if reason is not None:
         raise _unsupported(name, reason)
 
@@ -221,17 +227,22 @@ def _unsupported(name: str, reason: str, *, leave_out: str | None = None) -> Val
     )
 
 
+def rank_of(name: str, weight: Tensor, config: AntiPastoConfig) -> int:
+    """The rank that a config gives a layer."""
+    pattern = get_pattern_key(list(config.rank_pattern), name)
+    return min(config.rank_pattern.get(pattern, config.rank) or min(weight.shape), *weight.shape)
+
+
 def _basis_for(name: str, module: nn.Module, config: AntiPastoConfig) -> tuple[int, Basis]:
     """The rank that the config gives a layer, and a basis of at least that rank: the layer's own where it has one.
 
     U and Vh come in the weight's dtype, so that the products are of the base layer's kind; S, only looked at, does not.
     """
-    pattern = get_pattern_key(list(config.rank_pattern), name)
     base_layer = module.get_base_layer() if isinstance(module, AntiPastoLinear) else module
     W = as_matrix(base_layer)
     if isinstance(module, AntiPastoLinear) and module._unmerged_weight is not None:
         raise ValueError(f"{name} is merged: call unmerge_adapter() before adding another adapter.")
-    rank = min(config.rank_pattern.get(pattern, config.rank) or min(W.shape), *W.shape)
+    rank = rank_of(name, W, config)
     if isinstance(module, AntiPastoLinear) and module.basis is not None and module.basis.rank >= rank:
         return rank, module.basis
     try:

@@ -1,0 +1,70 @@
+"""W_θ of a layer, kept from one forward to the next for as long as the knobs are what they were.
+
+What is compared is the knobs' values, all r of them: `Tensor._version` does not change under a fused optimizer or a write
+through ``.data``, and a weight that is taken for fresh because of it would train nothing and say nothing. W itself is known
+by its storage and version: as everywhere in this library, weights are loaded first and wrapped after.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+_VIEWS = 2  # as trained and deployed take turns in one step
+
+
+def source(weight: Tensor) -> tuple[int, int]:
+    """By which a weight is known to be the same as before, as far as can be seen without reading it."""
+    return weight.data_ptr(), weight._version
+
+
+@dataclass
+class _Entry:
+    theta: Tensor
+    source: tuple[int, int]
+    strong: Tensor | None
+    weak: weakref.ref[Tensor]
+
+
+class HeldWeights:
+    """The W_θ of the θ that were seen last. A copy of it, pickled or deep, holds nothing."""
+
+    def __init__(self) -> None:
+        self._entries: list[_Entry] = []
+
+    def get(self, theta: Tensor, weight: Tensor, build: Callable[[], Tensor], *, hold: bool) -> Tensor:
+        """W_θ, at hand or built.
+
+        Args:
+            theta: (r,).
+            weight: W.
+            build: makes W_θ.
+            hold: keep it until other θ come; else, only for as long as somebody else does. A forward with gradient leaves W_θ
+                to its graph, so that the backward frees it.
+        """
+        where = source(weight)
+        for entry in self._entries:
+            if entry.source == where and entry.theta.device == theta.device and torch.equal(entry.theta, theta):
+                merged = entry.weak()
+                if merged is not None:
+                    entry.strong = merged if hold else None
+                    return merged
+        merged = build()
+        entry = _Entry(theta.clone(), where, merged if hold else None, weakref.ref(merged))
+        self._entries = [*[e for e in self._entries if e.weak() is not None][1 - _VIEWS :], entry]
+        return merged
+
+    def clear(self) -> None:
+        """Let go of everything."""
+        self._entries = []
+
+    def __deepcopy__(self, memo: Any) -> HeldWeights:
+        return HeldWeights()
+
+    def __reduce__(self) -> tuple[type[HeldWeights], tuple[()]]:
+        return HeldWeights, ()

@@ -1,0 +1,352 @@
+"""However a call is computed it is the formula, and W_θ is never older than the knobs nor kept longer than it should be."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import weakref
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import antipasto as ap
+from antipasto.basis import decompose
+from antipasto.functional import Route, merged_linear, merged_weight, spectral_linear_reference
+from antipasto.plans import Call, Execution, cheapest, route_costs
+from antipasto.tuner.views import mixed
+
+SHAPES = [(7, 5), (5, 7), (6, 6), (6, 1)]
+PLANS = ("auto", "factored", "merged", "spectral")
+
+
+def routes(o: int, i: int, r: int) -> list[Route]:
+    call = Call(4, o, i, r, True, True, by_token=False, well_conditioned=True, is_basis=True, weights=1)
+    return list(route_costs(call))
+
+
+CASES = [(shape, rank, route) for shape in SHAPES for rank in (None, 2) for route in routes(*shape, rank or min(shape))]
+
+
+# ── the function ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(("shape", "rank", "route"), CASES)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("needs_x", [True, False])
+def test_every_route_is_the_formula(
+    shape: tuple[int, int], rank: int | None, route: Route, dtype: torch.dtype, bias: bool, needs_x: bool
+) -> None:
+    torch.manual_seed(0)
+    o, i = shape
+    W = torch.randn(o, i, dtype=dtype)
+    b = torch.randn(o, dtype=dtype) if bias else None
+    U, S, Vh = decompose(W).truncate(rank or min(shape))
+    theta = (0.2 * torch.randn(len(S), dtype=dtype)).requires_grad_()
+    x = torch.randn(2, 9, i, dtype=dtype, requires_grad=needs_x)
+    y = merged_linear(x, b, theta, [merged_weight(W, U, Vh, theta.detach())], (U, S, Vh), route)
+    wanted = [theta, x] if needs_x else [theta]
+    weight = torch.randn_like(y)
+    got = torch.autograd.grad((y * weight).sum(), wanted)
+    exact = [None if t is None else t.detach().double().requires_grad_() for t in (x, W, b, U, Vh, theta)]
+    reference = spectral_linear_reference(*exact)  # type: ignore[arg-type]
+    want = torch.autograd.grad((reference * weight).sum(), [exact[5], exact[0]][: len(wanted)])  # type: ignore[arg-type]
+    close = {"atol": 1e-12, "rtol": 1e-12} if dtype == torch.float64 else {"atol": 3e-5, "rtol": 3e-5}
+    torch.testing.assert_close(y.double(), reference, **close)
+    for g, w in zip(got, want, strict=True):
+        torch.testing.assert_close(g.double(), w.double(), **close)
+
+
+@pytest.mark.parametrize("route", [route for route in Route if route.by_token])
+def test_rows_with_a_theta_each(route: Route) -> None:
+    torch.manual_seed(1)
+    o, i = (5, 7) if route is Route.OUTPUT else (7, 5)
+    W, b = torch.randn(o, i).double(), torch.randn(o).double()
+    U, S, Vh = decompose(W)
+    thetas = 0.2 * torch.randn(2, 5).double()
+    which = torch.tensor([1, 0, 1, 1])
+    theta = thetas[which].unsqueeze(1).requires_grad_()  # (4, 1, r)
+    x = torch.randn(4, 3, i).double().requires_grad_()
+    weights = [merged_weight(W, U, Vh, one) for one in thetas]
+    y = merged_linear(x, b, theta, weights, (U, S, Vh), route, which)
+    rows = [spectral_linear_reference(x[n], W, b, U, Vh, theta[n, 0]) for n in range(4)]
+    torch.testing.assert_close(y, torch.stack(rows))
+    probe = torch.randn_like(y)
+    got = torch.autograd.grad((y * probe).sum(), [x, theta])
+    want = torch.autograd.grad((torch.stack(rows) * probe).sum(), [x, theta])
+    for g, w in zip(got, want, strict=True):
+        torch.testing.assert_close(g, w)
+
+
+def test_what_is_returned_may_be_written_to() -> None:
+    """As the output of nn.Linear may, whatever the backward has kept."""
+    torch.manual_seed(2)
+    W = torch.randn(4, 6)
+    U, S, Vh = decompose(W)
+    for route in Route:
+        if route in (Route.INPUT, Route.INPUT_GRAM):
+            continue
+        theta = torch.full((4,), 0.1, requires_grad=True)
+        x = torch.randn(3, 6, requires_grad=True)
+        y = merged_linear(x, None, theta, [merged_weight(W, U, Vh, theta.detach())], (U, S, Vh), route)
+        (want,) = torch.autograd.grad(y.relu().sum(), theta, retain_graph=True)
+        nn.functional.relu(y, inplace=True)
+        (got,) = torch.autograd.grad(y.sum(), theta)
+        torch.testing.assert_close(got, want)
+
+
+# ── the choice ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@given(
+    tokens=st.integers(1, 10_000),
+    shape=st.tuples(st.integers(1, 4096), st.integers(1, 4096)),
+    cut=st.floats(0.01, 1),
+    flags=st.tuples(*[st.booleans()] * 5),
+)
+@settings(max_examples=300, deadline=None)
+def test_the_choice_is_possible_and_the_forward_does_not_depend_on_rollouts(
+    tokens: int, shape: tuple[int, int], cut: float, flags: tuple[bool, ...]
+) -> None:
+    o, i = shape
+    r = max(1, int(cut * min(shape)))
+    needs_x, needs_theta, by_token, well_conditioned, is_basis = flags
+    call = Call(tokens, o, i, r, needs_x, needs_theta, by_token, well_conditioned, is_basis, weights=1)
+    execution, route = cheapest(call)
+    assert route in route_costs(call)
+    assert route.by_token or not by_token
+    assert well_conditioned or route in (Route.FACTORED, Route.WEIGHT)
+    assert execution is not Execution.SPECTRAL or (is_basis and r == min(shape))
+    other = Call(tokens, o, i, r, needs_x, needs_theta, not by_token, well_conditioned, is_basis, weights=1)
+    assert cheapest(other)[0] is execution
+
+
+def make(plan: str = "auto", o: int = 24, i: int = 16, **options: Any) -> tuple[nn.Module, ap.LayerKnobs, Tensor]:
+    torch.manual_seed(3)
+    model = nn.Sequential(nn.Linear(i, o))
+    config = ap.AntiPastoConfig(target_modules=["0"], plan=plan, **options)  # type: ignore[arg-type]
+    (knobs,) = ap.wrap(model, config).values()
+    with torch.no_grad():
+        knobs.delta_s.normal_(std=0.1)
+    return model, knobs, torch.randn(4, 16, i, requires_grad=True)
+
+
+def taken(knobs: ap.LayerKnobs, x: Tensor) -> Execution:
+    theta = knobs.layer.theta(["default"])
+    assert theta is not None
+    return knobs.layer._plan(x, theta)[0]
+
+
+def test_each_plan_is_taken_where_it_is_named_and_auto_takes_what_is_cheapest() -> None:
+    for plan in PLANS[1:]:
+        _, knobs, x = make(plan)
+        assert taken(knobs, x).value == plan
+    _, knobs, x = make()
+    assert taken(knobs, x[:2]) is Execution.SPECTRAL
+    assert taken(knobs, x) is Execution.MERGED
+    with torch.no_grad():
+        assert taken(knobs, x[:1, :1]) is Execution.MERGED
+    _, knobs, x = make(rank=2)
+    assert taken(knobs, x) is Execution.MERGED
+    assert taken(knobs, x[:1, :1]) is Execution.FACTORED
+    with pytest.raises(ValueError, match="plan must be one of auto, factored, merged, spectral, got 'quick'"):
+        ap.AntiPastoConfig(plan="quick")  # type: ignore[arg-type]
+
+
+def _hook(knobs: ap.LayerKnobs) -> None:
+    knobs.layer.base_layer.register_forward_hook(lambda _, __, y: 2 * y)
+
+
+def _pre_hook(knobs: ap.LayerKnobs) -> None:
+    knobs.layer.base_layer.register_forward_pre_hook(lambda _, args: (2 * args[0],))
+
+
+def _own_forward(knobs: ap.LayerKnobs) -> None:
+    old = knobs.layer.base_layer.forward
+    knobs.layer.base_layer.forward = lambda x: 2 * old(x)  # type: ignore[method-assign,assignment]
+
+
+@pytest.mark.parametrize("change", [_hook, _pre_hook, _own_forward])
+@pytest.mark.parametrize("plan", PLANS)
+def test_a_base_layer_that_does_more_than_a_matmul_is_called(plan: str, change: Any) -> None:
+    model, knobs, x = make(plan)
+    change(knobs)
+    y = model(x)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), y)
+        base, delta = knobs.layer.base_layer(x), x @ knobs.layer.get_delta_weight("default").T
+    torch.testing.assert_close(y, base + delta)
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_a_base_layer_that_trains_gets_its_gradient(plan: str) -> None:
+    model, knobs, x = make(plan)
+    knobs.layer.base_layer.requires_grad_(True)
+    model(x).sum().backward()
+    want = x.sum((0, 1)).expand(24, 16)
+    torch.testing.assert_close(knobs.layer.base_layer.weight.grad, want)
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_weights_that_are_written_to_after_wrapping_count(plan: str) -> None:
+    model, knobs, x = make(plan)
+    with torch.no_grad():
+        model(x)
+    model(x).sum().backward()
+    base = knobs.layer.base_layer
+    with torch.no_grad():
+        base.weight.copy_(torch.randn_like(base.weight))
+    want = spectral_linear_reference(x, base.weight, base.bias, knobs.U, knobs.Vh, knobs.delta_s)
+    torch.testing.assert_close(model(x), want, atol=2e-5, rtol=1e-5)
+    with torch.no_grad():
+        torch.testing.assert_close(model(x), want, atol=2e-5, rtol=1e-5)
+
+
+def test_the_same_weights_loaded_again_are_the_basiss() -> None:
+    """Else a resumed run, whose weights are loaded into the wrapped model, would not end where the uninterrupted one does."""
+    model, knobs, x = make()
+    y = model(x[:2])
+    model.load_state_dict(copy.deepcopy(model.state_dict()))
+    assert taken(knobs, x[:2]) is Execution.SPECTRAL
+    assert torch.equal(model(x[:2]), y)
+
+
+# ── precision ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("shape", [(40, 24), (24, 40), (32, 32)])
+@pytest.mark.parametrize("spectrum", ["down to 1e-6", "down to 1e-3", "flat", "theta crosses zero"])
+def test_ill_conditioned_weights_lose_no_more_than_the_plain_formula(
+    plan: str, shape: tuple[int, int], spectrum: str
+) -> None:
+    """Output and gradient against fp64, beside what the formula itself loses in fp32."""
+    torch.manual_seed(4)
+    r = min(shape)
+    low = {"down to 1e-6": -6, "down to 1e-3": -3}.get(spectrum, 0)
+    S = torch.logspace(0, low, r, dtype=torch.float64)
+    U, _ = torch.linalg.qr(torch.randn(shape[0], r, dtype=torch.float64))
+    V, _ = torch.linalg.qr(torch.randn(shape[1], r, dtype=torch.float64))
+    model = nn.Sequential(nn.Linear(shape[1], shape[0], bias=False))
+    model[0].weight.data = ((U * S) @ V.T).float()
+    (knobs,) = ap.wrap(model, ap.AntiPastoConfig(target_modules=["0"], plan=plan)).values()  # type: ignore[arg-type]
+    theta = 0.05 * torch.randn(r)
+    if spectrum == "theta crosses zero":
+        theta[::3] = -knobs.S[::3] * (1 + 1e-6)
+    knobs.delta_s.data.copy_(theta)
+    x, probe = torch.randn(128, shape[1], requires_grad=True), torch.randn(128, shape[0])
+
+    def run(dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+        X, T = x.detach().to(dtype).requires_grad_(), theta.to(dtype).requires_grad_()
+        y = spectral_linear_reference(
+            X, model[0].base_layer.weight.to(dtype), None, knobs.U.to(dtype), knobs.Vh.to(dtype), T
+        )
+        return y, *torch.autograd.grad((y * probe).sum(), [X, T])
+
+    y = model(x)
+    got = (y, *torch.autograd.grad((y * probe).sum(), [x, knobs.delta_s]))
+    for g, plain, exact in zip(got, run(torch.float32), run(torch.float64), strict=True):
+        allowed = 10 * (plain - exact).norm() + 3e-7 * exact.norm()
+        assert (g - exact).norm() <= allowed
+
+
+def test_a_second_derivative_needs_the_factored_plan() -> None:
+    model, knobs, x = make("merged")
+    (g,) = torch.autograd.grad(model(x).square().sum(), knobs.delta_s, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        g.sum().backward()
+    for plan in ("factored", "spectral"):
+        model, knobs, x = make(plan)
+        (g,) = torch.autograd.grad(model(x).square().sum(), knobs.delta_s, create_graph=True)
+        g.sum().backward()
+        assert knobs.delta_s.grad.any()
+
+
+# ── what is kept ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def alive(knobs: ap.LayerKnobs) -> list[bool]:
+    """Of each W_θ that is known of, in the order in which they were made."""
+    gc.collect()
+    return [entry.weak() is not None for entry in knobs.layer.held._entries]
+
+
+def test_a_backward_frees_the_weight_and_an_evaluation_holds_it_until_the_knobs_change() -> None:
+    model, knobs, x = make("merged")
+    loss = model(x).sum()
+    assert alive(knobs) == [True]  # in the graph
+    loss.backward()
+    assert alive(knobs) == [False]
+    with torch.no_grad():
+        model(x)
+        assert alive(knobs) == [True]
+        (entry,) = knobs.layer.held._entries
+        model(x[:1])
+        assert knobs.layer.held._entries == [entry]
+        for _ in range(5):
+            knobs.delta_s.data.add_(0.1)
+            model(x)
+        assert alive(knobs) == [True, True]  # as many as there are views that take turns
+        assert entry.weak() is not None or entry not in knobs.layer.held._entries
+    loss = model(x).sum()  # what an evaluation has built serves the training step, which then frees it
+    assert alive(knobs) == [True, True]
+    loss.backward()
+    assert alive(knobs) == [True, False]
+
+
+def test_nothing_is_held_where_the_config_says_so() -> None:
+    model, knobs, x = make("merged", hold_weights=False)
+    with torch.no_grad():
+        model(x)
+    assert all(entry.weak() is None for entry in knobs.layer.held._entries)
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_the_same_call_gives_the_same_bits_whatever_came_before(plan: str) -> None:
+    model, knobs, x = make(plan)
+    other, _, _ = make(plan)
+    with torch.no_grad():
+        for _ in range(3):
+            other(x), other(x[:1])  # now it holds what it will
+        assert torch.equal(model(x), other(x))
+    assert torch.equal(model(x), other(x))
+    for m in (model, other):
+        m(x).square().sum().backward()
+    assert torch.equal(knobs.delta_s.grad, next(iter(ap.knobs(other).values())).delta_s.grad)
+
+
+def test_a_copy_holds_nothing_of_the_original() -> None:
+    model, knobs, x = make()
+    with torch.no_grad():
+        model(x)
+        twin = copy.deepcopy(model)
+        (theirs,) = ap.knobs(twin).values()
+        assert theirs.layer.held._entries == []
+        assert torch.equal(twin(x), model(x))
+    held = weakref.ref(knobs.layer.held._entries[0].weak())  # type: ignore[arg-type]
+    model.double()  # and what is moved or cast lets go
+    assert held() is None
+
+
+@pytest.mark.parametrize("plan", PLANS)
+def test_rows_that_see_other_knobs_in_one_batch(plan: str) -> None:
+    model, knobs, x = make(plan)
+    knobs.delta_s_hack.data.normal_(std=0.1)
+    x.requires_grad_()
+    deployed = torch.tensor([True, False, False, True])
+    with mixed(model) as rows:
+        rows.set(deployed)
+        y = model(x)
+        g = torch.autograd.grad(y.square().sum(), [x, knobs.delta_s])
+        with torch.no_grad():
+            torch.testing.assert_close(model(x), y)
+    alone = model(x)
+    with ap.deployed(model):
+        alone = torch.where(deployed[:, None, None], model(x), alone)
+    torch.testing.assert_close(y, alone)
+    for got, want in zip(g, torch.autograd.grad(alone.square().sum(), [x, knobs.delta_s]), strict=True):
+        torch.testing.assert_close(got, want, atol=2e-4, rtol=1e-5)
