@@ -17,6 +17,7 @@ import antipasto as ap
 from antipasto.basis import decompose
 from antipasto.functional import Route, merged_linear, merged_weight, spectral_linear_reference
 from antipasto.plans import Call, Execution, cheapest, route_costs
+from antipasto.tuner.choice import Asked
 from antipasto.tuner.views import mixed
 
 SHAPES = [(7, 5), (5, 7), (6, 6), (6, 1)]
@@ -138,7 +139,10 @@ def make(plan: str = "auto", o: int = 24, i: int = 16, **options: Any) -> tuple[
 def taken(knobs: ap.LayerKnobs, x: Tensor) -> Execution:
     theta = knobs.layer.theta(["default"])
     assert theta is not None
-    return knobs.layer._plan(x, theta)[0]
+    layer = knobs.layer
+    assert layer.basis is not None
+    asked = Asked(layer.plan, layer.hold_weights, by_sequence=False)
+    return layer.choice.make(asked, x, theta, layer.base_layer.weight, layer.basis, None)[0]
 
 
 def test_each_plan_is_taken_where_it_is_named_and_auto_takes_what_is_cheapest() -> None:
@@ -272,7 +276,7 @@ def test_a_second_derivative_needs_the_factored_plan() -> None:
 def alive(knobs: ap.LayerKnobs) -> list[bool]:
     """Of each W_θ that is known of, in the order in which they were made."""
     gc.collect()
-    return [entry.weak() is not None for entry in knobs.layer.held._entries]
+    return [entry.weak() is not None for entry in knobs.layer.choice.held._entries]
 
 
 def test_a_backward_frees_the_weight_and_an_evaluation_holds_it_until_the_knobs_change() -> None:
@@ -284,25 +288,35 @@ def test_a_backward_frees_the_weight_and_an_evaluation_holds_it_until_the_knobs_
     with torch.no_grad():
         model(x)
         assert alive(knobs) == [True]
-        (entry,) = knobs.layer.held._entries
+        (entry,) = knobs.layer.choice.held._entries
         model(x[:1])
-        assert knobs.layer.held._entries == [entry]
+        assert knobs.layer.choice.held._entries == [entry]
         for _ in range(5):
             knobs.delta_s.data.add_(0.1)
             model(x)
         assert alive(knobs) == [True, True]  # as many as there are views that take turns
-        assert entry.weak() is not None or entry not in knobs.layer.held._entries
+        assert entry.weak() is not None or entry not in knobs.layer.choice.held._entries
     loss = model(x).sum()  # what an evaluation has built serves the training step, which then frees it
     assert alive(knobs) == [True, True]
     loss.backward()
     assert alive(knobs) == [True, False]
 
 
+def test_what_inference_mode_has_built_serves_a_step_with_gradient() -> None:
+    model, _, x = make("merged")
+    with torch.inference_mode():
+        y = model(x)
+    model(x).sum().backward()
+    assert torch.equal(model(x), y)
+    with torch.inference_mode():
+        model.load_state_dict(copy.deepcopy(model.state_dict()))
+
+
 def test_nothing_is_held_where_the_config_says_so() -> None:
     model, knobs, x = make("merged", hold_weights=False)
     with torch.no_grad():
         model(x)
-    assert all(entry.weak() is None for entry in knobs.layer.held._entries)
+    assert all(entry.weak() is None for entry in knobs.layer.choice.held._entries)
 
 
 @pytest.mark.parametrize("plan", PLANS)
@@ -325,9 +339,9 @@ def test_a_copy_holds_nothing_of_the_original() -> None:
         model(x)
         twin = copy.deepcopy(model)
         (theirs,) = ap.knobs(twin).values()
-        assert theirs.layer.held._entries == []
+        assert theirs.layer.choice.held._entries == []
         assert torch.equal(twin(x), model(x))
-    held = weakref.ref(knobs.layer.held._entries[0].weak())  # type: ignore[arg-type]
+    held = weakref.ref(knobs.layer.choice.held._entries[0].weak())  # type: ignore[arg-type]
     model.double()  # and what is moved or cast lets go
     assert held() is None
 

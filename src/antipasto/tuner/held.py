@@ -10,7 +10,6 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,7 +19,7 @@ _VIEWS = 2  # as trained and deployed take turns in one step
 
 def source(weight: Tensor) -> tuple[int, int]:
     """By which a weight is known to be the same as before, as far as can be seen without reading it."""
-    return weight.data_ptr(), weight._version
+    return weight.data_ptr(), 0 if weight.is_inference() else weight._version
 
 
 @dataclass
@@ -32,7 +31,7 @@ class _Entry:
 
 
 class HeldWeights:
-    """The W_θ of the θ that were seen last. A copy of it, pickled or deep, holds nothing."""
+    """The W_θ of the θ that were seen last."""
 
     def __init__(self) -> None:
         self._entries: list[_Entry] = []
@@ -54,17 +53,13 @@ class HeldWeights:
                 if merged is not None:
                     entry.strong = merged if hold else None
                     return merged
-        merged = build()
-        entry = _Entry(theta.clone(), where, merged if hold else None, weakref.ref(merged))
+        # built in inference mode, it could not be used with gradient afterwards
+        with torch.inference_mode(False), torch.no_grad():
+            merged, seen = build(), theta.clone()
+        entry = _Entry(seen, where, merged if hold else None, weakref.ref(merged))
         self._entries = [*[e for e in self._entries if e.weak() is not None][1 - _VIEWS :], entry]
         return merged
 
     def clear(self) -> None:
         """Let go of everything."""
         self._entries = []
-
-    def __deepcopy__(self, memo: Any) -> HeldWeights:
-        return HeldWeights()
-
-    def __reduce__(self) -> tuple[type[HeldWeights], tuple[()]]:
-        return HeldWeights, ()

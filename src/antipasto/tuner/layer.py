@@ -20,16 +20,13 @@ import torch
 import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
-from torch._C._functorch import is_functorch_wrapped_tensor
 from transformers.pytorch_utils import Conv1D
 
 from antipasto.basis import Basis
-from antipasto.functional import Route, delta_weight, merged_linear, merged_weight, spectral_delta
-from antipasto.plans import MAX_CONDITION, Call, Execution, PlanName, cheapest
-from antipasto.tuner.held import HeldWeights, source
+from antipasto.functional import delta_weight, merged_linear, spectral_delta
+from antipasto.plans import Execution, PlanName
+from antipasto.tuner.choice import Asked, Choice, does_nothing_but
 from antipasto.tuner.rows import RowViews, per_token
-
-_Merged = tuple[list[Tensor], Tensor | None, Route]
 
 
 class View(enum.Enum):
@@ -83,7 +80,7 @@ class AntiPastoLinear(nn.Module, BaseTunerLayer):
             `antipasto.rollouts` tells sequences apart.
         plan: how it is computed, as the config of its last adapter says.
         hold_weights: whether W_θ of a forward without gradient is kept for the next; from there as well.
-        held: the W_θ at hand.
+        choice: chooses how a call is computed, and has the W_θ at hand.
     """
 
     adapter_layer_names = ("delta_s",)
@@ -102,8 +99,7 @@ class AntiPastoLinear(nn.Module, BaseTunerLayer):
         self.spread_theta: Callable[[Tensor, Tensor], Tensor] | None = None
         self.plan: PlanName = "auto"
         self.hold_weights = True
-        self.held = HeldWeights()
-        self._of_basis: tuple[tuple[int, int], bool] | None = None  # a weight, and whether the basis is of it
+        self.choice = Choice()
         self.merged_adapters: list[str] = []
         self._unmerged_weight: Tensor | None = None
         self._disable_adapters = False
@@ -126,7 +122,7 @@ class AntiPastoLinear(nn.Module, BaseTunerLayer):
         dtype = torch.promote_types(weight.dtype, torch.float32)
         if self.basis is None or basis.rank > self.basis.rank:
             self.basis = basis
-            self._of_basis = source(weight), True
+            self.choice.trust(weight)
         self.r[name] = rank
         self.delta_s[name] = Knob(rank, dtype, weight.device, trainable=trainable)
         if quarantine:
@@ -180,118 +176,26 @@ class AntiPastoLinear(nn.Module, BaseTunerLayer):
         if theta is None:
             return self.base_layer(x, *args, **kwargs)
         assert self.basis is not None
-        execution, merged = self._plan(x, theta) if not args and not kwargs else (Execution.FACTORED, None)
-        if self.spread_theta is not None and torch.is_grad_enabled():
-            theta = self.spread_theta(theta, x)
+        base_layer, spread = self.get_base_layer(), self.spread_theta if torch.is_grad_enabled() else None
+        execution, merged = Execution.FACTORED, None
+        if self.plan != "factored" and not args and not kwargs and does_nothing_but(base_layer, x, theta, self.basis):
+            weight = cast(Tensor, base_layer.weight)
+            asked = Asked(self.plan, self.hold_weights, by_sequence=spread is not None)
+            execution, merged = self.choice.make(asked, x, theta, weight, self.basis, self.rows)
+        if spread is not None:
+            theta = spread(theta, x)
         elif theta.ndim > 1:
             assert self.rows is not None
             theta = per_token(theta, x, self.rows.shape)
         U, S, Vh = self.basis
-        bias = cast(Tensor | None, self.get_base_layer().bias)
+        bias = cast(Tensor | None, base_layer.bias)
         if execution is Execution.SPECTRAL:
             y = spectral_delta(x, U, Vh, S + theta, x.dtype)
             return y if bias is None else y + bias
         if merged is not None:
-            weights, which, route = merged
-            return merged_linear(x, bias, theta, weights, self.basis, route, which)
+            return merged_linear(x, bias, theta, merged.weights, self.basis, merged.route, merged.which)
         y = self.base_layer(x, *args, **kwargs)
         return y + spectral_delta(x, U, Vh, theta, y.dtype)
-
-    # ── its execution ─────────────────────────────────────────────────────────────────────────────────────────────
-
-    def _plan(self, x: Tensor, theta: Tensor) -> tuple[Execution, _Merged | None]:
-        """How to compute a call; and for a merged one, the W_θ, which row of x has which, and the route of ∂L/∂θ.
-
-        By what is asked and what the knobs are, never by what happens to be at hand: the same call gives the same bits.
-        """
-        base = self.get_base_layer()
-        if self.plan == "factored" or not self._is_plain(base, x, theta):
-            return Execution.FACTORED, None
-        assert self.basis is not None
-        thetas, which = ([theta.detach()], None) if theta.ndim == 1 else self._distinct(theta, x)
-        with_grad = torch.is_grad_enabled()
-        needs_x = with_grad and x.requires_grad
-        needs_theta = with_grad and (theta.requires_grad or self.spread_theta is not None)
-        hold = self.hold_weights and self.plan != "spectral" and not (needs_x or needs_theta)
-        W = base.weight.detach()  # type: ignore[operator]
-        if hold:  # as in a decoding loop: it will be asked again
-            return Execution.MERGED, ([self._weight(one, W, hold=True) for one in thetas], which, Route.FACTORED)
-        zero = not any(one.any() for one in thetas)
-        (o, i), r = W.shape, self.basis.rank
-        call = Call(
-            tokens=x.shape[:-1].numel(),
-            o=o,
-            i=i,
-            r=r,
-            needs_x=needs_x,
-            needs_theta=needs_theta,
-            by_token=theta.ndim > 1 or (with_grad and self.spread_theta is not None),
-            well_conditioned=needs_theta and o != i and r == min(o, i) and self._well_conditioned(thetas),
-            is_basis=not zero and r == min(o, i) and self._is_basis_of(W),
-            weights=0 if zero else len(thetas),
-        )
-        execution, route = cheapest(call, self.plan)
-        if execution is not Execution.MERGED:
-            return execution, None
-        return execution, ([self._weight(one, W, hold=False) for one in thetas], which, route)
-
-    def _weight(self, theta: Tensor, W: Tensor, *, hold: bool) -> Tensor:
-        """W_θ; W itself where θ is zero."""
-
-        def build() -> Tensor:
-            assert self.basis is not None
-            return merged_weight(W, self.basis.U, self.basis.Vh, theta) if theta.any() else W
-
-        return self.held.get(theta, W, build, hold=hold)
-
-    def _is_plain(self, base: nn.Module, x: Tensor, theta: Tensor) -> bool:
-        """Whether a matmul is all that the base layer does, and one with W_θ instead loses nothing in this dtype."""
-        if type(base) is not nn.Linear or "forward" in vars(base):  # offloading puts a forward of its own there
-            return False
-        weight, bias, dtype, basis = base.weight, base.bias, x.dtype, self.basis
-        assert basis is not None
-        return (
-            (dtype is torch.float32 or dtype is torch.float64)
-            and weight.dtype is dtype
-            and basis.U.dtype is dtype
-            and theta.dtype is dtype
-            and x.ndim > 1
-            and x.numel() > 0
-            and not (base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks)
-            and not (weight.requires_grad or (bias is not None and bias.requires_grad))
-            and type(weight.data) is Tensor
-            and not weight.is_meta
-            and not torch.is_autocast_enabled(x.device.type)
-            and not torch.compiler.is_compiling()
-            and not (is_functorch_wrapped_tensor(x) or is_functorch_wrapped_tensor(theta))
-        )
-
-    def _distinct(self, theta: Tensor, x: Tensor) -> tuple[list[Tensor], Tensor | None]:
-        """The one or two different rows of θ (b, r), and which of them each row of x (…, i) has."""
-        assert self.rows is not None
-        assert self.rows.quarantine is not None
-        sees = self.rows.quarantine.squeeze(1)  # (b,)
-        rows = theta.detach()
-        kinds = [rows[sees == kind][:1] for kind in (False, True)]
-        thetas = [kind[0] for kind in kinds if len(kind)]
-        if len(thetas) == 1 or torch.equal(*thetas):
-            return thetas[:1], None
-        which = per_token(sees.long().unsqueeze(1), x, self.rows.shape)
-        return thetas, which.reshape(x.shape[0])
-
-    def _is_basis_of(self, W: Tensor) -> bool:
-        """Whether W is U diag(S) Vh, up to rounding; found out anew only where W was replaced or written to."""
-        if self._of_basis is None or self._of_basis[0] != source(W):
-            assert self.basis is not None
-            U, S, Vh = self.basis
-            error = torch.addmm(W, U * S, Vh, alpha=-1).norm()
-            self._of_basis = source(W), bool(error <= 1e-5 * W.norm())
-        return self._of_basis[1]
-
-    def _well_conditioned(self, thetas: list[Tensor]) -> bool:
-        assert self.basis is not None
-        sigma = (self.basis.S + torch.stack(thetas)).abs()
-        return bool(sigma.max() <= MAX_CONDITION * sigma.min())
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """ΔW = U diag(θ) Vh of one adapter, (o, i) in at least fp32, laid out as the base layer's weight is.
@@ -389,7 +293,7 @@ class AntiPastoLinear(nn.Module, BaseTunerLayer):
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AntiPastoLinear:
         """Moves and casts (``to``, ``half``, ``cuda``…) take the basis and the kept weight along."""
         super()._apply(fn, recurse)
-        self.held.clear()
+        self.choice.forget()
         if self.basis is not None:
             self.basis = Basis(*map(fn, self.basis))
         if self._unmerged_weight is not None:

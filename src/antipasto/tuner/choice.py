@@ -1,0 +1,162 @@
+"""How a layer's call is computed: what it is asked for, told to `antipasto.plans`; and the W_θ that a merged one takes.
+
+By what is asked and what the knobs are, never by what happens to be at hand: the same call gives the same bits.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch._C._functorch import is_functorch_wrapped_tensor
+
+from antipasto.basis import Basis
+from antipasto.functional import Route, merged_weight
+from antipasto.plans import MAX_CONDITION, Call, Execution, PlanName, cheapest
+from antipasto.tuner.held import HeldWeights, source
+from antipasto.tuner.rows import RowViews, per_token
+
+
+class Asked(NamedTuple):
+    """What is asked of a call beside its result.
+
+    Attributes:
+        plan: the layer's.
+        hold_weights: whether W_θ of a forward without gradient may be kept for the next.
+        by_sequence: whether sequences want a gradient each.
+    """
+
+    plan: PlanName
+    hold_weights: bool
+    by_sequence: bool
+
+
+class Merged(NamedTuple):
+    """What a merged call takes: the W_θ (o, i), which of them each row of x has if they are several, the route of ∂L/∂θ."""
+
+    weights: list[Tensor]
+    which: Tensor | None
+    route: Route
+
+
+def does_nothing_but(base: nn.Module, x: Tensor, theta: Tensor, basis: Basis) -> bool:
+    """Whether a matmul is all that the base layer does, and one with W_θ instead loses nothing in this dtype."""
+    if type(base) is not nn.Linear or "forward" in vars(base):  # offloading puts a forward of its own there
+        return False
+    weight, bias, dtype = base.weight, base.bias, x.dtype
+    return (
+        (dtype is torch.float32 or dtype is torch.float64)
+        and weight.dtype is dtype
+        and basis.U.dtype is dtype
+        and theta.dtype is dtype
+        and x.ndim > 1
+        and x.numel() > 0
+        and not (base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks)
+        and not (weight.requires_grad or (bias is not None and bias.requires_grad))
+        and type(weight.data) is Tensor
+        and not weight.is_meta
+        and not torch.is_autocast_enabled(x.device.type)
+        and not torch.compiler.is_compiling()
+        and not (is_functorch_wrapped_tensor(x) or is_functorch_wrapped_tensor(theta))
+    )
+
+
+class Choice:
+    """One layer's. A copy of it, pickled or deep, remembers nothing.
+
+    Attributes:
+        held: the W_θ at hand.
+    """
+
+    def __init__(self) -> None:
+        self.held = HeldWeights()
+        self._of_basis: tuple[tuple[int, int], bool] | None = None  # a weight, and whether the basis is of it
+
+    def trust(self, weight: Tensor) -> None:
+        """Take a weight, as it is now, for the one that the basis is of."""
+        self._of_basis = source(weight), True
+
+    def forget(self) -> None:
+        """The tensors have been moved or cast."""
+        self.held.clear()
+
+    def make(
+        self, asked: Asked, x: Tensor, theta: Tensor, weight: Tensor, basis: Basis, rows: RowViews | None
+    ) -> tuple[Execution, Merged | None]:
+        """How to compute a call.
+
+        Args:
+            asked: what is wanted of it.
+            x: (…, i).
+            theta: (r,), or (b, r) where rows see different knobs.
+            weight: W (o, i).
+            basis: of W, or of what W was.
+            rows: which rows see what, if they differ.
+        """
+        W = weight.detach()
+        thetas, which = [theta.detach()], None
+        if theta.ndim > 1:
+            assert rows is not None
+            thetas, which = _distinct(theta.detach(), x, rows)
+        with_grad = torch.is_grad_enabled()
+        needs_x = with_grad and x.requires_grad
+        needs_theta = with_grad and (theta.requires_grad or asked.by_sequence)
+        if asked.hold_weights and asked.plan != "spectral" and not (needs_x or needs_theta):
+            # as in a decoding loop: it will be asked again
+            return Execution.MERGED, Merged(
+                [self._weight(t, W, basis, hold=True) for t in thetas], which, Route.FACTORED
+            )
+        zero = not any(t.any() for t in thetas)
+        (o, i), full_rank = W.shape, basis.rank == min(W.shape)
+        call = Call(
+            tokens=x.shape[:-1].numel(),
+            o=o,
+            i=i,
+            r=basis.rank,
+            needs_x=needs_x,
+            needs_theta=needs_theta,
+            by_token=theta.ndim > 1 or asked.by_sequence,
+            well_conditioned=needs_theta and full_rank and o != i and _well_conditioned(basis.S, thetas),
+            is_basis=full_rank and not zero and self._is_basis_of(W, basis),
+            weights=0 if zero else len(thetas),
+        )
+        execution, route = cheapest(call, asked.plan)
+        if execution is not Execution.MERGED:
+            return execution, None
+        return execution, Merged([self._weight(t, W, basis, hold=False) for t in thetas], which, route)
+
+    def _weight(self, theta: Tensor, W: Tensor, basis: Basis, *, hold: bool) -> Tensor:
+        """W_θ; W itself where θ is zero."""
+        return self.held.get(
+            theta, W, lambda: merged_weight(W, basis.U, basis.Vh, theta) if theta.any() else W, hold=hold
+        )
+
+    def _is_basis_of(self, W: Tensor, basis: Basis) -> bool:
+        """Whether W is U diag(S) Vh, up to rounding; found out anew only where W was replaced or written to."""
+        if self._of_basis is None or self._of_basis[0] != source(W):
+            error = torch.addmm(W, basis.U * basis.S, basis.Vh, alpha=-1).norm()
+            self._of_basis = source(W), bool(error <= 1e-5 * W.norm())
+        return self._of_basis[1]
+
+    def __deepcopy__(self, memo: Any) -> Choice:
+        return Choice()
+
+    def __reduce__(self) -> tuple[type[Choice], tuple[()]]:
+        return Choice, ()
+
+
+def _distinct(theta: Tensor, x: Tensor, rows: RowViews) -> tuple[list[Tensor], Tensor | None]:
+    """The one or two different rows of θ (b, r), and which of them each row of x (…, i) has."""
+    assert rows.quarantine is not None
+    sees = rows.quarantine.squeeze(1)  # (b,)
+    kinds = [theta[sees == kind][:1] for kind in (False, True)]
+    thetas = [kind[0] for kind in kinds if len(kind)]
+    if len(thetas) == 1 or torch.equal(*thetas):
+        return thetas[:1], None
+    return thetas, per_token(sees.long().unsqueeze(1), x, rows.shape).reshape(x.shape[0])
+
+
+def _well_conditioned(S: Tensor, thetas: list[Tensor]) -> bool:
+    sigma = (S + torch.stack(thetas)).abs()
+    return bool(sigma.max() <= MAX_CONDITION * sigma.min())
