@@ -1,9 +1,14 @@
 """What one adapted layer costs against its width, its tokens and the rank: ratios to the bare layer, side by side.
 
-    python benchmarks/scaling.py
+    python benchmarks/scaling.py measured
+    python benchmarks/scaling.py paper
 
-A square Linear of each width and one of four times as many outputs, forward + backward with a gradient to the input; the knobs
-move before every call, so that nothing is kept. Median of nine rounds in which bare and adapted layers take turns.
+Measured: a square Linear of each width and one of four times as many outputs, forward + backward with a gradient to the input;
+the knobs move before every call, so that nothing is kept. Median of nine rounds in which bare and adapted layers take turns.
+
+On paper, for whole models in bf16: what the basis takes, by rank; what goes between the machines in a step; and the
+multiplications that an adapted forward and backward adds to the bare one's. The basis is not sharded today: `replicated` is
+what every GPU holds now, weights sharded by FSDP and the basis not; `sharded` is what it would be if it were.
 """
 
 from __future__ import annotations
@@ -17,7 +22,7 @@ import torch
 from torch import nn
 
 import antipasto as ap
-from antipasto.plans import Call, cheapest
+from antipasto.plans import Call, cheapest, route_costs
 
 ROUNDS = 9
 
@@ -55,35 +60,103 @@ def plan(width: int, times: int, rank: int, tokens: int) -> str:
     return f"merged, {route.value}" if execution.value == "merged" else execution.value
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--widths", type=int, nargs="+", default=[512, 1024, 2048])
-    parser.add_argument("--tokens", type=int, nargs="+", default=[256, 1024, 4096])
-    arguments = parser.parse_args()
+def measured(widths: list[int], token_counts: list[int]) -> None:
     ranks = (None, 256, 64)
-    print(
-        "| layer | tokens | "
-        + " | ".join(f"{'full rank' if rank is None else f'rank {rank}'}" for rank in ranks)
-        + " |"
-    )
+    print("| layer | tokens | " + " | ".join("full rank" if rank is None else f"rank {rank}" for rank in ranks) + " |")
     print("|---" * (2 + len(ranks)) + "|")
-    for width in arguments.widths:
+    for width in widths:
         for times in (1, 4):
             models = {rank: make(width, times, rank) for rank in (0, *ranks)}
-            for tokens in arguments.tokens:
+            for tokens in token_counts:
                 x, grad = torch.randn(tokens, width, requires_grad=True), torch.randn(tokens, times * width)
                 work = {rank: step(model, x, grad) for rank, model in models.items()}
-                measured: dict[int | None, list[float]] = {rank: [] for rank in models}
+                times_of: dict[int | None, list[float]] = {rank: [] for rank in models}
                 for number in range(ROUNDS + 1):
                     for rank, run in work.items():
                         once = seconds(run)
                         if number:
-                            measured[rank].append(once)
+                            times_of[rank].append(once)
                 cells = []
                 for rank in ranks:
-                    ratio = statistics.median(a / b for a, b in zip(measured[rank], measured[0], strict=True))
+                    ratio = statistics.median(a / b for a, b in zip(times_of[rank], times_of[0], strict=True))
                     cells.append(f"{ratio:.2f} ({plan(width, times, rank or width, tokens)})")
                 print(f"| {times * width} x {width} | {tokens} | " + " | ".join(cells) + " |", flush=True)
+
+
+# hidden, intermediate, kv width, layers
+ON_PAPER = {
+    "SmolLM2-135M": (576, 1536, 192, 30),
+    "Qwen3-8B": (4096, 12288, 1024, 36),
+    "Llama-3-70B": (8192, 28672, 1024, 80),
+}
+BF16 = 2
+GIB = 2**30
+
+
+def linears(hidden: int, intermediate: int, kv: int, layers: int) -> list[tuple[int, int]]:
+    """(o, i) of q, o, k, v, gate, up, down in every layer."""
+    one = [(hidden, hidden)] * 2 + [(kv, hidden)] * 2 + [(intermediate, hidden)] * 2 + [(hidden, intermediate)]
+    return one * layers
+
+
+def paper() -> None:
+    heads = ["model", "rank", "trainable numbers", "all-reduced a step", "basis"]
+    heads += [f"GPU of {n}, {how}" for n in (8, 64) for how in ("replicated", "sharded")]
+    print("| " + " | ".join(heads) + " |\n" + "|---" * len(heads) + "|")
+    for name, sizes in ON_PAPER.items():
+        shapes = linears(*sizes)
+        weights = BF16 * sum(o * i for o, i in shapes)
+        for rank in (None, 256, 64):
+            ranks = [min(rank or o, o, i) for o, i in shapes]
+            basis = BF16 * sum(r * (o + i) for r, (o, i) in zip(ranks, shapes, strict=True))
+            cells = [f"{(weights / n + basis / m) / GIB:,.1f} GiB" for n in (8, 64) for m in (1, n)]
+            print(
+                f"| {name} | {rank or 'full'} | {sum(ranks):,} | {4 * sum(ranks) / 2**20:.1f} MiB | {basis / GIB:,.1f} GiB | "
+                + " | ".join(cells)
+                + " |"
+            )
+        lora = 16 * sum(o + i for o, i in shapes)
+        each = [f"{weights / n / GIB:,.1f} GiB" for n in (8, 8, 64, 64)]
+        print(f"| {name} | LoRA r=16 | {lora:,} | {4 * lora / 2**20:.1f} MiB | | " + " | ".join(each) + " |")
+    print("\nMultiplications of forward and backward, added to the bare layers' 2 T o i, as a share of it:\n")
+    heads = ["model", "tokens", "full rank, fp32", "full rank, factored (bf16)", "rank 256", "rank 64", "LoRA r=16"]
+    print("| " + " | ".join(heads) + " |\n" + "|---" * len(heads) + "|")
+    for name, sizes in ON_PAPER.items():
+        shapes = linears(*sizes)
+        for tokens in (1024, 16384):
+            bare = sum(2 * tokens * o * i for o, i in shapes)
+            auto = sum(added(tokens, o, i, min(o, i)) for o, i in shapes) / bare
+            factored = [
+                sum(2 * tokens * min(rank or o, o, i) * (o + i) for o, i in shapes) / bare for rank in (None, 256, 64)
+            ]
+            lora_share = sum(3 * tokens * 16 * (o + i) for o, i in shapes) / bare
+            print(
+                f"| {name} | {tokens} | {auto:.2f} | "
+                + " | ".join(f"{share:.2f}" for share in (*factored, lora_share))
+                + " |"
+            )
+
+
+def added(T: int, o: int, i: int, r: int) -> float:
+    """Multiplications that the cheapest execution adds, as `antipasto.plans` counts them."""
+    call = Call(T, o, i, r, True, True, False, o != i, True, 1)
+    execution, route = cheapest(call)
+    merged = o * r * i + route_costs(call)[route]
+    return {"factored": 2 * T * r * (o + i), "spectral": 2 * T * (r * (o + i) - o * i), "merged": merged}[
+        execution.value
+    ]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("measured", "paper"))
+    parser.add_argument("--widths", type=int, nargs="+", default=[512, 1024, 2048])
+    parser.add_argument("--tokens", type=int, nargs="+", default=[256, 1024, 4096])
+    arguments = parser.parse_args()
+    if arguments.what == "paper":
+        paper()
+    else:
+        measured(arguments.widths, arguments.tokens)
 
 
 if __name__ == "__main__":
