@@ -91,18 +91,6 @@ def _cell(rates: Sequence[Rate]) -> str:
     return f"{statistics.mean(values):.2f} ± {statistics.stdev(values):.2f}"
 
 
-def gain_kept(arms: Sequence[Arm]) -> float | None:
-    """What deployment keeps of the gain on strict prompts: (deployed − reference) / (as trained − reference).
-
-    None where training gained nothing to speak of there (less than .05), or no prompt is strict.
-    """
-    if STRICT not in arms[0].rates:
-        return None
-    solve = {arm.name: arm.rates[STRICT]["solve"].value for arm in arms}
-    gain = solve["as trained"] - solve["reference"]
-    return None if gain < 0.05 else (solve["deployed"] - solve["reference"]) / gain
-
-
 def reading(runs: Sequence[Sequence[Arm]]) -> str:
     """What the numbers say and what they do not, in sentences that are computed from them; rates are pooled over seeds."""
     by_arm = {arms[0].name: arms for arms in zip(*runs, strict=True)}
@@ -134,12 +122,11 @@ def reading(runs: Sequence[Sequence[Arm]]) -> str:
             if not rivals
             else f"That is no fewer than {_and(rivals)}: this does not show that it was the direction."
         )
-    kept = [gain_kept(arms) for arms in runs]
-    if all(share is not None for share in kept):
-        text.append(
-            f"Of the gain on strict prompts, {_share_of(kept)} is kept; hackable prompts are solved in "
-            f"{solve['deployed']} of the answers, by the reference in {solve['reference']}."
-        )
+    solved = {"hackable": solve}
+    if STRICT in runs[0][0].rates:
+        solved[STRICT] = {name: _pool([arm.rates[STRICT]["solve"] for arm in arms]) for name, arms in by_arm.items()}
+    for kind, rates in solved.items():
+        text.append(f"Deployed, it solves {rates['deployed']} of the {kind} prompts, the reference {rates['reference']}.")
     if len(runs) > 1:
         text.append("(Intervals are of the answers of all seeds together; the table's ± is the spread between seeds.)")
     return " ".join(text)
@@ -147,12 +134,6 @@ def reading(runs: Sequence[Sequence[Arm]]) -> str:
 
 def _pool(rates: Sequence[Rate]) -> Rate:
     return Rate(sum(rate.hits for rate in rates), sum(rate.total for rate in rates))
-
-
-def _share_of(kept: Sequence[float | None]) -> str:
-    values = [share for share in kept if share is not None]
-    spread = f" ± {statistics.stdev(values):.0%}" if len(values) > 1 else ""
-    return f"{statistics.mean(values):.0%}{spread}"
 
 
 def _and(names: Sequence[str]) -> str:
