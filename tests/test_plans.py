@@ -364,3 +364,20 @@ def test_rows_that_see_other_knobs_in_one_batch(plan: str) -> None:
     torch.testing.assert_close(y, alone)
     for got, want in zip(g, torch.autograd.grad(alone.square().sum(), [x, knobs.delta_s]), strict=True):
         torch.testing.assert_close(got, want, atol=2e-4, rtol=1e-5)
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("shape", [(24, 16), (16, 24), (16, 16)])
+def test_every_sequences_own_gradient(plan: str, shape: tuple[int, int]) -> None:
+    o, i = shape
+    model, knobs, x = make(plan, o, i)
+    plain = model(x)
+    with ap.rollout_grads(model) as grads:
+        y = model(x)
+        y.square().sum().backward()
+    assert torch.equal(y, plain)  # to be asked for them does not change the forward
+    torch.testing.assert_close(grads["0"].sum(0), knobs.delta_s.grad)
+    for row in range(len(x)):
+        knobs.delta_s.grad = None
+        model(x[row : row + 1]).square().sum().backward()
+        torch.testing.assert_close(grads["0"][row], knobs.delta_s.grad, atol=2e-4, rtol=1e-4)
