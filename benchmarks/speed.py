@@ -133,6 +133,8 @@ def measure_time(model: str, names: list[str], rounds: int, layers: int | None) 
         entrants = list(names)
         if what != "forward + backward":
             entrants += [f"{name}, merged" for name in names if name in ("lora-16", "full")]
+        if what == "generation" and "rebuild" in entrants:
+            entrants.remove("rebuild")  # at every token: some twenty times the bare model's time
         seconds: dict[str, list[tuple[float, float]]] = {name: [] for name in entrants}
         work = {name: make_work(models[name.partition(",")[0]], ids) for name in entrants}
         for number in range(rounds + 1):

@@ -198,16 +198,28 @@ def test_a_base_layer_that_trains_gets_its_gradient(plan: str) -> None:
 @pytest.mark.parametrize("plan", PLANS)
 def test_weights_that_are_written_to_after_wrapping_count(plan: str) -> None:
     model, knobs, x = make(plan)
-    with torch.no_grad():
-        model(x)
     model(x).sum().backward()
     base = knobs.layer.base_layer
+    for with_grad in (False, True, False):
+        with torch.no_grad():
+            model(x)  # is held
+            base.weight.copy_(torch.randn_like(base.weight))
+        with torch.set_grad_enabled(with_grad):
+            want = spectral_linear_reference(x, base.weight, base.bias, knobs.U, knobs.Vh, knobs.delta_s)
+            torch.testing.assert_close(model(x), want, atol=2e-5, rtol=1e-5)
+
+
+def test_a_write_is_seen_where_theta_is_the_knob_itself() -> None:
+    """Without a quarantine nothing is added up: what is compared with must not be the tensor that was written to."""
+    model, knobs, x = make(quarantine=False)
     with torch.no_grad():
-        base.weight.copy_(torch.randn_like(base.weight))
-    want = spectral_linear_reference(x, base.weight, base.bias, knobs.U, knobs.Vh, knobs.delta_s)
-    torch.testing.assert_close(model(x), want, atol=2e-5, rtol=1e-5)
-    with torch.no_grad():
+        before = model(x)
+        knobs.delta_s.data.add_(1)
+        want = spectral_linear_reference(
+            x, knobs.layer.base_layer.weight, knobs.layer.base_layer.bias, knobs.U, knobs.Vh, knobs.delta_s
+        )
         torch.testing.assert_close(model(x), want, atol=2e-5, rtol=1e-5)
+        assert not torch.allclose(before, want)
 
 
 def test_the_same_weights_loaded_again_are_the_basiss() -> None:

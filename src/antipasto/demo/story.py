@@ -126,7 +126,9 @@ def reading(runs: Sequence[Sequence[Arm]]) -> str:
     if STRICT in runs[0][0].rates:
         solved[STRICT] = {name: _pool([arm.rates[STRICT]["solve"] for arm in arms]) for name, arms in by_arm.items()}
     for kind, rates in solved.items():
-        text.append(f"Deployed, it solves {rates['deployed']} of the {kind} prompts, the reference {rates['reference']}.")
+        text.append(
+            f"Deployed, it solves {rates['deployed']} of the {kind} prompts, the reference {rates['reference']}."
+        )
     if len(runs) > 1:
         text.append("(Intervals are of the answers of all seeds together; the table's ± is the spread between seeds.)")
     return " ".join(text)
