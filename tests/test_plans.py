@@ -379,6 +379,25 @@ def test_rows_that_see_other_knobs_in_one_batch(plan: str) -> None:
 
 
 @pytest.mark.parametrize("plan", PLANS)
+def test_torch_compile_and_vmap_see_a_layer_without_a_choice(plan: str) -> None:
+    """Which knobs there are cannot be looked at inside a graph: there the plan is factored, without a break."""
+    model, knobs, x = make(plan)
+    y = model(x)
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    torch.testing.assert_close(compiled(x), y)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(x), y)
+
+    def loss(delta_s: Tensor, row: Tensor) -> Tensor:
+        return torch.func.functional_call(model, {"0.delta_s.default.weight": delta_s}, (row,)).square().sum()
+
+    got = torch.vmap(torch.func.grad(loss), (None, 0))(knobs.delta_s.detach(), x.detach())
+    for row, g in zip(x, got, strict=True):
+        (want,) = torch.autograd.grad(model(row).square().sum(), knobs.delta_s)
+        torch.testing.assert_close(g, want, atol=2e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("shape", [(24, 16), (16, 24), (16, 16)])
 def test_every_sequences_own_gradient(plan: str, shape: tuple[int, int]) -> None:
     o, i = shape

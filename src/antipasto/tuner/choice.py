@@ -50,8 +50,6 @@ def does_nothing_but(base: nn.Module, x: Tensor, theta: Tensor, basis: Basis) ->
         and weight.dtype is dtype
         and basis.U.dtype is dtype
         and theta.dtype is dtype
-        and x.ndim > 1
-        and x.numel() > 0
         and not (base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks)
         and not (weight.requires_grad or (bias is not None and bias.requires_grad))
         and type(weight.data) is Tensor
