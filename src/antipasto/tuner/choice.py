@@ -100,11 +100,9 @@ class Choice:
         with_grad = torch.is_grad_enabled()
         needs_x = with_grad and x.requires_grad
         needs_theta = with_grad and (theta.requires_grad or asked.by_sequence)
-        if asked.hold_weights and asked.plan != "spectral" and not (needs_x or needs_theta):
-            # as in a decoding loop: it will be asked again
-            return Execution.MERGED, Merged(
-                [self._weight(t, W, basis, hold=True) for t in thetas], which, Route.FACTORED
-            )
+        if asked.hold_weights and which is None and asked.plan != "spectral" and not (needs_x or needs_theta):
+            # as in a decoding loop: it will be asked again; where rows differ, two W_θ would be too much to build for that
+            return Execution.MERGED, Merged([self._weight(thetas[0], W, basis, hold=True)], None, Route.FACTORED)
         zero = not any(t.any() for t in thetas)
         (o, i), full_rank = W.shape, basis.rank == min(W.shape)
         call = Call(
