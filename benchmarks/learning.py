@@ -33,7 +33,7 @@ ADAPTERS: dict[str, tuple[peft.PeftConfig, tuple[float, ...]]] = {
     "rank 16": (ap.AntiPastoConfig(rank=16), (3e-3, 1e-2, 3e-2)),
     "LoRA r=16": (peft.LoraConfig(r=16, target_modules=TARGETS), (1e-3, 3e-3, 1e-2)),
     "LoRA r=1": (peft.LoraConfig(r=1, target_modules=TARGETS), (1e-3, 3e-3, 1e-2)),
-    "TinyLoRA u=64": (peft.TinyLoraConfig(u=64, target_modules=TARGETS), (3e-3, 1e-2, 3e-2)),
+    "TinyLoRA u=64": (peft.TinyLoraConfig(u=64, target_modules=TARGETS), (1e-4, 3e-4, 1e-3)),
 }
 WINDOW = 20
 

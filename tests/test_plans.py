@@ -379,6 +379,20 @@ def test_rows_that_see_other_knobs_in_one_batch(plan: str) -> None:
 
 
 @pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("with_grad", [True, False])
+def test_rows_whose_theta_is_zero_are_the_base_layers_to_the_bit(plan: str, with_grad: bool) -> None:
+    model, knobs, x = make(plan)
+    knobs.delta_s.data.zero_()
+    knobs.delta_s_hack.data.normal_(std=0.1)
+    deployed = torch.tensor([True, False, False, True])
+    with mixed(model) as rows, torch.set_grad_enabled(with_grad):
+        rows.set(deployed)
+        y = model(x)
+        assert torch.equal(y[deployed], knobs.layer.base_layer(x)[deployed])
+        assert not torch.allclose(y[~deployed], knobs.layer.base_layer(x)[~deployed])
+
+
+@pytest.mark.parametrize("plan", PLANS)
 def test_torch_compile_and_vmap_see_a_layer_without_a_choice(plan: str) -> None:
     """Which knobs there are cannot be looked at inside a graph: there the plan is factored, without a break."""
     model, knobs, x = make(plan)

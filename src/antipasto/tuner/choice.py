@@ -103,7 +103,9 @@ class Choice:
         if asked.hold_weights and which is None and asked.plan != "spectral" and not (needs_x or needs_theta):
             # as in a decoding loop: it will be asked again; where rows differ, two W_θ would be too much to build for that
             return Execution.MERGED, Merged([self._weight(thetas[0], W, basis, hold=True)], None, Route.FACTORED)
-        zero = not any(t.any() for t in thetas)
+        zero = not all(t.any() for t in thetas)
+        if zero and which is not None:  # the rows where θ is zero are the base model's, to the bit
+            return Execution.FACTORED, None
         (o, i), full_rank = W.shape, basis.rank == min(W.shape)
         call = Call(
             tokens=x.shape[:-1].numel(),
