@@ -93,18 +93,16 @@ class Choice:
             rows: which rows see what, if they differ.
         """
         W = weight.detach()
-        thetas, which = [theta.detach()], None
-        if theta.ndim > 1:
-            assert rows is not None
-            thetas, which = _distinct(theta.detach(), x, rows)
+        thetas = [theta.detach()] if theta.ndim == 1 else _distinct(theta.detach(), rows)
+        differ = len(thetas) > 1
         with_grad = torch.is_grad_enabled()
         needs_x = with_grad and x.requires_grad
         needs_theta = with_grad and (theta.requires_grad or asked.by_sequence)
-        if asked.hold_weights and which is None and asked.plan != "spectral" and not (needs_x or needs_theta):
+        if asked.hold_weights and not differ and asked.plan != "spectral" and not (needs_x or needs_theta):
             # as in a decoding loop: it will be asked again; where rows differ, two W_θ would be too much to build for that
             return Execution.MERGED, Merged([self._weight(thetas[0], W, basis, hold=True)], None, Route.FACTORED)
         zero = not all(t.any() for t in thetas)
-        if zero and which is not None:  # the rows where θ is zero are the base model's, to the bit
+        if zero and differ:  # the rows where θ is zero are the base model's, to the bit
             return Execution.FACTORED, None
         (o, i), full_rank = W.shape, basis.rank == min(W.shape)
         call = Call(
@@ -122,7 +120,8 @@ class Choice:
         execution, route = cheapest(call, asked.plan)
         if execution is not Execution.MERGED:
             return execution, None
-        return execution, Merged([self._weight(t, W, basis, hold=False) for t in thetas], which, route)
+        weights = [self._weight(t, W, basis, hold=False) for t in thetas]
+        return execution, Merged(weights, _which(x, rows) if differ else None, route)
 
     def _weight(self, theta: Tensor, W: Tensor, basis: Basis, *, hold: bool) -> Tensor:
         """W_θ; W itself where θ is zero."""
@@ -144,15 +143,18 @@ class Choice:
         return Choice, ()
 
 
-def _distinct(theta: Tensor, x: Tensor, rows: RowViews) -> tuple[list[Tensor], Tensor | None]:
-    """The one or two different rows of θ (b, r), and which of them each row of x (…, i) has."""
+def _distinct(theta: Tensor, rows: RowViews | None) -> list[Tensor]:
+    """The different rows of θ (b, r): of those that see the deployed policy, and of the others."""
+    assert rows is not None
+    thetas = [theta[row] for row in rows.examples]
+    return thetas[:1] if len(thetas) == 1 or torch.equal(*thetas) else thetas
+
+
+def _which(x: Tensor, rows: RowViews | None) -> Tensor:
+    """Which of `_distinct`'s each row of x (…, i) has."""
+    assert rows is not None
     assert rows.quarantine is not None
-    sees = rows.quarantine.squeeze(1)  # (b,)
-    kinds = [theta[sees == kind][:1] for kind in (False, True)]
-    thetas = [kind[0] for kind in kinds if len(kind)]
-    if len(thetas) == 1 or torch.equal(*thetas):
-        return thetas[:1], None
-    return thetas, per_token(sees.long().unsqueeze(1), x, rows.shape).reshape(x.shape[0])
+    return per_token(rows.quarantine.long(), x, rows.shape).reshape(x.shape[0])
 
 
 def _well_conditioned(S: Tensor, thetas: list[Tensor]) -> bool:

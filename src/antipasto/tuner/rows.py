@@ -59,6 +59,9 @@ class RowViews:
         self._next = 0  # the first row of the next call
         self.shape: tuple[int, ...] = ()  # of the present call
         self.quarantine: Tensor | None = None  # q of the present call, (b, 1)
+        self.examples: list[
+            int
+        ] = []  # a row of the present call that sees delta_s alone, one that sees both; if there are
 
     def set(self, deployed: Tensor | None) -> None:
         """From here on, the rows where ``deployed`` (n,) is true see ``delta_s`` alone; None: all see both knobs."""
@@ -75,7 +78,10 @@ class RowViews:
                 f"The model is called on a batch of {b} rows, with {n - self._next} left of the {n} that were said to see the "
                 "deployed policy or not: call it on those rows, in order, all together or part by part."
             )
-        self.quarantine = (~self._deployed[self._next : self._next + b]).unsqueeze(1)
+        deployed = self._deployed[self._next : self._next + b]
+        self.quarantine = (~deployed).unsqueeze(1)
+        mask = deployed.tolist()
+        self.examples = [mask.index(kind) for kind in (True, False) if kind in mask]
         self._next = (self._next + b) % n
 
     def theta(self, delta_s: Tensor, hack: Tensor) -> Tensor:
