@@ -35,8 +35,9 @@ $(READY): pyproject.toml constraints.txt
 # an hour or two on two cores; benchmarks/results/ has what it measured
 bench: $(READY)
 	for model in whole trunk 4b 8b; do \
-		$(BIN)/python benchmarks/speed.py time --model $$model --json benchmarks/results/time-$$model.json; \
-	done | tee benchmarks/results/time.md
+		$(BIN)/python benchmarks/speed.py time --model $$model --json benchmarks/results/time-$$model.json \
+			| tee benchmarks/results/time-$$model.md; \
+	done
 	$(BIN)/python benchmarks/speed.py memory --json benchmarks/results/memory-whole.json | tee benchmarks/results/memory.md
 	$(BIN)/python benchmarks/speed.py start --json benchmarks/results/start-whole.json | tee benchmarks/results/start.md
 	$(BIN)/python benchmarks/routing_cost.py --rounds 9 | tee benchmarks/results/routing.md

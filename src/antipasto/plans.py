@@ -86,6 +86,23 @@ def route_costs(call: Call) -> dict[Route, int]:
     return costs
 
 
+def execution_costs(call: Call) -> dict[Execution, int]:
+    """The executions that a call may take, and the multiplications that each adds to the base layer's.
+
+    Merged by the cheapest of all routes: the forward is the same whether or not sequences have a gradient each.
+    """
+    T, o, i, r = call.tokens, call.o, call.i, call.r
+    there = T * r * (o + i)
+    back = T * r * ((o if call.needs_theta or call.needs_x else 0) + (i if call.needs_x else 0))
+    costs = {
+        Execution.FACTORED: there + back,
+        Execution.MERGED: call.weights * o * r * i + (min(route_costs(call).values()) if call.needs_theta else 0),
+    }
+    if call.is_basis and r == min(o, i):
+        costs[Execution.SPECTRAL] = there + back - T * o * i * (1 + call.needs_x)
+    return costs
+
+
 @lru_cache(maxsize=4096)
 def cheapest(call: Call, plan: PlanName = "auto") -> tuple[Execution, Route]:
     """How to compute a call, and the cheapest route of ∂L/∂θ if that is merged.
@@ -103,17 +120,7 @@ def cheapest(call: Call, plan: PlanName = "auto") -> tuple[Execution, Route]:
         >>> cheapest(call(8, 576, 576, is_basis=False))[0]
         <Execution.FACTORED: 'factored'>
     """
-    T, o, i, r = call.tokens, call.o, call.i, call.r
-    by_route = route_costs(call)
-    anybody = min(by_route.values())  # the forward is the same whether or not sequences have a gradient each
+    by_route, costs = route_costs(call), execution_costs(call)
     route = min((name for name in by_route if name.by_token or not call.by_token), key=lambda name: by_route[name])
-    there = T * r * (o + i)
-    back = T * r * ((o if call.needs_theta or call.needs_x else 0) + (i if call.needs_x else 0))
-    costs = {
-        Execution.FACTORED: there + back,
-        Execution.MERGED: call.weights * o * r * i + (anybody if call.needs_theta else 0),
-    }
-    if call.is_basis and r == min(o, i):
-        costs[Execution.SPECTRAL] = there + back - T * o * i * (1 + call.needs_x)
     wanted = {execution.value: execution for execution in costs}.get(plan, Execution.FACTORED)
     return min(costs, key=lambda name: costs[name]) if plan == "auto" else wanted, route

@@ -132,7 +132,7 @@ class Choice:
     def _is_basis_of(self, W: Tensor, basis: Basis) -> bool:
         """Whether W is U diag(S) Vh, up to rounding; found out anew only where W was replaced or written to."""
         if self._of_basis is None or self._of_basis[0] != source(W):
-            error = torch.addmm(W, basis.U * basis.S, basis.Vh, alpha=-1).norm()
+            error = merged_weight(W, basis.U, basis.Vh, -basis.S).norm()
             self._of_basis = source(W), bool(error <= 1e-5 * W.norm())
         return self._of_basis[1]
 

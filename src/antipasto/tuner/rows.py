@@ -59,9 +59,8 @@ class RowViews:
         self._next = 0  # the first row of the next call
         self.shape: tuple[int, ...] = ()  # of the present call
         self.quarantine: Tensor | None = None  # q of the present call, (b, 1)
-        self.examples: list[
-            int
-        ] = []  # a row of the present call that sees delta_s alone, one that sees both; if there are
+        # of the present call: a row that sees delta_s alone and one that sees both, as far as there are any
+        self.examples: list[int] = []
 
     def set(self, deployed: Tensor | None) -> None:
         """From here on, the rows where ``deployed`` (n,) is true see ``delta_s`` alone; None: all see both knobs."""
