@@ -9,9 +9,9 @@ AdamW, ``.data`` and numpy fail, as they must.)
 from __future__ import annotations
 
 import copy
+import faulthandler
 import io
 import pickle
-import socket
 from collections.abc import Callable
 from pathlib import Path
 
@@ -291,8 +291,10 @@ def test_adapters_change_places(tmp_path: Path) -> None:
     torch.testing.assert_close(other(ids).logits, outputs["second"])
 
 
-def _receive(rank: int, port: int, folder: str) -> None:
-    torch.distributed.init_process_group("gloo", init_method=f"tcp://127.0.0.1:{port}", rank=rank, world_size=2)
+def _receive(rank: int, folder: str) -> None:
+    faulthandler.dump_traceback_later(120, exit=True)  # where it stands, if one process waits for ever
+    store = torch.distributed.FileStore(f"{folder}/rendezvous", 2)  # a file: a free port may be taken until it is used
+    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
     model, knobs, x = make()
     knobs.delta_s.data.fill_(float(rank))
     model(x)
@@ -305,14 +307,13 @@ def _receive(rank: int, port: int, folder: str) -> None:
     torch.optim.AdamW([knobs.delta_s], lr=0.1, fused=True).step()
     assert_fresh(model, knobs, x)
     torch.save(knobs.delta_s.detach(), f"{folder}/{rank}.pt")
+    del replica  # while the group lives: were it the last to hold the group, joining gloo's threads may never return
     torch.distributed.destroy_process_group()
+    faulthandler.cancel_dump_traceback_later()
 
 
 def test_broadcast_between_two_processes(tmp_path: Path) -> None:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    mp.spawn(_receive, args=(port, str(tmp_path)), nprocs=2)
+    mp.spawn(_receive, args=(str(tmp_path),), nprocs=2)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
     assert torch.equal(first, second)
     assert not torch.equal(first, torch.ones(R))
