@@ -1,9 +1,10 @@
-"""What deployed sampling and a gate by rollout add to a step of TRL's GRPO: ratios measured side by side.
+"""A step of TRL's GRPO by every contestant, and what deployed sampling and a gate by rollout add: ratios, side by side.
 
     python benchmarks/grpo_cost.py --rounds 5
 
 The trunk of SmolLM2-135M's shapes with random weights and the demo's 18-token head, fp32, all 210 Linears adapted at full
-rank; one step samples 16 rollouts of 16 tokens for 2 prompts and trains on them, by TRL's own loop, generation included.
+rank unless the variant is another contestant (`contestants.py`); one step samples 16 rollouts of 16 tokens for 2 prompts
+and trains on them, by TRL's own loop, generation included.
 Variants take turns in every round; each ratio is to the plain step of the same round, with a KL term where the variant has
 one, given as median [min, max] over the rounds, by the wall clock and by the process's own CPU time, which other work on
 the machine disturbs less. The detector flags every second rollout.
@@ -19,9 +20,8 @@ import time
 from typing import Any
 
 import torch
-from contestants import TARGETS, make_model
+from contestants import CONTESTANTS, make_model
 from datasets import Dataset
-from peft import LoraConfig
 from torch import nn
 from transformers import AutoTokenizer, PrinterCallback, TrainerCallback
 
@@ -31,7 +31,8 @@ from antipasto.tasks import addition
 from antipasto.trl import GRPOConfig, GRPOTrainer, RoutedGRPOTrainer
 
 STEPS = 3  # of which the first warms up
-VARIANTS = ("plain", "lora-16", "direction, deployed sampling", "detector", "plain, KL term", "detector, KL term")
+OTHERS = [name for name in CONTESTANTS if name not in ("bare", "full")]
+VARIANTS = ["plain", *OTHERS, "direction, deployed sampling", "detector", "plain, KL term", "detector, KL term"]
 
 
 class Clock(TrainerCallback):
@@ -78,16 +79,15 @@ def seconds(variant: str, layers: int, folder: str) -> tuple[float, float]:
     )
     draws = itertools.count()
     options: dict[str, Any] = {
-        "model": make_model(layers=layers, vocabulary=18),
+        "model": CONTESTANTS[variant if variant in OTHERS else "full"](make_model(layers=layers, vocabulary=18)),
         "args": args,
         # right or wrong, both in every group and among its unflagged: no rollout is without an advantage
         "reward_funcs": lambda completions, **_: [float(next(draws) % 3 == 0) for _ in completions],
         "train_dataset": Dataset.from_list([{"prompt": addition.prompt("h", p)} for p in addition.split("train")[:64]]),
         "processing_class": AutoTokenizer.from_pretrained(addition.model_path()),
-        "peft_config": LoraConfig(r=16, target_modules=TARGETS) if variant.startswith("lora") else ap.AntiPastoConfig(),
     }
     trainer: GRPOTrainer
-    if variant.startswith(("plain", "lora")):
+    if variant.startswith("plain") or variant in OTHERS:
         trainer = GRPOTrainer(**options)
     elif variant.startswith("direction"):
         trainer = RoutedGRPOTrainer(**options, router=make_router)
@@ -107,12 +107,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--layers", type=int, default=30)
+    parser.add_argument("--only", nargs="+", choices=VARIANTS, default=VARIANTS, help="'plain' is always measured")
     arguments = parser.parse_args()
-    times: dict[str, list[tuple[float, float]]] = {variant: [] for variant in VARIANTS}
+    variants = [v for v in VARIANTS if v in arguments.only or v.startswith("plain")]
+    times: dict[str, list[tuple[float, float]]] = {variant: [] for variant in variants}
     with tempfile.TemporaryDirectory() as folder, quiet():
         for number in range(arguments.rounds):
-            start = number % len(VARIANTS)
-            for variant in VARIANTS[start:] + VARIANTS[:start]:  # nobody is always first
+            start = number % len(variants)
+            for variant in variants[start:] + variants[:start]:  # nobody is always first
                 times[variant].append(seconds(variant, arguments.layers, folder))
     print(f"{torch.get_num_threads()} threads, {arguments.rounds} rounds")
     print("| step | median s | ratio to plain, wall clock | ratio to plain, CPU time |\n|---|---|---|---|")

@@ -13,6 +13,7 @@ from torch import nn
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 import antipasto as ap
+from antipasto.basis import decompose
 from antipasto.tuner import AntiPastoLinear
 
 
@@ -198,3 +199,36 @@ def test_an_error_while_adding_a_second_adapter_leaves_the_first() -> None:
     with pytest.raises(ValueError, match="embed_tokens"):
         model.add_adapter("second", ap.AntiPastoConfig(target_modules=["q_proj", "embed_tokens"]))
     assert all(set(knobs.layer.r) == {"default"} for knobs in ap.knobs(model).values())
+
+
+@pytest.mark.parametrize("threads", [1, 3, 20])
+def test_bases_computed_several_at_a_time_are_each_layers_own(threads: int) -> None:
+    model = FAMILIES["llama"].build()
+    expected = {name: decompose(module.weight) for name, module in model.named_modules() if type(module) is nn.Linear}
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        layers = ap.wrap(model)
+        assert torch.get_num_threads() == threads
+    finally:
+        torch.set_num_threads(before)
+    assert len(layers) > 8
+    for name, layer in layers.items():
+        for got, want in zip((layer.U, layer.S, layer.Vh), expected[name], strict=True):
+            assert torch.equal(got, want)
+
+
+def test_after_a_layer_that_cannot_be_decomposed_no_other_is(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = FAMILIES["llama"].build()
+    model.model.layers[0].self_attn.k_proj.weight.data[0, 0] = torch.nan
+    tried: list[torch.Tensor] = []
+
+    def counted(weight: torch.Tensor) -> ap.Basis:
+        tried.append(weight)
+        return decompose(weight)
+
+    monkeypatch.setattr("antipasto.basis.decompose", counted)
+    with pytest.raises(ValueError, match=r"^model\.layers\.0\.self_attn\.k_proj: .* NaN"):
+        ap.wrap(model)
+    assert len(tried) < 6  # of 14: those that had begun
+    assert not any(isinstance(module, AntiPastoLinear) for module in model.modules())

@@ -6,8 +6,10 @@ A target that cannot be adapted is an error that names it, never a silent skip.
 
 from __future__ import annotations
 
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import torch
 from peft.tuners.tuners_utils import (
     BaseTuner,
     BaseTunerLayer,
@@ -32,6 +34,7 @@ SUPPORTED = "2-D weights of torch.nn.Linear and transformers' Conv1D, in " + ", 
 # model types whose fused kernels read these layers' weights past the layer's forward, as PEFT found for LoRA
 _MAMBA_TYPES = {"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"}
 _MAMBA_LAYERS = {"out_proj", "conv1d"}
+_MAX_WORKERS = 8
 
 
 def why_unsupported(module: nn.Module, *, shapes_only: bool = False) -> str | None:
@@ -90,12 +93,7 @@ class AntiPastoModel(BaseTuner):
 
     def _prepare_model(self, peft_config: AntiPastoConfig, model: nn.Module) -> None:
         """Resolve the targets, refuse what cannot be adapted, load or compute every basis."""
-        targets = find_targets(peft_config, model)
-        self._bases = {
-            name: _basis_for(name, module, peft_config)
-            # shown only when it takes long enough for someone to wonder
-            for name, module in tqdm(targets.items(), desc="singular bases", unit="layer", delay=2.0, leave=False)
-        }
+        self._bases = _bases_for(find_targets(peft_config, model), peft_config)
 
     def _create_and_replace(
         self,
@@ -231,6 +229,27 @@ def rank_of(name: str, weight: Tensor, config: AntiPastoConfig) -> int:
     """The rank that a config gives a layer."""
     pattern = get_pattern_key(list(config.rank_pattern), name)
     return min(config.rank_pattern.get(pattern, config.rank) or min(weight.shape), *weight.shape)
+
+
+def _bases_for(targets: dict[str, nn.Module], config: AntiPastoConfig) -> dict[str, tuple[int, Basis]]:
+    """`_basis_for` of every target, several at a time where they are on the CPU.
+
+    An eigendecomposition gains little from a second thread, and hashing and the disk nothing: so each layer has one. Layers
+    on an accelerator are decomposed there, one after the other. At most eight at a time, since each holds fp64 copies.
+    """
+    threads = torch.get_num_threads()
+    on_cpu = all(module.weight.device.type == "cpu" for module in targets.values())
+    workers = min(threads, len(targets), _MAX_WORKERS) if on_cpu else 1
+
+    with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(max(threads // workers, 1),)) as pool:
+        jobs = {name: pool.submit(_basis_for, name, module, config) for name, module in targets.items()}
+        try:
+            # shown only when it takes long enough for someone to wonder
+            shown = tqdm(jobs.items(), desc="singular bases", unit="layer", delay=2.0, leave=False)
+            return {name: job.result() for name, job in shown}
+        finally:
+            pool.shutdown(cancel_futures=True)  # no further layers after an error or Ctrl-C
+            torch.set_num_threads(threads)  # what a thread sets is what later threads start with
 
 
 def _basis_for(name: str, module: nn.Module, config: AntiPastoConfig) -> tuple[int, Basis]:
