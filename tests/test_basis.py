@@ -16,7 +16,8 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from antipasto import basis as module
-from antipasto.basis import Basis, BasisCacheWarning, cache_home, decompose, fingerprint, load_basis
+from antipasto.basis import Basis, BasisCacheWarning, cache_home, decompose, load_basis
+from antipasto.fingerprints import digest, weight_digest
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 
@@ -130,12 +131,12 @@ def test_fingerprint_sees_bytes_shape_and_dtype() -> None:
         weight + 1,
     ]
     others.append(-weight)  # equal to weight, of other bytes
-    assert len({fingerprint(w) for w in [weight, *others]}) == 6
+    assert len({weight_digest(w) for w in [weight, *others]}) == 6
 
 
 def test_fingerprint_ignores_the_layout_in_memory() -> None:
     weight = random_weight(4, 6)
-    assert fingerprint(weight) == fingerprint(weight.T.contiguous().T)
+    assert weight_digest(weight) == weight_digest(weight.T.contiguous().T)
 
 
 # ── the cache ────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -155,7 +156,9 @@ def test_second_time_comes_from_the_file(tmp_path: Path, count_decompositions: l
     first, second = load_basis(weight, cache_dir=tmp_path), load_basis(weight, cache_dir=tmp_path)
     assert_same(first, second)
     assert len(count_decompositions) == 1
-    assert [p.name for p in tmp_path.iterdir()] == [f"{fingerprint(weight)}.safetensors"]  # no lock, no temporary file
+    assert [p.name for p in tmp_path.iterdir()] == [
+        f"{weight_digest(weight)}.safetensors"
+    ]  # no lock, no temporary file
 
 
 def test_where_the_cache_is(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -215,14 +218,12 @@ def _flip_the_last_bit(path: Path) -> None:
 def _another_weights_file(path: Path) -> None:
     weight = random_weight(seed=7)
     load_basis(weight, cache_dir=path.parent / "other")
-    shutil.copy(path.parent / "other" / f"{fingerprint(weight)}.safetensors", path)
+    shutil.copy(path.parent / "other" / f"{weight_digest(weight)}.safetensors", path)
 
 
 def _right_header_wrong_shape(path: Path) -> None:
     tensors = {name: tensor[:1].clone() for name, tensor in load_file(path).items()}
-    save_file(
-        tensors, path, metadata={"format": module._FORMAT, "weight": path.stem, "digest": module._digest(tensors)}
-    )
+    save_file(tensors, path, metadata={"format": module._FORMAT, "weight": path.stem, "digest": digest(tensors)})
 
 
 def _tensor_missing(path: Path) -> None:
@@ -235,7 +236,7 @@ def _without_metadata(path: Path) -> None:
 
 def _of_another_format(path: Path) -> None:
     tensors = {name: load_file(path)[name] for name in Basis._fields}
-    save_file(tensors, path, metadata={"format": "other", "weight": path.stem, "digest": module._digest(tensors)})
+    save_file(tensors, path, metadata={"format": "other", "weight": path.stem, "digest": digest(tensors)})
 
 
 def _a_folder(path: Path) -> None:
@@ -261,7 +262,7 @@ BAD = [
 def test_a_bad_file_is_replaced_with_a_warning_that_names_it(tmp_path: Path, damage: object) -> None:
     weight = random_weight()
     good = load_basis(weight, cache_dir=tmp_path)
-    path = tmp_path / f"{fingerprint(weight)}.safetensors"
+    path = tmp_path / f"{weight_digest(weight)}.safetensors"
     damage(path)  # type: ignore[operator]
     with pytest.warns(BasisCacheWarning, match=str(path)):
         assert_same(load_basis(weight, cache_dir=tmp_path), good)
@@ -271,7 +272,7 @@ def test_a_bad_file_is_replaced_with_a_warning_that_names_it(tmp_path: Path, dam
 def test_a_file_that_cannot_be_replaced_costs_warnings_only(tmp_path: Path) -> None:
     weight = random_weight()
     good = load_basis(weight, cache_dir=tmp_path)
-    _a_folder(tmp_path / f"{fingerprint(weight)}.safetensors")
+    _a_folder(tmp_path / f"{weight_digest(weight)}.safetensors")
     with pytest.warns(BasisCacheWarning) as caught:
         assert_same(load_basis(weight, cache_dir=tmp_path), good)
     assert {"not usable", "cannot be written"} <= {
@@ -284,7 +285,7 @@ def test_a_file_that_cannot_be_replaced_costs_warnings_only(tmp_path: Path) -> N
 def test_no_flipped_bit_changes_what_is_returned(tmp_path: Path, position: int, bit: int) -> None:
     weight = random_weight()
     good = load_basis(weight, cache_dir=tmp_path)
-    path = tmp_path / f"{fingerprint(weight)}.safetensors"
+    path = tmp_path / f"{weight_digest(weight)}.safetensors"
     data = bytearray(path.read_bytes())
     data[position % len(data)] ^= 1 << bit
     path.unlink()  # what was loaded is mapped from the old file
@@ -316,7 +317,7 @@ def test_a_full_disk_costs_a_warning_and_leaves_no_file(tmp_path: Path, monkeypa
 def test_a_file_appears_under_its_name_only_when_it_is_whole_and_on_disk(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = tmp_path / f"{fingerprint(random_weight())}.safetensors"
+    path = tmp_path / f"{weight_digest(random_weight())}.safetensors"
     seen = []
     monkeypatch.setattr(os, "fsync", lambda descriptor: seen.append((path.exists(), os.fstat(descriptor).st_size)))
     load_basis(random_weight(), cache_dir=tmp_path)
@@ -343,4 +344,4 @@ def test_processes_that_want_the_same_weight_end_with_one_good_file(tmp_path: Pa
         worker.join()
     assert sorted(calls for calls, _ in answers) == [0, 0, 0, 1]  # one computed, the others waited for its file
     assert len({total for _, total in answers}) == 1
-    assert [p.name for p in tmp_path.iterdir()] == [f"{fingerprint(random_weight(300, 200))}.safetensors"]
+    assert [p.name for p in tmp_path.iterdir()] == [f"{weight_digest(random_weight(300, 200))}.safetensors"]

@@ -380,7 +380,8 @@ def test_a_direction_of_another_model_is_refused_by_name(model: nn.Module, known
     other = copy.deepcopy(model)
     other.model.layers[1].mlp.up_proj.base_layer.weight.data[0, 0] += 1e-3
     with pytest.raises(
-        ValueError, match=r"made on other weights: 1 of its 21 layers differ, first model\.layers\.1\.mlp\.up_proj"
+        ValueError,
+        match=r"made on another base: 1 of its 21 layers differ\. model\.layers\.1\.mlp\.up_proj: other weights",
     ):
         known.check_base(other)
     tiny = FAMILIES["llama"].build()

@@ -17,7 +17,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import antipasto as ap
-from antipasto.basis import fingerprint
+from antipasto.fingerprints import weight_digest
 from antipasto.functional import spectral_linear_reference
 from antipasto.tuner import AntiPastoLinear
 from antipasto.tuner.layer import as_matrix
@@ -119,7 +119,9 @@ def test_an_adapter_of_another_rank_is_refused_by_name(tmp_path: Path) -> None:
 
 def test_adapters_come_and_go_and_share_one_basis(monkeypatch: pytest.MonkeyPatch) -> None:
     model = build()
-    monkeypatch.setattr("antipasto.tuner.model.load_basis", lambda *a, **k: pytest.fail("the layers have it already"))
+    monkeypatch.setattr(
+        "antipasto.tuner.model.load_identified_basis", lambda *a, **k: pytest.fail("the layers have it already")
+    )
     first = logits(model)
     bases = {name: layer.basis for name, layer in _layers(model).items()}
     model.add_adapter("second", ap.AntiPastoConfig(rank=4))
@@ -212,7 +214,7 @@ def test_disable_adapter_is_the_base_model() -> None:
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_merge_and_unmerge(family: str, dtype: torch.dtype) -> None:
     base = FAMILIES[family].build(dtype=dtype)
-    keys = {name: fingerprint(weight) for name, weight in base.state_dict().items()}
+    keys = {name: weight_digest(weight) for name, weight in base.state_dict().items()}
     model = get_peft_model(base, ap.AntiPastoConfig(target_modules=FAMILIES[family].target_modules))
     randomise(model)
     unmerged = logits(model)
@@ -231,13 +233,13 @@ def test_merge_and_unmerge(family: str, dtype: torch.dtype) -> None:
     assert torch.equal(logits(model), unmerged)
     model.merge_adapter()
     model.unmerge_adapter()
-    assert {n: fingerprint(w) for n, w in model.unload().state_dict().items()} == keys
+    assert {n: weight_digest(w) for n, w in model.unload().state_dict().items()} == keys
 
 
 def test_ten_thousand_merges_in_bf16_end_with_the_original_bytes() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(24, 16)).to(torch.bfloat16)
-    before = fingerprint(model[0].weight)
+    before = weight_digest(model[0].weight)
     (knobs,) = ap.wrap(model, ap.AntiPastoConfig(target_modules=["0"])).values()
     knobs.delta_s.data.normal_()
     knobs.delta_s_hack.data.normal_()
@@ -245,26 +247,26 @@ def test_ten_thousand_merges_in_bf16_end_with_the_original_bytes() -> None:
         knobs.layer.merge()
         assert not torch.equal(knobs.layer.base_layer.weight, knobs.layer._unmerged_weight)
         knobs.layer.unmerge()
-    assert fingerprint(knobs.layer.base_layer.weight) == before
+    assert weight_digest(knobs.layer.base_layer.weight) == before
 
 
 def test_peft_lora_drifts_where_this_does_not() -> None:
     """The reason for keeping W: the same cycles with PEFT's add-and-subtract do change the weight."""
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(24, 16)).to(torch.bfloat16)
-    before = fingerprint(model[0].weight)
+    before = weight_digest(model[0].weight)
     lora = get_peft_model(model, peft.LoraConfig(target_modules=["0"], init_lora_weights=False))
     for _ in range(100):
         lora.merge_adapter()
         lora.unmerge_adapter()
-    assert fingerprint(lora.base_model.model[0].base_layer.weight) != before
+    assert weight_digest(lora.base_model.model[0].base_layer.weight) != before
 
 
 def test_merging_and_unmerging_in_any_order_gives_back_the_weights() -> None:
     model = build(dtype=torch.bfloat16)
     model.add_adapter("second", ap.AntiPastoConfig(rank=4))
     randomise(model, "second", seed=1)
-    bases = {name: fingerprint(layer.base_layer.weight) for name, layer in _layers(model).items()}
+    bases = {name: weight_digest(layer.base_layer.weight) for name, layer in _layers(model).items()}
     rng = random.Random(0)
     for _ in range(60):
         layer = rng.choice(list(_layers(model).values()))
@@ -280,7 +282,7 @@ def test_merging_and_unmerging_in_any_order_gives_back_the_weights() -> None:
     for layer in _layers(model).values():
         if layer.merged:
             layer.unmerge()
-    assert {name: fingerprint(layer.base_layer.weight) for name, layer in _layers(model).items()} == bases
+    assert {name: weight_digest(layer.base_layer.weight) for name, layer in _layers(model).items()} == bases
 
 
 def test_unmerging_what_is_not_merged_warns() -> None:

@@ -156,9 +156,8 @@ def _swap_tensors(k: ap.LayerKnobs) -> None:
 
 
 def _load_state_dict(k: ap.LayerKnobs) -> None:
-    k.layer.load_state_dict(
-        {n: torch.randn_like(p) for n, p in k.layer.state_dict().items()}
-    )  # the base weight as well
+    state = {n: torch.randn_like(p) for n, p in k.layer.state_dict().items()}  # the bias as well
+    k.layer.load_state_dict(state | {"base_layer.weight": k.layer.base_layer.weight})
 
 
 def _load_state_dict_assign(k: ap.LayerKnobs) -> None:

@@ -19,7 +19,6 @@ Where. ``$ANTIPASTO_CACHE``, else the user's cache home (``~/.cache/antipasto`` 
 
 from __future__ import annotations
 
-import hashlib
 import os
 import warnings
 from pathlib import Path
@@ -32,12 +31,16 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from antipasto.files import write_tensors
+from antipasto.fingerprints import Fingerprint, digest, dtype_name, sketch, weight_digest
 
 WEIGHT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 """The dtypes of the weights that a basis can be computed for."""
 
 DEFAULT_CACHE = "auto"
 """Value of ``cache_dir`` that stands for `cache_home()`."""
+
+SVD_VERSION = "gram-eigh-1"
+"""Name and version of how `decompose` works: changes when the same weight would get another basis."""
 
 _FORMAT = "antipasto-basis-1"  # changes when the file's layout or the meaning of its tensors does
 _MIN_CONDITION = 1e-4  # below, the Gram matrix would cost U its orthonormality: error ~ eps64 / condition²
@@ -101,18 +104,6 @@ def decompose(weight: Tensor) -> Basis:
     return Basis(*(t.to(weight.device, out_dtype).contiguous() for t in (U, S, Vh)))
 
 
-def fingerprint(weight: Tensor) -> str:
-    """sha256, in hex, of a weight's dtype, shape and bytes; the same on every device.
-
-    bf16 has no numpy dtype, so it is bytes that are hashed and not an array.
-
-    Example:
-        >>> fingerprint(torch.zeros(2, 2)) == fingerprint(torch.zeros(2, 2, dtype=torch.float16))
-        False
-    """
-    return _digest({"weight": weight.detach()})
-
-
 def load_basis(weight: Tensor, *, cache_dir: str | os.PathLike[str] | None = DEFAULT_CACHE) -> Basis:
     """The basis of a weight, from the cache if a good file is there, else computed and written.
 
@@ -129,40 +120,63 @@ def load_basis(weight: Tensor, *, cache_dir: str | os.PathLike[str] | None = DEF
     Warns:
         BasisCacheWarning: a bad file, which it names, was found and replaced; or the cache cannot be written.
     """
+    return _load(weight, cache_dir)[0]
+
+
+def load_identified_basis(
+    weight: Tensor, *, cache_dir: str | os.PathLike[str] | None = DEFAULT_CACHE
+) -> tuple[Basis, Fingerprint]:
+    """`load_basis`, and by what to know weight and basis again."""
+    basis, key, basis_digest = _load(weight, cache_dir)
+    o, i = weight.shape
+    return basis, Fingerprint(
+        shape=(o, i),
+        dtype=dtype_name(weight),
+        weight=key,
+        svd=SVD_VERSION,
+        S=digest({"S": basis.S})[:16],
+        basis=basis_digest[:16],
+        sketch=sketch(weight),
+    )
+
+
+def _load(weight: Tensor, cache_dir: str | os.PathLike[str] | None) -> tuple[Basis, str, str]:
+    """The basis, the weight's digest and the basis's."""
     _check(weight)
     if cache_dir is None:
-        return decompose(weight)
+        basis, basis_digest = _compute(weight)
+        return basis, weight_digest(weight), basis_digest
     path = cache_file(weight, cache_dir)
     folder, key = path.parent, path.stem
+    found = _read(path, key, weight)
+    if found is None:
+        lock_path = path.with_suffix(".lock")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with FileLock(lock_path):
+                try:
+                    found = _read(path, key, weight, quiet=True)  # another process may have been faster
+                    if found is None:
+                        found = _compute(weight)
+                        _write(path, key, *found)
+                finally:
+                    # still held, so whoever waits for it finds the file; at worst somebody computes a second time
+                    lock_path.unlink(missing_ok=True)
+        except (OSError, NotImplementedError, SafetensorError) as error:
+            _warn_unwritable(folder, error)  # NotImplementedError: no locks on this file system
+    basis, basis_digest = found or _compute(weight)
+    return basis, key, basis_digest
 
-    basis = _read(path, key, weight)
-    if basis is not None:
-        return basis
-    lock_path = path.with_suffix(".lock")
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(lock_path):
-            try:
-                basis = _read(path, key, weight, quiet=True)  # another process may have been faster
-                if basis is None:
-                    basis = decompose(weight)
-                    _write(path, key, basis)
-            finally:
-                # still held, so whoever waits for it finds the file; at worst somebody computes a second time
-                lock_path.unlink(missing_ok=True)
-    except (
-        OSError,
-        NotImplementedError,
-        SafetensorError,
-    ) as error:  # NotImplementedError: no locks on this file system
-        _warn_unwritable(folder, error)
-    return decompose(weight) if basis is None else basis
+
+def _compute(weight: Tensor) -> tuple[Basis, str]:
+    basis = decompose(weight)
+    return basis, digest(basis._asdict())
 
 
 def cache_file(weight: Tensor, cache_dir: str | os.PathLike[str] = DEFAULT_CACHE) -> Path:
     """The file that `load_basis` keeps a weight's basis in, whether or not it is there."""
     folder = cache_home() if cache_dir == DEFAULT_CACHE else Path(cache_dir).expanduser()
-    return folder / f"{fingerprint(weight)}.safetensors"
+    return folder / f"{weight_digest(weight)}.safetensors"
 
 
 def is_cached(weight: Tensor, cache_dir: str | os.PathLike[str] = DEFAULT_CACHE) -> bool:
@@ -199,16 +213,8 @@ def _fix_signs(basis: Basis) -> Basis:
     return Basis(U * sign, S, Vh * sign[:, None])
 
 
-def _digest(tensors: dict[str, Tensor]) -> str:
-    digest = hashlib.sha256()
-    for name, tensor in tensors.items():
-        digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
-        digest.update(tensor.cpu().contiguous().view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-def _read(path: Path, key: str, weight: Tensor, *, quiet: bool = False) -> Basis | None:
-    """The basis in a cache file; None where there is no file, or, with a warning, where it is not to be trusted."""
+def _read(path: Path, key: str, weight: Tensor, *, quiet: bool = False) -> tuple[Basis, str] | None:
+    """The basis in a cache file, and its digest; None without one, or, with a warning, where it is not to be trusted."""
     try:
         with safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
@@ -224,7 +230,7 @@ def _read(path: Path, key: str, weight: Tensor, *, quiet: bool = False) -> Basis
                 stacklevel=3,
             )
         return None
-    return Basis(**{name: tensor.to(weight.device) for name, tensor in tensors.items()})
+    return Basis(**{name: tensor.to(weight.device) for name, tensor in tensors.items()}), metadata["digest"]
 
 
 def _verify(metadata: dict[str, str], tensors: dict[str, Tensor], key: str, weight: Tensor) -> None:
@@ -237,13 +243,12 @@ def _verify(metadata: dict[str, str], tensors: dict[str, Tensor], key: str, weig
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if shapes != expected:
         raise ValueError(f"shapes {shapes}, expected {expected}")
-    if metadata.get("digest") != _digest(tensors):
+    if metadata.get("digest") != digest(tensors):
         raise ValueError("its tensors do not match their digest")
 
 
-def _write(path: Path, key: str, basis: Basis) -> None:
-    tensors = {name: tensor.cpu() for name, tensor in basis._asdict().items()}
-    write_tensors(path, tensors, {"format": _FORMAT, "weight": key, "digest": _digest(tensors)})
+def _write(path: Path, key: str, basis: Basis, basis_digest: str) -> None:
+    write_tensors(path, basis._asdict(), {"format": _FORMAT, "weight": key, "digest": basis_digest})
 
 
 def _warn_unwritable(folder: Path, error: Exception) -> None:

@@ -28,16 +28,15 @@ import torch.nn.functional as F
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from antipasto.basis import fingerprint
 from antipasto.files import write_tensors
-from antipasto.knobs import knobs
+from antipasto.fingerprints import Fingerprint, check_same_base, fingerprints_from_json, fingerprints_to_json
+from antipasto.knobs import current_fingerprints, knobs
 from antipasto.pairs import ContrastPair
 from antipasto.rollouts import rollout_grads
-from antipasto.tuner.layer import as_matrix
 
 Estimator = Literal["tstat", "mean", "svd"]
 ESTIMATORS: tuple[Estimator, ...] = ("tstat", "mean", "svd")
-_FORMAT = "antipasto-direction-1"
+_FORMAT = "antipasto-direction-2"
 _RANDOM_DRAWS = 20  # random directions that a held-out score is compared with
 
 
@@ -75,7 +74,8 @@ class Direction(Mapping[str, Tensor]):
         rows: layer name → (k, r) or (r,). Unit rows; several rows of one layer orthogonal.
         effect: layer name → (r,) signed effect sizes, which the coordinate gate needs; or None.
         strength: layer name → (k,) effect size along each row; ones if None.
-        fingerprints: layer name → sha256 of the base weight it counts in; empty if unknown.
+        fingerprints: layer name → `Fingerprint` of the base weight and basis it counts in; empty if unknown, or to use it
+            on whatever base.
         heldout: the score on held-out pairs, if there was one.
 
     Raises:
@@ -93,7 +93,7 @@ class Direction(Mapping[str, Tensor]):
         *,
         effect: Mapping[str, Tensor] | None = None,
         strength: Mapping[str, Tensor] | None = None,
-        fingerprints: Mapping[str, str] | None = None,
+        fingerprints: Mapping[str, Fingerprint] | None = None,
         heldout: HeldOut | None = None,
     ) -> None:
         self._rows = {name: _clean(V).reshape(-1, V.shape[-1]) for name, V in rows.items()}
@@ -230,7 +230,7 @@ class Direction(Mapping[str, Tensor]):
 
     @classmethod
     def from_tensors(
-        cls, tensors: Mapping[str, Tensor], fingerprints: Mapping[str, str], heldout: HeldOut | None = None
+        cls, tensors: Mapping[str, Tensor], fingerprints: Mapping[str, Fingerprint], heldout: HeldOut | None = None
     ) -> Direction:
         """From what `to_tensors` gave.
 
@@ -252,7 +252,8 @@ class Direction(Mapping[str, Tensor]):
     def save(self, path: str | Path) -> None:
         """Write a safetensors file, with the fingerprints of the base weights."""
         heldout = None if self.heldout is None else dataclasses.asdict(self.heldout)
-        metadata = {"format": _FORMAT, "fingerprints": json.dumps(self.fingerprints), "heldout": json.dumps(heldout)}
+        metadata = {"format": _FORMAT, "heldout": json.dumps(heldout)}
+        metadata["fingerprints"] = fingerprints_to_json(self.fingerprints)
         write_tensors(path, self.to_tensors(), metadata)
 
     @classmethod
@@ -270,16 +271,23 @@ class Direction(Mapping[str, Tensor]):
                     raise ValueError(f"format {metadata.get('format')!r}, expected {_FORMAT!r}")
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
             heldout = json.loads(metadata["heldout"])
-            fingerprints = json.loads(metadata["fingerprints"])
+            fingerprints = fingerprints_from_json(metadata["fingerprints"])
             return cls.from_tensors(tensors, fingerprints, None if heldout is None else HeldOut(**heldout))
         except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} is not a direction that can be used: {error}.") from error
 
-    def check_base(self, model: nn.Module) -> None:
+    def check_base(self, model: nn.Module, found: Mapping[str, Fingerprint] | None = None) -> None:
         """Refuse a model whose active adapter this direction does not count in.
+
+        Args:
+            model: adapted.
+            found: `current_fingerprints` of its layers, if they are at hand: else all base weights are hashed.
 
         Raises:
             ValueError: a layer is missing, has another r, or another base weight; names the layers.
+
+        Warns:
+            BaseWarning: the base is the same up to rounding, or decomposed elsewhere, and directions are unsettled by that.
         """
         layers = knobs(model)
         for name, V in self.items():
@@ -289,16 +297,13 @@ class Direction(Mapping[str, Tensor]):
                 )
             if V.shape[1] != layers[name].r:
                 raise ValueError(f"{name}: the direction has r={V.shape[1]}, the layer {layers[name].r}.")
-        wrong = [
-            name
-            for name, key in self.fingerprints.items()
-            if name in self and key != fingerprint(as_matrix(layers[name].layer.get_base_layer()))
-        ]
-        if wrong:
-            raise ValueError(
-                f"The direction was made on other weights: {len(wrong)} of its {len(self)} layers differ, first {wrong[0]}. "
-                "A singular basis means nothing on another base; extract the direction again."
-            )
+        check_same_base(
+            {name: one for name, one in self.fingerprints.items() if name in self},
+            found or current_fingerprints({name: layers[name] for name in self}),
+            {name: layers[name].S for name in self},
+            what="The direction",
+            remedy="Extract it again, on this base; or empty its `fingerprints` to use it regardless.",
+        )
 
 
 def _clean(tensor: Tensor) -> Tensor:
@@ -363,8 +368,8 @@ def extract_direction(
         rows[name] = _estimate(D, effect[name], estimator, k)
         strength[name] = effect_size(D @ rows[name].T)
     layers = knobs(model)
-    keys = {name: fingerprint(as_matrix(layers[name].layer.get_base_layer())) for name in rows}
-    direction = Direction(rows, effect=effect, strength=strength, fingerprints=keys)
+    fingerprints = current_fingerprints({name: layers[name] for name in rows})
+    direction = Direction(rows, effect=effect, strength=strength, fingerprints=fingerprints)
     if heldout:
         direction.heldout = score(direction, pair_differences(model, tokenizer, heldout, **options))  # type: ignore[arg-type]
     return direction

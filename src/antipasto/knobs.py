@@ -14,6 +14,7 @@ knobs the second time.
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
@@ -23,6 +24,7 @@ from peft import inject_adapter_in_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from antipasto.fingerprints import Fingerprint
 from antipasto.tuner import AntiPastoConfig, AntiPastoLinear, View
 from antipasto.tuner.views import adapted_layers, seen_as, unwrap
 
@@ -71,6 +73,11 @@ class LayerKnobs:
         """Right singular vectors (r, i), in the weight's dtype."""
         assert self.layer.basis is not None
         return self.layer.basis.Vh[: self.r]
+
+
+def current_fingerprints(layers: Mapping[str, LayerKnobs]) -> dict[str, Fingerprint]:
+    """The fingerprint of every layer's base weight as it is now, and of its basis; hashes all the weights."""
+    return {name: layer.layer.current_fingerprint() for name, layer in layers.items()}
 
 
 def wrap(

@@ -25,7 +25,8 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from antipasto.basis import BasisCacheWarning, fingerprint
+from antipasto.basis import BasisCacheWarning
+from antipasto.fingerprints import weight_digest
 from antipasto.knobs import knobs
 from antipasto.routing import RoutingWarning
 from antipasto.tuner.layer import as_matrix
@@ -160,10 +161,10 @@ def with_template_options(tokenizer: Any, options: Mapping[str, Any] | None) -> 
 
 
 def base_fingerprint(model: nn.Module) -> str:
-    """sha256 over the fingerprints of all base weights that an adapted model has knobs on."""
+    """sha256 over the digests of all base weights that an adapted model has knobs on."""
     digest = hashlib.sha256()
     for name, layer in sorted(knobs(model).items()):
-        digest.update(f"{name} {fingerprint(as_matrix(layer.layer.get_base_layer()))}\n".encode())
+        digest.update(f"{name} {weight_digest(as_matrix(layer.layer.get_base_layer()))}\n".encode())
     return digest.hexdigest()
 
 

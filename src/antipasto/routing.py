@@ -39,8 +39,9 @@ from torch import Tensor, nn
 
 from antipasto.directions import Direction
 from antipasto.files import write_tensors
+from antipasto.fingerprints import Fingerprint, check_same_base, fingerprints_from_json, fingerprints_to_json
 from antipasto.gates import Control, Gate, GateName
-from antipasto.knobs import knobs
+from antipasto.knobs import current_fingerprints, knobs
 from antipasto.momentum import MomentumSplit
 from antipasto.tuner.layer import View
 from antipasto.tuner.views import seen_as
@@ -51,7 +52,7 @@ Level = Literal["update", "gradient"]
 OWN_BOOK = "direction"
 """Name of the direction's own book in ``measure`` mode; in ``route`` mode ``delta_s_hack`` is that book."""
 
-_FORMAT = "antipasto-books-1"
+_FORMAT = "antipasto-books-2"
 _CHANCE_SEED = 2410_04332  # no seed that a control would be given
 _MOMENTUM = ("momentum/deployed", "momentum/quarantined")
 
@@ -111,6 +112,7 @@ class Router:
         layers = knobs(model)
         self.adapter_name = next(iter(layers.values())).adapter
         self._sizes = {name: layer.r for name, layer in layers.items()}
+        self._fingerprints = current_fingerprints(layers)
         self._delta_s = [layer.delta_s for layer in layers.values()]
         hack = [layer.delta_s_hack for layer in layers.values()] if mode == "route" else []
         self._hack = [knob for knob in hack if knob is not None]
@@ -131,7 +133,7 @@ class Router:
         self._gates: dict[str, Gate] = {}
         for name, entry in entries.items():
             control = entry if isinstance(entry, Control) else Control(entry, *self._options)
-            control.direction.check_base(model)
+            control.direction.check_base(model, self._fingerprints)
             self._gates[name] = Gate(control, self._sizes, self._device)
         kept = [*self._gates, *([OWN_BOOK] if mode == "measure" else [])]
         self._books = {name: torch.zeros(sum(self._sizes.values()), device=self._device) for name in kept}
@@ -150,7 +152,7 @@ class Router:
         return self._delta_s[0].device
 
     def _set_direction(self, direction: Direction) -> None:
-        direction.check_base(self.model)
+        direction.check_base(self.model, self._fingerprints)
         gate = Gate(Control(direction, *self._options), self._sizes, self._device)
         self._chance = Gate(Control(direction.random(_CHANCE_SEED), *self._options), self._sizes, self._device)
         self.direction, self._gate = direction, gate
@@ -444,7 +446,8 @@ class Router:
         if momentum is not None:
             tensors |= dict(zip(_MOMENTUM, momentum, strict=True))
         facts = {"steps": self.steps, "books": sorted(self._books), "last_overlap": self.last_overlap}
-        write_tensors(path, {k: t.clone() for k, t in tensors.items()}, {"format": _FORMAT, **_as_json(facts)})
+        metadata = {"format": _FORMAT, "fingerprints": fingerprints_to_json(self._fingerprints), **_as_json(facts)}
+        write_tensors(path, {k: t.clone() for k, t in tensors.items()}, metadata)
 
     def load(self, path: str | Path) -> None:
         """Continue from what `save` wrote.
@@ -464,6 +467,14 @@ class Router:
             chance = torch.cat([saved.chance[layer] for layer in self._sizes])
             if any(len(book) != len(self._chance_book) for book in (chance, *books.values())):
                 raise ValueError("its layers have another r")
+            layers = knobs(self.model, adapter_name=self.adapter_name)
+            check_same_base(
+                saved.fingerprints,
+                self._fingerprints,
+                {name: layer.S for name, layer in layers.items()},
+                what="It",
+                remedy="Continue on the base that the run began with.",
+            )
             if self.refresh is not None and self.direction is not None:
                 self._set_direction(Direction.from_tensors(saved.direction, self.direction.fingerprints))
         except (SafetensorError, ValueError, KeyError) as error:
@@ -486,6 +497,7 @@ class Books(NamedTuple):
     chance: dict[str, Tensor]
     direction: dict[str, Tensor]
     last_overlap: float | None
+    fingerprints: dict[str, Fingerprint]
     momentum: tuple[Tensor, Tensor] | None
 
 
@@ -507,7 +519,8 @@ def _read_books(path: str | Path) -> Books:
         metadata = file.metadata() or {}
         if metadata.get("format") != _FORMAT:
             raise ValueError(f"format {metadata.get('format')!r}, expected {_FORMAT!r}")
-        facts = {key: json.loads(value) for key, value in metadata.items() if key != "format"}
+        facts = {key: json.loads(metadata[key]) for key in ("steps", "books", "last_overlap")}
+        fingerprints = fingerprints_from_json(metadata["fingerprints"])
         tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
     chance = {key.removeprefix("chance/"): t for key, t in tensors.items() if key.startswith("chance/")}
     return Books(
@@ -516,6 +529,7 @@ def _read_books(path: str | Path) -> Books:
         chance=chance,
         direction={key: t for key, t in tensors.items() if not key.startswith(("book/", "chance/", "momentum/"))},
         last_overlap=facts["last_overlap"],
+        fingerprints=fingerprints,
         momentum=(tensors[_MOMENTUM[0]], tensors[_MOMENTUM[1]]) if _MOMENTUM[0] in tensors else None,
     )
 

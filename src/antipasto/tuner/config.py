@@ -25,6 +25,9 @@ def _peft_type(name: str) -> PeftType:
 PEFT_TYPE = _peft_type("ANTIPASTO")
 """The method's key in PEFT's registries."""
 
+FORMAT = 1
+"""Version of the adapter's files: changes when an older version of this library would misread them."""
+
 TARGET_MODULES = (
     *("q_proj", "k_proj", "v_proj", "o_proj"),  # attention
     *("in_proj_qkv", "in_proj_z", "in_proj_a", "in_proj_b", "out_proj"),  # GatedDeltaNet
@@ -53,11 +56,17 @@ class AntiPastoConfig(PeftConfig):
             takes an argument of this name for the hub's cache, as everywhere in PEFT: set the attribute afterwards.)
         plan: how layers are computed (`antipasto.plans`): ``"auto"``, the cheapest way of each call; ``"factored"``, the least
             memory, and second derivatives; ``"merged"`` or ``"spectral"`` wherever they are possible. Not saved either.
+        save_basis: carry U, S and Vh in the adapter's file: for an adapter that must mean the same on weights of another
+            dtype, or where another library decomposes them. (o + i + 1) r numbers a layer instead of r.
+        check_base: refuse to be put onto a base with other weights than those of ``base_fingerprints``. Not saved.
+        base_fingerprints: layer name → `antipasto.fingerprints.Fingerprint`, as text, of the base that an adapter belongs to;
+            written by the library.
+        format: version of what is saved.
         hold_weights: keep each layer's W_θ from one forward without gradient to the next, until the knobs change: generation
             and evaluation at the base model's speed, for the memory of the adapted weights once more. Not saved either.
 
     Raises:
-        ValueError: a rank below 1, an unknown plan, or options that exclude each other.
+        ValueError: a rank below 1, an unknown plan, options that exclude each other, or a file of a later format.
 
     Example:
         >>> AntiPastoConfig(rank=64, rank_pattern={"down_proj": 128}).rank
@@ -96,8 +105,20 @@ class AntiPastoConfig(PeftConfig):
         default=True, metadata={"help": "Keep merged weights from one forward without gradient to the next."}
     )
 
+    save_basis: bool = field(default=False, metadata={"help": "Carry the singular basis in the adapter's file."})
+    check_base: bool = field(default=True, metadata={"help": "Refuse a base with other weights than the adapter's."})
+    base_fingerprints: dict[str, str] | None = field(
+        default=None, repr=False, metadata={"help": "Fingerprints of the base's layers; written by the library."}
+    )
+    format: int = field(default=FORMAT, metadata={"help": "Version of what is saved; written by the library."})
+
     def __post_init__(self) -> None:
         super().__post_init__()
+        if not isinstance(self.format, int) or not 1 <= self.format <= FORMAT:
+            raise ValueError(
+                f"The adapter is of format {self.format!r}; this version of antipasto reads formats 1 to {FORMAT}. "
+                "A later version has written it: update antipasto."
+            )
         self.peft_type = PEFT_TYPE
         check_plan(self.plan)
         if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
@@ -114,7 +135,7 @@ class AntiPastoConfig(PeftConfig):
     def to_dict(self) -> dict[str, Any]:
         """The configuration as it is saved: without what speaks of one machine, names sorted."""
         saved = asdict(self)
-        for name in ("cache_dir", "plan", "hold_weights"):
+        for name in ("cache_dir", "plan", "hold_weights", "check_base"):
             del saved[name]
         for name in ("target_modules", "exclude_modules"):
             if isinstance(saved[name], (set, tuple)):

@@ -23,6 +23,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from antipasto.basis import Basis
+from antipasto.fingerprints import Fingerprint
 from antipasto.functional import delta_weight, merged_linear, spectral_delta
 from antipasto.plans import Execution, PlanName
 from antipasto.tuner.choice import Asked, Choice, does_nothing_but
@@ -52,6 +53,24 @@ class Knob(nn.Module):
         return f"r={self.weight.shape[0]}"
 
 
+class CarriedBasis(nn.Module):
+    """The basis that an adapter's state holds: ``basis_U`` (o, r), ``basis_S`` (r,), ``basis_Vh`` (r, i), not trained.
+
+    Parameters rather than buffers, which DDP would broadcast at every forward.
+    """
+
+    def __init__(self, basis: Basis) -> None:
+        super().__init__()
+        for name, tensor in basis._asdict().items():
+            # a copy: what is read from the cache is mapped from its file
+            self.register_parameter(f"basis_{name}", nn.Parameter(tensor.clone(), requires_grad=False))
+
+    @property
+    def basis(self) -> Basis:
+        """As it is now."""
+        return Basis(*(self.get_parameter(f"basis_{name}") for name in Basis._fields))
+
+
 def as_matrix(base_layer: nn.Module) -> Tensor:
     """The weight of a Linear or Conv1D as W (o, i); a view, so that writing to it writes to the layer."""
     weight = base_layer.weight
@@ -71,8 +90,11 @@ class AntiPastoLinear(nn.Module, BaseTunerLayer):
             gradient: plain training would put half of all that is learned where it will be deleted. A caller who makes
             it require one gets the gradient of ``delta_s``.
         r: adapter name → number of singular directions.
+        delta_s_basis: adapter name → `CarriedBasis`, where its config says ``save_basis``.
         basis: U, S, Vh of the base weight, shared by all adapters, up to the largest of their ranks. Plain tensors rather
-            than buffers: they are no state, and DDP would broadcast buffers at every forward.
+            than buffers: they are no state, and DDP would broadcast buffers at every forward. Where the first adapter carries
+            its basis, that one.
+        fingerprint: of the base weight and that basis.
         view: which knobs the forward sees.
         offset: where set, added to θ: how a router takes a control's book out for a while. (r,) of the basis, or shorter.
         rows: where set, says which sequences of a batch see the quarantine; θ is then (b, r).
@@ -84,7 +106,7 @@ class AntiPastoLinear(nn.Module, BaseTunerLayer):
     """
 
     adapter_layer_names = ("delta_s",)
-    other_param_names = ("delta_s_hack", "r")
+    other_param_names = ("delta_s_hack", "delta_s_basis", "r")
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
@@ -92,7 +114,10 @@ class AntiPastoLinear(nn.Module, BaseTunerLayer):
         self.delta_s = nn.ModuleDict()
         self.delta_s_hack = nn.ModuleDict()
         self.r: dict[str, int] = {}
-        self.basis: Basis | None = None
+        self.delta_s_basis = nn.ModuleDict()
+        self._basis: Basis | None = None
+        self._carrier: str | None = None
+        self.fingerprint: Fingerprint | None = None
         self.view = View.TRAINED
         self.offset: Tensor | None = None
         self.rows: RowViews | None = None
@@ -106,27 +131,81 @@ class AntiPastoLinear(nn.Module, BaseTunerLayer):
         o, i = as_matrix(self.get_base_layer()).shape
         self.in_features, self.out_features = i, o
 
-    def add_adapter(self, name: str, rank: int, basis: Basis, *, quarantine: bool, trainable: bool) -> None:
+    def add_adapter(
+        self,
+        name: str,
+        rank: int,
+        basis: Basis,
+        fingerprint: Fingerprint,
+        *,
+        quarantine: bool,
+        trainable: bool,
+        carry_basis: bool,
+    ) -> None:
         """Give the layer another adapter, at zero.
 
         Args:
             name: the adapter's.
             rank: number of its singular directions.
             basis: of the base weight, of at least that rank; U and Vh in the weight's dtype.
+            fingerprint: of the base weight and that basis.
             quarantine: whether it has a ``delta_s_hack``.
             trainable: whether ``delta_s`` requires a gradient.
+            carry_basis: whether its state holds the basis.
         """
         base_layer = self.get_base_layer()
         weight = base_layer.weight
         assert isinstance(weight, Tensor)
         dtype = torch.promote_types(weight.dtype, torch.float32)
-        if self.basis is None or basis.rank > self.basis.rank:
-            self.basis = basis
+        grows = self.basis is None or basis.rank > self.basis.rank
+        if self.fingerprint not in (None, fingerprint) and (grows or carry_basis):
+            raise ValueError(
+                f"Adapter {name!r} counts in another singular basis than those here already: it cannot be put beside them."
+            )
+        if carry_basis:
+            self.delta_s_basis[name] = CarriedBasis(basis.truncate(rank))
+        if grows:
+            self.fingerprint, self._carrier = fingerprint, name if carry_basis else None
+            self._basis = None if carry_basis else basis
             self.choice.trust(weight)
         self.r[name] = rank
         self.delta_s[name] = Knob(rank, dtype, weight.device, trainable=trainable)
         if quarantine:
             self.delta_s_hack[name] = Knob(rank, dtype, weight.device, trainable=False)
+
+    @property
+    def basis(self) -> Basis | None:
+        """U, S, Vh that the knobs count in, up to the largest of their ranks; None before the first adapter."""
+        return self._basis if self._carrier is None else cast(CarriedBasis, self.delta_s_basis[self._carrier]).basis
+
+    def current_fingerprint(self) -> Fingerprint:
+        """Of the base weight as it is now, which is hashed again, and of the basis."""
+        assert self.fingerprint is not None
+        W = as_matrix(self.get_base_layer())
+        if self._unmerged_weight is not None:
+            W = self._unmerged_weight.T if isinstance(self.get_base_layer(), Conv1D) else self._unmerged_weight
+        return self.fingerprint.of_weight(W)
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """PEFT's; the basis stays, for the other adapters."""
+        if adapter_name == self._carrier:
+            self._basis, self._carrier = Basis(*(tensor.detach() for tensor in self.basis or ())), None
+        super().delete_adapter(adapter_name)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """PyTorch's; and refuses other base weights: U, S and Vh would still be those of the present ones."""
+        self.choice.forget()  # the basis may be among what is loaded
+        name = f"{prefix}base_layer.weight"
+        weight = self.get_base_layer().weight
+        assert isinstance(weight, Tensor)
+        new: Tensor = state_dict.get(name, weight)
+        plain = all(type(tensor.data) is Tensor and not tensor.is_meta for tensor in (weight, new))
+        if plain and not torch.equal(new.to(weight), weight):
+            raise ValueError(
+                f"{name} of the state dict is not the weight that this layer was adapted on, and its singular basis is. "
+                "Load weights first, adapt after."
+            )
+        super()._load_from_state_dict(state_dict, prefix, *args)
 
     def drop_quarantine(self) -> None:
         """Delete every adapter's ``delta_s_hack``."""
@@ -294,8 +373,8 @@ class AntiPastoLinear(nn.Module, BaseTunerLayer):
         """Moves and casts (``to``, ``half``, ``cuda``…) take the basis and the kept weight along."""
         super()._apply(fn, recurse)
         self.choice.forget()
-        if self.basis is not None:
-            self.basis = Basis(*map(fn, self.basis))
+        if self._basis is not None:
+            self._basis = Basis(*map(fn, self._basis))
         if self._unmerged_weight is not None:
             self._unmerged_weight = fn(self._unmerged_weight)
         return self

@@ -6,8 +6,9 @@ A target that cannot be adapted is an error that names it, never a silent skip.
 
 from __future__ import annotations
 
+import copy
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from peft.tuners.tuners_utils import (
@@ -23,7 +24,8 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from tqdm import tqdm
 from transformers.pytorch_utils import Conv1D
 
-from antipasto.basis import WEIGHT_DTYPES, Basis, load_basis
+from antipasto.basis import WEIGHT_DTYPES, Basis, load_identified_basis
+from antipasto.fingerprints import Fingerprint, check_same_base
 
 from .config import TARGET_MODULES, AntiPastoConfig
 from .layer import AntiPastoLinear, as_matrix
@@ -82,18 +84,29 @@ class AntiPastoModel(BaseTuner):
             raise ValueError(
                 f"{taken[0]} has an adapter {adapter_name!r} already: delete it first, or choose another name."
             )
-        self._bases: dict[str, tuple[int, Basis]] = {}
+        self._bases: dict[str, Found] = {}
         try:
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         finally:
             self._bases = {}
+        # in a config of the adapter's own: the caller's may be used again, on another model
+        config = copy.copy(self.peft_config[adapter_name])
+        layers = {n: m for n, m in model.named_modules() if isinstance(m, AntiPastoLinear) and adapter_name in m.r}
+        config.base_fingerprints = {name: str(layer.fingerprint) for name, layer in layers.items()}
+        self.peft_config[adapter_name] = config
 
     def _prepare_adapter_config(self, peft_config: AntiPastoConfig, model_config: dict[str, Any]) -> AntiPastoConfig:
         return peft_config  # target_modules=None is resolved in _prepare_model, which sees the model
 
     def _prepare_model(self, peft_config: AntiPastoConfig, model: nn.Module) -> None:
-        """Resolve the targets, refuse what cannot be adapted, load or compute every basis."""
-        self._bases = _bases_for(find_targets(peft_config, model), peft_config)
+        """Resolve the targets, refuse what cannot be adapted, load or compute every basis, check that the base is the base."""
+        found = _bases_for(find_targets(peft_config, model), peft_config)
+        expected = {name: Fingerprint.parse(line) for name, line in (peft_config.base_fingerprints or {}).items()}
+        if peft_config.check_base:
+            _check_base(peft_config, expected, found)
+        if peft_config.save_basis:  # the file that they are from brings their basis
+            found = {n: one._replace(fingerprint=expected.get(n, one.fingerprint)) for n, one in found.items()}
+        self._bases = found
 
     def _create_and_replace(
         self,
@@ -109,10 +122,17 @@ class AntiPastoModel(BaseTuner):
         if found is None:  # PEFT took the layers' names from a state dict rather than from the config
             _require_supported(current_key, target)
             found = _basis_for(current_key, target, peft_config)
-        rank, basis = found
         layer = target if isinstance(target, AntiPastoLinear) else AntiPastoLinear(target)
         trainable = adapter_name in self.active_adapters and not peft_config.inference_mode
-        layer.add_adapter(adapter_name, rank, basis, quarantine=peft_config.quarantine, trainable=trainable)
+        layer.add_adapter(
+            adapter_name,
+            found.rank,
+            found.basis,
+            found.fingerprint,
+            quarantine=peft_config.quarantine,
+            trainable=trainable,
+            carry_basis=peft_config.save_basis,
+        )
         layer.plan, layer.hold_weights = peft_config.plan, peft_config.hold_weights
         if layer is not target:
             layer.set_adapter(self.active_adapters)
@@ -231,7 +251,35 @@ def rank_of(name: str, weight: Tensor, config: AntiPastoConfig) -> int:
     return min(config.rank_pattern.get(pattern, config.rank) or min(weight.shape), *weight.shape)
 
 
-def _bases_for(targets: dict[str, nn.Module], config: AntiPastoConfig) -> dict[str, tuple[int, Basis]]:
+class Found(NamedTuple):
+    """What a layer is to be adapted with.
+
+    Attributes:
+        rank: that the config gives the layer.
+        basis: of at least that rank; U and Vh in the weight's dtype, so that the products are of the base layer's kind; S,
+            only looked at, is not.
+        fingerprint: of the weight and the basis.
+    """
+
+    rank: int
+    basis: Basis
+    fingerprint: Fingerprint
+
+
+def _check_base(config: AntiPastoConfig, expected: dict[str, Fingerprint], found: dict[str, Found]) -> None:
+    """Refuse layers that are not those whose fingerprints the config carries."""
+    check_same_base(
+        expected,
+        {name: one.fingerprint for name, one in found.items()},
+        {name: one.basis.S[: one.rank] for name, one in found.items()},
+        what="The adapter",
+        remedy="Load the base that it belongs to. To put it here regardless, set check_base=False on its config "
+        "(AntiPastoConfig.from_pretrained) and pass that as config.",
+        carries_basis=config.save_basis,
+    )
+
+
+def _bases_for(targets: dict[str, nn.Module], config: AntiPastoConfig) -> dict[str, Found]:
     """`_basis_for` of every target, several at a time where they are on the CPU.
 
     An eigendecomposition gains little from a second thread, and hashing and the disk nothing: so each layer has one. Layers
@@ -252,20 +300,19 @@ def _bases_for(targets: dict[str, nn.Module], config: AntiPastoConfig) -> dict[s
             torch.set_num_threads(threads)  # what a thread sets is what later threads start with
 
 
-def _basis_for(name: str, module: nn.Module, config: AntiPastoConfig) -> tuple[int, Basis]:
-    """The rank that the config gives a layer, and a basis of at least that rank: the layer's own where it has one.
-
-    U and Vh come in the weight's dtype, so that the products are of the base layer's kind; S, only looked at, does not.
-    """
+def _basis_for(name: str, module: nn.Module, config: AntiPastoConfig) -> Found:
+    """The basis that a layer has already, where it is of the config's rank; else loaded or computed."""
     base_layer = module.get_base_layer() if isinstance(module, AntiPastoLinear) else module
     W = as_matrix(base_layer)
     if isinstance(module, AntiPastoLinear) and module._unmerged_weight is not None:
         raise ValueError(f"{name} is merged: call unmerge_adapter() before adding another adapter.")
     rank = rank_of(name, W, config)
     if isinstance(module, AntiPastoLinear) and module.basis is not None and module.basis.rank >= rank:
-        return rank, module.basis
+        assert module.fingerprint is not None
+        return Found(rank, module.basis, module.fingerprint)
     try:
-        U, S, Vh = load_basis(W, cache_dir=config.cache_dir).truncate(rank)
+        basis, fingerprint = load_identified_basis(W, cache_dir=config.cache_dir)
     except (ValueError, RuntimeError) as error:
         raise ValueError(f"{name}: {error}") from error
-    return rank, Basis(U.to(W.dtype), S, Vh.to(W.dtype))
+    U, S, Vh = basis.truncate(rank)
+    return Found(rank, Basis(U.to(W.dtype), S, Vh.to(W.dtype)), fingerprint)

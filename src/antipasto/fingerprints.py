@@ -1,0 +1,299 @@
+"""Which weights a singular basis belongs to, and how far two weights are apart when only one of them is at hand.
+
+Numbers that count in a singular basis mean nothing on another weight, and not always on the same one: a basis is defined up
+to sign, order and the rotation of near-equal singular values. So adapters, directions and books carry, for each layer,
+
+    sha256 of the weight W (o, i) · its shape and dtype · the SVD's version · digests of S and of (U, S, Vh) · a sketch of W
+
+The sketch is n numbers z_j = a_jᵀ W b_j, with fixed random signs a_j (o,) and b_j (i,). They are linear in W and
+E[(a_jᵀ D b_j)²] = ‖D‖_F², so that two sketches give the distance of weights of which one is no longer there:
+
+    ‖W − W'‖_F² ≈ 1/n Σ_j (z_j − z'_j)²                                    (random projections: Johnson & Lindenstrauss 1984)
+
+That tells a rounded copy from a fine-tuned one, and says what the difference does to the basis: the singular vectors of
+direction j turn by about ‖W − W'‖₂ / gap_j (Davis & Kahan 1970; Wedin 1972), gap_j being the distance of σ_j from its
+neighbours. Directions whose gap is smaller than the difference are *unsettled*: numbers on them may not mean the same.
+"""
+
+from __future__ import annotations
+
+import base64
+import enum
+import functools
+import hashlib
+import json
+import math
+import re
+import warnings
+from collections.abc import Mapping
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+SKETCH_NUMBERS = 8
+_LINE = re.compile(
+    r"(?P<o>\d+)x(?P<i>\d+) (?P<dtype>\w+) sha256:(?P<weight>[0-9a-f]{64}) svd:(?P<svd>[\w.-]+) "
+    r"S:(?P<S>[0-9a-f]{16}) basis:(?P<basis>[0-9a-f]{16}) sketch:(?P<sketch>[A-Za-z0-9+/]+=*)"
+)
+_SVD_ERROR = 1e-6  # of S, relative to the largest: what fp32 bases of one weight by different libraries differ by
+_SHOWN = 3  # layers named in a message
+
+
+class BaseWarning(UserWarning):
+    """A file is used on weights that are its base's up to rounding, but on which some numbers may not mean the same."""
+
+
+class Likeness(enum.Enum):
+    """What a weight is to the one that a fingerprint was taken of."""
+
+    SAME = "the same basis, of the same weight"
+    OTHER_BASIS = "the same weight, decomposed by another library, version or device"
+    ROUNDED = "the same weight, rounded to another dtype"
+    OTHER = "another weight"
+
+
+class Fingerprint(NamedTuple):
+    """Of one weight and its singular basis.
+
+    Attributes:
+        shape: (o, i).
+        dtype: the weight's, such as ``"bfloat16"``.
+        weight: sha256 of dtype, shape and bytes, in hex.
+        svd: name and version of the algorithm.
+        S: digest of the singular values.
+        basis: digest of U, S and Vh.
+        sketch: `SKETCH_NUMBERS` random projections of the weight, in fp64.
+    """
+
+    shape: tuple[int, int]
+    dtype: str
+    weight: str
+    svd: str
+    S: str
+    basis: str
+    sketch: tuple[float, ...]
+
+    def __str__(self) -> str:
+        """As one line, which `parse` reads."""
+        sketch = base64.b64encode(np.array(self.sketch, "<f8").tobytes()).decode()
+        shape = "x".join(map(str, self.shape))
+        return f"{shape} {self.dtype} sha256:{self.weight} svd:{self.svd} S:{self.S} basis:{self.basis} sketch:{sketch}"
+
+    @classmethod
+    def parse(cls, line: str) -> Fingerprint:
+        """What ``str`` made.
+
+        Raises:
+            ValueError: it is no fingerprint.
+        """
+        match = _LINE.fullmatch(line) if isinstance(line, str) else None
+        try:
+            if match is None:
+                raise ValueError("it is not of the form")
+            sketch = tuple(np.frombuffer(base64.b64decode(match["sketch"], validate=True), "<f8").tolist())
+            if len(sketch) != SKETCH_NUMBERS or not all(map(math.isfinite, sketch)):
+                raise ValueError("its sketch is damaged")
+        except ValueError as error:
+            raise ValueError(f"Not a fingerprint of a layer: {line!r:.80} ({error}).") from error
+        shape = (int(match["o"]), int(match["i"]))
+        return cls(shape, match["dtype"], match["weight"], match["svd"], match["S"], match["basis"], sketch)
+
+    def of_weight(self, weight: Tensor) -> Fingerprint:
+        """The same basis's fingerprint, with another weight (o, i); this one if it is the same."""
+        key = weight_digest(weight)
+        if key == self.weight:
+            return self
+        o, i = weight.shape
+        return self._replace(weight=key, shape=(o, i), dtype=dtype_name(weight), sketch=sketch(weight))
+
+    def distance(self, other: Fingerprint) -> float:
+        """Estimate of ‖W − W'‖_F / ‖W‖_F, good to about a third; infinite where the shapes differ."""
+        if self.shape != other.shape:
+            return math.inf
+        difference = sum((a - b) ** 2 for a, b in zip(self.sketch, other.sketch, strict=True))
+        size = sum(a**2 for a in self.sketch)
+        return math.sqrt(difference / size) if size else (math.inf if difference else 0.0)
+
+    def likeness(self, other: Fingerprint) -> Likeness:
+        """What another weight is to this one."""
+        same = (self.weight, self.shape, self.dtype) == (other.weight, other.shape, other.dtype)
+        if not same and (self.dtype == other.dtype or self.distance(other) > _rounding(self.dtype, other.dtype)):
+            return Likeness.OTHER
+        if self.basis == other.basis:
+            return Likeness.SAME
+        return Likeness.OTHER_BASIS if same else Likeness.ROUNDED
+
+    def unsettled(self, other: Fingerprint, S: Tensor) -> int:
+        """How many singular directions have a gap smaller than what the weights differ by.
+
+        ‖W − W'‖₂ is taken to be that of a random difference, ‖W − W'‖_F (1/√o + 1/√i); of the same weight, `_SVD_ERROR` σ₁.
+
+        Args:
+            other: the weight that is at hand.
+            S: (r,) singular values, descending.
+        """
+        S = S.double()
+        if self.weight == other.weight:
+            error = _SVD_ERROR * float(S[0])
+        else:
+            o, i = self.shape
+            size = math.sqrt(sum(z**2 for z in self.sketch) / len(self.sketch))
+            error = self.distance(other) * size * (o**-0.5 + i**-0.5)
+        gaps = S[:-1] - S[1:]
+        infinite = S.new_full((1,), math.inf)
+        return int((torch.minimum(torch.cat([infinite, gaps]), torch.cat([gaps, infinite])) < error).sum())
+
+
+def digest(tensors: Mapping[str, Tensor]) -> str:
+    """sha256, in hex, of the names, dtypes, shapes and bytes of some tensors, on whatever device.
+
+    bf16 has no numpy dtype, so it is bytes that are hashed and not arrays.
+    """
+    result = hashlib.sha256()
+    for name, tensor in tensors.items():
+        result.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
+        result.update(tensor.cpu().contiguous().view(torch.uint8).numpy().data)
+    return result.hexdigest()
+
+
+def fingerprints_to_json(fingerprints: Mapping[str, Fingerprint]) -> str:
+    """For a file's metadata."""
+    return json.dumps({name: str(one) for name, one in fingerprints.items()})
+
+
+def fingerprints_from_json(text: str) -> dict[str, Fingerprint]:
+    """What `fingerprints_to_json` made.
+
+    Raises:
+        ValueError: it is something else.
+    """
+    lines = json.loads(text)
+    if not isinstance(lines, dict):
+        raise ValueError(f"fingerprints must be an object, layer by layer, got {type(lines).__name__}")
+    return {name: Fingerprint.parse(line) for name, line in lines.items()}
+
+
+def dtype_name(tensor: Tensor) -> str:
+    """Its dtype as the fingerprint has it.
+
+    Example:
+        >>> dtype_name(torch.zeros(1))
+        'float32'
+    """
+    return str(tensor.dtype).removeprefix("torch.")
+
+
+def weight_digest(weight: Tensor) -> str:
+    """sha256, in hex, of a weight's dtype, shape and bytes; the same on every device.
+
+    Example:
+        >>> weight_digest(torch.zeros(2, 2)) == weight_digest(torch.zeros(2, 2, dtype=torch.float16))
+        False
+    """
+    return digest({"weight": weight.detach()})
+
+
+def sketch(weight: Tensor) -> tuple[float, ...]:
+    """`SKETCH_NUMBERS` random projections a_jᵀ W b_j of a weight (o, i), in fp64."""
+    W = weight.detach()
+    W = W.double() if W.device.type in ("cpu", "cuda") else W.cpu().double()
+    a, b = (_signs(side, size).to(W.device) for side, size in zip(("out", "in"), W.shape, strict=True))
+    return tuple(((W @ b) * a).sum(0).tolist())  # (o, i) (i, n) ⊙ (o, n), summed over o
+
+
+@functools.lru_cache(maxsize=64)
+def _signs(side: str, size: int) -> Tensor:
+    """(size, n) of ±1 in fp64, the same everywhere and always: a file's sketch must be met again."""
+    count = size * SKETCH_NUMBERS
+    stream = hashlib.shake_256(f"antipasto sketch 1 {side} {size}".encode()).digest((count + 7) // 8)
+    bits = np.unpackbits(np.frombuffer(stream, np.uint8))[:count]
+    return torch.from_numpy(bits.astype(np.float64)).mul(2).sub(1).reshape(size, SKETCH_NUMBERS)
+
+
+def _rounding(*dtypes: str) -> float:
+    """The most, relative to ‖W‖_F, that rounding to the coarser of two dtypes can come to."""
+    known = [getattr(torch, dtype, None) for dtype in dtypes]
+    return max(torch.finfo(dtype).eps for dtype in known if isinstance(dtype, torch.dtype))
+
+
+# ── whether a file's base is the model's ─────────────────────────────────────────────────────────────────────────────
+
+
+def check_same_base(
+    expected: Mapping[str, Fingerprint],
+    found: Mapping[str, Fingerprint],
+    S: Mapping[str, Tensor],
+    *,
+    what: str,
+    remedy: str,
+    carries_basis: bool = False,
+) -> None:
+    """Refuse a base that is another; warn of one on which some numbers may not mean the same.
+
+    Args:
+        expected: layer name → the fingerprint that a file carries.
+        found: layer name → that of the model at hand.
+        S: layer name → (r,) its singular values.
+        what: what the file is, for messages: ``"The adapter in runs/a"``.
+        remedy: what to do about a refusal.
+        carries_basis: the file brings the basis that its numbers count in: nothing is unsettled.
+
+    Raises:
+        ValueError: another base: names layers, and says how they differ.
+
+    Warns:
+        BaseWarning: the same base up to rounding, or decomposed elsewhere, and directions are unsettled by that.
+    """
+    wrong = {
+        name: f"shape {_shape(one)}, and the model has no such layer"
+        for name, one in expected.items()
+        if name not in found
+    }
+    likeness = {name: one.likeness(found[name]) for name, one in expected.items() if name in found}
+    wrong |= {name: _difference(expected[name], found[name]) for name, how in likeness.items() if how is Likeness.OTHER}
+    if wrong:
+        some = "; ".join(f"{name}: {how}" for name, how in list(wrong.items())[:_SHOWN])
+        more = f"; and {len(wrong) - _SHOWN} more" if len(wrong) > _SHOWN else ""
+        raise ValueError(
+            f"{what} was made on another base: {len(wrong)} of its {len(expected)} layers differ. {some}{more}. "
+            f"Numbers along singular directions mean nothing on other weights. {remedy}"
+        )
+    if not carries_basis:
+        for how in (Likeness.ROUNDED, Likeness.OTHER_BASIS):
+            _warn_of_unsettled(expected, found, S, [name for name, this in likeness.items() if this is how], how, what)
+
+
+def _warn_of_unsettled(
+    expected: Mapping[str, Fingerprint],
+    found: Mapping[str, Fingerprint],
+    S: Mapping[str, Tensor],
+    names: list[str],
+    how: Likeness,
+    what: str,
+) -> None:
+    unsettled = sum(expected[name].unsettled(found[name], S[name]) for name in names)
+    if not unsettled:
+        return
+    numbers = sum(len(S[name]) for name in names)
+    one, other = expected[names[0]], found[names[0]]
+    dtypes = f" ({one.dtype} there, {other.dtype} here)" if how is Likeness.ROUNDED else ""
+    warnings.warn(
+        f"{what} was made on {how.value}{dtypes}, in {len(names)} of its {len(expected)} layers. {unsettled:,} of their "
+        f"{numbers:,} singular values are closer to a neighbour than what that changes: there the numbers may not "
+        "mean the same. An adapter saved with save_basis=True carries its own basis and does not have this problem.",
+        BaseWarning,
+        stacklevel=4,
+    )
+
+
+def _shape(fingerprint: Fingerprint) -> str:
+    return "x".join(map(str, fingerprint.shape))
+
+
+def _difference(expected: Fingerprint, found: Fingerprint) -> str:
+    if expected.shape != found.shape:
+        return f"shape {_shape(expected)} there, {_shape(found)} here"
+    dtypes = "" if expected.dtype == found.dtype else f" ({expected.dtype} there, {found.dtype} here)"
+    return f"other weights{dtypes}, about {expected.distance(found):.2g} of their norm apart"
