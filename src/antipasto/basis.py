@@ -148,15 +148,19 @@ def _load(weight: Tensor, cache_dir: str | os.PathLike[str] | None) -> tuple[Bas
         return basis, weight_digest(weight), basis_digest
     path = cache_file(weight, cache_dir)
     folder, key = path.parent, path.stem
+    lock_path = path.with_suffix(".lock")
     found = _read(path, key, weight)
-    if found is None:
-        lock_path = path.with_suffix(".lock")
+    if found is not None:
+        _remove_stale(lock_path)
+    else:
         try:
             folder.mkdir(parents=True, exist_ok=True)
             with FileLock(lock_path):
                 try:
                     found = _read(path, key, weight, quiet=True)  # another process may have been faster
                     if found is None:
+                        for left in folder.glob(f".{path.name}-*.tmp"):  # by a process that was killed while it wrote
+                            left.unlink(missing_ok=True)
                         found = _compute(weight)
                         _write(path, key, *found)
                 finally:
@@ -166,6 +170,19 @@ def _load(weight: Tensor, cache_dir: str | os.PathLike[str] | None) -> tuple[Bas
             _warn_unwritable(folder, error)  # NotImplementedError: no locks on this file system
     basis, basis_digest = found or _compute(weight)
     return basis, key, basis_digest
+
+
+def _remove_stale(lock_path: Path) -> None:
+    """A lock beside a file that is there is of a process that was killed, or has yet to remove it."""
+    try:
+        if lock_path.exists():
+            with FileLock(lock_path, timeout=0):
+                lock_path.unlink(missing_ok=True)
+    except (
+        OSError,
+        NotImplementedError,
+    ):  # it is held, after all (Timeout is an OSError), or nothing can be written here
+        pass
 
 
 def _compute(weight: Tensor) -> tuple[Basis, str]:

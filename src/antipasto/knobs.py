@@ -17,13 +17,16 @@ import copy
 from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from peft import inject_adapter_in_model
+from accelerate.utils import extract_model_from_parallel
+from peft import PeftModel, inject_adapter_in_model
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from antipasto.files import replacing_folder
 from antipasto.fingerprints import Fingerprint
 from antipasto.tuner import AntiPastoConfig, AntiPastoLinear, View
 from antipasto.tuner.views import adapted_layers, seen_as, unwrap
@@ -78,6 +81,48 @@ class LayerKnobs:
 def current_fingerprints(layers: Mapping[str, LayerKnobs]) -> dict[str, Fingerprint]:
     """The fingerprint of every layer's base weight as it is now, and of its basis; hashes all the weights."""
     return {name: layer.layer.current_fingerprint() for name, layer in layers.items()}
+
+
+def require_finite_gradients(gradients: Mapping[str, Tensor | None], step: int) -> None:
+    """Refuse to step on a gradient with a NaN or Inf in it.
+
+    Args:
+        gradients: layer name → of its knobs, or None.
+        step: number of steps done, for the message.
+
+    Raises:
+        ValueError: there is one; names the layers.
+    """
+    there = {name: g for name, g in gradients.items() if g is not None}
+    if not there or torch.stack([g.abs().amax() for g in there.values()]).isfinite().all():
+        return
+    bad = [name for name, g in there.items() if not g.isfinite().all()]
+    raise ValueError(
+        f"After {step} steps, the gradient of {bad[0]} has a NaN or Inf in it"
+        f"{f', and so have {len(bad) - 1} of the other {len(gradients) - 1} layers' if len(bad) > 1 else ''}. The knobs are "
+        "as they were before this step. Look for an overflow in half precision, a learning rate that is too high, or an "
+        "input that is not finite."
+    )
+
+
+def save_adapter(model: nn.Module, folder: str | Path) -> None:
+    """Save an adapted model's adapters as ``save_pretrained`` does, at one stroke: the folder is the old one, or the new.
+
+    Args:
+        model: a PeftModel, or a transformers model that `wrap` adapted; also inside DDP or torch.compile.
+        folder: takes the adapter's files; what it holds is replaced as a whole.
+
+    Raises:
+        ValueError: the model has no ``save_pretrained``.
+        OSError: it cannot be written; what was there before still is.
+    """
+    model = extract_model_from_parallel(model, keep_torch_compile=False)
+    if not isinstance(model, (PeftModel, PreTrainedModel)):
+        raise ValueError(
+            f"A {type(model).__name__} has no save_pretrained: save peft.get_peft_model_state_dict(model) instead."
+        )
+    with replacing_folder(folder) as temporary:
+        model.save_pretrained(str(temporary))
 
 
 def wrap(

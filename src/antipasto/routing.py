@@ -41,7 +41,7 @@ from antipasto.directions import Direction
 from antipasto.files import write_tensors
 from antipasto.fingerprints import Fingerprint, check_same_base, fingerprints_from_json, fingerprints_to_json
 from antipasto.gates import Control, Gate, GateName
-from antipasto.knobs import current_fingerprints, knobs
+from antipasto.knobs import current_fingerprints, knobs, require_finite_gradients
 from antipasto.momentum import MomentumSplit
 from antipasto.tuner.layer import View
 from antipasto.tuner.views import seen_as
@@ -307,6 +307,8 @@ class Router:
 
     @torch.no_grad()
     def _before_step(self) -> None:
+        if getattr(self._optimizer, "found_inf", None) is None:  # else a GradScaler decides, inside the step
+            require_finite_gradients(dict(zip(self._sizes, (k.grad for k in self._delta_s), strict=True)), self.steps)
         if self._before is None:  # else the step before ended in an exception, and what it moved is still to be routed
             self._before = _flat(self._delta_s)
         g = _flat([torch.zeros_like(knob) if knob.grad is None else knob.grad for knob in self._delta_s])

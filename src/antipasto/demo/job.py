@@ -246,7 +246,7 @@ def train(
     with ProgressBar(console, f"training, {what}") as bar:
         trainer.add_callback(bar)
         trainer.train()
-    trainer.model.save_pretrained(out / "adapter")
+    ap.save_adapter(trainer.model, out / "adapter")
     if trainer.router is not None:
         trainer.router.save(out / "books.safetensors")
         if trainer.router.direction is not None:

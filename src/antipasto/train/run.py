@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Callable
+from contextlib import nullcontext
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -17,7 +18,7 @@ from rich.console import Console
 from transformers import PrinterCallback
 
 import antipasto as ap
-from antipasto.files import write_json, write_text
+from antipasto.files import replacing_folder, write_json, write_text
 from antipasto.models import base_fingerprint, load_model, process_state, quiet, with_template_options
 from antipasto.run_folder import COMPLETE, RunFolder
 from antipasto.tasks import Task, load_task
@@ -100,7 +101,7 @@ def run(config: TrainConfig, out: Path, console: Console, *, resume: bool = Fals
         trainer.remove_callback(PrinterCallback)
         on_main(state, lambda: _describe(trainer, config, folder, resume=resume))
         trainer.callback_handler.callbacks.append(MetricsLog(folder.metrics))
-        trainer.add_callback(CompleteCheckpoints())
+        trainer.add_callback(CompleteCheckpoints(args))
         with Interrupts(console, steps_per_cycle(args)) as interrupts, ProgressBar(console, "training") as bar:
             trainer.add_callback(interrupts)
             trainer.add_callback(bar)
@@ -175,9 +176,11 @@ def _describe(trainer: RoutedGRPOTrainer, config: TrainConfig, folder: RunFolder
 
 
 def _finish(trainer: RoutedGRPOTrainer, folder: RunFolder) -> None:
-    """Adapter and books, where they are looked for."""
-    trainer.save_model(str(folder.adapter))
-    if trainer.accelerator.is_main_process:
-        if trainer.router is not None:
-            trainer.router.save(folder.books)
-        write_json(folder.adapter / COMPLETE, {"step": trainer.state.global_step})
+    """Books, and then, at one stroke, the adapter, which tells that the run is at its end."""
+    main = trainer.accelerator.is_main_process
+    if main and trainer.router is not None:
+        trainer.router.save(folder.books)
+    with replacing_folder(folder.adapter) if main else nullcontext(folder.adapter) as adapter:
+        trainer.save_model(str(adapter))
+        if main:
+            write_json(adapter / COMPLETE, {"step": trainer.state.global_step})

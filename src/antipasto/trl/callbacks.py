@@ -14,9 +14,12 @@ import torch
 from accelerate.utils import gather_object
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+from transformers.trainer_utils import rotate_checkpoints
 
 from antipasto.files import write_json
+from antipasto.knobs import knobs, require_finite_gradients
 from antipasto.routing import Router
 from antipasto.run_folder import COMPLETE
 from antipasto.trl.rollout_log import truncate
@@ -153,6 +156,23 @@ class RoutingCallback(TrainerCallback):
             self.router.save(Path(args.output_dir) / f"checkpoint-{state.global_step}" / self.FILE)
 
 
+class FiniteGradients(TrainerCallback):
+    """Stops before a step on a gradient with a NaN or Inf in it, and names the layer; fp16's scaler skips such steps."""
+
+    def on_pre_optimizer_step(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        model: nn.Module | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if not args.fp16:
+            assert model is not None
+            layers = knobs(model)
+            require_finite_gradients({name: layer.delta_s.grad for name, layer in layers.items()}, state.global_step)
+
+
 class MetricsLog(TrainerCallback):
     """Every logged row as a JSON line. A run that continues writes the lines of its steps again.
 
@@ -183,12 +203,22 @@ class MetricsLog(TrainerCallback):
 
 
 class CompleteCheckpoints(TrainerCallback):
-    """Marks a checkpoint once all of it is written, so that one that a killed process left in the middle is told apart."""
+    """Marks a checkpoint once all of it is written, so that one that a killed process left in the middle is told apart.
+
+    Older ones are removed after that, and no longer by the Trainer, which does it before.
+
+    Args:
+        args: the Trainer's; its ``save_total_limit`` is taken over from it.
+    """
+
+    def __init__(self, args: TrainingArguments) -> None:
+        self.limit, args.save_total_limit = args.save_total_limit, None
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         if state.is_world_process_zero:
             folder = Path(args.output_dir) / f"checkpoint-{state.global_step}"
             write_json(folder / COMPLETE, {"step": state.global_step})
+            rotate_checkpoints(args.output_dir, self.limit, state.best_model_checkpoint, use_mtime=True)
 
 
 class Interrupts(TrainerCallback):

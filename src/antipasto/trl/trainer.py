@@ -33,7 +33,7 @@ from antipasto.routing import Router
 from antipasto.tasks import REWARDED, SOLVED
 from antipasto.trl import rollout_log
 from antipasto.trl.advantages import deployed_positions, group_advantages, share_of
-from antipasto.trl.callbacks import RoutingCallback
+from antipasto.trl.callbacks import FiniteGradients, RoutingCallback
 from antipasto.trl.rollout_log import Rollout
 from antipasto.tuner.layer import View
 from antipasto.tuner.rows import RowViews
@@ -117,6 +117,7 @@ class RoutedGRPOTrainer(GRPOTrainer):
         self._grads: RolloutGrads | None = None
         self._micro_batch: dict[str, Any] | None = None
         self._views: RowViews | None = None
+        self.add_callback(FiniteGradients())
         self.rollout_log = None if rollout_log is None else Path(rollout_log)
         if self.rollout_log is not None:
             self.rollout_log.parent.mkdir(parents=True, exist_ok=True)

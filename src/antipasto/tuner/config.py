@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 from dataclasses import asdict, dataclass, field
+from pathlib import Path
 from typing import Any, cast
 
 from peft import PeftConfig, PeftType
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
 from antipasto.basis import DEFAULT_CACHE
+from antipasto.files import write_json
 from antipasto.plans import PlanName, check_plan
 
 
@@ -61,6 +65,8 @@ class AntiPastoConfig(PeftConfig):
         check_base: refuse to be put onto a base with other weights than those of ``base_fingerprints``. Not saved.
         base_fingerprints: layer name → `antipasto.fingerprints.Fingerprint`, as text, of the base that an adapter belongs to;
             written by the library.
+        weights_sha256: of the file of numbers that the config was saved with, where that is a safetensors file; written by
+            the library.
         format: version of what is saved.
         hold_weights: keep each layer's W_θ from one forward without gradient to the next, until the knobs change: generation
             and evaluation at the base model's speed, for the memory of the adapted weights once more. Not saved either.
@@ -110,6 +116,9 @@ class AntiPastoConfig(PeftConfig):
     base_fingerprints: dict[str, str] | None = field(
         default=None, repr=False, metadata={"help": "Fingerprints of the base's layers; written by the library."}
     )
+    weights_sha256: str | None = field(
+        default=None, repr=False, metadata={"help": "sha256 of adapter_model.safetensors; written by the library."}
+    )
     format: int = field(default=FORMAT, metadata={"help": "Version of what is saved; written by the library."})
 
     def __post_init__(self) -> None:
@@ -141,3 +150,64 @@ class AntiPastoConfig(PeftConfig):
             if isinstance(saved[name], (set, tuple)):
                 saved[name] = sorted(saved[name])
         return saved
+
+    def save_pretrained(self, save_directory: str, *, auto_mapping_dict: dict[str, str] | None = None) -> None:  # type: ignore[override]
+        """PEFT's; but written whole or not at all, and with the digest of the numbers that lie beside it.
+
+        PEFT writes the numbers first. If the process is killed between the two, `from_pretrained` tells that they are not of
+        one save; `antipasto.save_adapter` replaces both at one stroke.
+
+        Args:
+            save_directory: the adapter's folder.
+            auto_mapping_dict: PEFT's: which model class the adapter is for.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        saved = self.to_dict() | ({} if auto_mapping_dict is None else {"auto_mapping": auto_mapping_dict})
+        saved["weights_sha256"] = _sha256(folder / SAFETENSORS_WEIGHTS_NAME)
+        # at once: until it is there, the numbers are new and the config is not
+        write_json(folder / CONFIG_NAME, dict(sorted(saved.items())), flush=False)
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
+    ) -> AntiPastoConfig:
+        """PEFT's; and refuses a config that cannot be read, or that was not saved with the numbers beside it.
+
+        Args:
+            pretrained_model_name_or_path: a folder, or the name of a repository on the hub.
+            subfolder: of that.
+            **kwargs: PEFT's: how to download from the hub.
+
+        Raises:
+            ValueError: the config is damaged, or of another save than the numbers; names the file.
+        """
+        folder = Path(pretrained_model_name_or_path, subfolder or "")
+        try:
+            config = super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            if not (folder / CONFIG_NAME).is_file():
+                raise
+            raise ValueError(f"{folder / CONFIG_NAME} is not an adapter's config that can be used: {error}") from error
+        if not isinstance(config, AntiPastoConfig):
+            raise ValueError(f"{folder / CONFIG_NAME} is of another method, {config.peft_type}, not of antipasto's.")
+        numbers = folder / SAFETENSORS_WEIGHTS_NAME
+        if config.weights_sha256 is not None and numbers.is_file() and _sha256(numbers) != config.weights_sha256:
+            raise ValueError(
+                f"{numbers} is damaged, or of another save than the {CONFIG_NAME} beside it: perhaps a process was stopped "
+                "while it saved. Save the adapter again, or fetch both files again."
+            )
+        return config
+
+
+def _sha256(path: Path) -> str | None:
+    if not path.is_file():
+        return None
+    result = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            result.update(block)
+    return result.hexdigest()

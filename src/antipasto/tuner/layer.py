@@ -195,6 +195,9 @@ class AntiPastoLinear(nn.Module, BaseTunerLayer):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """PyTorch's; and refuses other base weights: U, S and Vh would still be those of the present ones."""
         self.choice.forget()  # the basis may be among what is loaded
+        for key, value in state_dict.items():
+            if key.startswith(f"{prefix}delta_s") and isinstance(value, Tensor) and not value.isfinite().all():
+                raise ValueError(f"{key} of the state dict has a NaN or Inf in it: the adapter is broken.")
         name = f"{prefix}base_layer.weight"
         weight = self.get_base_layer().weight
         assert isinstance(weight, Tensor)
