@@ -17,7 +17,8 @@ from safetensors.torch import load_file, save_file
 
 from antipasto import basis as module
 from antipasto.basis import Basis, BasisCacheWarning, cache_home, decompose, load_basis
-from antipasto.fingerprints import digest, weight_digest
+from antipasto.files import digest
+from antipasto.fingerprints import weight_digest
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 
@@ -221,9 +222,15 @@ def _another_weights_file(path: Path) -> None:
     shutil.copy(path.parent / "other" / f"{weight_digest(weight)}.safetensors", path)
 
 
+def signed(tensors: dict[str, torch.Tensor], form: str, path: Path) -> dict[str, str]:
+    """Metadata as it ought to be for these tensors."""
+    metadata = {"format": form, "weight": path.stem, "basis": digest(tensors)}
+    return metadata | {"digest": digest(tensors, metadata)}
+
+
 def _right_header_wrong_shape(path: Path) -> None:
     tensors = {name: tensor[:1].clone() for name, tensor in load_file(path).items()}
-    save_file(tensors, path, metadata={"format": module._FORMAT, "weight": path.stem, "digest": digest(tensors)})
+    save_file(tensors, path, metadata=signed(tensors, module._FORMAT, path))
 
 
 def _tensor_missing(path: Path) -> None:
@@ -236,7 +243,7 @@ def _without_metadata(path: Path) -> None:
 
 def _of_another_format(path: Path) -> None:
     tensors = {name: load_file(path)[name] for name in Basis._fields}
-    save_file(tensors, path, metadata={"format": "other", "weight": path.stem, "digest": digest(tensors)})
+    save_file(tensors, path, metadata=signed(tensors, "other", path))
 
 
 def _a_folder(path: Path) -> None:

@@ -260,7 +260,9 @@ def test_all_ways_to_differ_are_told(saved: Path) -> None:
     (saved / "adapter_config.json").write_text(json.dumps(config))
     with pytest.raises(ValueError, match=f"{second}: shape 7x5 there") as error:
         PeftModel.from_pretrained(build(), saved)
-    assert f"model.layers.9.gone: shape {lines[first].split()[0]}, and the model has no such layer" in str(error.value)
+    assert f"model.layers.9.gone: of shape {lines[first].split()[0]}, which is not among the adapted layers" in str(
+        error.value
+    )
 
 
 def test_another_base_can_be_forced(saved: Path) -> None:

@@ -27,11 +27,11 @@ from typing import NamedTuple
 import torch
 from filelock import FileLock
 from platformdirs import user_cache_dir
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor
 
-from antipasto.files import write_tensors
-from antipasto.fingerprints import Fingerprint, digest, dtype_name, sketch, weight_digest
+from antipasto.files import digest, read_tensors, write_tensors
+from antipasto.fingerprints import Fingerprint, dtype_name, sketch, weight_digest
 
 WEIGHT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 """The dtypes of the weights that a basis can be computed for."""
@@ -42,7 +42,7 @@ DEFAULT_CACHE = "auto"
 SVD_VERSION = "gram-eigh-1"
 """Name and version of how `decompose` works: changes when the same weight would get another basis."""
 
-_FORMAT = "antipasto-basis-1"  # changes when the file's layout or the meaning of its tensors does
+_FORMAT = "antipasto-basis-2"  # changes when the file's layout or the meaning of its tensors does
 _MIN_CONDITION = 1e-4  # below, the Gram matrix would cost U its orthonormality: error ~ eps64 / condition²
 
 
@@ -233,13 +233,11 @@ def _fix_signs(basis: Basis) -> Basis:
 def _read(path: Path, key: str, weight: Tensor, *, quiet: bool = False) -> tuple[Basis, str] | None:
     """The basis in a cache file, and its digest; None without one, or, with a warning, where it is not to be trusted."""
     try:
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in Basis._fields}
+        tensors, metadata = read_tensors(path, _FORMAT)
         _verify(metadata, tensors, key, weight)
     except FileNotFoundError:
         return None
-    except (OSError, SafetensorError, ValueError) as error:
+    except (OSError, ValueError) as error:
         if not quiet:
             warnings.warn(
                 f"The basis cache file {path} is not usable ({error}). It is ignored, and replaced by a fresh one.",
@@ -247,12 +245,10 @@ def _read(path: Path, key: str, weight: Tensor, *, quiet: bool = False) -> tuple
                 stacklevel=3,
             )
         return None
-    return Basis(**{name: tensor.to(weight.device) for name, tensor in tensors.items()}), metadata["digest"]
+    return Basis(**{name: tensor.to(weight.device) for name, tensor in tensors.items()}), metadata["basis"]
 
 
 def _verify(metadata: dict[str, str], tensors: dict[str, Tensor], key: str, weight: Tensor) -> None:
-    if metadata.get("format") != _FORMAT:
-        raise ValueError(f"format {metadata.get('format')!r}, expected {_FORMAT!r}")
     if metadata.get("weight") != key:
         raise ValueError("it belongs to another weight")
     (o, i), r = weight.shape, min(weight.shape)
@@ -260,12 +256,13 @@ def _verify(metadata: dict[str, str], tensors: dict[str, Tensor], key: str, weig
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if shapes != expected:
         raise ValueError(f"shapes {shapes}, expected {expected}")
-    if metadata.get("digest") != digest(tensors):
-        raise ValueError("its tensors do not match their digest")
+    dtypes = {tensor.dtype for tensor in tensors.values()}
+    if dtypes != {torch.promote_types(weight.dtype, torch.float32)}:
+        raise ValueError(f"dtypes {', '.join(map(str, dtypes))}")
 
 
 def _write(path: Path, key: str, basis: Basis, basis_digest: str) -> None:
-    write_tensors(path, basis._asdict(), {"format": _FORMAT, "weight": key, "digest": basis_digest})
+    write_tensors(path, basis._asdict(), {"format": _FORMAT, "weight": key, "basis": basis_digest})
 
 
 def _warn_unwritable(folder: Path, error: Exception) -> None:

@@ -25,10 +25,9 @@ from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from antipasto.files import write_tensors
+from antipasto.files import read_tensors, write_tensors
 from antipasto.fingerprints import Fingerprint, check_same_base, fingerprints_from_json, fingerprints_to_json
 from antipasto.knobs import current_fingerprints, knobs
 from antipasto.pairs import ContrastPair
@@ -96,6 +95,11 @@ class Direction(Mapping[str, Tensor]):
         fingerprints: Mapping[str, Fingerprint] | None = None,
         heldout: HeldOut | None = None,
     ) -> None:
+        for name, V in rows.items():
+            if V.ndim not in (1, 2) or V.numel() == 0 or not V.is_floating_point():
+                raise ValueError(
+                    f"{name}: expected V of shape (k, r) or (r,), floating point, got {tuple(V.shape)} {V.dtype}."
+                )
         self._rows = {name: _clean(V).reshape(-1, V.shape[-1]) for name, V in rows.items()}
         if not self._rows:
             raise ValueError("A direction needs at least one layer.")
@@ -114,9 +118,9 @@ class Direction(Mapping[str, Tensor]):
             raise ValueError(f"{name}: strength has shape {tuple(self.strength[name].shape)}, expected ({k},).")
         if self.effect is not None and self.effect[name].shape != (r,):
             raise ValueError(f"{name}: effect has shape {tuple(self.effect[name].shape)}, expected ({r},).")
-        numbers = [V] if self.effect is None else [V, self.effect[name]]
-        if not all(torch.isfinite(t).all() for t in numbers):
-            raise ValueError(f"{name}: the direction has a NaN or Inf in it.")
+        numbers = [V, self.strength[name]] + ([] if self.effect is None else [self.effect[name]])
+        if not all(torch.isfinite(t.norm()) for t in numbers):
+            raise ValueError(f"{name}: the direction has a NaN, an Inf or an absurdly large number in it.")
         if not torch.allclose(V @ V.T, torch.eye(k), atol=1e-3):
             raise ValueError(
                 f"{name}: the rows of V must be of unit length and orthogonal to each other; V Vᵀ is "
@@ -265,15 +269,11 @@ class Direction(Mapping[str, Tensor]):
             OSError: the file cannot be read.
         """
         try:
-            with safe_open(path, framework="pt") as file:
-                metadata = file.metadata() or {}
-                if metadata.get("format") != _FORMAT:
-                    raise ValueError(f"format {metadata.get('format')!r}, expected {_FORMAT!r}")
-                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
+            tensors, metadata = read_tensors(path, _FORMAT)
             heldout = json.loads(metadata["heldout"])
             fingerprints = fingerprints_from_json(metadata["fingerprints"])
             return cls.from_tensors(tensors, fingerprints, None if heldout is None else HeldOut(**heldout))
-        except (SafetensorError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
             raise ValueError(f"{path} is not a direction that can be used: {error}.") from error
 
     def check_base(self, model: nn.Module, found: Mapping[str, Fingerprint] | None = None) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import hashlib
 import json
 import os
 import shutil
@@ -13,6 +14,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
@@ -54,8 +57,53 @@ def write_json(path: str | Path, value: Mapping[str, Any], *, flush: bool = True
 
 
 def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """`write_bytes` of a safetensors file; tensors from any device."""
-    write_bytes(path, save({name: t.cpu().contiguous() for name, t in tensors.items()}, metadata=dict(metadata)))
+    """`write_bytes` of a safetensors file, with the digest of all that is in it; tensors from any device.
+
+    Args:
+        path: the file.
+        tensors: by name.
+        metadata: texts by name; ``"digest"`` is added.
+    """
+    tensors = {name: t.cpu().contiguous() for name, t in tensors.items()}
+    write_bytes(path, save(tensors, metadata=dict(metadata) | {"digest": digest(tensors, metadata)}))
+
+
+def read_tensors(path: str | Path, form: str) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """What `write_tensors` wrote, if it still is that: tensors, and metadata without the digest.
+
+    Args:
+        path: the file.
+        form: what the metadata must say under ``"format"``.
+
+    Raises:
+        ValueError: no safetensors file, of another format, or not the bytes that were written.
+        OSError: it cannot be read.
+    """
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = dict(file.metadata() or {})
+            if metadata.get("format") != form:
+                raise ValueError(f"its format is {metadata.get('format')!r}, expected {form!r}")
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
+    except SafetensorError as error:
+        raise ValueError(f"it is not a safetensors file, or is damaged: {error}") from error
+    if metadata.pop("digest", None) != digest(tensors, metadata):
+        raise ValueError("its contents do not match their digest: it is damaged, or was changed")
+    return tensors, metadata
+
+
+def digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> str:
+    """sha256, in hex, of the names, dtypes, shapes and bytes of some tensors, on whatever device, and of some texts.
+
+    bf16 has no numpy dtype, so it is bytes that are hashed and not arrays.
+    """
+    result = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        result.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
+        result.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    if metadata:
+        result.update(json.dumps(metadata, sort_keys=True).encode())
+    return result.hexdigest()
 
 
 @contextmanager

@@ -32,6 +32,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from antipasto.files import digest
+
 SKETCH_NUMBERS = 8
 _LINE = re.compile(
     r"(?P<o>\d+)x(?P<i>\d+) (?P<dtype>\w+) sha256:(?P<weight>[0-9a-f]{64}) svd:(?P<svd>[\w.-]+) "
@@ -146,18 +148,6 @@ class Fingerprint(NamedTuple):
         return int((torch.minimum(torch.cat([infinite, gaps]), torch.cat([gaps, infinite])) < error).sum())
 
 
-def digest(tensors: Mapping[str, Tensor]) -> str:
-    """sha256, in hex, of the names, dtypes, shapes and bytes of some tensors, on whatever device.
-
-    bf16 has no numpy dtype, so it is bytes that are hashed and not arrays.
-    """
-    result = hashlib.sha256()
-    for name, tensor in tensors.items():
-        result.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
-        result.update(tensor.cpu().contiguous().view(torch.uint8).numpy().data)
-    return result.hexdigest()
-
-
 def fingerprints_to_json(fingerprints: Mapping[str, Fingerprint]) -> str:
     """For a file's metadata."""
     return json.dumps({name: str(one) for name, one in fingerprints.items()})
@@ -247,7 +237,7 @@ def check_same_base(
         BaseWarning: the same base up to rounding, or decomposed elsewhere, and directions are unsettled by that.
     """
     wrong = {
-        name: f"shape {_shape(one)}, and the model has no such layer"
+        name: f"of shape {_shape(one)}, which is not among the adapted layers here"
         for name, one in expected.items()
         if name not in found
     }

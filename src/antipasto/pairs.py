@@ -47,7 +47,10 @@ def load_pairs(source: str | Path | Iterable[Any]) -> list[ContrastPair]:
         '4'
     """
     if isinstance(source, (str, Path)):
-        text = Path(source).read_text(encoding="utf-8")
+        try:
+            text = Path(source).read_text(encoding="utf-8")
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{source} is not text in UTF-8: {error}.") from error
         pairs = [
             _to_pair(_parse_json(line, f"{source}, line {number}"), f"{source}, line {number}")
             for number, line in enumerate(text.split("\n"), 1)
@@ -65,7 +68,7 @@ def load_pairs(source: str | Path | Iterable[Any]) -> list[ContrastPair]:
 def _parse_json(line: str, where: str) -> Any:
     try:
         return json.loads(line)
-    except json.JSONDecodeError as error:
+    except (json.JSONDecodeError, RecursionError) as error:
         raise ValueError(f"{where}: not JSON ({error}).") from error
 
 

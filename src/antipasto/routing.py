@@ -34,11 +34,10 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from antipasto.directions import Direction
-from antipasto.files import write_tensors
+from antipasto.files import read_tensors, write_tensors
 from antipasto.fingerprints import Fingerprint, check_same_base, fingerprints_from_json, fingerprints_to_json
 from antipasto.gates import Control, Gate, GateName
 from antipasto.knobs import current_fingerprints, knobs, require_finite_gradients
@@ -479,7 +478,7 @@ class Router:
             )
             if self.refresh is not None and self.direction is not None:
                 self._set_direction(Direction.from_tensors(saved.direction, self.direction.fingerprints))
-        except (SafetensorError, ValueError, KeyError) as error:
+        except (ValueError, KeyError) as error:
             raise ValueError(f"{path} does not continue this run: {error}.") from error
         if saved.momentum is not None:
             g_D, g_Q = saved.momentum
@@ -512,19 +511,20 @@ def read_books(path: str | Path) -> Books:
     """
     try:
         return _read_books(path)
-    except (SafetensorError, ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError) as error:
         raise ValueError(f"{path} is not a book file that can be used: {error}.") from error
 
 
 def _read_books(path: str | Path) -> Books:
-    with safe_open(path, framework="pt") as file:
-        metadata = file.metadata() or {}
-        if metadata.get("format") != _FORMAT:
-            raise ValueError(f"format {metadata.get('format')!r}, expected {_FORMAT!r}")
-        facts = {key: json.loads(metadata[key]) for key in ("steps", "books", "last_overlap")}
-        fingerprints = fingerprints_from_json(metadata["fingerprints"])
-        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
+    tensors, metadata = read_tensors(path, _FORMAT)
+    facts = {key: json.loads(metadata[key]) for key in ("steps", "books", "last_overlap")}
+    fingerprints = fingerprints_from_json(metadata["fingerprints"])
     chance = {key.removeprefix("chance/"): t for key, t in tensors.items() if key.startswith("chance/")}
+    if not chance or not isinstance(facts["steps"], int) or not isinstance(facts["books"], list):
+        raise ValueError("it does not hold what books hold")
+    for key, tensor in tensors.items():
+        if key.startswith(("book/", "chance/", "momentum/")) and not (tensor.ndim == 1 and tensor.isfinite().all()):
+            raise ValueError(f"{key} is not a vector of finite numbers")
     return Books(
         steps=facts["steps"],
         books={name: {layer: tensors[f"book/{name}/{layer}"] for layer in chance} for name in facts["books"]},

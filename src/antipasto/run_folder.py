@@ -68,9 +68,15 @@ class RunFolder:
             ValueError: it is not there, or no JSON.
         """
         try:
-            return dict(json.loads(self.run.read_text(encoding="utf-8")))
-        except (OSError, ValueError) as error:
+            facts = json.loads(self.run.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
             raise ValueError(f"{self.run} cannot be read ({error}).") from error
+        base = facts.get("base") if isinstance(facts, dict) else None
+        if not isinstance(base, dict) or not isinstance(base.get("fingerprint"), str) or "processes" not in facts:
+            raise ValueError(
+                f"{self.run} does not say what a run says of itself: 'processes', and 'base' with 'fingerprint'."
+            )
+        return dict(facts)
 
     @property
     def is_finished(self) -> bool:
@@ -96,7 +102,7 @@ def read_yaml(path: Path) -> dict[str, Any]:
     """
     try:
         value = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, RecursionError) as error:
         raise ValueError(f"{path} is not YAML: {' '.join(str(error).split())}.") from error
     if not isinstance(value, dict):
         raise ValueError(f"{path} must hold options, one 'name: value' a line, got {type(value).__name__}.")

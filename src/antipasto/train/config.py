@@ -14,6 +14,7 @@ import yaml
 from transformers import HfArgumentParser
 
 from antipasto.gates import GateName
+from antipasto.options import check_types
 from antipasto.tasks import Task
 from antipasto.trl import (
     GRPOConfig,
@@ -89,22 +90,15 @@ class TrainConfig:
     trainer: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.controls = tuple(self.controls)
+        if isinstance(self.controls, list):  # YAML knows no tuples
+            self.controls = tuple(self.controls)
+        check_types(self)
         for name, allowed in (("method", get_args(Method)), ("by", (None, *get_args(By)))):
             if getattr(self, name) not in allowed:
                 names = ", ".join(str(value) for value in allowed if value is not None)
                 raise ValueError(f"{name} must be one of {names}, got {getattr(self, name)!r}.")
         if self.pairs is not None and self.direction is not None:
             raise ValueError("Give pairs or a direction, not both.")
-        for name, kind in (
-            ("steps", int),
-            ("prompts", int),
-            ("generations", int),
-            ("seed", int),
-            ("learning_rate", float),
-        ):
-            if not isinstance(getattr(self, name), (int, kind)) or isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name} must be a number, got {getattr(self, name)!r}.")
         if self.method in ("plain", "penalty", "drop") and self.by is not None:
             raise ValueError(
                 f"by={self.by} belongs to methods route, erase and measure; method {self.method} has no choice."
@@ -134,7 +128,10 @@ class TrainConfig:
         for name in ("model", "task"):
             if options.get(name) is None:
                 raise ValueError(f"{where}: {name} is missing.")
-        return cls(**options)
+        try:
+            return cls(**options)
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
 
     def to_yaml(self) -> str:
         """As ``config.yaml`` has it."""

@@ -12,6 +12,8 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
 from antipasto.basis import DEFAULT_CACHE
 from antipasto.files import write_json
+from antipasto.fingerprints import Fingerprint
+from antipasto.options import check_types
 from antipasto.plans import PlanName, check_plan
 
 
@@ -31,6 +33,8 @@ PEFT_TYPE = _peft_type("ANTIPASTO")
 
 FORMAT = 1
 """Version of the adapter's files: changes when an older version of this library would misread them."""
+
+Names = list[str] | tuple[str, ...] | set[str]
 
 TARGET_MODULES = (
     *("q_proj", "k_proj", "v_proj", "o_proj"),  # attention
@@ -79,10 +83,10 @@ class AntiPastoConfig(PeftConfig):
         64
     """
 
-    target_modules: list[str] | str | None = field(
+    target_modules: Names | str | None = field(
         default=None, metadata={"help": "Names, regular expression or 'all-linear'; None: the library's default set."}
     )
-    exclude_modules: list[str] | str | None = field(
+    exclude_modules: Names | str | None = field(
         default=None, metadata={"help": "Names or regular expression of modules to leave out."}
     )
     rank: int | None = field(
@@ -91,15 +95,13 @@ class AntiPastoConfig(PeftConfig):
     rank_pattern: dict[str, int] = field(
         default_factory=dict, metadata={"help": "Exceptions to rank: name or regular expression of a layer -> rank."}
     )
-    layers_to_transform: list[int] | int | None = field(
+    layers_to_transform: list[int] | tuple[int, ...] | set[int] | int | None = field(
         default=None, metadata={"help": "Indices of the layers to adapt."}
     )
-    layers_pattern: list[str] | str | None = field(
+    layers_pattern: Names | str | None = field(
         default=None, metadata={"help": "Name of the module list that layers_to_transform counts in."}
     )
-    modules_to_save: list[str] | None = field(
-        default=None, metadata={"help": "Further modules to train and save in full."}
-    )
+    modules_to_save: Names | None = field(default=None, metadata={"help": "Further modules to train and save in full."})
     quarantine: bool = field(default=True, metadata={"help": "Give each layer a delta_s_hack beside its delta_s."})
     cache_dir: str | None = field(
         default=DEFAULT_CACHE, metadata={"help": "Folder of the basis cache; 'auto': the default one; None: no cache."}
@@ -123,7 +125,10 @@ class AntiPastoConfig(PeftConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not isinstance(self.format, int) or not 1 <= self.format <= FORMAT:
+        check_types(self, list(AntiPastoConfig.__annotations__))
+        for line in (self.base_fingerprints or {}).values():
+            Fingerprint.parse(line)
+        if not 1 <= self.format <= FORMAT:
             raise ValueError(
                 f"The adapter is of format {self.format!r}; this version of antipasto reads formats 1 to {FORMAT}. "
                 "A later version has written it: update antipasto."
@@ -188,7 +193,7 @@ class AntiPastoConfig(PeftConfig):
         folder = Path(pretrained_model_name_or_path, subfolder or "")
         try:
             config = super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             if not (folder / CONFIG_NAME).is_file():
                 raise
             raise ValueError(f"{folder / CONFIG_NAME} is not an adapter's config that can be used: {error}") from error

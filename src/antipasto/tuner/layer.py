@@ -195,9 +195,18 @@ class AntiPastoLinear(nn.Module, BaseTunerLayer):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """PyTorch's; and refuses other base weights: U, S and Vh would still be those of the present ones."""
         self.choice.forget()  # the basis may be among what is loaded
+        present = dict(self.named_parameters())
         for key, value in state_dict.items():
-            if key.startswith(f"{prefix}delta_s") and isinstance(value, Tensor) and not value.isfinite().all():
+            if not key.startswith(f"{prefix}delta_s") or not isinstance(value, Tensor):
+                continue
+            if not value.isfinite().all():
                 raise ValueError(f"{key} of the state dict has a NaN or Inf in it: the adapter is broken.")
+            knob = present.get(key.removeprefix(prefix))
+            if knob is not None and knob.shape != value.shape:
+                raise ValueError(
+                    f"{key} of the state dict has shape {tuple(value.shape)}, and here it is {tuple(knob.shape)}: the adapter "
+                    "is of another rank than its config says, or of another model."
+                )
         name = f"{prefix}base_layer.weight"
         weight = self.get_base_layer().weight
         assert isinstance(weight, Tensor)

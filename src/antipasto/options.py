@@ -1,0 +1,38 @@
+"""Options of a dataclass against their annotations: files and command lines bring values of any type."""
+
+from __future__ import annotations
+
+import dataclasses
+import inspect
+from typing import Any, get_type_hints
+
+from typeguard import TypeCheckError, check_type
+
+
+def check_types(options: Any, names: list[str] | None = None) -> None:
+    """Refuse a value of another type than its field's.
+
+    Args:
+        options: an instance of a dataclass.
+        names: which fields; all if None.
+
+    Raises:
+        ValueError: names the field, what it takes and what it was given.
+
+    Example:
+        >>> @dataclasses.dataclass
+        ... class Options:
+        ...     steps: int = 3
+        >>> check_types(Options("many"))
+        Traceback (most recent call last):
+        ...
+        ValueError: steps must be int, got 'many'.
+    """
+    hints = get_type_hints(type(options))
+    for name in names or [field.name for field in dataclasses.fields(options)]:
+        value = getattr(options, name)
+        try:
+            check_type(value, hints[name])
+        except TypeCheckError:
+            expected = inspect.formatannotation(hints[name]).replace("typing.", "").replace("NoneType", "None")
+            raise ValueError(f"{name} must be {expected}, got {value!r:.200}.") from None
