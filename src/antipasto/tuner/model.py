@@ -7,7 +7,9 @@ A target that cannot be adapted is an error that names it, never a silent skip.
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -94,6 +96,16 @@ class AntiPastoModel(BaseTuner):
         layers = {n: m for n, m in model.named_modules() if isinstance(m, AntiPastoLinear) and adapter_name in m.r}
         config.base_fingerprints = {name: str(layer.fingerprint) for name, layer in layers.items()}
         self.peft_config[adapter_name] = config
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """Called by PeftModel around a forward, which drops what a method does not know without a word."""
+        if kwargs.get("adapter_names") is not None:
+            raise ValueError(
+                "adapter_names, another adapter for each row of a batch, is LoRA's and not offered here: set_adapter before "
+                "the call, or one call for each adapter."
+            )
+        yield
 
     def _prepare_adapter_config(self, peft_config: AntiPastoConfig, model_config: dict[str, Any]) -> AntiPastoConfig:
         return peft_config  # target_modules=None is resolved in _prepare_model, which sees the model
