@@ -14,12 +14,10 @@ import torch
 from accelerate.utils import gather_object
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from torch import nn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import rotate_checkpoints
 
 from antipasto.files import write_json
-from antipasto.knobs import knobs, require_finite_gradients
 from antipasto.routing import Router
 from antipasto.run_folder import COMPLETE
 from antipasto.trl.rollout_log import truncate
@@ -154,23 +152,6 @@ class RoutingCallback(TrainerCallback):
         """Put the books into the checkpoint."""
         if state.is_world_process_zero:
             self.router.save(Path(args.output_dir) / f"checkpoint-{state.global_step}" / self.FILE)
-
-
-class FiniteGradients(TrainerCallback):
-    """Stops before a step on a gradient with a NaN or Inf in it, and names the layer; fp16's scaler skips such steps."""
-
-    def on_pre_optimizer_step(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        model: nn.Module | None = None,
-        **kwargs: Any,
-    ) -> None:
-        if not args.fp16:
-            assert model is not None
-            layers = knobs(model)
-            require_finite_gradients({name: layer.delta_s.grad for name, layer in layers.items()}, state.global_step)
 
 
 class MetricsLog(TrainerCallback):

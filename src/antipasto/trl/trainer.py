@@ -28,12 +28,13 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 from trl import GRPOTrainer
 
+from antipasto.knobs import knobs, require_finite_gradients
 from antipasto.rollouts import RolloutGrads, rollout_grads
 from antipasto.routing import Router
 from antipasto.tasks import REWARDED, SOLVED
 from antipasto.trl import rollout_log
 from antipasto.trl.advantages import deployed_positions, group_advantages, share_of
-from antipasto.trl.callbacks import FiniteGradients, RoutingCallback
+from antipasto.trl.callbacks import RoutingCallback
 from antipasto.trl.rollout_log import Rollout
 from antipasto.tuner.layer import View
 from antipasto.tuner.rows import RowViews
@@ -117,7 +118,6 @@ class RoutedGRPOTrainer(GRPOTrainer):
         self._grads: RolloutGrads | None = None
         self._micro_batch: dict[str, Any] | None = None
         self._views: RowViews | None = None
-        self.add_callback(FiniteGradients())
         self.rollout_log = None if rollout_log is None else Path(rollout_log)
         if self.rollout_log is not None:
             self.rollout_log.parent.mkdir(parents=True, exist_ok=True)
@@ -312,6 +312,9 @@ class RoutedGRPOTrainer(GRPOTrainer):
             finally:
                 if self._views is not None:
                     self._views.set(None)
+            if not self.args.fp16:  # else they are scaled, and a step that overflows is skipped
+                layers = knobs(self.model)  # before gradients are clipped: a NaN in one would then be in all
+                require_finite_gradients({n: layer.delta_s.grad for n, layer in layers.items()}, self.state.global_step)
             if self.router is not None:
                 self._after_backward(self.router)
         self._micro_batch = None

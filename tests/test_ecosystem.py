@@ -1,0 +1,203 @@
+"""The trainers and wrappers that people put around a model, for real: each trains, and what it leaves loads."""
+
+from __future__ import annotations
+
+import copy
+import faulthandler
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+from datasets import Dataset
+from families import FAMILIES, tokens
+from peft import PeftModel, get_peft_model
+from torch import Tensor, nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
+from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
+
+import antipasto as ap
+from antipasto.tasks import addition
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*torch.utils.data.dataloader.*pin_memory.*")
+COMMON: dict[str, Any] = {
+    "per_device_train_batch_size": 2,
+    "max_steps": 3,
+    "learning_rate": 0.05,
+    "report_to": "none",
+    "use_cpu": True,
+    "bf16": False,
+    "save_strategy": "steps",
+    "save_steps": 3,
+    "disable_tqdm": True,
+    "dataloader_pin_memory": False,
+}
+
+
+def addition_model() -> tuple[Any, Any]:
+    path = addition.model_path()
+    return AutoModelForCausalLM.from_pretrained(path), AutoTokenizer.from_pretrained(path)
+
+
+def rows() -> list[str]:
+    return [f"{addition.prompt('h', pair)}{sum(pair):03d}" for pair in addition.split("train")[:8]]
+
+
+def check(trainer: Any, folder: Path) -> None:
+    """It learned in the knobs alone, and its checkpoint is the model."""
+    model = trainer.model
+    assert all(layer.delta_s.abs().max() > 0 for layer in ap.knobs(model).values())
+    base, tokenizer = addition_model()
+    untouched = dict(base.named_parameters())
+    for name, layer in ap.knobs(model).items():
+        assert torch.equal(layer.layer.base_layer.weight, untouched[f"{name}.weight"])
+    ids = tokenizer(rows()[:2], return_tensors="pt").input_ids
+    loaded = PeftModel.from_pretrained(base, folder / "checkpoint-3")
+    with torch.no_grad():
+        torch.testing.assert_close(loaded(ids).logits, model(ids).logits, atol=1e-4, rtol=1e-4)
+        with ap.reference(model):
+            want = addition_model()[0](ids).logits
+            assert torch.equal(model(ids).logits, want)
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_transformers_trainer(tmp_path: Path, checkpointing: bool) -> None:
+    base, tokenizer = addition_model()
+    model = get_peft_model(base, ap.AntiPastoConfig())
+    data = [{"input_ids": ids, "labels": ids} for ids in tokenizer(rows()).input_ids]
+    args = TrainingArguments(str(tmp_path), gradient_checkpointing=checkpointing, **COMMON)
+    trainer = Trainer(model=model, args=args, train_dataset=Dataset.from_list(data))
+    trainer.train()
+    check(trainer, tmp_path)
+
+
+def test_sft(tmp_path: Path) -> None:
+    model, tokenizer = addition_model()
+    trainer = SFTTrainer(
+        model=model,
+        args=SFTConfig(str(tmp_path), gradient_checkpointing=False, max_length=16, **COMMON),
+        train_dataset=Dataset.from_list([{"text": text} for text in rows()]),
+        processing_class=tokenizer,
+        peft_config=ap.AntiPastoConfig(),
+    )
+    trainer.train()
+    check(trainer, tmp_path)
+
+
+def test_dpo_takes_the_base_model_for_its_reference(tmp_path: Path) -> None:
+    model, tokenizer = addition_model()
+    pairs = addition.split("train")[:8]
+    data = [
+        {"prompt": addition.prompt("h", p), "chosen": f"{sum(p):03d}", "rejected": f"{sum(p) + 1:03d}"} for p in pairs
+    ]
+    trainer = DPOTrainer(
+        model=model,
+        args=DPOConfig(str(tmp_path), gradient_checkpointing=False, max_length=16, logging_steps=1, **COMMON),
+        train_dataset=Dataset.from_list(data),
+        processing_class=tokenizer,
+        peft_config=ap.AntiPastoConfig(),
+    )
+    trainer.train()
+    first = next(row for row in trainer.state.log_history if "rewards/margins" in row)
+    assert first["rewards/margins"] == 0.0  # policy and reference are one model, bit for bit
+    check(trainer, tmp_path)
+
+
+def test_device_map_puts_the_knobs_where_their_layer_is(tmp_path: Path) -> None:
+    FAMILIES["llama"].build().save_pretrained(tmp_path / "base")
+    whole = AutoModelForCausalLM.from_pretrained(tmp_path / "base", device_map={"": "cpu"})
+    layers = ap.wrap(whole)
+    assert {layer.delta_s.device for layer in layers.values()} == {torch.device("cpu")}
+    assert torch.equal(whole(tokens()).logits, FAMILIES["llama"].build()(tokens()).logits)
+    here = ("model.embed_tokens", "model.layers.0", "model.norm", "model.rotary_emb", "lm_head")
+    offloaded = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "base",
+        device_map=dict.fromkeys(here, "cpu") | {"model.layers.1": "disk"},
+        offload_folder=tmp_path / "disk",
+    )
+    with pytest.raises(ValueError, match=r"model\.layers\.1\..* is a target, but cannot be adapted: .*offloaded"):
+        ap.wrap(offloaded)
+
+
+def test_torch_save_of_a_whole_model(tmp_path: Path) -> None:
+    model = get_peft_model(FAMILIES["llama"].build(), ap.AntiPastoConfig())
+    for layer in ap.knobs(model).values():
+        layer.delta_s.data.fill_(0.1)
+    torch.save(model, tmp_path / "model.pt")
+    loaded = torch.load(tmp_path / "model.pt", weights_only=False)
+    assert torch.equal(loaded(tokens()).logits, model(tokens()).logits)
+    assert torch.equal(copy.deepcopy(model)(tokens()).logits, model(tokens()).logits)
+
+
+# ── FSDP2 ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def build_sharded(shard: bool) -> nn.Module:
+    model = FAMILIES["llama"].build()
+    ap.wrap(model)
+    if shard:
+        for block in model.model.layers:
+            fully_shard(block)
+        fully_shard(model)
+    return model
+
+
+def steps(model: nn.Module, batch: Tensor) -> list[float]:
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=0.05)
+    losses = []
+    for _ in range(3):
+        optimizer.zero_grad()
+        loss = model(batch).logits.logsumexp(-1).mean()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return losses
+
+
+def whole(tensor: Tensor) -> Tensor:
+    return (tensor.full_tensor() if isinstance(tensor, DTensor) else tensor).detach()
+
+
+def _shard(rank: int, folder: str) -> None:
+    faulthandler.dump_traceback_later(200, exit=True)
+    torch.set_num_threads(1)
+    store = torch.distributed.FileStore(f"{folder}/rendezvous", 2)
+    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    model = build_sharded(shard=True)
+    losses = steps(model, tokens()[rank : rank + 1])
+    layers = ap.knobs(model)
+    knobs = {name: whole(layer.delta_s) for name, layer in layers.items()}
+    with torch.no_grad(), ap.reference(model):
+        reference = model(tokens()).logits
+    base = sum(p.to_local().numel() for n, p in model.named_parameters() if "base_layer.weight" in n)  # type: ignore[attr-defined]
+    basis = sum(layer.U.numel() + layer.Vh.numel() for layer in layers.values())
+    torch.save(
+        {"knobs": knobs, "losses": losses, "reference": reference, "base": base, "basis": basis}, f"{folder}/{rank}.pt"
+    )
+    torch.distributed.barrier()
+    del model, layers
+    torch.distributed.destroy_process_group()
+    faulthandler.cancel_dump_traceback_later()
+
+
+def test_fsdp2_on_two_processes(tmp_path: Path) -> None:
+    """The knobs are those of one process on the whole batch; W is sharded, the basis is whole on each."""
+    mp.spawn(_shard, args=(str(tmp_path),), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))
+    model = build_sharded(shard=False)
+    losses = steps(model, tokens()[:2])
+    assert [(a + b) / 2 for a, b in zip(first["losses"], second["losses"], strict=True)] == pytest.approx(
+        losses, rel=1e-4
+    )
+    for name, layer in ap.knobs(model).items():
+        assert torch.equal(first["knobs"][name], second["knobs"][name])
+        torch.testing.assert_close(first["knobs"][name], layer.delta_s.detach(), atol=2e-3, rtol=1e-2)
+    want = FAMILIES["llama"].build()(tokens()).logits
+    for one in (first, second):
+        torch.testing.assert_close(one["reference"], want)
+    weights = sum(layer.layer.base_layer.weight.numel() for layer in ap.knobs(model).values())
+    assert first["base"] + second["base"] == weights
+    assert first["basis"] == second["basis"] > weights
