@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from typing import Any, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from typeguard import TypeCheckError, check_type
 
@@ -35,4 +35,6 @@ def check_types(options: Any, names: list[str] | None = None) -> None:
             check_type(value, hints[name])
         except TypeCheckError:
             expected = inspect.formatannotation(hints[name]).replace("typing.", "").replace("NoneType", "None")
+            if get_origin(hints[name]) is Literal:
+                expected = f"one of {', '.join(map(str, get_args(hints[name])))}"
             raise ValueError(f"{name} must be {expected}, got {value!r:.200}.") from None

@@ -21,7 +21,7 @@ from __future__ import annotations
 import enum
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal, get_args
+from typing import Literal
 
 from antipasto.functional import Route
 
@@ -66,12 +66,6 @@ class Call:
     well_conditioned: bool
     is_basis: bool
     weights: int
-
-
-def check_plan(name: str) -> None:
-    """Raises `ValueError` if there is no such plan."""
-    if name not in get_args(PlanName):
-        raise ValueError(f"plan must be one of {', '.join(get_args(PlanName))}, got {name!r}.")
 
 
 def route_costs(call: Call) -> dict[Route, int]:

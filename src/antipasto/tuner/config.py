@@ -14,7 +14,7 @@ from antipasto.basis import DEFAULT_CACHE
 from antipasto.files import write_json
 from antipasto.fingerprints import Fingerprint
 from antipasto.options import check_types
-from antipasto.plans import PlanName, check_plan
+from antipasto.plans import PlanName
 
 
 def _peft_type(name: str) -> PeftType:
@@ -134,7 +134,6 @@ class AntiPastoConfig(PeftConfig):
                 "A later version has written it: update antipasto."
             )
         self.peft_type = PEFT_TYPE
-        check_plan(self.plan)
         if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
             raise ValueError(
                 f"layers_to_transform={self.layers_to_transform!r} needs target_modules to be a list of names or None, "
