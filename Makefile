@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-all lint format bench clean
+.PHONY: demo test test-all test-oldest lint format bench clean
 
 demo: $(READY)
 	$(BIN)/antipasto demo $(ARGS)
@@ -15,6 +15,12 @@ test: $(READY)
 test-all: $(READY)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev,tasks]"
 	HF_HUB_OFFLINE=1 $(BIN)/pytest -n 2 -m "slow or not slow" $(ARGS)
+
+# the oldest supported versions; that torch is a GPU build of several gigabytes
+test-oldest:
+	$(PYTHON) -m venv $(VENV)-oldest
+	$(VENV)-oldest/bin/pip install --quiet --disable-pip-version-check -c constraints-oldest.txt -e ".[dev]"
+	HF_HUB_OFFLINE=1 $(VENV)-oldest/bin/pytest -n 2 $(ARGS)
 
 lint: $(READY)
 	$(BIN)/ruff format --check .

@@ -4,10 +4,10 @@
     python benchmarks/travel.py --model smollm2 [--knobs FOLDER/adapter_model.safetensors]
 
 The adapter is made on the model in fp32; δS is random with a standard deviation of 3% of S, which differs from each singular
-direction to the next and so is the hardest to carry over, or, with ``--knobs``, that of a trained adapter. It is then put on
+direction to the next and so is hardest to carry over, or, with ``--knobs``, that of a trained adapter. It is then put on
 
     another SVD        the same weights, by LAPACK in fp32
-    bf16, fp16 base    the weights rounded to that dtype and decomposed anew, then computed in fp32, so that what is left is the
+    bf16, fp16 base    the weights rounded to that dtype and decomposed anew, then computed in fp32: what is left is the
                        adapter's error and not the arithmetic's
     …, carried         the same with `save_basis=True`
 
@@ -20,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+from typing import Any
 
 import torch
 from precision import TEXTS, logprobs
@@ -31,6 +32,7 @@ import antipasto as ap
 from antipasto.basis import Basis, load_identified_basis
 from antipasto.functional import delta_weight
 from antipasto.models import quiet
+from antipasto.tuner.layer import as_matrix
 
 
 def lapack(W: Tensor) -> Basis:
@@ -40,7 +42,7 @@ def lapack(W: Tensor) -> Basis:
     return Basis(U * sign, S, Vh * sign[:, None])
 
 
-def adapt(base: nn.Module, theta: dict[str, Tensor] | None, *, basis_of: nn.Module | None = None) -> nn.Module:
+def adapt(base: Any, theta: dict[str, Tensor] | None, *, basis_of: Any = None) -> Any:
     """A copy of the model with these knobs; in the basis of another model's weights if given."""
     model = copy.deepcopy(base)
     layers = ap.wrap(model, ap.AntiPastoConfig(plan="factored"))
@@ -53,7 +55,7 @@ def adapt(base: nn.Module, theta: dict[str, Tensor] | None, *, basis_of: nn.Modu
     return model
 
 
-def unsettled(base: nn.Module, other: nn.Module) -> float:
+def unsettled(base: nn.Module, other: Any) -> float:
     """Share of all singular directions; of the same weights decomposed elsewhere if the two are one."""
     count = total = 0
     modules = dict(other.named_modules())
@@ -102,7 +104,7 @@ def main() -> None:
     print("| put on | error / effect, log-probs | error of ΔW | unsettled |\n|---|---|---|---|")
     other = copy.deepcopy(model)
     for layer in ap.knobs(other).values():
-        layer.layer._basis = lapack(layer.layer.base_layer.weight.detach())
+        layer.layer._basis = lapack(as_matrix(layer.layer.get_base_layer()).detach())
     row("another SVD", other, logprobs(other, ids) - logprobs(base, ids), unsettled(plain, plain))
     for dtype in (torch.float16, torch.bfloat16):
         rounded = copy.deepcopy(base).to(dtype)

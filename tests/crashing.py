@@ -168,14 +168,16 @@ def kill_runs(root: Path, tries: int, rng: random.Random) -> collections.Counter
     import antipasto.train.run  # noqa: F401 (so that a child finds it imported)
 
     found: collections.Counter[str] = collections.Counter()
+    began = time.monotonic()
     assert train(root / "whole", math.inf) == 0, (root / "whole.log").read_text()
+    duration = time.monotonic() - began
     killed = 0
     while killed < tries:
         folder, code = root / str(found["the same end"]), None
         while code is None:
             if (folder / "adapter" / "complete.json").exists():  # killed when there was nothing left to do
                 break
-            code = train(folder, rng.uniform(0, 2) if killed < tries else math.inf)
+            code = train(folder, rng.uniform(0, duration) if killed < tries else math.inf)
             if code is None:
                 killed += 1
                 unmarked = [p for p in folder.glob("checkpoint-*") if not (p / "complete.json").exists()]

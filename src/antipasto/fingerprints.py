@@ -10,9 +10,10 @@ E[(a_jᵀ D b_j)²] = ‖D‖_F², so that two sketches give the distance of wei
 
     ‖W − W'‖_F² ≈ 1/n Σ_j (z_j − z'_j)²                                    (random projections: Johnson & Lindenstrauss 1984)
 
-That tells a rounded copy from a fine-tuned one, and says what the difference does to the basis: the singular vectors of
-direction j turn by about ‖W − W'‖₂ / gap_j (Davis & Kahan 1970; Wedin 1972), gap_j being the distance of σ_j from its
-neighbours. Directions whose gap is smaller than the difference are *unsettled*: numbers on them may not mean the same.
+That tells a rounded copy from a fine-tuned one, and says what the difference D = W' − W does to the basis: to first order,
+directions j and k turn into each other by u_jᵀ D v_k / (σ_j − σ_k) (Wedin 1972), which for a random D, such as rounding is,
+comes to about ε / gap_j, with ε = ‖D‖_F / √(o i) and gap_j the distance of σ_j from its neighbours. Directions that turn by
+more than a third are *unsettled*: numbers on them may not mean the same.
 """
 
 from __future__ import annotations
@@ -40,6 +41,7 @@ _LINE = re.compile(
     r"S:(?P<S>[0-9a-f]{16}) basis:(?P<basis>[0-9a-f]{16}) sketch:(?P<sketch>[A-Za-z0-9+/]+=*)"
 )
 _SVD_ERROR = 1e-6  # of S, relative to the largest: what fp32 bases of one weight by different libraries differ by
+_TURN = 1 / 3  # in radians
 _SHOWN = 3  # layers named in a message
 
 
@@ -128,9 +130,9 @@ class Fingerprint(NamedTuple):
         return Likeness.OTHER_BASIS if same else Likeness.ROUNDED
 
     def unsettled(self, other: Fingerprint, S: Tensor) -> int:
-        """How many singular directions have a gap smaller than what the weights differ by.
+        """How many singular directions turn by more than `_TURN` from the one weight's basis to the other's.
 
-        ‖W − W'‖₂ is taken to be that of a random difference, ‖W − W'‖_F (1/√o + 1/√i); of the same weight, `_SVD_ERROR` σ₁.
+        Of the same weight, decomposed by other means, ε is taken to be `_SVD_ERROR` σ₁.
 
         Args:
             other: the weight that is at hand.
@@ -138,14 +140,13 @@ class Fingerprint(NamedTuple):
         """
         S = S.double()
         if self.weight == other.weight:
-            error = _SVD_ERROR * float(S[0])
+            coupling = _SVD_ERROR * float(S[0])
         else:
-            o, i = self.shape
             size = math.sqrt(sum(z**2 for z in self.sketch) / len(self.sketch))
-            error = self.distance(other) * size * (o**-0.5 + i**-0.5)
+            coupling = self.distance(other) * size / math.sqrt(math.prod(self.shape))
         gaps = S[:-1] - S[1:]
         infinite = S.new_full((1,), math.inf)
-        return int((torch.minimum(torch.cat([infinite, gaps]), torch.cat([gaps, infinite])) < error).sum())
+        return int((torch.minimum(torch.cat([infinite, gaps]), torch.cat([gaps, infinite])) < coupling / _TURN).sum())
 
 
 def fingerprints_to_json(fingerprints: Mapping[str, Fingerprint]) -> str:
@@ -271,7 +272,7 @@ def _warn_of_unsettled(
     dtypes = f" ({one.dtype} there, {other.dtype} here)" if how is Likeness.ROUNDED else ""
     warnings.warn(
         f"{what} was made on {how.value}{dtypes}, in {len(names)} of its {len(expected)} layers. {unsettled:,} of their "
-        f"{numbers:,} singular values are closer to a neighbour than what that changes: there the numbers may not "
+        f"{numbers:,} singular values are so close to a neighbour that directions turn into each other: numbers there may not "
         "mean the same. An adapter saved with save_basis=True carries its own basis and does not have this problem.",
         BaseWarning,
         stacklevel=4,
