@@ -137,7 +137,7 @@ def draw(results: list[Path], to: Path) -> None:
     """Mean and range over the seeds of every adapter at its best learning rate, a panel for each result."""
     import matplotlib.pyplot as plt  # the extra `plots`; nothing else here needs it
 
-    figure, panels = plt.subplots(1, len(results), figsize=(5.2 * len(results), 3.6), squeeze=False)
+    figure, panels = plt.subplots(1, len(results), figsize=(6.8 * len(results), 3.6), squeeze=False)
     for panel, path in zip(panels[0], results, strict=True):
         result = json.loads(path.read_text())
         window, _ = MARKS[result["task"]]
@@ -151,7 +151,7 @@ def draw(results: list[Path], to: Path) -> None:
             panel.fill_between(steps, *zip(*((min(v), max(v)) for v in by_step), strict=True), alpha=0.15)
             line.set_linewidth(1.6)
         panel.set(title=result["title"], xlabel="step", ylabel=f"reward, mean of {window} steps")
-        panel.legend(frameon=False, fontsize=8)
+        panel.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
         panel.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
     figure.savefig(to, metadata={"Date": None} if to.suffix == ".svg" else None)
