@@ -44,7 +44,10 @@ ADAPTERS: dict[str, tuple[peft.PeftConfig, tuple[float, ...]]] = {
     "LoRA r=1": (peft.LoraConfig(r=1, target_modules=TARGETS), (3e-4, 1e-3, 3e-3)),
     "TinyLoRA u=64": (peft.TinyLoraConfig(u=64, target_modules=TARGETS), (3e-4, 1e-3, 3e-3)),
 }
-MARKS = {"demo": (20, (20, 40, 80, 120, 160)), "contains": (4, (4, 8, 12, 16, 24))}
+MARKS: dict[str, tuple[int, tuple[int, ...]]] = {
+    "demo": (20, (20, 40, 80, 120, 160)),
+    "contains": (4, (4, 8, 12, 16, 24)),
+}
 Train = Callable[[peft.PeftConfig, float, int], Trainer]
 
 
