@@ -33,6 +33,8 @@ def check_types(options: Any, names: list[str] | None = None) -> None:
         value = getattr(options, name)
         try:
             check_type(value, hints[name])
+            if isinstance(value, bool) and bool not in (hints[name], *get_args(hints[name])):
+                raise TypeCheckError("a bool is an int to Python, and here a mistake")
         except TypeCheckError:
             expected = inspect.formatannotation(hints[name]).replace("typing.", "").replace("NoneType", "None")
             if get_origin(hints[name]) is Literal:

@@ -7,7 +7,7 @@ import difflib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 import yaml
@@ -93,10 +93,6 @@ class TrainConfig:
         if isinstance(self.controls, list):  # YAML knows no tuples
             self.controls = tuple(self.controls)
         check_types(self)
-        for name, allowed in (("method", get_args(Method)), ("by", (None, *get_args(By)))):
-            if getattr(self, name) not in allowed:
-                names = ", ".join(str(value) for value in allowed if value is not None)
-                raise ValueError(f"{name} must be one of {names}, got {getattr(self, name)!r}.")
         if self.pairs is not None and self.direction is not None:
             raise ValueError("Give pairs or a direction, not both.")
         if self.method in ("plain", "penalty", "drop") and self.by is not None:
