@@ -186,3 +186,22 @@ def test_on_linux_there_is_no_moment_without_the_folder(tmp_path: Path, monkeypa
     with replacing_folder(folder) as new:
         (new / "file").touch()
     assert [path.name for path in folder.iterdir()] == ["file"]
+
+
+def test_where_the_second_rename_fails_the_old_folder_is_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("antipasto.files._exchange", lambda one, other: False)
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "old").touch()
+    rename = Path.rename
+
+    def second_fails(path: Path, target: Path) -> Path:
+        if path.name.endswith(".tmp"):
+            raise OSError(5, "Input/output error")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", second_fails)
+    with pytest.raises(OSError, match="Input/output"), replacing_folder(folder) as new:
+        (new / "new").touch()
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+    assert [path.name for path in folder.iterdir()] == ["old"]

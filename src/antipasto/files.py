@@ -131,7 +131,11 @@ def replacing_folder(folder: str | Path) -> Iterator[Path]:
             shutil.rmtree(temporary)
         else:
             folder.rename(old)
-            temporary.rename(folder)
+            try:
+                temporary.rename(folder)
+            except BaseException:
+                old.rename(folder)
+                raise
             shutil.rmtree(old)
         _flush(folder.parent)
     except BaseException:
