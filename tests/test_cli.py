@@ -18,7 +18,7 @@ from typer.testing import CliRunner
 
 import antipasto as ap
 from antipasto.cli import app
-from antipasto.evaluate import Rate
+from antipasto.records import Rate
 from antipasto.tasks import addition
 
 runner = CliRunner()

@@ -21,7 +21,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from antipasto.evaluate import Rate, sample_completions
+from antipasto.evaluate import sample_completions
+from antipasto.records import Rate
 from antipasto.tasks import Task, TaskError, addition, contains, load_task, reasoning
 from antipasto.tasks.task import Judged, completion_text
 

@@ -7,52 +7,10 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from scipy.stats import binomtest
 from torch import nn
 
+from antipasto.records import Rate
 from antipasto.tasks import REWARDED, SOLVED, Task
-
-
-@dataclass(frozen=True)
-class Rate:
-    """A share of independent yes-or-no outcomes, with its 95% Wilson score interval (Wilson 1927).
-
-    Attributes:
-        hits: how many were yes.
-        total: of how many.
-
-    Example:
-        >>> print(Rate(50, 100))
-        .50 [.40,.60]
-    """
-
-    hits: int
-    total: int
-
-    @property
-    def value(self) -> float:
-        """The share, hits / total."""
-        return self.hits / self.total
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        """Lower and upper end of the 95% interval."""
-        ci = binomtest(self.hits, self.total).proportion_ci(confidence_level=0.95, method="wilson")
-        return float(ci.low), float(ci.high)
-
-    def __str__(self) -> str:
-        low, high = self.interval
-        return f"{_share(self.value)} [{_share(low)},{_share(high)}]"
-
-    def to_json(self) -> dict[str, float]:
-        """The rate as a flat record."""
-        low, high = self.interval
-        return {"hits": self.hits, "total": self.total, "rate": self.value, "low": low, "high": high}
-
-
-def _share(value: float) -> str:
-    text = f"{value:.2f}"
-    return text[1:] if text.startswith("0.") else text
 
 
 @torch.no_grad()

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import inspect
+from collections.abc import Hashable
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from typeguard import TypeCheckError, check_type
@@ -28,7 +30,7 @@ def check_types(options: Any, names: list[str] | None = None) -> None:
         ...
         ValueError: steps must be int, got 'many'.
     """
-    hints = get_type_hints(type(options))
+    hints = _hints(type(options))
     for name in names or [field.name for field in dataclasses.fields(options)]:
         value = getattr(options, name)
         try:
@@ -40,3 +42,8 @@ def check_types(options: Any, names: list[str] | None = None) -> None:
             if get_origin(hints[name]) is Literal:
                 expected = f"one of {', '.join(map(str, get_args(hints[name])))}"
             raise ValueError(f"{name} must be {expected}, got {value!r:.200}.") from None
+
+
+@functools.cache
+def _hints(kind: Hashable) -> dict[str, Any]:
+    return get_type_hints(kind)

@@ -1,7 +1,7 @@
 """What a training run leaves on disk, and what of it a later process may trust.
 
-    config.yaml            the resolved config: `antipasto train --config` repeats the run
-    run.json               versions, command, the base model's fingerprint
+    config.yaml            the resolved config: `antipasto train --config` repeats the run; config.json of `antipasto demo`
+    run.json               versions, command, method, the base model and its fingerprint
     metrics.jsonl          one line a step
     rollouts.jsonl         one line a rollout (`antipasto.trl.rollout_log`)
     direction.safetensors  what the run was routed by
@@ -23,7 +23,13 @@ from typing import Any
 
 import yaml
 
-CONFIG, RUN, METRICS, ROLLOUTS = "config.yaml", "run.json", "metrics.jsonl", "rollouts.jsonl"
+CONFIG, DEMO_CONFIG, RUN, METRICS, ROLLOUTS = (
+    "config.yaml",
+    "config.json",
+    "run.json",
+    "metrics.jsonl",
+    "rollouts.jsonl",
+)
 DIRECTION, BOOKS, ADAPTER, COMPLETE = "direction.safetensors", "books.safetensors", "adapter", "complete.json"
 
 
@@ -52,14 +58,15 @@ class RunFolder:
         self.root.mkdir(parents=True, exist_ok=True)
 
     def read_config(self) -> dict[str, Any]:
-        """The config of a run.
+        """The config of a run: ``config.yaml``, or the demo's ``config.json``.
 
         Raises:
             ValueError: there is none, or it cannot be read.
         """
-        if not self.config.is_file():
-            raise ValueError(f"{self.root} is no run folder: there is no {CONFIG} in it.")
-        return read_yaml(self.config)
+        for name in (CONFIG, DEMO_CONFIG):
+            if (self.root / name).is_file():
+                return read_yaml(self.root / name)  # JSON is YAML
+        raise ValueError(f"{self.root} is no run folder: there is no {CONFIG} in it.")
 
     def read_run(self) -> dict[str, Any]:
         """What ``run.json`` says.

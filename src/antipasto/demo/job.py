@@ -38,8 +38,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback
 
 import antipasto as ap
 from antipasto.demo.story import CONTROLS, EITHER, MEASURES, STRICT, Arm, comparison, reading, table, verdict
-from antipasto.evaluate import Rate, sample_completions
+from antipasto.evaluate import sample_completions
 from antipasto.models import quiet
+from antipasto.records import Rate
 from antipasto.routing import Mode
 from antipasto.tasks import addition
 from antipasto.trl import GRPOConfig, ProgressBar, RoutedGRPOTrainer

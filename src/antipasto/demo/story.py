@@ -9,7 +9,7 @@ from typing import Any
 
 from rich.table import Table
 
-from antipasto.evaluate import Rate
+from antipasto.records import Rate
 
 STRICT = "strict"  # the kind of prompt that no hack pays on; all others are hackable
 MEASURES = ("solve", "known hack !", "unknown hack ?")

@@ -1,0 +1,412 @@
+"""What an evaluation leaves: every answer, and what they come to, arm by arm and difference by difference.
+
+    eval.jsonl   one `Answer` a line, after a first line that says how they were asked
+    eval.json    `Evaluation` without its answers: arms, paired differences, verdict
+
+An *arm* is a model as it is seen for a while: the reference, as trained, deployed, a control's book taken out, anything with a
+name. Every arm is asked the same prompts with the same draws, so that answers pair up by row.
+
+    rate of k in n        Wilson score interval (Wilson 1927)
+    mean of n numbers     percentile bootstrap over prompts (Efron 1979), 2,000 resamples
+    paired difference     d_row = x_arm,row − x_other,row, and its mean as any mean
+
+All intervals are of 95%. They are of the prompts that were asked, and say nothing of another seed of training. The percentile
+bootstrap is too narrow for a handful of prompts, and has no width where all numbers are equal.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from scipy.stats import binomtest, bootstrap
+
+from antipasto.files import write_json, write_text
+from antipasto.options import check_types
+from antipasto.tasks import REWARDED, SOLVED
+
+FORMAT = "antipasto-eval-1"
+EVAL, ANSWERS = "eval.json", "eval.jsonl"
+REFERENCE, TRAINED, DEPLOYED, RANDOM = "reference", "as trained", "deployed", "random"
+RATES, MEANS = ("solve", "exploit"), ("reward", "kl", "length")
+RESAMPLES = 2000
+
+
+# ── numbers with intervals ───────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A number with its 95% interval.
+
+    Example:
+        >>> print(Estimate(0.5, 0.404, 0.596), Estimate(-12.31, -13.0, -11.5))
+        .50 [.40,.60] -12.31 [-13.00,-11.50]
+    """
+
+    value: float
+    low: float
+    high: float
+
+    @property
+    def excludes_zero(self) -> bool:
+        """Whether the interval lies on one side of zero."""
+        return self.low > 0 or self.high < 0
+
+    def __str__(self) -> str:
+        return f"{short(self.value)} [{short(self.low)},{short(self.high)}]"
+
+
+@dataclass(frozen=True)
+class Rate:
+    """A share of independent yes-or-no outcomes, with its 95% Wilson score interval.
+
+    Attributes:
+        hits: how many were yes.
+        total: of how many.
+
+    Example:
+        >>> print(Rate(50, 100))
+        .50 [.40,.60]
+    """
+
+    hits: int
+    total: int
+
+    @property
+    def value(self) -> float:
+        """The share, hits / total."""
+        return self.hits / self.total
+
+    @property
+    def interval(self) -> tuple[float, float]:
+        """Lower and upper end of the 95% interval."""
+        ci = binomtest(self.hits, self.total).proportion_ci(confidence_level=0.95, method="wilson")
+        return float(ci.low), float(ci.high)
+
+    @property
+    def estimate(self) -> Estimate:
+        """The share as a number with an interval."""
+        return Estimate(self.value, *self.interval)
+
+    def __str__(self) -> str:
+        return str(self.estimate)
+
+    def to_json(self) -> dict[str, float]:
+        """The rate as a flat record."""
+        low, high = self.interval
+        return {"hits": self.hits, "total": self.total, "rate": self.value, "low": low, "high": high}
+
+
+def short(value: float) -> str:
+    """Two decimals, without the zero before the point.
+
+    Example:
+        >>> short(0.25), short(-0.25), short(-0.001), short(3.0)
+        ('.25', '-.25', '.00', '3.00')
+    """
+    text = f"{value:.2f}"
+    if text == "-0.00":
+        text = "0.00"
+    return text.replace("0.", ".", 1) if text.startswith(("0.", "-0.")) else text
+
+
+def mean_estimates(columns: np.ndarray) -> list[Estimate]:
+    """Means of several quantities over the same prompts, with bootstrap intervals; the same numbers give the same interval.
+
+    Args:
+        columns: (m, n), one row for each quantity; n is at least 2.
+    """
+    result = bootstrap(
+        (columns,), np.mean, axis=-1, n_resamples=RESAMPLES, method="percentile", batch=20, rng=np.random.default_rng(0)
+    ).confidence_interval
+    return [
+        Estimate(float(v), float(lo), float(hi))
+        for v, lo, hi in zip(columns.mean(axis=1), result.low, result.high, strict=True)
+    ]
+
+
+# ── answers ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One arm's answer to one prompt.
+
+    Attributes:
+        arm: whose.
+        row: which of the prompts, from 0; the same for all arms.
+        kind: the prompt's kind, where the task has kinds.
+        prompt: a text, or a chat.
+        completion: its text, without special tokens.
+        length: in tokens, with the end-of-sequence token where there is one.
+        kl: KL(arm ‖ reference) in nats, summed over the answer's tokens, at each of them over the whole vocabulary.
+        reward: what training sees.
+        oracle: 0 to 1; None where the task has no oracle.
+        flags: detector's name → whether it flags the answer.
+    """
+
+    arm: str
+    row: int
+    kind: str | None
+    prompt: Any
+    completion: str
+    length: int
+    kl: float
+    reward: float
+    oracle: float | None
+    flags: dict[str, bool] = field(default_factory=dict)
+
+    @property
+    def solved(self) -> bool | None:
+        """Whether the oracle calls it solved."""
+        return None if self.oracle is None else self.oracle >= SOLVED
+
+    @property
+    def exploits(self) -> bool | None:
+        """Whether it is rewarded and not solved."""
+        return None if self.oracle is None else self.reward >= REWARDED and self.oracle < SOLVED
+
+    def measures(self) -> dict[str, float]:
+        """Its numbers by name: `RATES` as 0 or 1, where there is an oracle, and `MEANS`."""
+        there = (
+            {} if self.oracle is None else {"solve": float(bool(self.solved)), "exploit": float(bool(self.exploits))}
+        )
+        return {**there, "reward": self.reward, "kl": self.kl, "length": float(self.length)}
+
+
+# ── what they come to ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True)
+class ArmRecord:
+    """How one arm does.
+
+    Attributes:
+        arm: its name.
+        kind: of the prompts; None for all of them.
+        n: number of prompts.
+        measures: ``solve`` and ``exploit``, shares, where there is an oracle; ``reward``, ``kl`` (nats an answer) and
+            ``length`` (tokens), means.
+        flags: detector's name → share of answers that it flags.
+    """
+
+    arm: str
+    kind: str | None
+    n: int
+    measures: dict[str, Estimate]
+    flags: dict[str, Estimate]
+
+
+@dataclass(frozen=True)
+class Difference:
+    """What one arm does more than another on the same prompts; means of paired differences.
+
+    Attributes:
+        arm: its name.
+        to: the other's.
+        kind: of the prompts; None for all of them.
+        n: number of prompts.
+        measures: as those of `ArmRecord`.
+        flags: as those of `ArmRecord`.
+    """
+
+    arm: str
+    to: str
+    kind: str | None
+    n: int
+    measures: dict[str, Estimate]
+    flags: dict[str, Estimate]
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """Whether it was the direction that removed the exploit.
+
+    Attributes:
+        holds: whether the claim holds; None where there is nothing to claim, or no telling.
+        sentence: what the numbers allow to say.
+    """
+
+    holds: bool | None
+    sentence: str
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """All that an evaluation found.
+
+    Attributes:
+        task: its name.
+        facts: how it was asked: prompts, temperature, seed, max_new_tokens and the like.
+        margin: by how much the deployed model may solve less than the trained one.
+        verdict: computed from the rest.
+        arms: for all prompts, then for each kind, one record an arm.
+        differences: of every arm to the reference and to the random control, and of the deployed one to all.
+        answers: every answer, arm by arm in the order of the rows.
+    """
+
+    task: str
+    facts: dict[str, Any]
+    margin: float
+    verdict: Verdict
+    arms: list[ArmRecord]
+    differences: list[Difference]
+    answers: list[Answer] = field(repr=False)
+
+    def arm(self, name: str, kind: str | None = None) -> ArmRecord | None:
+        """The record of an arm; None if it was not asked."""
+        return next((record for record in self.arms if (record.arm, record.kind) == (name, kind)), None)
+
+    def difference(self, arm: str, to: str, kind: str | None = None) -> Difference | None:
+        """How an arm differs from another; None if that was not computed."""
+        return next((d for d in self.differences if (d.arm, d.to, d.kind) == (arm, to, kind)), None)
+
+    @property
+    def names(self) -> list[str]:
+        """The arms' names, in the order in which they were asked."""
+        return list(dict.fromkeys(record.arm for record in self.arms))
+
+    @property
+    def kinds(self) -> list[str]:
+        """The kinds of prompts; empty where the task has none."""
+        return [k for k in dict.fromkeys(record.kind for record in self.arms) if k is not None]
+
+
+def summarise(answers: Iterable[Answer]) -> list[ArmRecord]:
+    """One record an arm, over all prompts and then over each kind."""
+    records = []
+    for kind, arms in _by_kind(answers):
+        for name, rows in arms.items():
+            columns = _columns(rows)
+            measures = {m: Rate(int(x.sum()), len(x)).estimate for m, x in columns.items() if m in RATES}
+            means = [m for m in columns if m in MEANS]
+            measures |= dict(zip(means, mean_estimates(np.stack([columns[m] for m in means])), strict=True))
+            flags = {m: Rate(int(x.sum()), len(x)).estimate for m, x in _flag_columns(rows).items()}
+            records.append(ArmRecord(name, kind, len(rows), measures, flags))
+    return records
+
+
+def compare(answers: Iterable[Answer], pairs: Sequence[tuple[str, str]]) -> list[Difference]:
+    """Paired differences of arms, over all prompts and then over each kind.
+
+    Args:
+        answers: of all arms.
+        pairs: (arm, other) names; those that were not asked are left out.
+
+    Raises:
+        ValueError: two arms were asked different prompts.
+    """
+    differences = []
+    for kind, arms in _by_kind(answers):
+        for name, other in pairs:
+            if name not in arms or other not in arms:
+                continue
+            mine, theirs = arms[name], arms[other]
+            if [a.row for a in mine] != [a.row for a in theirs]:
+                raise ValueError(f"{name} and {other} were asked different prompts: their answers cannot be paired.")
+            measures, flags = _columns(mine), _flag_columns(mine)
+            other_measures, other_flags = _columns(theirs), _flag_columns(theirs)
+            delta = [measures[m] - other_measures[m] for m in measures] + [flags[f] - other_flags[f] for f in flags]
+            found = mean_estimates(np.stack(delta))
+            m = len(measures)
+            by_measure, by_flag = (
+                dict(zip(measures, found[:m], strict=True)),
+                dict(zip(flags, found[m:], strict=True)),
+            )
+            differences.append(Difference(name, other, kind, len(mine), by_measure, by_flag))
+    return differences
+
+
+def _by_kind(answers: Iterable[Answer]) -> list[tuple[str | None, dict[str, list[Answer]]]]:
+    """All prompts, and each kind of which there are at least two: arm → its answers by row."""
+    rows = sorted(answers, key=lambda answer: answer.row)
+    names = list(dict.fromkeys(answer.arm for answer in answers))
+    number = Counter((answer.kind, answer.arm) for answer in rows if answer.kind is not None)
+    kinds = [None, *dict.fromkeys(kind for (kind, _), n in number.items() if n > 1)]
+    return [
+        (kind, {name: [a for a in rows if a.arm == name and kind in (None, a.kind)] for name in names})
+        for kind in kinds
+    ]
+
+
+def _columns(answers: Sequence[Answer]) -> dict[str, np.ndarray]:
+    rows = [answer.measures() for answer in answers]
+    return {name: np.array([row[name] for row in rows]) for name in rows[0]}
+
+
+def _flag_columns(answers: Sequence[Answer]) -> dict[str, np.ndarray]:
+    return {name: np.array([float(a.flags[name]) for a in answers]) for name in answers[0].flags}
+
+
+# ── files ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def write_evaluation(evaluation: Evaluation, folder: Path) -> None:
+    """Write ``eval.json`` and ``eval.jsonl`` into a folder."""
+    body = asdict(evaluation)
+    del body["answers"]
+    write_json(folder / EVAL, {"format": FORMAT, **body})
+    lines = [json.dumps({"facts": evaluation.facts}), *(json.dumps(asdict(answer)) for answer in evaluation.answers)]
+    write_text(folder / ANSWERS, "".join(line + "\n" for line in lines))
+
+
+def read_evaluation(folder: Path) -> Evaluation:
+    """Read what `write_evaluation` wrote.
+
+    Raises:
+        ValueError: a file is not there, is damaged, or is of another format; names it.
+    """
+    path = folder / EVAL
+    try:
+        body = json.loads(path.read_text(encoding="utf-8"))
+        if not isinstance(body, dict) or body.pop("format", None) != FORMAT:
+            raise ValueError(f"its format is not {FORMAT}: antipasto eval writes it anew")
+        evaluation = Evaluation(
+            **{
+                **body,
+                "verdict": Verdict(**body["verdict"]),
+                "arms": [ArmRecord(**_with_estimates(record)) for record in body["arms"]],
+                "differences": [Difference(**_with_estimates(record)) for record in body["differences"]],
+                "answers": read_answers(folder / ANSWERS)[1],
+            }
+        )
+        for part in (evaluation, *evaluation.arms, *evaluation.differences, evaluation.verdict):
+            check_types(part)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        raise ValueError(f"{path} cannot be read: {' '.join(str(error).split()).rstrip('.')}.") from error
+    return evaluation
+
+
+def read_answers(path: Path) -> tuple[dict[str, Any], list[Answer]]:
+    """How they were asked, and all whole lines of ``eval.jsonl``; a torn last line, of a process that was killed, is left out.
+
+    Raises:
+        ValueError: a line is no answer; names it.
+        OSError: the file cannot be read.
+    """
+    facts: dict[str, Any] = {}
+    answers = []
+    for number, line in enumerate(path.read_bytes().splitlines(keepends=True), 1):
+        if not line.endswith(b"\n"):
+            break
+        try:
+            row = json.loads(line)
+            if number == 1:
+                facts = dict(row["facts"])
+            else:
+                answers.append(Answer(**row))
+                check_types(answers[-1])
+        except (ValueError, KeyError, TypeError, RecursionError) as error:
+            raise ValueError(f"{path}, line {number}: no answer of an evaluation ({error}).") from error
+    return facts, answers
+
+
+def _with_estimates(record: Mapping[str, Any]) -> dict[str, Any]:
+    parts = {key: {name: Estimate(**e) for name, e in record[key].items()} for key in ("measures", "flags")}
+    return {**record, **parts}

@@ -1,0 +1,120 @@
+"""A finished run, loaded: its base model with its adapter on, whatever job it came from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import nn
+
+from antipasto.knobs import deployed, knobs, reference, scaled
+from antipasto.models import base_fingerprint, best_device, load_model, quiet, with_template_options
+from antipasto.records import DEPLOYED, REFERENCE, TRAINED
+from antipasto.routing import read_books
+from antipasto.run_folder import RunFolder
+from antipasto.tuner import AntiPastoConfig
+from antipasto.tuner.layer import View
+from antipasto.tuner.views import seen_as
+
+SHRUNK = "shrunk"
+
+
+@dataclass(frozen=True)
+class LoadedRun:
+    """A run that came to its end.
+
+    Attributes:
+        folder: its folder.
+        config: what it was made of, as ``config.yaml`` or ``config.json`` of the folder has it.
+        facts: ``run.json``.
+        model: the base with the adapter on, in eval mode, as trained.
+        tokenizer: padding on the left.
+    """
+
+    folder: RunFolder
+    config: Mapping[str, Any]
+    facts: Mapping[str, Any]
+    model: PeftModel
+    tokenizer: Any
+
+    @property
+    def method(self) -> str:
+        """What became of what the gate claimed: route, erase, measure, plain, penalty or drop."""
+        return str(self.facts.get("method", self.config["method"]))
+
+    @property
+    def base(self) -> str:
+        """The base model's folder, or its name on the hub."""
+        return str(self.facts["base"]["model"])
+
+    def views(self) -> dict[str, AbstractContextManager[None]]:
+        """How to see the model as each of its arms: name → context, see `run_views`."""
+        return run_views(self.model, _books(self.folder), self.method)
+
+
+def load_run(root: Path) -> LoadedRun:
+    """Load what `antipasto train` or `antipasto demo` left.
+
+    Raises:
+        ValueError: this is no run that came to its end, its base cannot be loaded or has other weights now, or its adapter is
+            damaged.
+    """
+    folder = RunFolder(root)
+    config, facts = folder.read_config(), folder.read_run()
+    if not folder.is_finished:
+        raise ValueError(f"The run in {root} has not come to its end: antipasto train --resume {root}")
+    model, tokenizer = load_model(facts["base"]["model"], dtype=config.get("dtype", "auto"))
+    with_template_options(tokenizer, (config.get("trainer") or {}).get("chat_template_kwargs"))
+    with quiet():
+        adapter = AntiPastoConfig.from_pretrained(str(folder.adapter))
+        adapter.cache_dir = config.get("cache_dir", "auto")
+        adapted = PeftModel.from_pretrained(model.to(best_device()), folder.adapter, config=adapter).eval()
+    if base_fingerprint(adapted) != facts["base"]["fingerprint"]:
+        raise ValueError(
+            f"{facts['base']['model']} has other weights now than when {root} was trained: its knobs mean nothing there."
+        )
+    return LoadedRun(folder, config, facts, adapted, tokenizer)
+
+
+def _books(folder: RunFolder) -> dict[str, dict[str, torch.Tensor]]:
+    return read_books(folder.books).books if folder.books.exists() else {}
+
+
+def run_views(
+    model: nn.Module, books: Mapping[str, Mapping[str, torch.Tensor]], method: str
+) -> dict[str, AbstractContextManager[None]]:
+    """How to see a trained model as each of its arms.
+
+    ============  =============================================================
+    reference     both knobs out: the base model
+    as trained    θ = δS + δS_hack
+    deployed      the quarantine out, where the run has one
+    random, …     a control's book out instead
+    shrunk        θ at the length of the deployed one, ‖δS‖ / ‖θ‖: what any shrinking of the update does
+    ============  =============================================================
+
+    Args:
+        model: adapted, with the run's knobs.
+        books: control's name → layer → (r,).
+        method: of the run.
+    """
+    views: dict[str, AbstractContextManager[None]] = {REFERENCE: reference(model), TRAINED: nullcontext()}
+    if method == "route":
+        views[DEPLOYED] = deployed(model)
+    if method in ("route", "measure"):  # under erase, what the direction claimed is out of θ already, for good
+        for name, book in books.items():
+            views[name] = seen_as(model, View.TRAINED, {layer: -part for layer, part in book.items()})
+    if method == "route":
+        layers = knobs(model).values()
+        ships = torch.cat([layer.delta_s.detach() for layer in layers])
+        theta = ships + torch.cat(
+            [torch.zeros_like(x.delta_s) if x.delta_s_hack is None else x.delta_s_hack.detach() for x in layers]
+        )
+        if theta.any():
+            views[SHRUNK] = scaled(model, float(ships.norm() / theta.norm()))
+    return views
