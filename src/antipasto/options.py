@@ -30,7 +30,7 @@ def check_types(options: Any, names: list[str] | None = None) -> None:
         ...
         ValueError: steps must be int, got 'many'.
     """
-    hints = _hints(type(options))
+    hints = _hints(type(options))  # type: ignore[arg-type]  # a type is hashable
     for name in names or [field.name for field in dataclasses.fields(options)]:
         value = getattr(options, name)
         try:
