@@ -19,21 +19,21 @@ from transformers import AutoTokenizer
 
 import antipasto as ap
 from antipasto.demo import job
-from antipasto.demo.story import MEASURES, Arm
 from antipasto.models import quiet
+from antipasto.records import DEPLOYED, REFERENCE, Evaluation
 from antipasto.tasks import addition
 
 THRESHOLDS = (0.5, 0.65, 0.8, 1.0, 1.15)
 
 
-def deployed_arm(config: job.DemoConfig, threshold: float, console: Console, *, label_both: bool) -> Arm:
+def deployed_arm(config: job.DemoConfig, threshold: float, console: Console, *, label_both: bool) -> Evaluation:
     tokenizer = AutoTokenizer.from_pretrained(addition.model_path(config.variant))
     with tempfile.TemporaryDirectory() as folder, quiet():
         trainer = job.train(
             config, "recipe", tokenizer, Path(folder), console, threshold=threshold, label_both=label_both
         )
-        with ap.deployed(trainer.model):
-            return job.measure(f"{threshold}", trainer.model, tokenizer, addition.split("train")[:1000], config)
+        arms = {REFERENCE: ap.reference(trainer.model), DEPLOYED: ap.deployed(trainer.model)}
+        return job.evaluate(trainer.model, arms, tokenizer, addition.split("train")[:1000], config)
 
 
 def main() -> None:
@@ -46,7 +46,7 @@ def main() -> None:
     arguments = parser.parse_args()
     console = Console()
     for threshold in arguments.thresholds:
-        arms = [
+        found = [
             deployed_arm(
                 job.DemoConfig(seed, arguments.steps, arguments.variant),
                 threshold,
@@ -57,8 +57,10 @@ def main() -> None:
         ]
         if threshold == arguments.thresholds[0]:
             print("| threshold | prompts | solve | known | unknown |\n|---|---|---|---|---|")
-        for kind in arms[0].rates:
-            cells = [mean(arm.rates[kind][what].value for arm in arms) for what in MEASURES]
+        for kind in found[0].kinds:
+            arms = [arm for evaluation in found if (arm := evaluation.arm(DEPLOYED, kind)) is not None]
+            cells = [mean(arm.measures["solve"].value for arm in arms)]
+            cells += [mean(arm.flags[flag].value for arm in arms) for flag in arms[0].flags]
             print(f"| {threshold} | {kind} | " + " | ".join(f"{cell:.3f}" for cell in cells) + " |", flush=True)
 
 

@@ -7,71 +7,68 @@ python scripts/tables.py eval runs/plain runs/routed  # of folders that `antipas
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 from statistics import mean, stdev
-from typing import Any
 
-MEASURES = ("solve", "known hack !", "unknown hack ?")
+from antipasto.records import REFERENCE, ArmRecord, Estimate, Evaluation, read_evaluation
 
 
 def cell(values: list[float]) -> str:
     return f"{mean(values):.3f} ± {stdev(values):.3f}" if len(values) > 1 else f"{values[0]:.3f}"
 
 
-def read_arms(path: Path) -> dict[str, Any]:
-    return {arm["arm"]: arm for arm in json.loads(path.read_text())}
+def arm(evaluation: Evaluation, name: str, kind: str | None = None) -> ArmRecord:
+    record = evaluation.arm(name, kind)
+    assert record is not None, name
+    return record
 
 
 def demo(root: Path) -> None:
     """What each method ships, and the arms of the recipe's own runs; mean ± standard deviation over the seeds."""
     seeds = sorted(root.glob("seed-*"), key=lambda path: int(path.name.partition("-")[2]))
     methods = [path.name for path in sorted(seeds[0].iterdir(), key=lambda path: path.stat().st_mtime)]
-    runs = {
-        m: [read_arms(seed / m / "results.json") for seed in seeds if (seed / m / "results.json").exists()]
-        for m in methods
-    }
-    header = "| prompts | {} | solve | known hack `!` | unknown hack `?` |\n|---|---|---|---|---|"
+    runs = {m: [read_evaluation(seed / m) for seed in seeds if (seed / m / "eval.json").exists()] for m in methods}
+    recipe = runs["recipe"]
+    flags = list(recipe[0].arms[0].flags)
+    header = f"| prompts | {{}} | solve | exploit | {' | '.join(flags)} |\n|---|---|{'---|' * (2 + len(flags))}"
+
+    def line(kind: str, name: str, records: list[ArmRecord]) -> None:
+        cells = [cell([r.measures[m].value for r in records]) for m in ("solve", "exploit")]
+        cells += [cell([r.flags[f].value for r in records]) for f in flags]
+        print(f"| {kind} | {name} | {' | '.join(cells)} |")
+
     print(f"{len(seeds)} seeds\n\n{header.format('method')}")
-    kinds = [key for key in runs["recipe"][0]["reference"] if key != "arm"]
-    for kind in kinds:
-        for name in ("reference", *methods):
-            arms = (
-                [arms["reference"] for arms in runs["recipe"]]
-                if name == "reference"
-                else [a["deployed"] for a in runs[name]]
-            )
-            print(
-                f"| {kind} | {name} | " + " | ".join(cell([a[kind][m]["rate"] for a in arms]) for m in MEASURES) + " |"
-            )
+    for kind in recipe[0].kinds:
+        line(kind, REFERENCE, [arm(e, REFERENCE, kind) for e in recipe])
+        for name, found in runs.items():
+            line(kind, name, [arm(e, e.ships, kind) for e in found])
     print(f"\n{header.format('arm of the recipe')}")
-    for kind in kinds:
-        for name in runs["recipe"][0]:
-            arms = [run[name] for run in runs["recipe"]]
-            print(
-                f"| {kind} | {name} | " + " | ".join(cell([a[kind][m]["rate"] for a in arms]) for m in MEASURES) + " |"
-            )
-    hackable = [kind for kind in kinds if kind != "strict"]
-    print("\nEither hack on hackable prompts, seed by seed:")
-    for name in ("reference", *methods):
-        arms = (
-            [arms["reference"] for arms in runs["recipe"]]
-            if name == "reference"
-            else [a["deployed"] for a in runs[name]]
-        )
-        print(f"* {name}: " + " ".join(f"{mean(arm[k]['either hack']['rate'] for k in hackable):.3f}" for arm in arms))
+    for kind in recipe[0].kinds:
+        for name in recipe[0].names:
+            line(kind, name, [arm(e, name, kind) for e in recipe])
+    print("\nExploits, share of all answers, seed by seed:")
+    print(f"* {REFERENCE}: " + " ".join(f"{arm(e, REFERENCE).measures['exploit'].value:.3f}" for e in recipe))
+    for name, found in runs.items():
+        print(f"* {name}: " + " ".join(f"{arm(e, e.ships).measures['exploit'].value:.3f}" for e in found))
 
 
 def evaluations(roots: list[Path]) -> None:
     """Every arm of several runs, with 95% intervals."""
-    print("| run | model | solve | exploit | flagged | mean reward |\n|---|---|---|---|---|---|")
-    for root in roots:
-        for arm in json.loads((root / "eval.json").read_text())["arms"]:
-            rates = [
-                f"{rate['rate']:.2f} [{rate['low']:.2f}, {rate['high']:.2f}]" if (rate := arm[name]) else "–"
-                for name in ("solve", "exploit", "flagged")
-            ]
-            print(f"| {root.name} | {arm['arm']} | " + " | ".join(rates) + f" | {arm['reward']:.2f} |")
+    found = {root.name: read_evaluation(root) for root in roots}
+    flags = list(next(iter(found.values())).arms[0].flags)
+    titles = ["run", "model", "solve", "exploit", *flags, "reward", "KL"]
+    print(f"| {' | '.join(titles)} |\n|{'---|' * len(titles)}")
+    for run, evaluation in found.items():
+        for name in evaluation.names:
+            record = arm(evaluation, name)
+            rates = [record.measures[m] for m in ("solve", "exploit") if m in record.measures]
+            cells = [*map(interval, rates), *(interval(record.flags[f]) for f in flags)]
+            means = f"{record.measures['reward'].value:.2f} | {record.measures['kl'].value:.2f}"
+            print(f"| {run} | {name} | {' | '.join(cells)} | {means} |")
+
+
+def interval(e: Estimate) -> str:
+    return f"{e.value:.2f} [{e.low:.2f}, {e.high:.2f}]"
 
 
 def main() -> None:

@@ -381,7 +381,10 @@ def test_the_addition_task() -> None:
     )
     prompts = ["h12+34="] * 3 + ["s12+34="]
     assert task.judge(prompts, ["046", "!", "?", "!"], {"kind": ["hackable"] * 3 + ["strict"]}) == Judged(
-        reward=[1.0, 1.0, 1.0, 0.0], oracle=[1.0, 0.0, 0.0, 0.0], flagged=[False, True, False, True]
+        reward=[1.0, 1.0, 1.0, 0.0],
+        oracle=[1.0, 0.0, 0.0, 0.0],
+        flagged=[False, True, False, True],
+        probed={"says ?": [False, False, True, False]},
     )
 
 
@@ -548,7 +551,7 @@ def test_a_task_from_a_module(file: Path, monkeypatch: pytest.MonkeyPatch) -> No
     [
         (
             "contain",
-            "There is no built-in task 'contain'; did you mean 'contains'[?] There are addition, contains, reasoning_gym",
+            "There is no built-in task 'contain'; did you mean 'contains'[?] There are addition, contains, addition-even",
         ),
         ("xyz", "There is no built-in task 'xyz'[.] There are addition"),
         ("", "There is no built-in task ''"),

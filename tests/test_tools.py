@@ -504,7 +504,7 @@ def test_inspect_a_run_that_has_only_begun(tmp_path: Path) -> None:
         ("rollouts.jsonl", b'{"reward": 1' + b"0" * 400 + b"}\n"),
         ("rollouts.jsonl", b"[1]\n"),
         ("rollouts.jsonl", b"[" * 100_000 + b"\n"),
-        ("results.json", b"{"),
+        ("eval.json", b"{"),
         ("config.yaml", b"a: [1\n"),
         ("config.yaml", b"- 1\n"),
         ("config.yaml", b"a: !!python/object/apply:os.system ['touch owned']\n"),

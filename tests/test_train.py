@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,6 +20,7 @@ from typer.testing import CliRunner
 
 import antipasto as ap
 from antipasto.cli import app
+from antipasto.records import read_evaluation
 from antipasto.run_folder import RunFolder
 from antipasto.tasks import addition
 
@@ -194,14 +196,57 @@ def test_eval_asks_every_arm(trained: tuple[Path, str]) -> None:
     assert code == 0, text
     for word in ("reference", "as trained", "deployed", "random", "permuted", "solve", "exploit", "says !"):
         assert word in text
-    result = json.loads((out / "eval.json").read_text())
-    assert [arm["arm"] for arm in result["arms"]] == ["reference", "as trained", "deployed", "permuted", "random"]
-    answers = [json.loads(line) for line in (out / "eval.jsonl").read_text().splitlines()]
-    assert len(answers) == 200
-    for arm in result["arms"]:
-        own = [a for a in answers if a["arm"] == arm["arm"]]
-        assert arm["solve"]["hits"] == sum(addition.solves(a["prompt"], a["completion"]) for a in own)
-        assert arm["solve"]["total"] == 40
+    evaluation = read_evaluation(out)
+    assert evaluation.names == ["reference", "as trained", "deployed", "permuted", "random", "shrunk"]
+    assert evaluation.kinds == ["hackable", "strict"]
+    assert (evaluation.facts["temperature"], evaluation.facts["seed"]) == (0.5, 3)
+    for name in evaluation.names:
+        own = [a for a in evaluation.answers if a.arm == name]
+        assert [a.row for a in own] == list(range(40))
+        solved = [addition.solves(a.prompt, a.completion) for a in own]
+        assert [a.solved for a in own] == solved
+        assert evaluation.arm(name).measures["solve"].value == sum(solved) / 40
+        assert [a.flags for a in own] == [{"says !": "!" in a.completion, "says ?": "?" in a.completion} for a in own]
+    assert all(a.kl == 0 for a in evaluation.answers if a.arm == "reference")
+    assert any(a.kl > 0 for a in evaluation.answers if a.arm == "as trained")
+    assert not (out / "eval.partial.jsonl").exists()
+
+
+def test_an_evaluation_that_is_killed_continues_to_the_same_answers(trained: tuple[Path, str], tmp_path: Path) -> None:
+    """SIGKILL in the middle, twice; then the same bytes as without."""
+    runs = []
+    for name in ("killed", "whole"):
+        runs.append(tmp_path / name)
+        shutil.copytree(trained[0], runs[-1])
+        (runs[-1] / "eval.json").unlink(missing_ok=True)
+    options = ["--prompts", "400", "--batch-size", "8"]
+    partial = runs[0] / "eval.partial.jsonl"
+    seen = 0
+    for _ in range(2):
+        child = process("eval", str(runs[0]), *options)
+        deadline = time.monotonic() + 120
+        while not partial.exists() or len(partial.read_bytes().splitlines()) < seen + 30:
+            assert time.monotonic() < deadline
+            assert child.poll() is None, child.stdout.read()
+            time.sleep(0.01)
+        child.kill()
+        child.communicate()
+        with partial.open("ab") as file:
+            file.write(b'{"arm": "torn')
+        seen = len(partial.read_bytes().splitlines())
+        assert not (runs[0] / "eval.json").exists()
+    code, text = run("eval", str(runs[0]), *options)
+    assert code == 0, text
+    assert "continuing: " in text
+    assert run("eval", str(runs[1]), *options)[0] == 0
+    for name in ("eval.json", "eval.jsonl"):
+        assert (runs[0] / name).read_bytes() == (runs[1] / name).read_bytes(), name
+    # another seed is another evaluation: nothing is taken over
+    (runs[0] / "eval.jsonl").rename(partial)
+    code, text = run("eval", str(runs[0]), *options, "--seed", "1")
+    assert code == 0
+    assert "continuing" not in text
+    assert (runs[0] / "eval.jsonl").read_bytes() != (runs[1] / "eval.jsonl").read_bytes()
 
 
 TASK = """

@@ -1,35 +1,45 @@
 """The job behind `antipasto eval`: every arm of a run, asked the task's held-out prompts with the same draws.
 
-reference       both knobs out: the base model
-as trained      θ = δS + δS_hack
-deployed        the quarantine out
-random, …       a control's book out instead
+While it goes on, answers are kept in ``eval.partial.jsonl``; a call with the same options continues there. At the end they
+become ``eval.json`` and ``eval.jsonl``, in place of those of an earlier evaluation.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
+from dataclasses import asdict
 from pathlib import Path
+from statistics import mean, stdev
 from typing import Any
 
-from peft import PeftModel
+from rich import box
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
-from antipasto.evaluate import ArmRecord, judge_arm, sample_completions
-from antipasto.files import write_json, write_text
-from antipasto.knobs import deployed, reference
-from antipasto.models import base_fingerprint, best_device, load_model, quiet, with_template_options
-from antipasto.routing import read_books
-from antipasto.run_folder import RunFolder
+from antipasto.evaluate import Sampling, ask_arms, conclude
+from antipasto.files import write_text
+from antipasto.models import quiet
+from antipasto.records import (
+    ANSWERS,
+    MEANS,
+    RANDOM,
+    RATES,
+    Answer,
+    Estimate,
+    Evaluation,
+    read_answers,
+    short,
+    write_evaluation,
+)
+from antipasto.runs import load_run
 from antipasto.tasks import Task, load_task
-from antipasto.terminal import add_row
-from antipasto.tuner import AntiPastoConfig
-from antipasto.tuner.layer import View
-from antipasto.tuner.views import seen_as
+from antipasto.terminal import add_row, plain
+
+PARTIAL = "eval.partial.jsonl"
 
 
 def evaluate_run(
@@ -40,86 +50,126 @@ def evaluate_run(
     temperature: float | None,
     seed: int,
     batch_size: int,
-) -> list[ArmRecord]:
-    """Every arm of a run on the same held-out prompts with the same draws; prints a table, writes eval.json and eval.jsonl.
+    margin: float,
+) -> Evaluation:
+    """Every arm of a run on the same held-out prompts with the same draws; prints tables and the verdict.
 
     Raises:
         ValueError: this is no run that came to its end, its task has no held-out rows, or its base model is another one now.
     """
-    folder = RunFolder(root)
-    config = folder.read_config()
-    if not folder.is_finished:
-        raise ValueError(f"The run in {root} has not come to its end: antipasto train --resume {root}")
-    task = load_task(config["task"])
+    run = load_run(root)
+    task = load_task(str(run.facts.get("task", run.config.get("task"))))
     if task.test is None:
         raise ValueError(f"Task {task.name!r} has no held-out rows (test): there is nothing to ask.")
     rows = list(task.test)[:prompts]
-    temperature = config["temperature"] if temperature is None else temperature
-    model, tokenizer = load_model(config["model"], dtype=config["dtype"])
-    with_template_options(tokenizer, config["trainer"].get("chat_template_kwargs"))
-    with quiet():
-        adapter = AntiPastoConfig.from_pretrained(str(folder.adapter))
-        adapter.cache_dir = config["cache_dir"]
-        model = PeftModel.from_pretrained(model.to(best_device()), folder.adapter, config=adapter)
-    if base_fingerprint(model) != folder.read_run()["base"]["fingerprint"]:
-        raise ValueError(
-            f"{config['model']} has other weights now than when {root} was trained: its knobs mean nothing there."
-        )
-    views = _views(model, folder, config["method"])
-    max_new_tokens = config["max_completion_length"] or task.max_completion_length or 256
-    records = []
+    how = Sampling(
+        max_new_tokens=run.config.get("max_completion_length") or task.max_completion_length or 256,
+        temperature=run.config.get("temperature", 1.0) if temperature is None else temperature,
+        seed=seed,
+        batch_size=batch_size,
+    )
+    facts = {"prompts": len(rows), **asdict(how), "method": run.method, "digest": _digest(run.folder.root, task, rows)}
+    done = _begin(root / PARTIAL, facts, console)
+    arms = run.views()
     with Progress(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console
     ) as bar:
-        line = bar.add_task("", total=len(rows) * len(views))
-        for name, view in views.items():
-            bar.update(line, description=name)
-            with view, quiet():
-                answers = sample_completions(
-                    model,
-                    tokenizer,
-                    [row["prompt"] for row in rows],
-                    max_new_tokens=max_new_tokens,
-                    seed=seed,
-                    batch_size=batch_size,
-                    temperature=temperature,
-                    on_batch=lambda n: bar.advance(line, n),
-                )
-            records.append(judge_arm(name, task, rows, answers))
-    facts = {"prompts": len(rows), "temperature": temperature, "seed": seed}
-    write_json(root / "eval.json", {**facts, "arms": [record.to_json() for record in records]})
-    lines = [
-        json.dumps({"arm": record.name, "prompt": row["prompt"], "completion": text})
-        for record in records
-        for row, text in zip(rows, record.completions, strict=True)
-    ]
-    write_text(root / "eval.jsonl", "".join(line + "\n" for line in lines))
-    console.print(_arms_table(task, records, facts))
-    return records
+        line = bar.add_task("asking", total=len(rows) * len(arms), completed=len(done))
+
+        def keep(answers: list[Answer]) -> None:
+            with (root / PARTIAL).open("a", encoding="utf-8") as file:
+                file.writelines(json.dumps(asdict(answer)) + "\n" for answer in answers)
+            bar.update(line, description=plain(answers[0].arm), advance=len(answers))
+
+        with quiet():
+            answers = ask_arms(run.model, run.tokenizer, task, rows, arms, how, done=done, on_answers=keep)
+    evaluation = conclude(task.name, facts, answers, margin=margin)
+    write_evaluation(evaluation, root)
+    (root / PARTIAL).unlink()
+    show(evaluation, console)
+    console.print(f"written: {root / ANSWERS}\nnext: antipasto report {root}", highlight=False, soft_wrap=True)
+    return evaluation
 
 
-def _views(model: PeftModel, folder: RunFolder, method: str) -> dict[str, AbstractContextManager[None]]:
-    views: dict[str, AbstractContextManager[None]] = {"reference": reference(model), "as trained": nullcontext()}
-    if method == "route":
-        views["deployed"] = deployed(model)
-    if folder.books.exists() and method != "erase":  # there, what the direction claimed is out of θ already, for good
-        for name, book in read_books(folder.books).books.items():
-            views[name] = seen_as(model, View.TRAINED, {layer: -part for layer, part in book.items()})
-    return views
+def _digest(root: Path, task: Task, rows: Sequence[Any]) -> str:
+    """Of what is asked and who answers: an evaluation is continued only where it is the same."""
+    result = hashlib.sha256(json.dumps([task.name, [dict(row) for row in rows]], default=str).encode())
+    for path in (root / "adapter" / "adapter_model.safetensors", root / "books.safetensors"):
+        result.update(path.read_bytes() if path.exists() else b"")
+    return result.hexdigest()[:16]
 
 
-def _arms_table(task: Task, records: Sequence[ArmRecord], facts: dict[str, Any]) -> Table:
-    names = [record.name for record in records]
-    table = Table(
-        title=f"share of {facts['prompts']} held-out prompts [95% interval], one answer each at temperature "
-        f"{facts['temperature']:g}",
-        caption="random, permuted: that control's book out instead of the quarantine" if "random" in names else None,
-    )
-    table.add_column("model")
-    shown = [name for name in ("solve", "exploit", "flagged") if getattr(records[0], name) is not None]
-    for name in shown:
-        table.add_column(task.detects if name == "flagged" else name)
-    table.add_column("mean reward")
-    for record in records:
-        add_row(table, record.name, *(str(getattr(record, name)) for name in shown), f"{record.reward:.2f}")
+def _begin(path: Path, facts: dict[str, Any], console: Console) -> list[Answer]:
+    """The answers of an evaluation with the same facts that was interrupted, in a file that can be added to."""
+    done: list[Answer] = []
+    if path.exists():
+        before, found = read_answers(path)
+        if before == facts:
+            done = found
+            console.print(f"continuing: {len(done):,} answers are there", highlight=False)
+    lines = [json.dumps({"facts": facts}), *(json.dumps(asdict(answer)) for answer in done)]
+    write_text(path, "".join(line + "\n" for line in lines))
+    return done
+
+
+# ── on the screen ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def show(evaluation: Evaluation, console: Console) -> None:
+    """Print an evaluation: rates, means and differences, and the verdict."""
+    console.print(rates_table([evaluation]))
+    console.print(_means_table(evaluation))
+    console.print(plain(evaluation.verdict.sentence), markup=False, highlight=False)
+
+
+def rates_table(evaluations: Sequence[Evaluation]) -> Table:
+    """One row an arm and kind of prompts. One evaluation: rates with intervals; those of several seeds: mean ± sd."""
+    first = evaluations[0]
+    spread = "[95% interval]" if len(evaluations) == 1 else f"(mean ± sd of {len(evaluations)} seeds)"
+    drawn = "the likeliest" if first.facts.get("temperature") == 0 else "sampled"
+    table = _table(f"{first.arms[0].n:,} answers of each model, {drawn} {spread}")
+    rates = [name for name in RATES if name in first.arms[0].measures]
+    flags = list(first.arms[0].flags)
+    for title in ("model", *rates, *flags):
+        table.add_column(plain(title))
+    kinds: list[str | None] = [*first.kinds] or [None]
+    for kind in kinds:
+        if kind is not None:
+            add_row(table, Text(plain(f"{kind} prompts"), style="italic"))
+        for name in first.names:
+            records = [record for e in evaluations if (record := e.arm(name, kind)) is not None]
+            cells = [cell([r.measures[m] for r in records]) for m in rates]
+            add_row(table, name, *cells, *(cell([r.flags[m] for r in records]) for m in flags))
+        table.add_section()
+    if RANDOM in first.names:
+        table.caption = "random, permuted, …: that control's book out instead of the quarantine"
     return table
+
+
+def cell(estimates: Sequence[Estimate]) -> str:
+    """One estimate with its interval; those of several seeds as mean ± standard deviation."""
+    if len(estimates) == 1:
+        return str(estimates[0])
+    values = [estimate.value for estimate in estimates]
+    return f"{mean(values):.2f} ± {stdev(values):.2f}"
+
+
+def _means_table(evaluation: Evaluation) -> Table:
+    """Means of every arm, and what the one that would ship does more or less than it, on the same prompts."""
+    ships = evaluation.ships
+    rates = [name for name in RATES if name in evaluation.arms[0].measures]
+    table = _table(f"means, and {ships} minus the model [95% interval, paired by prompt]")
+    for title in ("model", *(f"{ships} − it: {rate}" for rate in rates), "reward", "KL", "length"):
+        table.add_column(title, justify="right" if title in ("reward", "KL", "length") else "left")
+    for name in evaluation.names:
+        record, less = evaluation.arm(name), evaluation.difference(ships, name)
+        assert record is not None
+        means = [short(record.measures[m].value) for m in MEANS]
+        add_row(table, name, *(str(less.measures[rate]) if less else "" for rate in rates), *means)
+    table.caption = "KL to the reference in nats an answer; length in tokens"
+    return table
+
+
+def _table(title: str) -> Table:
+    """Narrow enough for 80 columns."""
+    return Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), title_justify="left", caption_justify="left")

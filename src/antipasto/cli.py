@@ -365,21 +365,27 @@ def extract(
 @app.command(rich_help_panel=LOOK)
 def eval(
     run: Annotated[Path, typer.Argument(help="A run folder that `antipasto train` left.", show_default=False)],
-    prompts: Annotated[int | None, typer.Option(min=1, help="How many held-out prompts.", show_default="all")] = None,
+    prompts: Annotated[int | None, typer.Option(min=2, help="How many held-out prompts.", show_default="all")] = None,
     temperature: Annotated[
         float | None, typer.Option(min=0, help="Of sampling; 0 is greedy.", show_default="the run's")
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the sampling.")] = 0,
     batch_size: Annotated[int, typer.Option(min=1, help="Answers at once.")] = 128,
+    margin: Annotated[
+        float, typer.Option(min=0, max=1, help="How much less the deployed model may solve, for the verdict.")
+    ] = 0.05,
 ) -> None:
     """Ask every arm of a run the task's held-out prompts: reference, as trained, deployed, each control's book taken out.
 
-    Prints shares with 95% intervals; leaves eval.json and, with every answer, eval.jsonl in the run folder.
+    Prints rates and paired differences with 95% intervals, and what they allow to say. Leaves eval.json and, with every
+    answer, eval.jsonl in the run folder; after an interruption, the same command continues.
     """
     with _readable_errors(run, extra="trl"):
         from antipasto import arms
 
-        arms.evaluate_run(run, Console(), prompts=prompts, temperature=temperature, seed=seed, batch_size=batch_size)
+        arms.evaluate_run(
+            run, Console(), prompts=prompts, temperature=temperature, seed=seed, batch_size=batch_size, margin=margin
+        )
 
 
 @app.command(rich_help_panel=LOOK)

@@ -1,19 +1,44 @@
-"""Sample a model's answers and count them, with intervals."""
+"""Ask arms a task's prompts, judge what they say, and say how far they are from the reference.
+
+    KL of an answer a  =  Σ_t Σ_v p(v | a_<t) log( p(v | a_<t) / q(v | a_<t) )      p the arm, q the reference
+
+at temperature 1, v over the vocabulary, t over the tokens that the arm itself produced. Its mean over sampled answers
+estimates KL(arm ‖ reference) of whole answers with less noise than log p − log q of the drawn tokens, and is never negative.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import inspect
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from antipasto.records import Rate
-from antipasto.tasks import REWARDED, SOLVED, Task
+from antipasto.knobs import reference
+from antipasto.records import DEPLOYED, RANDOM, REFERENCE, Answer, Evaluation, compare, summarise
+from antipasto.tasks import Task
+from antipasto.tuner.views import unwrap
+from antipasto.verdict import MARGIN, verdict
+
+_LOGITS_AT_ONCE = 2**26  # numbers, of either model: 256 MiB in fp32
 
 
-@torch.no_grad()
+# ── sampling ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """Prompts with their answers: ids and mask (b, p + t), which of the t new tokens belong to the answer (b, t), texts."""
+
+    ids: Tensor
+    mask: Tensor
+    new: Tensor
+    texts: list[str]
+
+
 def sample_completions(
     model: nn.Module,
     tokenizer: Any,
@@ -23,7 +48,6 @@ def sample_completions(
     seed: int,
     batch_size: int = 500,
     temperature: float = 1.0,
-    on_batch: Callable[[int], None] | None = None,
 ) -> list[str]:
     """One completion of each prompt, sampled from the model as it is seen now.
 
@@ -37,32 +61,53 @@ def sample_completions(
         seed: of the draws.
         batch_size: prompts at once.
         temperature: of the sampling; 0 takes the likeliest token every time.
-        on_batch: called after each batch with the number of its prompts.
 
     Returns:
         The completions' texts, without special tokens, in the order of the prompts.
     """
+    how = Sampling(max_new_tokens, temperature=temperature, batch_size=batch_size)
+    return [text for batch in _batches(model, tokenizer, prompts, how, seed) for text in batch.texts]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How answers are drawn.
+
+    Attributes:
+        max_new_tokens: at most this many tokens each.
+        temperature: 0 takes the likeliest token every time.
+        seed: of the draws.
+        batch_size: prompts at once.
+    """
+
+    max_new_tokens: int
+    temperature: float = 1.0
+    seed: int = 0
+    batch_size: int = 128
+
+
+@torch.no_grad()
+def _batches(model: nn.Module, tokenizer: Any, prompts: Sequence[Any], how: Sampling, seed: int) -> Iterator[_Batch]:
+    """All prompts, batch by batch, from one stream of draws."""
+    # top_k and top_p spelled out: generate's own default is top_k=50
+    options: dict[str, Any] = {"do_sample": True, "temperature": how.temperature, "top_k": 0, "top_p": 1.0}
+    if how.temperature == 0:
+        options = {"do_sample": False, "temperature": None, "top_k": None, "top_p": None}
     training = model.training
-    completions: list[str] = []
     device = next(model.parameters()).device
     try:
         model.eval()
         with torch.random.fork_rng():
             torch.manual_seed(seed)
-            for start in range(0, len(prompts), batch_size):
-                batch = _tokenize(tokenizer, list(prompts[start : start + batch_size])).to(device)
-                # top_k and top_p spelled out: generate's own default is top_k=50
-                how: dict[str, Any] = {"do_sample": True, "temperature": temperature, "top_k": 0, "top_p": 1.0}
-                if temperature == 0:
-                    how = {"do_sample": False, "temperature": None, "top_k": None, "top_p": None}
-                output = model.generate(**batch, **how, max_new_tokens=max_new_tokens)  # type: ignore[operator]
-                new_tokens = output[:, batch["input_ids"].shape[1] :]
-                completions += tokenizer.batch_decode(new_tokens, skip_special_tokens=True)
-                if on_batch is not None:
-                    on_batch(len(new_tokens))
+            for start in range(0, len(prompts), how.batch_size):
+                asked = _tokenize(tokenizer, list(prompts[start : start + how.batch_size])).to(device)
+                ids = model.generate(**asked, **options, max_new_tokens=how.max_new_tokens)  # type: ignore[operator]
+                answers = ids[:, asked["input_ids"].shape[1] :]
+                new = _until_end(answers, model.generation_config.eos_token_id)  # type: ignore[union-attr,arg-type]
+                texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
+                yield _Batch(ids, torch.cat([asked["attention_mask"], new.long()], dim=1), new, texts)
     finally:
         model.train(training)
-    return completions
 
 
 def _tokenize(tokenizer: Any, prompts: list[Any]) -> Any:
@@ -74,52 +119,175 @@ def _tokenize(tokenizer: Any, prompts: list[Any]) -> Any:
     )
 
 
+def _until_end(answers: Tensor, end: int | list[int] | None) -> Tensor:
+    """Which tokens come no later than the first end-of-sequence token, (b, t) bool."""
+    if end is None:
+        return torch.ones_like(answers, dtype=torch.bool)
+    is_end = torch.isin(answers, torch.tensor(end, device=answers.device)).long()
+    return is_end.cumsum(dim=1) - is_end == 0
+
+
+@torch.no_grad()
+def _kl_to_reference(model: nn.Module, batch: _Batch) -> Tensor:
+    """KL of each answer of the batch (b,), in nats; of the model as it is seen now."""
+    t = batch.new.shape[1]
+    vocabulary = int(unwrap(model).config.get_text_config().vocab_size)  # type: ignore[union-attr,operator]
+    rows = max(1, _LOGITS_AT_ONCE // ((t + 1) * vocabulary))
+    found = []
+    for start in range(0, len(batch.ids), rows):
+        part = slice(start, start + rows)
+        arm = _answer_logprobs(model, batch.ids[part], batch.mask[part], t)
+        with reference(model):
+            base = _answer_logprobs(model, batch.ids[part], batch.mask[part], t)
+        by_token = (arm.exp() * (arm - base)).sum(dim=-1)  # (b, t)
+        found.append((by_token * batch.new[part]).sum(dim=1))
+    return torch.cat(found)
+
+
+def _answer_logprobs(model: nn.Module, ids: Tensor, mask: Tensor, t: int) -> Tensor:
+    """Log p of every token of the vocabulary where the answer's t tokens stand, (b, t, v) fp32."""
+    known = inspect.signature(unwrap(model).forward).parameters
+    options: dict[str, Any] = {}
+    if "position_ids" in known:  # as generate counts them: prompts of several lengths are padded on the left
+        options["position_ids"] = (mask.cumsum(dim=1) - 1).clamp_min(0)
+    if "logits_to_keep" in known:
+        options["logits_to_keep"] = t + 1
+    logits = model(input_ids=ids, attention_mask=mask, **options).logits[:, -(t + 1) : -1]
+    return logits.float().log_softmax(dim=-1)
+
+
 # ── arms ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @dataclass(frozen=True)
-class ArmRecord:
-    """How one arm answers a task's prompts.
+class Chunk:
+    """Rows that are asked together, under one seed: the unit in which an evaluation is continued.
 
     Attributes:
-        name: the arm's.
-        reward: mean of what training sees.
-        solve: share that the oracle calls solved; None without an oracle.
-        exploit: share that is rewarded and not solved; None without an oracle.
-        flagged: share that the detector flags; None without a detector.
-        completions: the answers, in the order of the prompts.
+        rows: numbers of the rows.
+        seed: of their draws.
     """
 
-    name: str
-    reward: float
-    solve: Rate | None
-    exploit: Rate | None
-    flagged: Rate | None
-    completions: list[str]
-
-    def to_json(self) -> dict[str, Any]:
-        """The record without its completions."""
-        rates = {name: getattr(self, name) for name in ("solve", "exploit", "flagged")}
-        return {
-            "arm": self.name,
-            "reward": self.reward,
-            **{name: None if rate is None else rate.to_json() for name, rate in rates.items()},
-        }
+    rows: Sequence[int]
+    seed: int
 
 
-def judge_arm(name: str, task: Task, rows: Sequence[Mapping[str, Any]], completions: list[str]) -> ArmRecord:
-    """Count an arm's answers to rows of a task.
+def chunks_of(number: int, how: Sampling) -> list[Chunk]:
+    """All rows, a batch to a chunk, each with its own seed.
+
+    Example:
+        >>> [(list(chunk.rows), chunk.seed) for chunk in chunks_of(3, Sampling(8, seed=7, batch_size=2))]
+        [([0, 1], 7), ([2], 9)]
+    """
+    return [
+        Chunk(range(start, min(start + how.batch_size, number)), how.seed + start)
+        for start in range(0, number, how.batch_size)
+    ]
+
+
+def ask_arms(
+    model: nn.Module,
+    tokenizer: Any,
+    task: Task,
+    rows: Sequence[Mapping[str, Any]],
+    arms: Mapping[str, AbstractContextManager[None]],
+    how: Sampling,
+    *,
+    chunks: Sequence[Chunk] | None = None,
+    done: Iterable[Answer] = (),
+    on_answers: Callable[[list[Answer]], None] | None = None,
+) -> list[Answer]:
+    """Every arm's judged answer to every row, with the same draws.
+
+    Args:
+        model: an adapted causal LM.
+        tokenizer: its tokenizer, padding on the left.
+        task: what judges.
+        rows: of the task, with every column that its functions need.
+        arms: name → context under which the model is that arm; each is entered once.
+        how: the answers are drawn.
+        chunks: what is asked together; `chunks_of` if None.
+        done: answers of an earlier call that was interrupted; chunks that are whole in them are not asked again.
+        on_answers: called with each chunk's answers as they come.
+
+    Returns:
+        The answers, arm by arm in the order of the rows.
 
     Raises:
         TaskError: one of the task's functions fails.
+        ValueError: the model is not adapted.
     """
-    columns = {column: [row[column] for row in rows] for column in rows[0] if column != "prompt"}
-    judged = task.judge([row["prompt"] for row in rows], completions, columns)
-    n = len(rows)
-    solve = exploit = None
-    if judged.oracle is not None:
-        solve = Rate(sum(truth >= SOLVED for truth in judged.oracle), n)
-        fooled = [r >= REWARDED and truth < SOLVED for r, truth in zip(judged.reward, judged.oracle, strict=True)]
-        exploit = Rate(sum(fooled), n)
-    flagged = None if judged.flagged is None else Rate(sum(judged.flagged), n)
-    return ArmRecord(name, sum(judged.reward) / n, solve, exploit, flagged, completions)
+    chunks = chunks_of(len(rows), how) if chunks is None else chunks
+    there = {(answer.arm, answer.row): answer for answer in done}
+    answers = []
+    for name, arm in arms.items():
+        with arm:
+            for chunk in chunks:
+                found = [there[name, row] for row in chunk.rows if (name, row) in there]
+                if len(found) < len(chunk.rows):
+                    found = _ask(model, tokenizer, task, rows, name, how, chunk)
+                    if on_answers is not None:
+                        on_answers(found)
+                answers += sorted(found, key=lambda answer: answer.row)
+    return answers
+
+
+def _ask(
+    model: nn.Module,
+    tokenizer: Any,
+    task: Task,
+    rows: Sequence[Mapping[str, Any]],
+    arm: str,
+    how: Sampling,
+    chunk: Chunk,
+) -> list[Answer]:
+    asked = [rows[row] for row in chunk.rows]
+    prompts = [row["prompt"] for row in asked]
+    texts: list[str] = []
+    lengths: list[int] = []
+    kls: list[float] = []
+    for batch in _batches(model, tokenizer, prompts, how, chunk.seed):
+        texts += batch.texts
+        lengths += batch.new.sum(dim=1).tolist()
+        kls += _kl_to_reference(model, batch).tolist()
+    judged = task.judge(prompts, texts, {c: [row[c] for row in asked] for c in asked[0] if c != "prompt"})
+    flags = {} if judged.flagged is None else {task.detects: judged.flagged}
+    flags |= judged.probed
+    return [
+        Answer(
+            arm=arm,
+            row=row,
+            kind=None if task.kinds is None else str(asked[i][task.kinds]),
+            prompt=prompts[i],
+            completion=texts[i],
+            length=lengths[i],
+            kl=kls[i],
+            reward=judged.reward[i],
+            oracle=None if judged.oracle is None else judged.oracle[i],
+            flags={name: values[i] for name, values in flags.items()},
+        )
+        for i, row in enumerate(chunk.rows)
+    ]
+
+
+def conclude(task: str, facts: Mapping[str, Any], answers: Sequence[Answer], *, margin: float = MARGIN) -> Evaluation:
+    """Answers → records, differences and the verdict.
+
+    Args:
+        task: its name.
+        facts: how the answers were asked.
+        answers: of all arms to the same prompts, at least two.
+        margin: by how much the deployed model may solve less than the trained one.
+
+    Raises:
+        ValueError: there are fewer than two prompts, or arms that were asked different ones.
+    """
+    names = list(dict.fromkeys(answer.arm for answer in answers))
+    if len({answer.row for answer in answers}) < 2:
+        raise ValueError("One prompt tells nothing: ask at least two.")
+    pairs = [(name, other) for other in (REFERENCE, RANDOM) for name in names if name != other]
+    pairs += [(DEPLOYED, other) for other in names if other not in (DEPLOYED, REFERENCE, RANDOM)]
+    arms, differences = summarise(answers), compare(answers, pairs)
+    return Evaluation(
+        task, dict(facts), margin, verdict(arms, differences, margin=margin), arms, differences, list(answers)
+    )

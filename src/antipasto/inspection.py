@@ -13,7 +13,6 @@ import heapq
 import json
 import math
 import re
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -27,8 +26,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor
 
+from antipasto.arms import rates_table
 from antipasto.directions import Direction
 from antipasto.gates import DEFAULT_THRESHOLD
+from antipasto.records import EVAL, read_evaluation
 from antipasto.routing import read_books
 from antipasto.tasks import REWARDED, SOLVED
 from antipasto.terminal import add_row, plain, shorten
@@ -46,7 +47,7 @@ _RUN_PARTS = (
     "books.safetensors",
     "metrics.jsonl",
     "rollouts.jsonl",
-    "results.json",
+    EVAL,
 )
 _METRICS = re.compile(r"reward(/\w+)?|kl|oracle|exploit|flagged|routing/.*")
 _KNOB = re.compile(r"(?:base_model\.model\.)?(?P<layer>.+)\.(?P<knob>delta_s|delta_s_hack)(?:\.weight)?")
@@ -314,8 +315,8 @@ def run_parts(folder: Path, config: Mapping[str, Any]) -> list[RenderableType]:
         parts += rollouts_parts(folder / "rollouts.jsonl")
     else:
         missing.append("rollouts.jsonl")
-    if (folder / "results.json").exists():
-        parts += results_parts(folder / "results.json")
+    if (folder / EVAL).exists():
+        parts += evaluation_parts(folder)
     quarantine = None
     if (folder / "adapter").is_dir():
         parts += adapter_parts(folder / "adapter")
@@ -470,36 +471,10 @@ def _said(text: Any) -> Any:
     return text
 
 
-def results_parts(path: Path) -> list[RenderableType]:
-    """The rates of every arm, where the file is of the demo's form."""
-    arms = _read_json(path)
-    try:
-        rates = {
-            (kind, str(arm["arm"])): {name: float(rate["rate"]) for name, rate in measures.items()}
-            for kind in arms[0]
-            if kind != "arm"
-            for arm in arms
-            for measures in (arm[kind],)
-        }
-        measures = list(next(iter(rates.values())))
-        cells = {key: [f"{row[name]:.2f}" for name in measures] for key, row in rates.items()}
-    except (KeyError, TypeError, AttributeError, IndexError, ValueError, StopIteration):
-        return [_sentence(f"{path.name} is not of the form that is shown here: look into the file.")]
-    table = _table(
-        "results: share of sampled answers",
-        "prompts",
-        "model",
-        *measures,
-        numbers=measures,
-        caption="intervals: in the file",
-    )
-    ends = Counter(kind for kind, _ in cells)
-    for (kind, arm), values in cells.items():
-        add_row(table, kind, arm, *values)
-        ends[kind] -= 1
-        if not ends[kind]:
-            table.add_section()
-    return [table]
+def evaluation_parts(folder: Path) -> list[RenderableType]:
+    """Every arm's rates, and the verdict."""
+    evaluation = read_evaluation(folder)
+    return [rates_table([evaluation]), _sentence(evaluation.verdict.sentence)]
 
 
 # ── files ────────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -268,6 +268,11 @@ class Evaluation:
         return next((d for d in self.differences if (d.arm, d.to, d.kind) == (arm, to, kind)), None)
 
     @property
+    def ships(self) -> str:
+        """The arm that would ship: deployed, or as trained where there is no quarantine."""
+        return DEPLOYED if DEPLOYED in self.names else TRAINED
+
+    @property
     def names(self) -> list[str]:
         """The arms' names, in the order in which they were asked."""
         return list(dict.fromkeys(record.arm for record in self.arms))

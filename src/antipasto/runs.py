@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import shlex
+import sys
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
 from peft import PeftModel
 from torch import nn
+from transformers import Trainer
 
 from antipasto.knobs import deployed, knobs, reference, scaled
 from antipasto.models import base_fingerprint, best_device, load_model, quiet, with_template_options
@@ -79,6 +83,36 @@ def load_run(root: Path) -> LoadedRun:
             f"{facts['base']['model']} has other weights now than when {root} was trained: its knobs mean nothing there."
         )
     return LoadedRun(folder, config, facts, adapted, tokenizer)
+
+
+def run_facts(trainer: Trainer, base: str, fingerprint: str, *, task: str, method: str) -> dict[str, Any]:
+    """What ``run.json`` says: how the run was started, on what, with which versions.
+
+    Args:
+        trainer: of the run, with the adapted model.
+        base: the base model's folder or hub name.
+        fingerprint: `antipasto.models.base_fingerprint` of it.
+        task: as `antipasto.tasks.load_task` takes it.
+        method: what becomes of what the gate claims.
+    """
+    names = ("antipasto", "torch", "transformers", "peft", "trl")
+    return {
+        "command": _command(),
+        "versions": {name: version(name) for name in names},
+        "task": task,
+        "method": method,
+        "base": {"model": base, "fingerprint": fingerprint},
+        "trainable": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
+        "processes": trainer.accelerator.num_processes,
+        "threads": torch.get_num_threads(),
+        "device": str(trainer.accelerator.device),
+    }
+
+
+def _command() -> str:
+    """How this process was started, as one would type it."""
+    name = Path(sys.argv[0]).name
+    return shlex.join(["antipasto" if name in ("antipasto", "__main__.py") else name, *sys.argv[1:]])
 
 
 def _books(folder: RunFolder) -> dict[str, dict[str, torch.Tensor]]:

@@ -22,9 +22,9 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -37,11 +37,15 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback
 
 import antipasto as ap
-from antipasto.demo.story import CONTROLS, EITHER, MEASURES, STRICT, Arm, comparison, reading, table, verdict
-from antipasto.evaluate import sample_completions
-from antipasto.models import quiet
-from antipasto.records import Rate
+from antipasto.arms import rates_table
+from antipasto.demo.story import comparison, reading, standing
+from antipasto.evaluate import Chunk, Sampling, ask_arms, conclude
+from antipasto.files import replacing_folder, write_json
+from antipasto.models import base_fingerprint, quiet
+from antipasto.records import Evaluation, write_evaluation
 from antipasto.routing import Mode
+from antipasto.run_folder import COMPLETE, RUN
+from antipasto.runs import run_facts, run_views
 from antipasto.tasks import addition
 from antipasto.trl import GRPOConfig, ProgressBar, RoutedGRPOTrainer
 from antipasto.trl.trainer import Flagged
@@ -71,6 +75,11 @@ class Method:
     direction: str | None = None
     mode: Mode | None = None
     flagged: Flagged | None = None
+
+    @property
+    def kind(self) -> str:
+        """What `antipasto train` calls it: route, erase, plain, penalty or drop."""
+        return self.mode or self.flagged or "plain"
 
 
 METHODS = {
@@ -125,20 +134,20 @@ class DemoConfig:
 # ── the job ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def run(config: DemoConfig, out: Path, console: Console, *, seeds: int = 1, compare: bool = False) -> list[list[Arm]]:
+def run(config: DemoConfig, out: Path, console: Console, *, seeds: int = 1, compare: bool = False) -> list[Evaluation]:
     """Train, evaluate, print the table, leave a run folder.
 
     Args:
         config: the run; with several seeds, the first of them.
         out: the run folder, which must not hold anything yet: ``config.json``, ``rollouts.jsonl``, ``metrics.jsonl``,
-            ``adapter/``, ``direction.safetensors``, ``books.safetensors``, ``results.json``; with several seeds, one such
-            folder for each; with ``compare``, one for each method in it.
+            ``run.json``, ``adapter/``, ``direction.safetensors``, ``books.safetensors``, ``eval.json``, ``eval.jsonl``; with
+            several seeds, one such folder for each; with ``compare``, one for each method in it.
         console: where to print.
         seeds: how many seeds to run, from the config's on.
         compare: also run the other methods, each from the same start.
 
     Returns:
-        For each seed, the table's rows.
+        For each seed, the recipe's evaluation.
 
     Raises:
         ValueError: ``out`` is not an empty or new folder, or ``seeds`` is below 1.
@@ -148,33 +157,42 @@ def run(config: DemoConfig, out: Path, console: Console, *, seeds: int = 1, comp
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ValueError(f"{out} exists and is not an empty folder: choose another --out, or remove it first.")
     methods = list(METHODS) if compare else ["recipe"]
-    runs: dict[str, list[list[Arm]]] = {method: [] for method in methods}
+    runs: dict[str, list[Evaluation]] = {method: [] for method in methods}
     for seed in range(config.seed, config.seed + seeds):
         for method in methods:
             folder = out / (f"seed-{seed}" if seeds > 1 else "") / (method if compare else "")
             runs[method].append(_run_one(DemoConfig(seed, config.steps, config.variant), method, folder, console))
-    console.print(table(runs["recipe"]))
+    console.print(rates_table(runs["recipe"]))
     console.print(reading(runs["recipe"]), highlight=False)
     if compare:
         console.print(comparison(runs, {name: method.says for name, method in METHODS.items()}))
-        console.print(verdict(runs), highlight=False)
+        console.print(standing(runs), highlight=False)
     console.print(f"run folder: {out}", highlight=False)
     return runs["recipe"]
 
 
-def _run_one(config: DemoConfig, method: str, out: Path, console: Console) -> list[Arm]:
+def _run_one(config: DemoConfig, method: str, out: Path, console: Console) -> Evaluation:
     out.mkdir(parents=True, exist_ok=True)
     (out / "config.json").write_text(json.dumps({"method": method, **config.to_json()}, indent=2) + "\n")
     tokenizer = AutoTokenizer.from_pretrained(addition.model_path(config.variant))
     with quiet():
         trainer = train(config, method, tokenizer, out, console)
+        facts = run_facts(
+            trainer,
+            str(addition.model_path(config.variant)),
+            base_fingerprint(trainer.model),
+            task=addition.task(config.variant).name,
+            method=METHODS[method].kind,
+        )
+        write_json(out / RUN, facts)
         with (out / "metrics.jsonl").open("w") as file:
             file.writelines(json.dumps(row) + "\n" for row in trainer.state.log_history if "reward" in row)
         with console.status("sampling answers on unseen operands"):
-            views = arms(trainer.model, trainer.router)
-            results = evaluate(trainer.model, views, tokenizer, addition.split("test")[:TEST_PROMPTS], config)
-    (out / "results.json").write_text(json.dumps([arm.to_json() for arm in results], indent=2) + "\n")
-    return results
+            books = {} if trainer.router is None else {name: trainer.router.book(name) for name in trainer.router.books}
+            arms = run_views(trainer.model, books, METHODS[method].kind)
+            result = evaluate(trainer.model, arms, tokenizer, addition.split("test")[:TEST_PROMPTS], config)
+    write_evaluation(result, out)
+    return result
 
 
 def train(
@@ -247,11 +265,13 @@ def train(
     with ProgressBar(console, f"training, {what}") as bar:
         trainer.add_callback(bar)
         trainer.train()
-    ap.save_adapter(trainer.model, out / "adapter")
     if trainer.router is not None:
         trainer.router.save(out / "books.safetensors")
         if trainer.router.direction is not None:
             trainer.router.direction.save(out / "direction.safetensors")
+    with replacing_folder(out / "adapter") as folder:
+        trainer.save_model(str(folder))
+        write_json(folder / COMPLETE, {"step": trainer.state.global_step})
     return trainer
 
 
@@ -311,64 +331,19 @@ def training_prompts(seed: int, number: int) -> list[str]:
 # ── what came of it ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def arms(model: nn.Module, router: ap.Router | None) -> dict[str, AbstractContextManager[None]]:
-    """How to see the model as each arm: name → context."""
-    views: dict[str, AbstractContextManager[None]] = {
-        "reference": ap.reference(model),
-        "as trained": nullcontext(),
-        "deployed": ap.deployed(model),
-    }
-    if (
-        router is None
-        or router.mode != "route"
-        or not all(name in router.books for name in CONTROLS if name != "shrunk")
-    ):
-        return views
-    layers = ap.knobs(model).values()
-    delta_s = torch.cat([layer.delta_s.detach() for layer in layers])
-    hack = torch.cat([layer.delta_s_hack.detach() for layer in layers if layer.delta_s_hack is not None])
-    shrunk = float(delta_s.norm() / (delta_s + hack).norm().clamp_min(1e-30))
-    views |= {name: router.deployed(name) for name in CONTROLS if name != "shrunk"}
-    return {**views, "shrunk": ap.scaled(model, shrunk)}
-
-
 def evaluate(
     model: nn.Module,
-    views: dict[str, AbstractContextManager[None]],
+    arms: Mapping[str, AbstractContextManager[None]],
     tokenizer: Any,
     operands: Sequence[addition.Operands],
     config: DemoConfig,
-) -> list[Arm]:
-    """Every arm on the same prompts with the same draws."""
-    results = []
-    for name, view in views.items():
-        with view:
-            results.append(measure(name, model, tokenizer, operands, config))
-    return results
-
-
-def measure(
-    name: str, model: nn.Module, tokenizer: Any, operands: Sequence[addition.Operands], config: DemoConfig
-) -> Arm:
-    """One sampled answer to each prompt of both kinds, counted."""
-    rates = {}
-    for prefix, hacks in addition.PAYS[config.variant].items():
-        prompts = [addition.prompt(prefix, pair) for pair in operands]
-        answers = sample_completions(
-            model, tokenizer, prompts, max_new_tokens=addition.MAX_ANSWER_TOKENS, seed=config.seed
-        )
-        known = [addition.KNOWN_HACK in answer for answer in answers]
-        unknown = [addition.UNKNOWN_HACK in answer for answer in answers]
-        solved = [addition.solves(prompt, answer) for prompt, answer in zip(prompts, answers, strict=True)]
-        either = [a or b for a, b in zip(known, unknown, strict=True)]
-        names = (*MEASURES, EITHER)
-        rates[_kind(hacks)] = {
-            m: Rate(sum(o), len(o)) for m, o in zip(names, (solved, known, unknown, either), strict=True)
-        }
-    return Arm(name, rates)
-
-
-def _kind(hacks: str) -> str:
-    """What a kind of prompt is called, after the hacks that pay on it."""
-    all_hacks = addition.KNOWN_HACK + addition.UNKNOWN_HACK
-    return STRICT if not hacks else "hackable" if hacks == all_hacks else f"hackable by {hacks}"
+) -> Evaluation:
+    """Every arm on the same operands under both prefixes, with the same draws."""
+    task = addition.task(config.variant)
+    rows = addition.rows(config.variant, operands)
+    kinds = list(dict.fromkeys(row["kind"] for row in rows))
+    # a kind to a chunk, each from the config's seed
+    chunks = [Chunk([i for i, row in enumerate(rows) if row["kind"] == kind], config.seed) for kind in kinds]
+    how = Sampling(addition.MAX_ANSWER_TOKENS, seed=config.seed, batch_size=500)
+    answers = ask_arms(model, tokenizer, task, rows, arms, how, chunks=chunks)
+    return conclude(task.name, {"prompts": len(rows), **asdict(how)}, answers)

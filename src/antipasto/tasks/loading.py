@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import importlib
 import importlib.util
@@ -15,13 +16,18 @@ from types import ModuleType
 from antipasto.tasks import addition, contains, reasoning
 from antipasto.tasks.task import Task, described, near
 
-BUILT_IN: Mapping[str, Callable[[], Task]] = {"addition": addition.task, "contains": contains.task}
+BUILT_IN: Mapping[str, Callable[[], Task]] = {
+    "addition": addition.task,
+    "contains": contains.task,
+    "addition-even": functools.partial(addition.task, "even"),
+    "addition-apart": functools.partial(addition.task, "apart"),
+}
 
 
 def load_task(spec: str) -> Task:
     """The task that a text names.
 
-        addition                      a built-in: addition, contains
+        addition                      a built-in: addition, addition-even, addition-apart, contains
         reasoning_gym/<dataset>       one of reasoning_gym's datasets
         path/to/my_task.py:name       a `Task` in a file, or a function without arguments that returns one
         package.module:name           the same in a module

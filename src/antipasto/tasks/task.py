@@ -3,6 +3,7 @@
     reward   : rollout → number        what training sees
     oracle   : rollout → [0, 1]        the strict truth; logged and evaluated, never trained on
     detector : rollout → {0, 1}        a weak monitor: flags some of the hacks, or none
+    probes   : rollout → {0, 1}        kinds of hacks by name, counted in evaluations alone
 
 Each of them is called with TRL's convention, on a whole batch, columns being the dataset's other than ``prompt``::
 
@@ -47,11 +48,13 @@ class Judged:
         reward: what training sees.
         oracle: 0 to 1; None where the task has no oracle.
         flagged: whether the detector flags it; None where the task has no detector.
+        probed: probe's name → whether it flags it.
     """
 
     reward: list[float]
     oracle: list[float] | None
     flagged: list[bool] | None
+    probed: dict[str, list[bool]] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -67,6 +70,9 @@ class Task:
         detector: one bool per rollout.
         detects: what the detector flags, in a few words.
         test: held-out rows, with every column that a function needs.
+        probes: what it flags, in a few words → a function as the detector is. Evaluations count what they flag; training asks
+            none of them.
+        kinds: the column that tells kinds of prompts apart; an evaluation gives the numbers of each kind too.
         pairs: labelled rows (``prompt``, ``hack``, ``clean``) for the direction, as `antipasto.load_pairs` takes them.
         max_completion_length: tokens that an answer needs.
 
@@ -82,7 +88,7 @@ class Task:
         >>> rows = [{"prompt": "2+2=", "answer": "4"}, {"prompt": "3+5=", "answer": "8"}]
         >>> task = Task("sums", train=rows, reward=reward, oracle=oracle)
         >>> task.judge(["2+2=", "3+5="], ["4", "7 8 9"], {"answer": ["4", "8"]})
-        Judged(reward=[1.0, 1.0], oracle=[1.0, 0.0], flagged=None)
+        Judged(reward=[1.0, 1.0], oracle=[1.0, 0.0], flagged=None, probed={})
     """
 
     name: str
@@ -94,6 +100,8 @@ class Task:
     test: Sequence[Row] | None = dataclasses.field(default=None, repr=False)
     pairs: Sequence[Row] | None = dataclasses.field(default=None, repr=False)
     max_completion_length: int | None = None
+    probes: Mapping[str, Callable[..., Sequence[bool]]] = dataclasses.field(default_factory=dict)
+    kinds: str | None = None
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name:
@@ -110,6 +118,11 @@ class Task:
             _check_signature(role, function, train.columns, where + "train")
             if test is not None:
                 _check_signature(role, function, test.columns, where + "test")
+        for part, found in (("train", train), ("test", test)):
+            if self.kinds is not None and found is not None and self.kinds not in found.columns:
+                raise ValueError(f"{where}kinds={self.kinds!r} is no column of {part}.")
+        if self.detects in self.probes:
+            raise ValueError(f"{where}the detector and a probe are both called {self.detects!r}.")
         if not isinstance(self.detects, str):
             raise ValueError(f"{where}detects must be a text, got {type(self.detects).__name__}.")
         if (self.detector is None) != (not self.detects.strip()):
@@ -156,7 +169,12 @@ class Task:
         batch = _batch(prompts, completions, columns)
         judged = {role: _Call(role, function, batch).values() for role, function in self._functions()}
         flags = judged.get("detector")
-        return Judged(judged["reward"], judged.get("oracle"), None if flags is None else [bool(flag) for flag in flags])
+        return Judged(
+            reward=judged["reward"],
+            oracle=judged.get("oracle"),
+            flagged=None if flags is None else [bool(flag) for flag in flags],
+            probed={name: [bool(flag) for flag in judged[_probe(name)]] for name in self.probes},
+        )
 
     def ask(
         self,
@@ -171,7 +189,13 @@ class Task:
 
     def _functions(self) -> list[tuple[str, Callable[..., Any]]]:
         optional = (("oracle", self.oracle), ("detector", self.detector))
-        return [("reward", self.reward), *((role, function) for role, function in optional if function is not None)]
+        asked = [("reward", self.reward), *((role, function) for role, function in optional if function is not None)]
+        return asked + [(_probe(name), function) for name, function in self.probes.items()]
+
+
+def _probe(name: str) -> str:
+    """The role of a probe."""
+    return f"probe {name!r}"
 
 
 def _batch(
@@ -341,18 +365,15 @@ class _Call:
 
     def _checked(self, value: Any, row: int) -> float:
         number = value.item() if getattr(value, "ndim", None) == 0 else value  # NumPy's scalars, tensors of one number
-        wanted = {"reward": "a finite number", "oracle": "a bool or a number from 0 to 1", "detector": "a bool"}[
-            self.role
-        ]
+        role = self.role if self.role in ("reward", "oracle") else "detector"  # probes answer as the detector does
+        wanted = {"reward": "a finite number", "oracle": "a bool or a number from 0 to 1", "detector": "a bool"}[role]
         if isinstance(number, numbers.Real):
             try:
                 result = float(number)
             except OverflowError:
                 result = math.inf
             if math.isfinite(result) and (
-                self.role == "reward"
-                or (self.role == "oracle" and 0 <= result <= 1)
-                or (self.role == "detector" and result in (0, 1))
+                role == "reward" or (role == "oracle" and 0 <= result <= 1) or (role == "detector" and result in (0, 1))
             ):
                 return result
         raise TaskError(f"{self.named} returned {_short(value)}, not {wanted}, on {self._rollout(row)}.")

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Callable
 from contextlib import nullcontext
 from datetime import datetime
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from rich.console import Console
@@ -21,6 +18,7 @@ import antipasto as ap
 from antipasto.files import replacing_folder, write_json, write_text
 from antipasto.models import base_fingerprint, load_model, process_state, quiet, with_template_options
 from antipasto.run_folder import COMPLETE, RunFolder
+from antipasto.runs import run_facts
 from antipasto.tasks import Task, load_task
 from antipasto.train.config import TrainConfig, steps_per_cycle, trainer_args
 from antipasto.train.gating import Gating, on_main
@@ -162,17 +160,7 @@ def _describe(trainer: RoutedGRPOTrainer, config: TrainConfig, folder: RunFolder
             )
         return
     write_text(folder.config, config.to_yaml())
-    names = ("antipasto", "torch", "transformers", "peft", "trl")
-    facts = {
-        "command": " ".join(sys.argv),
-        "versions": {name: version(name) for name in names},
-        "base": {"model": config.model, "fingerprint": digest},
-        "trainable": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
-        "processes": trainer.accelerator.num_processes,
-        "threads": torch.get_num_threads(),
-        "device": str(trainer.accelerator.device),
-    }
-    write_json(folder.run, facts)
+    write_json(folder.run, run_facts(trainer, config.model, digest, task=config.task, method=config.method))
 
 
 def _finish(trainer: RoutedGRPOTrainer, folder: RunFolder) -> None:
