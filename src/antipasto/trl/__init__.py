@@ -2,7 +2,8 @@
 
 from trl import GRPOConfig, GRPOTrainer
 
-from antipasto.trl.callbacks import CompleteCheckpoints, Interrupts, MetricsLog, ProgressBar, RoutingCallback
+from antipasto.trl.callbacks import CompleteCheckpoints, Interrupts, MetricsLog, RoutingCallback
+from antipasto.trl.live import ProgressBar
 from antipasto.trl.trainer import RoutedGRPOTrainer
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""What sits beside a Trainer: the router's hooks, and one line of progress."""
+"""What sits beside a Trainer: the router's hooks, the log of metrics, whole checkpoints, and what Ctrl-C does."""
 
 from __future__ import annotations
 
@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from accelerate.utils import gather_object
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import rotate_checkpoints
 
@@ -21,61 +20,6 @@ from antipasto.files import write_json
 from antipasto.routing import Router
 from antipasto.run_folder import COMPLETE
 from antipasto.trl.rollout_log import truncate
-
-
-class ProgressBar(TrainerCallback):
-    """One line that says how far the run is, and its latest mean reward and KL to the reference.
-
-    A context manager too: leaving it, also by an exception, gives the terminal back. Where the output is no terminal, a line
-    each time that something is logged.
-    """
-
-    def __init__(self, console: Console, description: str) -> None:
-        self._console = console
-        self._progress = Progress(
-            TextColumn(description),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("reward {task.fields[reward]}  KL {task.fields[kl]}"),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            console=console,
-        )
-        self._task = self._progress.add_task(description, total=None, reward="-", kl="-")
-
-    def __enter__(self) -> ProgressBar:
-        self._progress.start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        self._progress.stop()
-
-    def on_train_begin(
-        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
-    ) -> None:
-        self._progress.update(self._task, total=state.max_steps)
-
-    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        self._progress.update(self._task, completed=state.global_step)
-
-    def on_log(
-        self,
-        args: TrainingArguments,
-        state: TrainerState,
-        control: TrainerControl,
-        logs: dict[str, float] | None = None,
-        **kwargs: Any,
-    ) -> None:
-        if not logs or "reward" not in logs:
-            return
-        self._progress.update(
-            self._task, reward=f"{logs['reward']:.2f}", kl=f"{logs['kl']:.3f}" if "kl" in logs else "-"
-        )
-        if not self._console.is_terminal:
-            names = ("reward", "oracle", "exploit", "flagged", "kl")
-            said = "  ".join(f"{name} {logs[name]:.3f}" for name in names if name in logs)
-            self._console.print(f"step {state.global_step}/{state.max_steps}  {said}", highlight=False, soft_wrap=True)
 
 
 class RoutingCallback(TrainerCallback):

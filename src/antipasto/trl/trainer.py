@@ -113,6 +113,7 @@ class RoutedGRPOTrainer(GRPOTrainer):
         self._deployed = deployed_positions(self.num_generations, self.deploy_fraction)
         self._check_options()
         self._rollouts: list[Rollout] = []  # of the present generation, on this process
+        self._lengths: list[int] = []  # of its answers, in tokens
         self._all_rewards = self._all_flags = torch.empty(0)  # of the present generation, on all processes
         self._tape: _Tape | None = None
         self._grads: RolloutGrads | None = None
@@ -211,6 +212,7 @@ class RoutedGRPOTrainer(GRPOTrainer):
             )
             for i in range(len(prompts))
         ]
+        self._lengths = [len(ids) for ids in completion_ids_list]
         self._all_flags = torch.zeros(len(rewards), dtype=torch.bool, device=rewards.device)
         if flags is not None:
             here = torch.tensor([bool(flag) for flag in flags], device=rewards.device)
@@ -266,16 +268,21 @@ class RoutedGRPOTrainer(GRPOTrainer):
         return result
 
     def _say_how_it_went(self) -> None:
-        """Means over all rollouts of the generation, into TRL's metrics."""
+        """Means over all rollouts of the generation, and over those of each policy, into TRL's metrics."""
         metrics: dict[str, list[float]] = defaultdict(list)
-        for rollout in gather_object(self._rollouts):
-            if self.deploy_fraction:
-                metrics[f"reward/{rollout.view}"].append(rollout.reward)
+        for rollout, length in gather_object(list(zip(self._rollouts, self._lengths, strict=True))):
+            of_one = {"reward": rollout.reward, "completions/mean_length": length}
+            of_all: dict[str, float] = {}
             if rollout.flagged is not None:
-                metrics["flagged"].append(rollout.flagged)
+                of_all["flagged"] = rollout.flagged
             if rollout.oracle is not None:
-                metrics["oracle"].append(rollout.oracle)
-                metrics["exploit"].append(rollout.reward >= REWARDED and rollout.oracle < SOLVED)
+                of_all["oracle"] = rollout.oracle
+                of_all["exploit"] = rollout.reward >= REWARDED and rollout.oracle < SOLVED
+            for name, value in of_all.items():
+                metrics[name].append(value)
+            if self.deploy_fraction:
+                for name, value in (of_one | of_all).items():
+                    metrics[f"{name}/{rollout.view}"].append(value)
         for name, values in metrics.items():
             self._metrics["train"][name].append(sum(values) / len(values))
 

@@ -1,0 +1,268 @@
+"""What a run looks like while it trains: how far it is, how long it will take, and how its metrics went so far.
+
+    training, seed 0 ━━━━━━━━━━━━━━╸━━━━━━━━━━━━━━━━━━━━━━━━━ 57/160 0:00:10 left 0:00:18
+    reward        0.781  ▅▅▅▆▅▆▆▆▆▇▇▇▇█
+      deployed    0.703  ▅▅▅▆▅▆▆▅▆▆▇▇▆▇
+    exploit       0.258  ▁▁▁▁▁▁▁▂▁▂▂▂▂▃
+    hack-ward     0.210  ▅▆▇▇▇█▇▇▇▇▇▇▆▇  chance 0.166
+
+Each line of blocks is the whole run: where there are more values than blocks, a block is the mean of some. Shares are drawn
+from 0 to 1, everything else from 0, or from its least value if that is below, to its largest. At the end one line of it stays.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections import deque
+from collections.abc import Iterable, Sequence
+from datetime import timedelta
+from typing import Any, NamedTuple
+
+from rich.console import Console, RenderableType
+from rich.progress import (
+    BarColumn,
+    MofNCompleteColumn,
+    Progress,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
+from rich.table import Table
+from rich.text import Text
+from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
+
+BLOCKS, ASCII_BLOCKS = "▁▂▃▄▅▆▇█", "_.,-=+*#"
+CELLS = 24  # of a line of blocks, at most: with a name, a value and a note it fits into 60 columns
+REFRESHES = 4.0  # a second
+ESTIMATE_OVER = 24 * 3600.0  # seconds whose steps the time left is estimated by: one step may take minutes
+RATE_OVER = 10  # logged rows that tokens a second are counted over
+TOKENS_PER_SECOND = "tokens/s"  # the one row that nobody logs
+
+
+class Row(NamedTuple):
+    """A row of the view, shown where its metric is logged.
+
+    Attributes:
+        label: what the row is called.
+        metric: the name that it is logged under.
+        is_share: whether its values lie between 0 and 1, and are drawn on that scale.
+        chance: a metric that says what chance alone would give.
+    """
+
+    label: str
+    metric: str
+    is_share: bool = False
+    chance: str | None = None
+
+
+ROWS = (
+    Row("reward", "reward"),
+    Row("  trained", "reward/trained"),
+    Row("  deployed", "reward/deployed"),
+    Row("exploit", "exploit", is_share=True),
+    Row("  trained", "exploit/trained", is_share=True),
+    Row("  deployed", "exploit/deployed", is_share=True),
+    Row("oracle", "oracle", is_share=True),
+    Row("hack-ward", "routing/hackward_in", chance="routing/hackward_in_random"),
+    Row("KL", "kl"),
+    Row("flagged", "flagged", is_share=True),
+    Row(TOKENS_PER_SECOND, TOKENS_PER_SECOND),
+)
+LINE = ("reward", "oracle", "exploit", "flagged", "kl")  # what a line of a log says, where the output is no terminal
+
+
+class ProgressBar(TrainerCallback):
+    """Shows a run in a terminal while it trains.
+
+    A context manager too: leaving it, also by an exception, gives the terminal back and leaves one line there. Where the
+    output is no terminal, or a dumb one, it is a line each time that something is logged.
+
+    Args:
+        console: where to show it; one that is quiet shows nothing.
+        description: what the run is called there.
+    """
+
+    def __init__(self, console: Console, description: str) -> None:
+        self._console = console
+        self._progress = _Panel(console, description)
+        self._task = self._progress.add_task(description, total=None, said="")
+        self._said = ""  # in the line that stays
+        self._tokens: deque[tuple[float, float]] = deque(maxlen=RATE_OVER + 1)  # (when, how many so far)
+
+    def __enter__(self) -> ProgressBar:
+        if not self._console.quiet:  # else it would take the output of a process that shows nothing
+            self._progress.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._progress.update(self._task, said=self._said)
+        self._progress.is_over = True
+        self._progress.stop()
+
+    def on_train_begin(
+        self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
+    ) -> None:
+        """Start the clock; a run that continues does not count the steps before as done in this time."""
+        self._progress.reset(self._task, total=state.max_steps, completed=state.global_step)
+        self._tokens.append((time.monotonic(), float(state.num_input_tokens_seen)))
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        self._progress.update(self._task, completed=state.global_step)
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: dict[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        if not logs or "reward" not in logs:
+            return
+        logs = {**logs, **self._rate(logs)}
+        self._progress.show(logs)
+        self._said = f"reward {logs['reward']:.2f}" + (f"  KL {logs['kl']:.3f}" if "kl" in logs else "")
+        if not self._progress.is_live:
+            said = [f"{name} {logs[name]:.3f}" for name in LINE if name in logs]
+            said += [f"{logs[TOKENS_PER_SECOND]:,.0f} {TOKENS_PER_SECOND}"] if TOKENS_PER_SECOND in logs else []
+            left = self._progress.tasks[0].time_remaining
+            said += [f"left {timedelta(seconds=round(left))}"] if left is not None else []
+            line = f"step {state.global_step}/{state.max_steps}  {'  '.join(said)}"
+            self._console.print(line, highlight=False, soft_wrap=True)
+
+    def _rate(self, logs: dict[str, float]) -> dict[str, float]:
+        """Tokens a second, prompts' and answers', over the last rows."""
+        if "num_tokens" not in logs or not self._tokens:
+            return {}
+        self._tokens.append((time.monotonic(), logs["num_tokens"]))
+        (began, before), (now, after) = self._tokens[0], self._tokens[-1]
+        return {TOKENS_PER_SECOND: (after - before) / max(now - began, 1e-9)}
+
+
+class _Panel(Progress):
+    """The line of progress, with rows under it until it is over.
+
+    Attributes:
+        is_over: the line alone is left.
+        is_live: whether the console is one that can be written over.
+    """
+
+    def __init__(self, console: Console, description: str) -> None:
+        self.is_over = False
+        self.is_live = console.is_terminal and not console.is_dumb_terminal
+        self._blocks = ASCII_BLOCKS if console.options.ascii_only else BLOCKS
+        self._history: dict[str, History] = {}
+        super().__init__(
+            TextColumn(description),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("{task.fields[said]}"),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            console=console,
+            refresh_per_second=REFRESHES,
+            speed_estimate_period=ESTIMATE_OVER,
+        )
+
+    def show(self, logs: dict[str, float]) -> None:
+        """Take in a logged row."""
+        with self._lock:  # the thread that draws goes through the same histories
+            for name in {row.metric for row in ROWS} | {row.chance for row in ROWS if row.chance}:
+                if name in logs:
+                    self._history.setdefault(name, History()).add(logs[name])
+
+    def get_renderables(self) -> Iterable[RenderableType]:
+        """The line, and the rows."""
+        yield self.make_tasks_table(self.tasks)
+        if not self.is_over and self._history:
+            yield self._rows()
+
+    def _rows(self) -> Table:
+        table = Table.grid(padding=(0, 2, 0, 0))
+        table.add_column(no_wrap=True)
+        table.add_column(no_wrap=True, justify="right")
+        table.add_column(no_wrap=True, overflow="crop")
+        table.add_column(no_wrap=True)
+        with self._lock:
+            for row in ROWS:
+                if (history := self._history.get(row.metric)) is not None:
+                    chance = self._history.get(row.chance or "")
+                    note = "" if chance is None else f"chance {_number(chance.last)}"
+                    bounds = (0.0, 1.0) if row.is_share else None
+                    line = sparkline(history.cells(), bounds, self._blocks)
+                    table.add_row(row.label, _number(history.last), Text(line), note)
+        return table
+
+
+def _number(value: float) -> str:
+    return f"{value:.3f}" if not abs(value) >= 100 else f"{value:,.0f}"
+
+
+# ── how a metric went ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class History:
+    """The whole course of a metric, in a few numbers whatever its length.
+
+    Args:
+        size: how many at most; even.
+
+    Attributes:
+        last: the latest value.
+
+    Example:
+        >>> history = History(size=4)
+        >>> for value in (1.0, 3.0, 5.0, 7.0, 9.0):
+        ...     history.add(value)
+        >>> history.cells()
+        [2.0, 6.0, 9.0]
+    """
+
+    def __init__(self, size: int = CELLS) -> None:
+        assert size % 2 == 0
+        self.last = math.nan
+        self._size, self._each = size, 1  # values in a cell
+        self._cells: list[float] = []
+        self._open: list[float] = []  # of the cell that is not full yet
+
+    def add(self, value: float) -> None:
+        """Take in a value; one that is not finite is the latest, and nothing else."""
+        self.last = value
+        if not math.isfinite(value):
+            return
+        if len(self._cells) == self._size:
+            pairs = zip(self._cells[::2], self._cells[1::2], strict=True)
+            self._cells = [(a + b) / 2 for a, b in pairs]
+            self._each *= 2
+        self._open.append(value)
+        if len(self._open) == self._each:
+            self._cells.append(sum(self._open) / self._each)
+            self._open = []
+
+    def cells(self) -> list[float]:
+        """Means of as many values each; the last may be of fewer."""
+        return self._cells + ([sum(self._open) / len(self._open)] if self._open else [])
+
+
+def sparkline(values: Sequence[float], bounds: tuple[float, float] | None = None, blocks: str = BLOCKS) -> str:
+    """One block for each value, the higher the larger.
+
+    Args:
+        values: finite numbers.
+        bounds: what the lowest and the highest block stand for; if None, 0, or the least value if that is below, and the
+            largest.
+        blocks: from the lowest on.
+
+    Example:
+        >>> sparkline([0, 1, 2, 3, 4, 5, 6, 7])
+        '▁▂▃▄▅▆▇█'
+        >>> sparkline([0.0, 0.02], bounds=(0, 1))
+        '▁▁'
+    """
+    low, high = bounds or (min(0.0, *values, 0.0), max(0.0, *values, 0.0))
+    if high <= low:
+        return blocks[0] * len(values)
+    top = len(blocks) - 1
+    return "".join(blocks[min(max(round((v - low) / (high - low) * top), 0), top)] for v in values)
