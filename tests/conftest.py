@@ -17,6 +17,7 @@ def _no_cache_of_the_users(tmp_path_factory: pytest.TempPathFactory) -> Iterator
     """For the fixtures of modules, which come before those of tests: another process's basis may differ in its last bits."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ANTIPASTO_CACHE", str(tmp_path_factory.mktemp("basis-cache")))
+        patch.setenv("TRACKIO_DIR", str(tmp_path_factory.mktemp("trackio")))  # read once, where it is imported
         yield
 
 

@@ -1,10 +1,11 @@
 """What a training run leaves on disk, and what of it a later process may trust.
 
     config.yaml            the resolved config: `antipasto train --config` repeats the run; config.json of `antipasto demo`
-    run.json               versions, command, method, the base model and its fingerprint
+    run.json               its name among reporters, versions, command, method, the base model and its fingerprint
     metrics.jsonl          one line a step
     rollouts.jsonl         one line a rollout (`antipasto.trl.rollout_log`)
     direction.safetensors  what the run was routed by
+    tensorboard/           what TensorBoard reads, where the run reports to it
     checkpoint-<step>/     the Trainer's, with books.safetensors; complete once ``complete.json`` is in it
     adapter/               the trained adapter, written at the end
     books.safetensors      the router's books, written at the end
@@ -31,6 +32,7 @@ CONFIG, DEMO_CONFIG, RUN, METRICS, ROLLOUTS = (
     "rollouts.jsonl",
 )
 DIRECTION, BOOKS, ADAPTER, COMPLETE = "direction.safetensors", "books.safetensors", "adapter", "complete.json"
+TENSORBOARD = "tensorboard"
 
 
 class RunFolder:
@@ -45,6 +47,7 @@ class RunFolder:
         self.config, self.run = root / CONFIG, root / RUN
         self.metrics, self.rollouts = root / METRICS, root / ROLLOUTS
         self.direction, self.books, self.adapter = root / DIRECTION, root / BOOKS, root / ADAPTER
+        self.tensorboard = root / TENSORBOARD
 
     def create(self) -> None:
         """Make the folder.
@@ -92,12 +95,17 @@ class RunFolder:
 
     def last_checkpoint(self) -> Path | None:
         """The latest complete checkpoint; later incomplete ones are removed."""
-        checkpoints = sorted(self.root.glob("checkpoint-*"), key=lambda path: int(path.name.rpartition("-")[2]))
+        checkpoints = sorted(self.root.glob("checkpoint-*"), key=step_of)
         for checkpoint in reversed(checkpoints):
             if (checkpoint / COMPLETE).exists():
                 return checkpoint
             shutil.rmtree(checkpoint)  # the process ended while it was written
         return None
+
+
+def step_of(checkpoint: Path) -> int:
+    """How many steps a checkpoint's folder says that the run has made."""
+    return int(checkpoint.name.rpartition("-")[2])
 
 
 def read_yaml(path: Path) -> dict[str, Any]:

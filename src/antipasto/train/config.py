@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 import yaml
 from transformers import HfArgumentParser
+from transformers.integrations import get_available_reporting_integrations
 
 from antipasto.gates import GateName
 from antipasto.options import check_types
@@ -196,6 +197,7 @@ def trainer_args(config: TrainConfig, task: Task, out: Path, processes: int) -> 
         "save_total_limit": 2,
         "logging_steps": 1,
         "report_to": "none",
+        "project": "antipasto",
         "disable_tqdm": True,
         "use_cpu": not torch.accelerator.is_available(),
         "bf16": torch.cuda.is_available(),
@@ -203,7 +205,13 @@ def trainer_args(config: TrainConfig, task: Task, out: Path, processes: int) -> 
         "dataloader_pin_memory": torch.cuda.is_available(),
         **config.trainer,
     }
+    reporters = options["report_to"]
+    if isinstance(reporters, list):  # the parser would take the first of them
+        options["report_to"] = "none"
     args = _parse(options)
+    if isinstance(reporters, list):
+        args.report_to = reporters
+    _check_reporters(args.report_to)
     if config.save_every % steps_per_cycle(args):
         raise ValueError(
             f"{steps_per_cycle(args)} steps learn from one generation (num_iterations, steps_per_generation), and a run can "
@@ -212,6 +220,16 @@ def trainer_args(config: TrainConfig, task: Task, out: Path, processes: int) -> 
     if len(task.train) < config.prompts * steps_per_cycle(args):
         raise ValueError(f"Task {task.name!r} has {len(task.train)} training rows, fewer than one generation takes.")
     return args
+
+
+def _check_reporters(names: list[str]) -> None:
+    there = get_available_reporting_integrations()
+    for name in names:
+        if name not in there:
+            raise ValueError(
+                f"--trainer.report_to {name}: transformers has no such reporter, or its package is not installed. Here there "
+                f"is {', '.join(there) or 'none'}; pip install 'antipasto[monitor]' brings tensorboard and trackio."
+            )
 
 
 def steps_per_cycle(args: GRPOConfig) -> int:

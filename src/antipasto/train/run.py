@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import secrets
 from collections.abc import Callable
 from contextlib import nullcontext
 from datetime import datetime
@@ -13,11 +14,12 @@ from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from rich.console import Console
 from transformers import PrinterCallback
+from transformers.integrations import TensorBoardCallback
 
 import antipasto as ap
 from antipasto.files import replacing_folder, write_json, write_text
 from antipasto.models import base_fingerprint, load_model, process_state, quiet, with_template_options
-from antipasto.run_folder import COMPLETE, RunFolder
+from antipasto.run_folder import COMPLETE, RunFolder, step_of
 from antipasto.runs import run_facts
 from antipasto.tasks import Task, load_task
 from antipasto.train.config import TrainConfig, steps_per_cycle, trainer_args
@@ -98,6 +100,8 @@ def run(config: TrainConfig, out: Path, console: Console, *, resume: bool = Fals
         )
         trainer.remove_callback(PrinterCallback)
         on_main(state, lambda: _describe(trainer, config, folder, resume=resume))
+        if state.is_main_process:
+            _name_for_reporters(trainer, folder, checkpoint)
         trainer.callback_handler.callbacks.append(MetricsLog(folder.metrics))
         trainer.add_callback(CompleteCheckpoints(args))
         with Interrupts(console, steps_per_cycle(args)) as interrupts, ProgressBar(console, "training") as bar:
@@ -122,13 +126,25 @@ def run(config: TrainConfig, out: Path, console: Console, *, resume: bool = Fals
 
 def _train(trainer: RoutedGRPOTrainer, checkpoint: Path | None) -> None:
     """Train, from a checkpoint if there is one; from that of the last step on, there is nothing left but to take it."""
-    if checkpoint is None or int(checkpoint.name.rpartition("-")[2]) < trainer.args.max_steps:
+    if checkpoint is None or step_of(checkpoint) < trainer.args.max_steps:
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         return
     trainer._load_from_checkpoint(str(checkpoint))
     if trainer.router is not None:
         trainer.router.load(checkpoint / RoutingCallback.FILE)
     trainer.state.global_step = trainer.args.max_steps
+
+
+def _name_for_reporters(trainer: RoutedGRPOTrainer, folder: RunFolder, checkpoint: Path | None) -> None:
+    """Let a run that continues be the same run to them; TensorBoard takes back what came after the checkpoint."""
+    if trainer.args.run_name is None:
+        trainer.args.run_name = folder.read_run().get("name")
+    for callback in trainer.callback_handler.callbacks:
+        if isinstance(callback, TensorBoardCallback):
+            callback.tb_writer = callback._SummaryWriter(
+                log_dir=callback.logging_dir or str(folder.tensorboard),
+                purge_step=None if checkpoint is None else step_of(checkpoint) + 1,
+            )
 
 
 def _adapter(config: TrainConfig) -> ap.AntiPastoConfig:
@@ -160,7 +176,9 @@ def _describe(trainer: RoutedGRPOTrainer, config: TrainConfig, folder: RunFolder
             )
         return
     write_text(folder.config, config.to_yaml())
-    write_json(folder.run, run_facts(trainer, config.model, digest, task=config.task, method=config.method))
+    facts = run_facts(trainer, config.model, digest, task=config.task, method=config.method)
+    name = f"{folder.root.resolve().name}-{secrets.token_hex(3)}"  # reporters take runs of one name for one
+    write_json(folder.run, {"name": name, **facts})
 
 
 def _finish(trainer: RoutedGRPOTrainer, folder: RunFolder) -> None:

@@ -34,6 +34,7 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 
 BLOCKS, ASCII_BLOCKS = "▁▂▃▄▅▆▇█", "_.,-=+*#"
 CELLS = 24  # of a line of blocks, at most: with a name, a value and a note it fits into 60 columns
+NARROW = 72  # columns: with fewer, what stays takes two lines
 REFRESHES = 4.0  # a second
 ESTIMATE_OVER = 24 * 3600.0  # seconds whose steps the time left is estimated by: one step may take minutes
 RATE_OVER = 10  # logged rows that tokens a second are counted over
@@ -87,7 +88,7 @@ class ProgressBar(TrainerCallback):
         self._console = console
         self._progress = _Panel(console, description)
         self._task = self._progress.add_task(description, total=None, said="")
-        self._said = ""  # in the line that stays
+        self._said = ""  # what stays of the metrics
         self._tokens: deque[tuple[float, float]] = deque(maxlen=RATE_OVER + 1)  # (when, how many so far)
 
     def __enter__(self) -> ProgressBar:
@@ -96,8 +97,9 @@ class ProgressBar(TrainerCallback):
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self._progress.update(self._task, said=self._said)
-        self._progress.is_over = True
+        if self._console.width >= NARROW:
+            self._progress.update(self._task, said=self._said)
+        self._progress.left = self._said
         self._progress.stop()
 
     def on_train_begin(
@@ -144,12 +146,12 @@ class _Panel(Progress):
     """The line of progress, with rows under it until it is over.
 
     Attributes:
-        is_over: the line alone is left.
+        left: what is left of the rows once it is over.
         is_live: whether the console is one that can be written over.
     """
 
     def __init__(self, console: Console, description: str) -> None:
-        self.is_over = False
+        self.left: str | None = None
         self.is_live = console.is_terminal and not console.is_dumb_terminal
         self._blocks = ASCII_BLOCKS if console.options.ascii_only else BLOCKS
         self._history: dict[str, History] = {}
@@ -176,8 +178,10 @@ class _Panel(Progress):
     def get_renderables(self) -> Iterable[RenderableType]:
         """The line, and the rows."""
         yield self.make_tasks_table(self.tasks)
-        if not self.is_over and self._history:
+        if self.left is None and self._history:
             yield self._rows()
+        elif self.left and not self.tasks[0].fields["said"]:
+            yield Text(self.left)
 
     def _rows(self) -> Table:
         table = Table.grid(padding=(0, 2, 0, 0))
