@@ -3,13 +3,21 @@
 from __future__ import annotations
 
 import os
+import shutil
+import tempfile
 from collections.abc import Iterator
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 # one thread here and in every child: tests run in parallel processes, and OpenMP's threads spin while they wait for each other
 os.environ["OMP_NUM_THREADS"] = "1"
+# read where trackio is imported, which trl does
+os.environ["TRACKIO_DIR"] = tempfile.mkdtemp(prefix="trackio-")
 
 import pytest
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    shutil.rmtree(os.environ["TRACKIO_DIR"], ignore_errors=True)
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -17,7 +25,6 @@ def _no_cache_of_the_users(tmp_path_factory: pytest.TempPathFactory) -> Iterator
     """For the fixtures of modules, which come before those of tests: another process's basis may differ in its last bits."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("ANTIPASTO_CACHE", str(tmp_path_factory.mktemp("basis-cache")))
-        patch.setenv("TRACKIO_DIR", str(tmp_path_factory.mktemp("trackio")))  # read once, where it is imported
         yield
 
 

@@ -28,7 +28,6 @@ from rich.progress import (
     TimeElapsedColumn,
     TimeRemainingColumn,
 )
-from rich.table import Table
 from rich.text import Text
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
@@ -155,6 +154,7 @@ class _Panel(Progress):
         self.is_live = console.is_terminal and not console.is_dumb_terminal
         self._blocks = ASCII_BLOCKS if console.options.ascii_only else BLOCKS
         self._history: dict[str, History] = {}
+        self._rows: Text | None = None
         super().__init__(
             TextColumn(description),
             BarColumn(),
@@ -170,34 +170,25 @@ class _Panel(Progress):
 
     def show(self, logs: dict[str, float]) -> None:
         """Take in a logged row."""
-        with self._lock:  # the thread that draws goes through the same histories
-            for name in {row.metric for row in ROWS} | {row.chance for row in ROWS if row.chance}:
-                if name in logs:
-                    self._history.setdefault(name, History()).add(logs[name])
+        for name in {row.metric for row in ROWS} | {row.chance for row in ROWS if row.chance}:
+            if name in logs:
+                self._history.setdefault(name, History()).add(logs[name])
+        lines = [self._line(row, self._history[row.metric]) for row in ROWS if row.metric in self._history]
+        self._rows = Text("\n".join(lines), no_wrap=True, overflow="crop")
+
+    def _line(self, row: Row, history: History) -> str:
+        blocks = sparkline(history.cells(), (0.0, 1.0) if row.is_share else None, self._blocks)
+        chance = self._history.get(row.chance or "")
+        note = "" if chance is None else f"  chance {_number(chance.last)}"
+        return f"{row.label:<10}{_number(history.last):>9}  {blocks}{note}"
 
     def get_renderables(self) -> Iterable[RenderableType]:
         """The line, and the rows."""
         yield self.make_tasks_table(self.tasks)
-        if self.left is None and self._history:
-            yield self._rows()
+        if self.left is None and self._rows is not None:
+            yield self._rows
         elif self.left and not self.tasks[0].fields["said"]:
             yield Text(self.left)
-
-    def _rows(self) -> Table:
-        table = Table.grid(padding=(0, 2, 0, 0))
-        table.add_column(no_wrap=True)
-        table.add_column(no_wrap=True, justify="right")
-        table.add_column(no_wrap=True, overflow="crop")
-        table.add_column(no_wrap=True)
-        with self._lock:
-            for row in ROWS:
-                if (history := self._history.get(row.metric)) is not None:
-                    chance = self._history.get(row.chance or "")
-                    note = "" if chance is None else f"chance {_number(chance.last)}"
-                    bounds = (0.0, 1.0) if row.is_share else None
-                    line = sparkline(history.cells(), bounds, self._blocks)
-                    table.add_row(row.label, _number(history.last), Text(line), note)
-        return table
 
 
 def _number(value: float) -> str:
