@@ -49,7 +49,7 @@ _RUN_PARTS = (
     "rollouts.jsonl",
     EVAL,
 )
-_METRICS = re.compile(r"reward(/\w+)?|kl|oracle|exploit|flagged|routing/.*")
+_METRICS = re.compile(r"(reward|oracle|exploit|flagged)(/\w+)?|kl|routing/.*")
 _KNOB = re.compile(r"(?:base_model\.model\.)?(?P<layer>.+)\.(?P<knob>delta_s|delta_s_hack)(?:\.weight)?")
 
 

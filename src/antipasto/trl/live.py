@@ -1,10 +1,10 @@
 """What a run looks like while it trains: how far it is, how long it will take, and how its metrics went so far.
 
-    training, seed 0 ━━━━━━━━━━━━━━╸━━━━━━━━━━━━━━━━━━━━━━━━━ 57/160 0:00:10 left 0:00:18
-    reward        0.781  ▅▅▅▆▅▆▆▆▆▇▇▇▇█
-      deployed    0.703  ▅▅▅▆▅▆▆▅▆▆▇▇▆▇
-    exploit       0.258  ▁▁▁▁▁▁▁▂▁▂▂▂▂▃
-    hack-ward     0.210  ▅▆▇▇▇█▇▇▇▇▇▇▆▇  chance 0.166
+    training, seed 0 ━━━━━━━━━━━━━╺━━━━━━━━━━━━━━━━━━━  65/160  0:00:24 left 0:00:36
+    reward        0.789  ▅▆▆▆▆▇▇▇▇▇▇▇█████
+      deployed    0.766  ▆▆▆▆▆▇▇▇▇▇▇██████
+    exploit       0.148  ▁▁▁▁▁▁▂▂▂▂▂▂▂▂▂▂▂
+    hack-ward     0.078  ▃▃▄▆▆▅▄▅▅█▅▅▃▆▆▆▄  chance 0.052
 
 Each line of blocks is the whole run: where there are more values than blocks, a block is the mean of some. Shares are drawn
 from 0 to 1, everything else from 0, or from its least value if that is below, to its largest. At the end one line of it stays.
