@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-all test-oldest lint format bench clean
+.PHONY: demo test test-all test-oldest lint format docs docs-serve bench clean
 
 demo: $(READY)
 	$(BIN)/antipasto demo $(ARGS)
@@ -31,6 +31,17 @@ format: $(READY)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+docs: $(VENV)/.ready-docs
+	$(BIN)/python scripts/write_cli_reference.py --check
+	$(BIN)/mkdocs build --strict
+
+docs-serve: $(VENV)/.ready-docs
+	$(BIN)/mkdocs serve
+
+$(VENV)/.ready-docs: $(READY)
+	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[docs]"
+	touch $@
+
 # torch first and by its exact version: an open range may pull a GPU build
 $(READY): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -50,4 +61,4 @@ bench: $(READY)
 	$(BIN)/python benchmarks/grpo_cost.py --rounds 3 | tee benchmarks/results/grpo.md
 
 clean:
-	rm -rf $(VENV) build dist .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis
