@@ -1,0 +1,241 @@
+"""The documentation is right: its code runs as it is printed, its links lead somewhere, every page is in the navigation."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import test_readme
+import yaml
+
+import antipasto as ap
+from antipasto import tasks, trl
+
+ROOT = Path(__file__).parents[1]
+DOCS = ROOT / "docs"
+PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
+LANGUAGES = ("python", "bash", "text", "")  # the first two are run; the others are shown
+ELSEWHERE = {
+    "README.md",
+    "docs/train-your-own.md",
+}  # run by tests/test_readme.py, block by block, and tests/test_guide.py
+SHORTER = {"docs/index.md": ("antipasto demo", "antipasto demo --steps 2")}
+
+
+class Block(NamedTuple):
+    """What is between two fences: the language, the code, and the line where it begins."""
+
+    language: str
+    code: str
+    line: int
+
+
+def name(page: Path) -> str:
+    return page.relative_to(ROOT).as_posix()
+
+
+def blocks(page: Path) -> Iterator[Block]:
+    """Every fenced block, also one that is indented; a fence that is never closed is an error."""
+    opened: tuple[str, str, int] | None = None
+    lines: list[str] = []
+    for number, line in enumerate(page.read_text(encoding="utf-8").splitlines(), 1):
+        fence = re.match(r"^\s*(`{3,}|~{3,})(.*)$", line)
+        if fence is None:
+            lines.append(line)
+        elif opened is None:
+            opened, lines = (fence[1], fence[2].strip(), number), []
+        elif fence[1] == opened[0] and not fence[2].strip():
+            yield Block(opened[1], "\n".join(lines) + "\n", opened[2])
+            opened = None
+        else:
+            lines.append(line)
+    assert opened is None, f"{name(page)}, line {opened[2]}: the fence is never closed"
+
+
+RUN = [page for page in PAGES if name(page) not in ELSEWHERE and any(b.language in LANGUAGES[:2] for b in blocks(page))]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_a_block_is_run_or_says_that_it_is_text(page: Path) -> None:
+    for block in blocks(page):
+        assert block.language in LANGUAGES, f"{name(page)}, line {block.line}: a fence of {block.language!r}"
+
+
+def test_the_blocks_that_are_run_elsewhere_are_all_run_there() -> None:
+    readme = [block for block in blocks(ROOT / "README.md") if block.language in LANGUAGES[:2]]
+    assert [block.code for block in readme] == test_readme.BLOCKS
+    for block in blocks(DOCS / "train-your-own.md"):  # where a block of Python is a file, and a block of bash runs it
+        if block.language == "python":
+            assert re.match(r"# \w+\.py\n", block.code), f"line {block.line}: no file's name"
+
+
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("page", RUN, ids=name)
+def test_every_block_of_a_page_runs(page: Path, tmp_path: Path) -> None:
+    run_page(page, tmp_path, SHORTER.get(name(page)))
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+@pytest.mark.parametrize("page", [page for page in RUN if name(page) in SHORTER], ids=name)
+def test_every_block_of_a_page_runs_at_its_length(page: Path, tmp_path: Path) -> None:
+    run_page(page, tmp_path, None)
+
+
+def run_page(page: Path, folder: Path, shorter: tuple[str, str] | None) -> None:
+    """A page's blocks in their order: its Python in one namespace, its bash with the variables of the blocks before."""
+    steps = []
+    for number, block in enumerate(block for block in blocks(page) if block.language in LANGUAGES[:2]):
+        code = block.code
+        if shorter is not None and shorter[0] in code:
+            code = code.replace(*shorter)
+        if block.language == "python":
+            path = folder / f"block_{number}_of_line_{block.line}.py"
+            steps.append(f"exec(compile(open({path.name!r}).read(), {path.name!r}, 'exec'), namespace)")
+        else:
+            path = folder / f"block_{number}_of_line_{block.line}.sh"
+            code = f"set -aeuo pipefail\n[ -e .variables ] && . ./.variables\n{code}\nexport -p > .variables\n"
+            steps.append(f"subprocess.run(['bash', {path.name!r}], check=True)")
+        path.write_text(code, encoding="utf-8")
+    driver = ["import subprocess", "namespace = {'__name__': '__main__'}", *steps]
+    result = subprocess.run(
+        [sys.executable, "-c", "\n".join(driver)],
+        cwd=folder,
+        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
+        capture_output=True,
+        text=True,
+    )
+    assert result.returncode == 0, f"{name(page)}\n{result.stdout[-2000:]}\n{result.stderr[-4000:]}"
+
+
+# ── links ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def prose(page: Path) -> str:
+    """A page without its code."""
+    text = page.read_text(encoding="utf-8")
+    text = re.sub(r"^\s*(`{3,}).*?^\s*\1\s*$", "", text, flags=re.MULTILINE | re.DOTALL)
+    return re.sub(r"`[^`\n]*`", "code", text)
+
+
+def anchors(page: Path) -> set[str]:
+    """Of headings, as the site makes them; and of the names that the reference documents, with what they contain."""
+    text = re.sub(r"^\s*(`{3,}).*?^\s*\1\s*$", "", page.read_text(encoding="utf-8"), flags=re.MULTILINE | re.DOTALL)
+    found: set[str] = set()
+    for heading in re.findall(r"^#{1,6} (.+)$", text, flags=re.MULTILINE):
+        plain = re.sub(r"\[([^\]]*)\]\([^)]*\)", r"\1", heading).encode("ascii", "ignore").decode()
+        slug = re.sub(r"[-\s]+", "-", re.sub(r"[^\w\s-]", "", plain).strip().lower())
+        found.add(slug)
+    return found | set(re.findall(r"^::: ([\w.]+)$", text, flags=re.MULTILINE))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_links_lead_somewhere(page: Path) -> None:
+    for target in re.findall(r"\]\(([^)\s]+)\)", prose(page)):
+        if target.startswith(("https://", "http://", "mailto:")):
+            continue
+        path, _, anchor = target.partition("#")
+        where = (page.parent / path).resolve() if path else page
+        assert where.is_relative_to(ROOT), f"{name(page)}: {target}"
+        assert where.is_file(), f"{name(page)}: {target} is no file"
+        if page.is_relative_to(DOCS):
+            assert where.is_relative_to(DOCS), f"{name(page)}: {target} is not part of the site"
+        if anchor in ("", "only-light", "only-dark"):
+            continue
+        there = anchors(where)
+        inside = anchor.startswith(tuple(f"{documented}." for documented in there if "." in documented))
+        assert anchor in there or inside, f"{name(page)}: {where.name} has no {anchor}"
+
+
+def test_pictures_come_for_both_palettes() -> None:
+    for page in PAGES:
+        found = re.findall(r"!\[([^\]]+)\]\(pictures/([\w-]+)-(light|dark)\.svg#only-(light|dark)\)", prose(page))
+        assert all(of_file == of_palette for _, _, of_file, of_palette in found)
+        light, dark = (
+            [(alt, picture) for alt, picture, one, _ in found if one == which] for which in ("light", "dark")
+        )
+        assert light == dark, name(page)
+
+
+def test_pictures_are_the_same_whenever_they_are_drawn() -> None:
+    for picture in (DOCS / "pictures").glob("*-*.svg"):
+        text = picture.read_text(encoding="utf-8")
+        assert "<dc:date>" not in text
+        assert "#DejaVuSans-" in text, "text is drawn, so that it looks alike everywhere"
+
+
+# ── the site ─────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def site() -> dict[str, Any]:
+    return yaml.safe_load((ROOT / "mkdocs.yml").read_text(encoding="utf-8"))
+
+
+def leaves(nav: Any) -> Iterator[str]:
+    if isinstance(nav, str):
+        yield nav
+    elif isinstance(nav, dict):
+        for entry in nav.values():
+            yield from leaves(entry)
+    else:
+        for entry in nav:
+            yield from leaves(entry)
+
+
+def test_every_page_is_in_the_navigation_once() -> None:
+    named = list(leaves(site()["nav"]))
+    assert sorted(named) == sorted(page.relative_to(DOCS).as_posix() for page in PAGES if page.is_relative_to(DOCS))
+
+
+def test_the_site_needs_nothing_from_elsewhere() -> None:
+    config = site()
+    assert config["theme"]["font"] is False
+    for key in ("extra_css", "extra_javascript"):
+        for path in config.get(key, []):
+            assert (DOCS / path).is_file()
+    assert "://" not in (DOCS / "extra.css").read_text(encoding="utf-8")
+
+
+def test_the_reference_has_every_public_name() -> None:
+    pages = "\n".join(page.read_text(encoding="utf-8") for page in (DOCS / "api").glob("*.md"))
+    documented = set(re.findall(r"^::: ([\w.]+)$", pages, flags=re.MULTILINE))
+    assert {f"antipasto.{public}" for public in ap.__all__} <= documented
+    assert {f"antipasto.trl.{public}" for public in trl.__all__} - documented == {
+        "antipasto.trl.GRPOConfig",  # TRL's own
+        "antipasto.trl.GRPOTrainer",
+    }
+    assert {f"antipasto.tasks.{public}" for public in tasks.__all__} - documented == {
+        "antipasto.tasks.REWARDED",  # numbers, which the page says
+        "antipasto.tasks.SOLVED",
+    }
+    assert "antipasto.tasks.REWARDED" in pages
+    assert tasks.REWARDED == tasks.SOLVED == 0.5
+
+
+def test_the_command_line_is_as_its_page_says() -> None:
+    result = subprocess.run(
+        [sys.executable, ROOT / "scripts" / "write_cli_reference.py", "--check"], capture_output=True, text=True
+    )
+    assert result.returncode == 0, result.stderr
+
+
+def test_the_page_of_the_command_line_has_every_option() -> None:
+    from typer.testing import CliRunner
+
+    from antipasto.cli import app
+
+    page = (DOCS / "cli.md").read_text(encoding="utf-8")
+    sections = dict(re.findall(r"^## antipasto (\w+)\n(.*?)(?=^## |\Z)", page, flags=re.MULTILINE | re.DOTALL))
+    assert sections.keys() == {command.name or command.callback.__name__ for command in app.registered_commands}
+    for command, section in sections.items():
+        shown = CliRunner().invoke(app, [command, "--help"], env={"COLUMNS": "200", "NO_COLOR": "1"}).output
+        options = set(re.findall(r"(?<![\w`])--[a-z][a-z-]+(?= )", shown)) - {"--help"}
+        assert options or command == "inspect"
+        for option in options:
+            assert option in section, f"{command}: {option}"
