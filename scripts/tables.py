@@ -46,7 +46,7 @@ def demo(root: Path) -> None:
     for kind in recipe[0].kinds:
         for name in recipe[0].names:
             line(kind, name, [arm(e, name, kind) for e in recipe])
-    print("\nExploits, share of all answers, seed by seed:")
+    print("\nExploits, share of all answers, seed by seed:\n")
     print(f"* {REFERENCE}: " + " ".join(f"{arm(e, REFERENCE).measures['exploit'].value:.3f}" for e in recipe))
     for name, found in runs.items():
         print(f"* {name}: " + " ".join(f"{arm(e, e.ships).measures['exploit'].value:.3f}" for e in found))

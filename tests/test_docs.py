@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,11 +22,16 @@ ROOT = Path(__file__).parents[1]
 DOCS = ROOT / "docs"
 PAGES = [ROOT / "README.md", *sorted(DOCS.rglob("*.md"))]
 LANGUAGES = ("python", "bash", "text", "")  # the first two are run; the others are shown
-ELSEWHERE = {
-    "README.md",
-    "docs/train-your-own.md",
-}  # run by tests/test_readme.py, block by block, and tests/test_guide.py
-SHORTER = {"docs/index.md": ("antipasto demo", "antipasto demo --steps 2")}
+ELSEWHERE = {"README.md"}  # run by tests/test_readme.py, each block by itself
+SHORTER: Mapping[str, Mapping[str, str]] = {
+    "docs/index.md": {"antipasto demo": "antipasto demo --steps 2"},
+    "docs/train-your-own.md": {
+        "--steps 120": "--steps 2",
+        "--prompts 16": "--prompts 2",
+        "--generations 16": "--generations 4",
+    },
+}
+"""What the page says → what is run instead; the slow tests run the page as it stands."""
 
 
 class Block(NamedTuple):
@@ -70,39 +76,52 @@ def test_a_block_is_run_or_says_that_it_is_text(page: Path) -> None:
 def test_the_blocks_that_are_run_elsewhere_are_all_run_there() -> None:
     readme = [block for block in blocks(ROOT / "README.md") if block.language in LANGUAGES[:2]]
     assert [block.code for block in readme] == test_readme.BLOCKS
-    for block in blocks(DOCS / "train-your-own.md"):  # where a block of Python is a file, and a block of bash runs it
-        if block.language == "python":
-            assert re.match(r"# \w+\.py\n", block.code), f"line {block.line}: no file's name"
 
 
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("page", RUN, ids=name)
 def test_every_block_of_a_page_runs(page: Path, tmp_path: Path) -> None:
-    run_page(page, tmp_path, SHORTER.get(name(page)))
+    output = run_page(page, tmp_path, SHORTER.get(name(page), {}))
+    CHECKS.get(name(page), lambda *_: None)(tmp_path, output)
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("page", [page for page in RUN if name(page) in SHORTER], ids=name)
-def test_every_block_of_a_page_runs_at_its_length(page: Path, tmp_path: Path) -> None:
-    run_page(page, tmp_path, None)
+def test_every_block_of_a_page_runs_as_it_stands(page: Path, tmp_path: Path) -> None:
+    output = run_page(page, tmp_path, {})
+    CHECKS.get(name(page), lambda *_: None)(tmp_path, output)
 
 
-def run_page(page: Path, folder: Path, shorter: tuple[str, str] | None) -> None:
-    """A page's blocks in their order: its Python in one namespace, its bash with the variables of the blocks before."""
-    steps = []
-    for number, block in enumerate(block for block in blocks(page) if block.language in LANGUAGES[:2]):
+def run_page(page: Path, folder: Path, shorter: Mapping[str, str]) -> str:
+    """Run a page's blocks in their order, and return what they print.
+
+    Its Python shares a namespace, its bash the variables. A block of Python whose first line is ``# name.py`` is that file,
+    which another block must use.
+    """
+    steps, runs, files = [], "", []
+    for block in blocks(page):
+        if block.language not in LANGUAGES[:2]:
+            continue
         code = block.code
-        if shorter is not None and shorter[0] in code:
-            code = code.replace(*shorter)
+        for said, instead in shorter.items():
+            code = code.replace(said, instead)
+        if (named := re.match(r"# (\w+\.py)\n", code)) and block.language == "python":
+            files.append(named[1])
+            (folder / named[1]).write_text(code, encoding="utf-8")
+            continue
+        runs += code
+        path = folder / f"line_{block.line}.{block.language}"
         if block.language == "python":
-            path = folder / f"block_{number}_of_line_{block.line}.py"
             steps.append(f"exec(compile(open({path.name!r}).read(), {path.name!r}, 'exec'), namespace)")
         else:
-            path = folder / f"block_{number}_of_line_{block.line}.sh"
             code = f"set -aeuo pipefail\n[ -e .variables ] && . ./.variables\n{code}\nexport -p > .variables\n"
             steps.append(f"subprocess.run(['bash', {path.name!r}], check=True)")
         path.write_text(code, encoding="utf-8")
+    for said in shorter:
+        assert said in page.read_text(encoding="utf-8"), f"{name(page)} says nothing of {said!r}"
+    for file in files:
+        assert file in runs, f"{name(page)}: no block uses {file}"
     driver = ["import subprocess", "namespace = {'__name__': '__main__'}", *steps]
     result = subprocess.run(
         [sys.executable, "-c", "\n".join(driver)],
@@ -112,6 +131,28 @@ def run_page(page: Path, folder: Path, shorter: tuple[str, str] | None) -> None:
         text=True,
     )
     assert result.returncode == 0, f"{name(page)}\n{result.stdout[-2000:]}\n{result.stderr[-4000:]}"
+    return result.stdout
+
+
+def check_the_guide(folder: Path, output: str) -> None:
+    """It shows every arm, and ends with a plain checkpoint."""
+    for word in ("as trained", "deployed", "permuted", "exploit", "says !"):
+        assert word in output
+    assert (folder / "shipped" / "model.safetensors").exists()
+    assert not list((folder / "shipped").glob("adapter*"))
+
+
+CHECKS: Mapping[str, Callable[[Path, str], None]] = {"docs/train-your-own.md": check_the_guide}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name)
+def test_lists_and_tables_begin_after_an_empty_line(page: Path) -> None:
+    lines = ["", *prose(page).splitlines()]
+    for before, line in itertools.pairwise(lines):
+        if re.match(r"(\*|\d+\.) ", line):  # else the site shows stars in a running text
+            assert re.match(r"((\*|\d+\.) | {2,}|$)", before), f"{name(page)}: {line}"
+        if line.startswith("|"):
+            assert before.startswith("|") or not before.strip(), f"{name(page)}: {line}"
 
 
 # ── links ────────────────────────────────────────────────────────────────────────────────────────────────────────────
