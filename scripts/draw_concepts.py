@@ -16,18 +16,19 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import mean
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import matplotlib as mpl
 import torch
-from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import antipasto as ap
 from antipasto.routing import Level
 from antipasto.tasks import addition
+
+if TYPE_CHECKING:  # the extra `plots`; what the pictures show can be computed without it
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 PICTURES = Path(__file__).parents[1] / "docs" / "pictures"
 
@@ -293,6 +294,8 @@ def _theta(one: ap.LayerKnobs) -> Tensor:
 
 
 def _panels(ink: Ink, number: int, *, height: float, sharey: bool = False) -> tuple[Figure, list[Axes]]:
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(9.2, height), layout="constrained")
     panels = figure.subplots(1, number, sharey=sharey, squeeze=False)[0]
     for panel in panels:
@@ -319,6 +322,8 @@ def main() -> None:
     parser.add_argument("--run", type=Path, help="a folder that `antipasto demo` left")
     parser.add_argument("--to", type=Path, default=PICTURES)
     arguments = parser.parse_args()
+    import matplotlib as mpl
+
     mpl.rcParams["svg.hashsalt"] = "antipasto"
     draws: dict[str, Callable[[Ink], Figure]] = {
         "knobs": knobs_and_lora,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import itertools
 import os
 import re
@@ -13,6 +14,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import test_readme
+import torch
 import yaml
 
 import antipasto as ap
@@ -202,6 +204,24 @@ def test_pictures_come_for_both_palettes() -> None:
             [(alt, picture) for alt, picture, one, _ in found if one == which] for which in ("light", "dark")
         )
         assert light == dark, name(page)
+
+
+def test_what_is_said_of_the_two_levels_is_what_the_picture_shows() -> None:
+    spec = importlib.util.spec_from_file_location("draw_concepts", ROOT / "scripts" / "draw_concepts.py")
+    assert spec is not None
+    assert spec.loader is not None
+    script = importlib.util.module_from_spec(spec)
+    sys.modules["draw_concepts"] = script  # dataclasses look their module up
+    spec.loader.exec_module(script)
+    plain, update, gradient = (script.trace(level) for level in (None, "update", "gradient"))
+    assert torch.allclose(plain["θ"], update["θ"], atol=1e-6)
+    assert not torch.allclose(plain["θ"], gradient["θ"], atol=0.1)
+    assert torch.allclose(plain["θ"][-1], gradient["θ"][-1], atol=0.02)
+    said = " ".join(prose(DOCS / "concepts.md").split())
+    kept, taken, ended = (float(v) for v in (update["δS"][-1, 0], update["δS_hack"][-1, 0], gradient["δS"][-1, 0]))
+    assert f".{kept * 100:.0f} of it" in said
+    assert f".0{taken * 100:.0f} of the task" in said
+    assert f"of the task, {float(gradient['δS_hack'][-1, 0]):.2f}, and what ships ends at −.{-ended * 100:.0f}" in said
 
 
 def test_pictures_are_the_same_whenever_they_are_drawn() -> None:
