@@ -71,7 +71,7 @@ def describe(path: Path) -> list[RenderableType]:
     if path.is_dir():
         if (path / "adapter_config.json").exists():
             return adapter_parts(path)
-        return run_parts(path, _read_config(path))
+        return run_parts(path, read_config(path))
     kind = _safetensors_kind(path)
     if kind == "direction":
         return direction_parts(Direction.load(path))
@@ -110,18 +110,20 @@ def _table(title: str, *columns: str, numbers: Sequence[str] = (), caption: str 
 # ── adapter ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-class _Knobs(NamedTuple):
+class Knobs(NamedTuple):
+    """One layer's vectors, (r,)."""
+
     delta_s: Tensor
     hack: Tensor | None
 
 
 def adapter_parts(folder: Path) -> list[RenderableType]:
     """What an adapter holds: by kind of layer, and its largest coordinates."""
-    config = _read_json(folder / "adapter_config.json")
+    config = read_json(folder / "adapter_config.json")
     if not isinstance(config, dict) or config.get("peft_type") != PEFT_TYPE.value:
         other = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
         raise ValueError(f"{folder / 'adapter_config.json'} is of the method {other!r}, not of {PEFT_TYPE.value}.")
-    knobs, others = _read_adapter(folder / "adapter_model.safetensors")
+    knobs, others = read_adapter(folder / "adapter_model.safetensors")
     quarantined = [name for name, layer in knobs.items() if layer.hack is not None]
     table = _table(
         f"adapter of {config.get('base_model_name_or_path') or 'a base model that it does not name'}",
@@ -129,13 +131,13 @@ def adapter_parts(folder: Path) -> list[RenderableType]:
         numbers=("number", "r", "‖δS‖", "‖δS_hack‖", "in quarantine"),
         caption="in quarantine: ‖δS_hack‖² / (‖δS‖² + ‖δS_hack‖²)" if quarantined else None,
     )
-    kinds: dict[str, list[_Knobs]] = {}
+    kinds: dict[str, list[Knobs]] = {}
     for name, layer in knobs.items():
         kinds.setdefault(name.rpartition(".")[2], []).append(layer)
     for kind, layers in sorted(kinds.items()):
-        add_row(table, kind, *_norms(layers))
+        add_row(table, kind, *norms(layers))
     table.add_section()
-    add_row(table, "all", *_norms(list(knobs.values())))
+    add_row(table, "all", *norms(list(knobs.values())))
     parts: list[RenderableType] = [table, *_largest(knobs)]
     if not quarantined:
         parts.append(_sentence("It has no quarantine: what it is, ships."))
@@ -152,7 +154,7 @@ def adapter_parts(folder: Path) -> list[RenderableType]:
     return parts
 
 
-def _read_adapter(path: Path) -> tuple[dict[str, _Knobs], int]:
+def read_adapter(path: Path) -> tuple[dict[str, Knobs], int]:
     """Layer → its knobs, and how many tensors are no knobs."""
     try:
         tensors = load_file(path)
@@ -167,11 +169,11 @@ def _read_adapter(path: Path) -> tuple[dict[str, _Knobs], int]:
     for name, pair in found.items():
         if "delta_s" not in pair or any(t.ndim != 1 or t.shape != pair["delta_s"].shape for t in pair.values()):
             raise ValueError(f"{path}: {name} lacks its delta_s, or its knobs are not vectors of one length.")
-    knobs = {name: _Knobs(pair["delta_s"], pair.get("delta_s_hack")) for name, pair in found.items()}
+    knobs = {name: Knobs(pair["delta_s"], pair.get("delta_s_hack")) for name, pair in found.items()}
     return knobs, len(tensors) - sum(map(len, found.values()))
 
 
-def _norms(layers: Sequence[_Knobs]) -> tuple[object, ...]:
+def norms(layers: Sequence[Knobs]) -> tuple[object, ...]:
     sizes = [len(layer.delta_s) for layer in layers]
     r = f"{min(sizes)}" if min(sizes) == max(sizes) else f"{min(sizes)} to {max(sizes)}"
     ships = float(torch.cat([layer.delta_s for layer in layers]).norm())
@@ -183,7 +185,7 @@ def _norms(layers: Sequence[_Knobs]) -> tuple[object, ...]:
     return len(layers), r, f"{ships:.3g}", f"{held:.3g}", f"{held**2 / total:.0%}" if total > 0 else "-"
 
 
-def _largest(knobs: Mapping[str, _Knobs]) -> list[RenderableType]:
+def _largest(knobs: Mapping[str, Knobs]) -> list[RenderableType]:
     flat = torch.cat([layer.delta_s for layer in knobs.values()])
     hack = torch.cat([torch.zeros_like(x.delta_s) if x.hack is None else x.hack for x in knobs.values()])
     theta = flat + hack
@@ -290,12 +292,12 @@ def books_parts(path: Path, quarantine: Mapping[str, Tensor] | None = None) -> l
         caption="columns 1, 2, …: overlap with that book, -1 to 1",
     )
     for number, (name, book) in zip(numbers, flat.items(), strict=True):
-        cosines = [_cosine(book, other) for other in flat.values()]
+        cosines = [cosine(book, other) for other in flat.values()]
         add_row(table, number, name, f"{book.norm():.3g}", *("-" if c is None else f"{c:.2f}" for c in cosines))
     return [table]
 
 
-def _cosine(a: Tensor, b: Tensor) -> float | None:
+def cosine(a: Tensor, b: Tensor) -> float | None:
     length = float(a.norm() * b.norm())
     return float(a @ b) / length if length > 0 else None
 
@@ -320,7 +322,7 @@ def run_parts(folder: Path, config: Mapping[str, Any]) -> list[RenderableType]:
     quarantine = None
     if (folder / "adapter").is_dir():
         parts += adapter_parts(folder / "adapter")
-        knobs, _ = _read_adapter(folder / "adapter" / "adapter_model.safetensors")
+        knobs, _ = read_adapter(folder / "adapter" / "adapter_model.safetensors")
         quarantine = {name: layer.hack for name, layer in knobs.items() if layer.hack is not None}
     else:
         missing.append("adapter/")
@@ -336,7 +338,7 @@ def run_parts(folder: Path, config: Mapping[str, Any]) -> list[RenderableType]:
     return parts
 
 
-def _read_config(folder: Path) -> dict[str, Any]:
+def read_config(folder: Path) -> dict[str, Any]:
     """A run folder's config; refuses a folder that is none."""
     path = next((folder / name for name in _CONFIGS if (folder / name).exists()), None)
     if path is None:
@@ -347,7 +349,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
             f"{folder} is neither an adapter (adapter_config.json) nor a run folder ({' or '.join(_CONFIGS)})."
         )
     if path.suffix == ".json":
-        config = _read_json(path)
+        config = read_json(path)
     else:
         try:
             config = yaml.safe_load(path.read_bytes())
@@ -390,10 +392,10 @@ def metrics_parts(path: Path, config: Mapping[str, Any]) -> list[RenderableType]
     first: dict[str, float] = {}
     last: dict[str, float] = {}
     steps = 0.0
-    for rows, (where, row) in enumerate(_rows(path, notes), 1):
-        steps = max(steps, _number(row, "step", where) or rows)
+    for rows, (where, row) in enumerate(read_rows(path, notes), 1):
+        steps = max(steps, as_number(row, "step", where) or rows)
         for key in filter(_METRICS.fullmatch, row):
-            value = _number(row, key, where)
+            value = as_number(row, key, where)
             if value is not None:
                 first.setdefault(key, value)
                 last[key] = value
@@ -426,14 +428,14 @@ def rollouts_parts(path: Path) -> list[RenderableType]:
     columns: dict[str, list[float]] = {"reward": [], "oracle": [], "exploit": [], "flagged": []}
     top: list[_Tail] = []
     count = 0
-    for where, row in _rows(path, notes):
+    for where, row in read_rows(path, notes):
         for key, values in columns.items():
-            value = _number(row, key, where)
+            value = as_number(row, key, where)
             if value is not None:
                 values.append(value)
         if columns["oracle"] and len(columns["oracle"]) == len(columns["reward"]):
             columns["exploit"].append(columns["reward"][-1] >= REWARDED and columns["oracle"][-1] < SOLVED)
-        score = _number(row, "hackward", where)
+        score = as_number(row, "hackward", where)
         if score is not None and math.isfinite(score):
             entry = _Tail(score, -count, row)
             (heapq.heappush if len(top) < _TOP else heapq.heappushpop)(top, entry)
@@ -480,14 +482,14 @@ def evaluation_parts(folder: Path) -> list[RenderableType]:
 # ── files ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _read_json(path: Path) -> Any:
+def read_json(path: Path) -> Any:
     try:
         return json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
         raise ValueError(f"{path} is not JSON: {error}.") from error
 
 
-def _rows(path: Path, notes: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+def read_rows(path: Path, notes: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
     """Where it stands, and the row, of each line. A last line that is cut off is noted: the run may still be writing it."""
     with path.open("rb") as file:
         for number, line in enumerate(file, 1):
@@ -504,7 +506,7 @@ def _rows(path: Path, notes: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
             yield where, row
 
 
-def _number(row: Mapping[str, Any], key: str, where: str) -> float | None:
+def as_number(row: Mapping[str, Any], key: str, where: str) -> float | None:
     value = row.get(key)
     try:
         if value is None or isinstance(value, (int, float)):
