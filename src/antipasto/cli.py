@@ -402,6 +402,28 @@ def inspect(
         inspection.show(path, Console())
 
 
+@app.command(rich_help_panel=LOOK)
+def report(
+    runs: Annotated[
+        list[Path], typer.Argument(metavar="RUN...", help="Run folders, one or several.", show_default=False)
+    ],
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="The page.", show_default="RUN/report.html; ./report.html for several"),
+    ] = None,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite it.")] = False,
+) -> None:
+    """Write one HTML file: what a run taught, what would ship, and what was read and moved; of several runs, side by side.
+
+    Opens by a double click, without network. That of a single run in its own folder is overwritten; loads no model.
+    """
+    with _readable_errors(extra="report"):
+        from antipasto.report import write_report
+
+        page = write_report(runs, out, force=force)
+        Console().print(f"report: {page}", highlight=False, markup=False, soft_wrap=True)
+
+
 def _config(
     target_modules: str | None, exclude_modules: str | None, cache_dir: str | None, rank: int | None = None
 ) -> AntiPastoConfig:

@@ -1,0 +1,88 @@
+"""Knobs and directions by kind of layer, depth and singular direction.
+
+size     rms_j δ = √(mean_j δ_j²), over the coordinates j of a layer: a wide layer does not count for more than a narrow one
+place    j / r: 0 for the largest singular value of a layer, 1 for the smallest
+share    of a layer's coordinates whose effect size exceeds the gate's threshold
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import numpy as np
+from torch import Tensor
+
+BINS = 16
+_DEPTH = re.compile(r"\.(\d+)\.")
+
+
+@dataclass(frozen=True)
+class Grid:
+    """One number for each kind of layer and depth; NaN where there is no such layer.
+
+    Attributes:
+        kinds: names of the rows, as ``q_proj``.
+        depths: names of the columns; ``"-"`` for layers that stand in no stack.
+        values: (kinds, depths).
+    """
+
+    kinds: list[str]
+    depths: list[str]
+    values: np.ndarray
+
+
+def kind_of(layer: str) -> str:
+    """The last part of a layer's name.
+
+    Example:
+        >>> kind_of("model.layers.3.self_attn.q_proj")
+        'q_proj'
+    """
+    return layer.rpartition(".")[2]
+
+
+def depth_of(layer: str) -> str:
+    """The number of its block; ``"-"`` without one.
+
+    Example:
+        >>> depth_of("model.layers.3.mlp.experts.7.up_proj"), depth_of("lm_head")
+        ('3', '-')
+    """
+    match = _DEPTH.search(f".{layer}.")
+    return match[1] if match else "-"
+
+
+def grid(numbers: Mapping[str, float]) -> Grid:
+    """Arrange one number a layer by kind and depth; where several share a place, as experts do, their mean."""
+    cells: dict[tuple[str, str], list[float]] = {}
+    for layer, number in numbers.items():
+        cells.setdefault((kind_of(layer), depth_of(layer)), []).append(number)
+    kinds = list(dict.fromkeys(kind for kind, _ in cells))
+    depths = sorted({depth for _, depth in cells}, key=lambda depth: (depth == "-", int(depth) if depth != "-" else 0))
+    values = np.array([[np.mean(cells[k, d]) if (k, d) in cells else np.nan for d in depths] for k in kinds])
+    return Grid(kinds, depths, values)
+
+
+def size(vector: Tensor) -> float:
+    """Root mean square."""
+    return float(vector.square().mean().sqrt())
+
+
+def spectrum(vectors: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
+    """Kind of layer → root mean square by place, (bins,), over the layers of that kind; ``""`` for all layers.
+
+    A layer's coordinate j counts in bin ⌊j · bins / r⌋; there are at most as many bins as the smallest layer has coordinates.
+    """
+    bins = min(BINS, *(len(vector) for vector in vectors.values()), BINS)
+    squares: dict[str, np.ndarray] = {}
+    numbers: dict[str, np.ndarray] = {}
+    for layer, vector in vectors.items():
+        place = np.arange(len(vector)) * bins // len(vector)
+        square = np.bincount(place, weights=vector.double().numpy() ** 2, minlength=bins)
+        number = np.bincount(place, minlength=bins)
+        for kind in ("", kind_of(layer)):
+            squares[kind] = squares.get(kind, np.zeros(bins)) + square
+            numbers[kind] = numbers.get(kind, np.zeros(bins)) + number
+    return {kind: np.sqrt(squares[kind] / numbers[kind]) for kind in squares}
