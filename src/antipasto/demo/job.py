@@ -43,6 +43,7 @@ from antipasto.evaluate import Chunk, Sampling, ask_arms, conclude
 from antipasto.files import replacing_folder, write_json
 from antipasto.models import base_fingerprint, quiet
 from antipasto.records import Evaluation, write_evaluation
+from antipasto.report import write_report
 from antipasto.routing import Mode
 from antipasto.run_folder import COMPLETE, RUN
 from antipasto.runs import run_facts, run_views
@@ -141,7 +142,7 @@ def run(config: DemoConfig, out: Path, console: Console, *, seeds: int = 1, comp
         config: the run; with several seeds, the first of them.
         out: the run folder, which must not hold anything yet: ``config.json``, ``rollouts.jsonl``, ``metrics.jsonl``,
             ``run.json``, ``adapter/``, ``direction.safetensors``, ``books.safetensors``, ``eval.json``, ``eval.jsonl``; with
-            several seeds, one such folder for each; with ``compare``, one for each method in it.
+            several seeds, one such folder for each; with ``compare``, one for each method in it; ``report.html``.
         console: where to print.
         seeds: how many seeds to run, from the config's on.
         compare: also run the other methods, each from the same start.
@@ -158,16 +159,21 @@ def run(config: DemoConfig, out: Path, console: Console, *, seeds: int = 1, comp
         raise ValueError(f"{out} exists and is not an empty folder: choose another --out, or remove it first.")
     methods = list(METHODS) if compare else ["recipe"]
     runs: dict[str, list[Evaluation]] = {method: [] for method in methods}
+    folders: list[Path] = []
     for seed in range(config.seed, config.seed + seeds):
         for method in methods:
             folder = out / (f"seed-{seed}" if seeds > 1 else "") / (method if compare else "")
+            folders.append(folder)
             runs[method].append(_run_one(DemoConfig(seed, config.steps, config.variant), method, folder, console))
     console.print(rates_table(runs["recipe"]))
     console.print(reading(runs["recipe"]), highlight=False)
     if compare:
         console.print(comparison(runs, {name: method.says for name, method in METHODS.items()}))
         console.print(standing(runs), highlight=False)
-    console.print(f"run folder: {out}", highlight=False)
+    # of several seeds and methods, the first seed's methods; of several seeds, all
+    shown = [f for f in folders if not compare or f.parent == folders[0].parent]
+    report = write_report(shown, out / "report.html")
+    console.print(f"run folder: {out}\nreport: {report}", highlight=False, soft_wrap=True)
     return runs["recipe"]
 
 
