@@ -26,7 +26,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 
-TRAIN, PREPARE, LOOK = "Train", "Prepare", "Look"
+TRAIN, PREPARE, LOOK, SHIP = "Train", "Prepare", "Look", "Ship"
 ROUTING, ADAPTER = "Routing", "Adapter"
 
 # options that several commands have
@@ -422,6 +422,58 @@ def report(
 
         page = write_report(runs, out, force=force)
         Console().print(f"report: {page}", highlight=False, markup=False, soft_wrap=True)
+
+
+@app.command(rich_help_panel=SHIP)
+def export(
+    run: Annotated[Path, typer.Argument(help="A run folder of `antipasto train` or `demo`.", show_default=False)],
+    out: Annotated[Path, typer.Option(metavar="DIR", help="Folder to write, new or empty.", show_default=False)],
+    dtype: Annotated[
+        Literal["auto", "float32", "bfloat16", "float16"],
+        typer.Option(help="Of the weights; 'auto' as the base is saved, float32 with --lora."),
+    ] = "auto",
+    lora: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            metavar="RANK",
+            help="A LoRA adapter of at most this rank instead of a checkpoint.",
+            show_default=False,
+        ),
+    ] = None,
+    max_shard_size: Annotated[
+        str | None,
+        typer.Option(metavar="SIZE", help="Of the checkpoint's files, 5GB.", show_default="one file up to 50GB"),
+    ] = None,
+    tolerance: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            help="Refuse if a token's log-probability is farther off than this; inf keeps anything.",
+            show_default="by dtype",
+        ),
+    ] = None,
+    prompts: Annotated[int, typer.Option(min=1, help="Held-out prompts to check with, at most.")] = 32,
+    force: Annotated[bool, typer.Option("--force", help="Replace an earlier export.")] = False,
+) -> None:
+    """Write a plain checkpoint of what ships, the quarantine left out, or a LoRA adapter; with a model card.
+
+    Another process, with plain transformers and nothing of this library, loads it and must compute what the run's model does.
+    """
+    with _readable_errors(extra="trl"):
+        from antipasto.export import export_run
+
+        export_run(
+            run,
+            out,
+            Console(),
+            dtype=dtype,
+            lora=lora,
+            max_shard_size=max_shard_size,
+            tolerance=tolerance,
+            prompts=prompts,
+            force=force,
+        )
 
 
 def _config(
