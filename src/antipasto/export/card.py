@@ -5,6 +5,7 @@ Texts of files are shortened and escaped: nothing in them becomes markup. Where 
 
 from __future__ import annotations
 
+import html
 import re
 from dataclasses import dataclass
 from importlib import resources
@@ -178,6 +179,6 @@ def _escaped(text: object, width: int = 120) -> str:
 
     Example:
         >>> print(_escaped("a|b <script> [x](http://y)"))
-        a\|b \<script\> \[x\](http\://y)
+        a\|b &lt;script&gt; \[x\](http\://y)
     """
-    return re.sub(r"([\\`*_{}\[\]<>#|~!&@:$])", r"\\\1", shorten(text, width))
+    return html.escape(re.sub(r"([\\`*_{}\[\]#|~!@:$])", r"\\\1", shorten(text, width)), quote=False)

@@ -11,6 +11,7 @@
 from __future__ import annotations
 
 import math
+import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,8 +19,8 @@ from pathlib import Path
 import torch
 from peft import LoraConfig
 from torch import Tensor, nn
-from transformers import AutoTokenizer
 from transformers.pytorch_utils import Conv1D
+from transformers.utils import cached_file
 
 from antipasto.files import write_tensors
 from antipasto.functional import delta_weight
@@ -28,6 +29,17 @@ from antipasto.models import quiet
 from antipasto.runs import LoadedRun
 from antipasto.tuner.layer import as_matrix
 from antipasto.tuner.views import unwrap
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+"""Of a tokenizer of any kind; each kind has its vocabulary's files beside them."""
+
 
 # ── what ships ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -192,9 +204,16 @@ def write_checkpoint(run: LoadedRun, folder: Path, dtype: torch.dtype, before: D
         model.config.tie_word_embeddings = model.get_input_embeddings().weight is model.get_output_embeddings().weight
     with quiet():
         model.save_pretrained(folder, max_shard_size=max_shard_size)
-        # read anew: the run's own pads on the left, and may have got a padding token
-        AutoTokenizer.from_pretrained(run.base, trust_remote_code=False).save_pretrained(folder)
+    _copy_tokenizer(run, folder)
     return Written(dtype, losses)
+
+
+def _copy_tokenizer(run: LoadedRun, folder: Path) -> None:
+    """The base's own files, byte for byte: the run's tokenizer pads on the left, and may have got a padding token."""
+    for name in sorted({*TOKENIZER_FILES, *run.tokenizer.vocab_files_names.values()}):
+        found = cached_file(run.base, name, local_files_only=True, _raise_exceptions_for_missing_entries=False)
+        if found is not None:
+            shutil.copyfile(found, folder / name)
 
 
 class Dtypes:
