@@ -215,7 +215,7 @@ def test_its_card_says_what_was_done(exported: tuple[Path, str]) -> None:
 
 def test_a_run_that_was_evaluated_has_its_arms_in_the_card(tmp_path: Path) -> None:
     text = render(_about(), _evaluation(), *_figures())
-    assert "| deployed (this one) | .50 \\[.40,.60\\] | .25 \\[.20,.30\\] |" in text
+    assert "| all | deployed (this one) | .50 \\[.40,.60\\] | .25 \\[.20,.30\\] |" in text
     assert "32 held-out prompts of task sums" in text
     assert "The direction did it." in text
     assert "Not evaluated" not in text
@@ -621,7 +621,7 @@ def test_hostile_names_stay_text(tmp_path: Path) -> None:
         assert bad not in text, bad
     assert text.count("\n---\n") == 1
     rows = [line for line in text.splitlines() if line.startswith("| ") and "reference" in line]
-    assert rows[0].replace("\\|", "").count("|") == 4
+    assert rows[0].replace("\\|", "").count("|") == 5
     (tmp_path / "README.md").write_text(text)
     assert ModelCard.load(tmp_path / "README.md").data.base_model == "owner/model"
 

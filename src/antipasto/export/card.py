@@ -81,7 +81,7 @@ class About:
         ships = torch.cat([layer.delta_s.detach() for layer in layers])
         zero = torch.zeros_like
         hack = torch.cat([zero(x.delta_s) if x.delta_s_hack is None else x.delta_s_hack.detach() for x in layers])
-        task = run.config.get("task")
+        task = run.facts.get("task", run.config.get("task"))
         return cls(
             run=run.folder.root.resolve().name,
             base=run.base,
@@ -157,13 +157,13 @@ def _licence(base: str) -> str | None:
 
 def _arms(evaluation: Evaluation, about: About) -> dict[str, Any]:
     """The table of arms: head and rows, with what is said of it."""
-    records = [record for record in evaluation.arms if record.kind is None]
+    records = evaluation.arms
     measures, flags = list(records[0].measures), list(records[0].flags)
     this = DEPLOYED if about.removed is not None else TRAINED
     return {
-        "head": ["arm", *measures, *flags],
+        "head": ["prompts", "arm", *measures, *flags],
         "rows": [
-            [f"{r.arm} (this one)" if r.arm == this else r.arm]
+            ["all" if r.kind is None else r.kind, f"{r.arm} (this one)" if r.arm == this else r.arm]
             + [str(r.measures[m]) if m in r.measures else "-" for m in measures]
             + [str(r.flags[f]) if f in r.flags else "-" for f in flags]
             for r in records

@@ -105,7 +105,7 @@ def _prompts(run: LoadedRun, number: int) -> tuple[str, list[Any], int]:
     """Where from, the prompts, and tokens of an answer: held-out ones, else those of the run's rollouts, else `TEXTS`."""
     length = run.config.get("max_completion_length")
     try:
-        task = load_task(run.config.get("task", "addition"))
+        task = load_task(str(run.facts.get("task", run.config.get("task"))))
         rows, source = (task.test, "held-out") if task.test is not None else (task.train, "training")
         prompts = [row["prompt"] for row in list(rows)[:number]]
         return (
