@@ -394,7 +394,7 @@ def test_a_lora_adapter_works_in_a_process_without_this_library(tmp_path: Path) 
     code, text = run("export", root, "--out", tmp_path / "out", "--lora", 8)
     assert code == 0, text
     assert "rank 3" in text
-    assert "as much as" not in text
+    assert "off by" not in text
     assert answers_without_this_library(tmp_path / "base", tmp_path / "out") == deployed_answers(root)
     card = ModelCard.load(tmp_path / "out" / "README.md")
     assert (card.data.library_name, card.data.base_model) == ("peft", "base")
@@ -515,7 +515,13 @@ def test_force_replaces_an_earlier_export_and_nothing_else(exported: tuple[Path,
         code, text = run("export", root, "--out", out, "--force")
         assert code == 2
         assert "which --force would delete" in text or "is no earlier export" in text
+    assert (root / "run.json").exists()
     shutil.copytree(exported[0], tmp_path / "shipped")
+    shutil.copytree(root, tmp_path / "shipped" / "run")
+    code, text = run("export", tmp_path / "shipped" / "run", "--out", tmp_path / "shipped", "--force")
+    assert code == 2
+    assert "which --force would delete" in text
+    shutil.rmtree(tmp_path / "shipped" / "run")
     (tmp_path / "shipped" / "old").touch()
     code, text = run("export", root, "--out", tmp_path / "shipped", "--force")
     assert code == 0, text
