@@ -283,15 +283,15 @@ def refuse(found: Check, written: Written, *, given: bool) -> None:
         if written.rank
         else ""
     )
+    if half and not given and written.loss.share < MIN_KEPT:
+        raise ValueError(
+            f"Only {written.loss.share:.0%} of the update is left once W + ΔW is rounded to {dtype}: it is smaller than the "
+            f"steps between neighbouring numbers there. {remedy}; to keep it regardless: --tolerance inf."
+        )
     if not found.largest <= found.tolerance:
         itself = f"; the base itself moves by {found.base_largest:.2g} in {dtype}" if half else ""
         raise ValueError(
             f"The log-probability of a token is up to {found.largest:.2g} away from that of the model to be shipped, more "
             f"than the tolerance of {found.tolerance:.2g}{itself}. {remedy or 'This is a fault: do not ship it'}; to keep it "
             "regardless: --tolerance inf."
-        )
-    if half and not given and written.loss.share < MIN_KEPT:
-        raise ValueError(
-            f"Only {written.loss.share:.0%} of the update is left once W + ΔW is rounded to {dtype}: it is smaller than the "
-            f"steps between neighbouring numbers there. {remedy}; to keep it regardless: --tolerance inf."
         )
