@@ -154,8 +154,8 @@ def _notes(out: Path, about: About, written: Written) -> list[str]:
     notes = []
     if written.rank is not None and written.is_approximate:
         notes.append(
-            f"The adapter is off by {written.loss.relative:.0%} of the update's length: {written.rank} directions a layer hold "
-            "no more. A checkpoint holds all of it: leave out --lora."
+            f"The adapter is off by {written.loss.relative:.0%} of the update's length: {written.rank} directions a layer "
+            "hold no more. A checkpoint holds all of it: leave out --lora."
         )
     where = f'AutoModelForCausalLM.from_pretrained("{out}")'
     if written.rank is not None:
