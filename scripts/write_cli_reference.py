@@ -28,6 +28,9 @@ mistake of the caller's costs one line on stderr and exit code 2; Ctrl-C, 130. `
 """
 
 
+_WORDS = {int: "a whole number", float: "a number", Path: "a path", str: "a text"}
+
+
 class Parameter(typing.NamedTuple):
     """One row of a table: what is typed, what it takes, what it is if left out, what it means, and in which group."""
 
@@ -52,11 +55,7 @@ def section(command: CommandInfo) -> str:
     assert command.callback is not None
     described = inspect.cleandoc(command.help or command.callback.__doc__ or "")
     rows = parameters(command.callback)
-    arguments = [
-        row.name.strip("`") if not row.default else f"[{row.name.strip('`')}]"
-        for row in rows
-        if row.group == "Arguments"
-    ]
+    arguments = [_typed(row) for row in rows if row.group == "Arguments"]
     usage = " ".join(["antipasto", name(command), *arguments, "[OPTIONS]"])
     parts = [f"## antipasto {name(command)}", described, f"```text\n{usage}\n```"]
     for group in dict.fromkeys(row.group for row in rows):
@@ -67,6 +66,11 @@ def section(command: CommandInfo) -> str:
         ]
         parts.append("\n".join(table))
     return "\n\n".join(parts) + "\n"
+
+
+def _typed(argument: Parameter) -> str:
+    word = argument.name.strip("`") + ("..." if "several" in argument.takes else "")
+    return f"[{word}]" if argument.default else word
 
 
 def name(command: CommandInfo) -> str:
@@ -104,7 +108,10 @@ def _takes(kind: Any, info: ArgumentInfo | OptionInfo) -> str:
         return ", ".join(f"`{value}`" for value in typing.get_args(kind))
     if kind is bool:
         return "–"
-    words = {int: "a whole number", float: "a number", Path: "a path", str: "a text"}[kind]
+    if typing.get_origin(kind) is list:
+        (kind,) = typing.get_args(kind)
+        return f"{_WORDS[kind]}, or several"
+    words = _WORDS[kind]
     if info.metavar and isinstance(info, OptionInfo):
         words = f"{info.metavar}"
     bounds = [f"from {info.min:g}"] if info.min is not None else []

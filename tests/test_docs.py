@@ -128,7 +128,12 @@ def run_page(page: Path, folder: Path, shorter: Mapping[str, str]) -> str:
     result = subprocess.run(
         [sys.executable, "-c", "\n".join(driver)],
         cwd=folder,
-        env={**os.environ, "CUDA_VISIBLE_DEVICES": "", "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"},
+        env={
+            **os.environ,
+            "CUDA_VISIBLE_DEVICES": "",
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+            "TRACKIO_DIR": str(folder / "trackio"),  # else it writes to the user's cache
+        },
         capture_output=True,
         text=True,
     )
