@@ -69,7 +69,7 @@ def section(command: CommandInfo) -> str:
 
 
 def _typed(argument: Parameter) -> str:
-    word = argument.name.strip("`") + ("..." if "several" in argument.takes else "")
+    word = argument.name.strip("`")
     return f"[{word}]" if argument.default else word
 
 
