@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import io
 import json
 import os
@@ -51,6 +52,8 @@ def test_demo_prints_a_table_and_a_sentence(demo: tuple[Path, str]) -> None:
     for words in ("hackable", "strict", "solve", "exploit", "says !", "says ?", "95%"):
         assert words in text
     assert read_evaluation(out).verdict.sentence in " ".join(text.split())
+    assert f"report: {out / 'report.html'}" in " ".join(text.split())
+    assert html.escape(read_evaluation(out).verdict.sentence) in (out / "report.html").read_text()
     console = Console(width=80, file=io.StringIO())
     console.print(rates_table([read_evaluation(out)]))
     table = console.file.getvalue()
@@ -71,6 +74,7 @@ def test_demo_leaves_every_rollout_and_reward(demo: tuple[Path, str]) -> None:
         "eval.json",
         "eval.jsonl",
         "run.json",
+        "report.html",
         "adapter",
     }
     rollouts = [json.loads(line) for line in (out / "rollouts.jsonl").read_text().splitlines()]
@@ -117,7 +121,10 @@ def test_several_seeds_and_the_other_variant(tmp_path: Path) -> None:
     )
     assert code == 0
     assert "mean ± sd of 2 seeds" in text.replace("\n", " ")
-    assert sorted(p.name for p in (tmp_path / "two").iterdir()) == ["seed-3", "seed-4"]
+    assert sorted(p.name for p in (tmp_path / "two").iterdir()) == ["report.html", "seed-3", "seed-4"]
+    report = (tmp_path / "two" / "report.html").read_text()
+    assert "2 runs compared" in report
+    assert "seed-4" in report
     assert json.loads((tmp_path / "two" / "seed-4" / "config.json").read_text())["variant"] == "even"
 
 

@@ -26,6 +26,7 @@ from antipasto.models import quiet
 from antipasto.records import (
     ANSWERS,
     MEANS,
+    PARTIAL,
     RANDOM,
     RATES,
     Answer,
@@ -38,8 +39,6 @@ from antipasto.records import (
 from antipasto.runs import load_run
 from antipasto.tasks import Task, load_task
 from antipasto.terminal import add_row, plain
-
-PARTIAL = "eval.partial.jsonl"
 
 
 def evaluate_run(

@@ -1,7 +1,8 @@
 """What an evaluation leaves: every answer, and what they come to, arm by arm and difference by difference.
 
-    eval.jsonl   one `Answer` a line, after a first line that says how they were asked
-    eval.json    `Evaluation` without its answers: arms, paired differences, verdict
+    eval.jsonl          one `Answer` a line, after a first line that says how they were asked
+    eval.json           `Evaluation` without its answers: arms, paired differences, verdict
+    eval.partial.jsonl  the answers so far, while it goes on
 
 An *arm* is a model as it is seen for a while: the reference, as trained, deployed, a control's book taken out, anything with a
 name. Every arm is asked the same prompts with the same draws, so that answers pair up by row.
@@ -31,7 +32,7 @@ from antipasto.options import check_types
 from antipasto.tasks import REWARDED, SOLVED
 
 FORMAT = "antipasto-eval-1"
-EVAL, ANSWERS = "eval.json", "eval.jsonl"
+EVAL, ANSWERS, PARTIAL = "eval.json", "eval.jsonl", "eval.partial.jsonl"
 REFERENCE, TRAINED, DEPLOYED, RANDOM = "reference", "as trained", "deployed", "random"
 RATES, MEANS = ("solve", "exploit"), ("reward", "kl", "length")
 RESAMPLES = 2000

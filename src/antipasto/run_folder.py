@@ -77,6 +77,8 @@ class RunFolder:
         Raises:
             ValueError: it is not there, or no JSON.
         """
+        if not self.run.is_file():
+            raise ValueError(f"{self.root} is no run folder: there is no {RUN} in it.")
         try:
             facts = json.loads(self.run.read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError) as error:

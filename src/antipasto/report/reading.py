@@ -15,7 +15,7 @@ from typing import Any
 from antipasto.directions import Direction
 from antipasto.gates import DEFAULT_THRESHOLD
 from antipasto.inspection import Knobs, as_number, read_adapter, read_config, read_json, read_rows
-from antipasto.records import ANSWERS, EVAL, Evaluation, read_evaluation
+from antipasto.records import EVAL, PARTIAL, Evaluation, read_evaluation
 from antipasto.report.rollouts import Rollouts, read_rollouts
 from antipasto.routing import Books, read_books
 from antipasto.run_folder import RunFolder
@@ -119,7 +119,7 @@ def _read_run(folder: Path, name: str, budget: int) -> Run:
     else:
         begun = (
             "Its evaluation did not come to its end, and continues with"
-            if (folder / ANSWERS).exists()
+            if (folder / PARTIAL).exists()
             else "Not evaluated yet"
         )
         missing.append(f"{begun}: antipasto eval {folder}")
