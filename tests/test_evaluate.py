@@ -41,6 +41,7 @@ from antipasto.records import (
     summarise,
     write_evaluation,
 )
+from antipasto.runs import run_views
 from antipasto.tasks import Task, addition
 from antipasto.verdict import FEWEST
 
@@ -421,3 +422,45 @@ def test_json_is_plain(tmp_path: Path) -> None:
         raise AssertionError(word)
 
     json.loads((tmp_path / "eval.json").read_text(), parse_constant=refuse)
+
+
+# ── a run's arms ─────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize(
+    ("method", "names"),
+    [
+        ("plain", []),
+        ("erase", []),  # what the gate claimed is out of θ for good: there is nothing to take out
+        ("measure", ["random"]),
+        ("route", ["deployed", "random", "shrunk"]),
+    ],
+)
+def test_the_arms_of_a_run_are_those_of_its_method(
+    adapted: tuple[torch.nn.Module, object], method: str, names: list[str]
+) -> None:
+    model, _ = adapted
+    layers = ap.knobs(model)
+    books = {"random": {name: torch.full((layer.r,), 0.1) for name, layer in layers.items()}}
+    views = run_views(model, books, method)
+    assert list(views) == ["reference", "as trained", *names]
+    ids = torch.randint(2, 18, (2, 6))
+    found = {}
+    for name, view in views.items():
+        with view, torch.no_grad():
+            found[name] = model(ids).logits
+    with ap.reference(model), torch.no_grad():
+        assert torch.equal(found["reference"], model(ids).logits)
+    if "random" in names:  # θ − book
+        with torch.no_grad():
+            for layer in layers.values():
+                layer.delta_s.sub_(0.1)
+            expected = model(ids).logits
+            for layer in layers.values():
+                layer.delta_s.add_(0.1)
+        assert torch.allclose(found["random"], expected, atol=1e-4)
+    if "shrunk" in names:  # θ at the length of δS
+        ships = torch.cat([layer.delta_s.detach() for layer in layers.values()])
+        theta = ships + torch.cat([layer.delta_s_hack.detach() for layer in layers.values()])
+        with ap.scaled(model, float(ships.norm() / theta.norm())), torch.no_grad():
+            assert torch.equal(found["shrunk"], model(ids).logits)
