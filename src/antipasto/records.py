@@ -48,6 +48,8 @@ class Estimate:
     Example:
         >>> print(Estimate(0.5, 0.404, 0.596), Estimate(-12.31, -13.0, -11.5))
         .50 [.40,.60] -12.31 [-13.00,-11.50]
+        >>> Estimate(0.1, 0.0, 0.2).excludes_zero, Estimate(-0.1, -0.2, -0.01).excludes_zero
+        (False, True)
     """
 
     value: float
