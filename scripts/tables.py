@@ -10,6 +10,7 @@ import argparse
 from pathlib import Path
 from statistics import mean, stdev
 
+from antipasto.demo.story import pool
 from antipasto.records import REFERENCE, ArmRecord, Estimate, Evaluation, read_evaluation
 
 
@@ -55,6 +56,9 @@ def demo(root: Path) -> None:
 def evaluations(roots: list[Path]) -> None:
     """Every arm of several runs, with 95% intervals."""
     found = {root.name: read_evaluation(root) for root in roots}
+    together = f"all {len(roots)}"
+    if len(roots) > 1 and len({tuple(evaluation.names) for evaluation in found.values()}) == 1:
+        found[together] = pool(list(found.values()))
     flags = list(next(iter(found.values())).arms[0].flags)
     titles = ["run", "model", "solve", "exploit", *flags, "reward", "KL"]
     print(f"| {' | '.join(titles)} |\n|{'---|' * len(titles)}")
@@ -65,6 +69,8 @@ def evaluations(roots: list[Path]) -> None:
             cells = [*map(interval, rates), *(interval(record.flags[f]) for f in flags)]
             means = f"{record.measures['reward'].value:.2f} | {record.measures['kl'].value:.2f}"
             print(f"| {run} | {name} | {' | '.join(cells)} | {means} |")
+    if together in found:
+        print(f"\nAll together: {found[together].verdict.sentence}")
 
 
 def interval(e: Estimate) -> str:

@@ -162,7 +162,13 @@ def test_the_direction_removed_the_exploit() -> None:
         ({"random": (8, 110)}, False, "no fewer than a control (difference to random .00 [.00,.00])"),
         ({"shrunk": (5, 110)}, False, "no fewer than a control (difference to shrunk +.01"),
         ({"deployed": (80, 110)}, False, "no less of it than as trained"),
-        ({"deployed": (30, 112)}, False, "still more of it than in the reference"),
+        (
+            {"deployed": (30, 112)},
+            False,
+            "it is above the reference's level, with a margin of .05 (difference +.12",
+        ),
+        ({"deployed": (12, 112)}, False, "it is above the reference's level"),
+        ({"deployed": (9, 112), "reference": (6, 90)}, True, ""),
         ({"deployed": (8, 95)}, False, "may solve less than as trained by more than the margin of .05"),
         ({"random": None, "shrunk": None}, False, "no control to compare with"),
         ({"deployed": None}, None, "has no quarantine to take it out"),
@@ -176,7 +182,7 @@ def test_otherwise_it_says_what_fails(
     verdict = evaluation_of(**counts).verdict
     assert verdict.holds is holds
     assert words in verdict.sentence
-    assert "The direction removed" not in verdict.sentence
+    assert ("The direction removed" in verdict.sentence) == (holds is True)
 
 
 def test_a_cost_on_one_kind_of_prompts_counts() -> None:

@@ -241,8 +241,14 @@ def test_an_evaluation_that_is_killed_continues_to_the_same_answers(trained: tup
     assert run("eval", str(runs[1]), *options)[0] == 0
     for name in ("eval.json", "eval.jsonl"):
         assert (runs[0] / name).read_bytes() == (runs[1] / name).read_bytes(), name
+    # another margin is another verdict on the same answers, which are not asked again
+    before = (runs[0] / "eval.jsonl").read_bytes()
+    code, text = run("eval", str(runs[0]), *options, "--margin", "0.5")
+    assert code == 0
+    assert "continuing: 2,400 answers are there" in text
+    assert (runs[0] / "eval.jsonl").read_bytes() == before
+    assert read_evaluation(runs[0]).margin == 0.5
     # another seed is another evaluation: nothing is taken over
-    (runs[0] / "eval.jsonl").rename(partial)
     code, text = run("eval", str(runs[0]), *options, "--seed", "1")
     assert code == 0
     assert "continuing" not in text

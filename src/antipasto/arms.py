@@ -1,7 +1,8 @@
 """The job behind `antipasto eval`: every arm of a run, asked the task's held-out prompts with the same draws.
 
 While it goes on, answers are kept in ``eval.partial.jsonl``; a call with the same options continues there. At the end they
-become ``eval.json`` and ``eval.jsonl``, in place of those of an earlier evaluation.
+become ``eval.json`` and ``eval.jsonl``, in place of those of an earlier evaluation. Whole ones are not asked again either:
+another margin costs no sampling.
 """
 
 from __future__ import annotations
@@ -99,10 +100,11 @@ def _digest(root: Path, task: Task, rows: Sequence[Any]) -> str:
 
 
 def _begin(path: Path, facts: dict[str, Any], console: Console) -> list[Answer]:
-    """The answers of an evaluation with the same facts that was interrupted, in a file that can be added to."""
+    """The answers of an evaluation with the same facts, interrupted or whole, in a file that can be added to."""
     done: list[Answer] = []
-    if path.exists():
-        before, found = read_answers(path)
+    there = path if path.exists() else path.with_name(ANSWERS)
+    if there.exists():
+        before, found = read_answers(there)
         if before == facts:
             done = found
             console.print(f"continuing: {len(done):,} answers are there", highlight=False)
