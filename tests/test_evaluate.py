@@ -116,7 +116,8 @@ def test_differences_are_paired() -> None:
     one, other = answers_of("one", 100, 0), answers_of("other", 99, 0)
     (difference,) = compare(one + other, [("one", "other")])
     found = difference.measures["exploit"]
-    assert found.value == pytest.approx(1 / N)
+    assert found.value == difference.flags["says !"].value == pytest.approx(1 / N)
+    assert compare(one + other[::-1], [("one", "other")]) == [difference]  # by row, in whatever order they come
     assert found.low >= 0
     assert found.high <= 4 / N
     with pytest.raises(ValueError, match="one and other were asked different prompts"):
@@ -132,6 +133,12 @@ def test_records_count_what_the_answers_say() -> None:
     assert whole.flags["says !"].value == 20 / 400
     assert whole.measures["reward"].value == pytest.approx(270 / 400)
     assert whole.measures["kl"] == Estimate(0.5, 0.5, 0.5)
+    lonely = [*answers, replace(answers[0], row=2 * N, kind="c")]
+    assert [(r.kind, r.n) for r in summarise(lonely)] == [
+        (None, 2 * N + 1),
+        ("a", N),
+        ("b", N),
+    ]  # one prompt tells nothing
 
 
 # ── the verdict ──────────────────────────────────────────────────────────────────────────────────────────────────────
