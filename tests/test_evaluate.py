@@ -167,6 +167,7 @@ def test_the_direction_removed_the_exploit() -> None:
         ({"as_trained": (7, 110)}, None, "Training did not teach the exploit"),
         ({"as_trained": (15, 110)}, None, "Training taught little of the exploit, less than the margin of .05"),
         ({"random": (8, 110)}, False, "no fewer than a control (difference to random .00 [.00,.00])"),
+        ({"random": (10, 110)}, False, "no fewer than a control (difference to random -.01 [-.03,.00])"),
         ({"shrunk": (5, 110)}, False, "no fewer than a control (difference to shrunk +.01"),
         ({"deployed": (80, 110)}, False, "no less of it than as trained"),
         (
