@@ -15,7 +15,7 @@ import torch
 from families import FAMILIES
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import antipasto as ap
 from antipasto.evaluate import (
@@ -36,6 +36,7 @@ from antipasto.records import (
     Evaluation,
     compare,
     mean_estimates,
+    rate_difference,
     read_answers,
     read_evaluation,
     summarise,
@@ -118,10 +119,26 @@ def test_differences_are_paired() -> None:
     found = difference.measures["exploit"]
     assert found.value == difference.flags["says !"].value == pytest.approx(1 / N)
     assert compare(one + other[::-1], [("one", "other")]) == [difference]  # by row, in whatever order they come
-    assert found.low >= 0
-    assert found.high <= 4 / N
+    assert -0.015 < found.low < 0  # one row is no evidence
+    assert found.high < 0.035
     with pytest.raises(ValueError, match="one and other were asked different prompts"):
         compare(one + [replace(a, row=a.row + 1) for a in other], [("one", "other")])
+
+
+@pytest.mark.parametrize(
+    ("both", "first", "second", "neither", "low", "high"),
+    [(36, 12, 2, 0, 0.0569, 0.3404), (0, 4, 0, 26, -0.0057, 0.2968), (8, 0, 0, 192, -0.0199, 0.0199)],
+)
+def test_the_interval_of_paired_rates(
+    both: int, first: int, second: int, neither: int, low: float, high: float
+) -> None:
+    """The first is Newcombe's own example; four of thirty are no evidence, and equal answers leave a width."""
+    ones = np.array([1.0] * (both + first) + [0.0] * (second + neither))
+    others = np.array([1.0] * both + [0.0] * first + [1.0] * second + [0.0] * neither)
+    found = rate_difference(ones, others)
+    assert (found.low, found.high) == pytest.approx((low, high), abs=1e-4)
+    turned = rate_difference(others, ones)
+    assert (turned.value, turned.low, turned.high) == pytest.approx((-found.value, -found.high, -found.low))
 
 
 def test_records_count_what_the_answers_say() -> None:
@@ -164,12 +181,20 @@ def test_the_direction_removed_the_exploit() -> None:
 @pytest.mark.parametrize(
     ("changed", "holds", "words"),
     [
-        ({"as_trained": (7, 110)}, None, "Training did not teach the exploit"),
-        ({"as_trained": (15, 110)}, None, "Training taught little of the exploit, less than the margin of .05"),
-        ({"random": (8, 110)}, False, "no fewer than a control (difference to random .00 [.00,.00])"),
-        ({"random": (10, 110)}, False, "no fewer than a control (difference to random -.01 [-.03,.00])"),
-        ({"shrunk": (5, 110)}, False, "no fewer than a control (difference to shrunk +.01"),
-        ({"deployed": (80, 110)}, False, "no less of it than as trained"),
+        (
+            {"as_trained": (7, 110)},
+            None,
+            "next to nothing of the exploit, so that there was nothing to remove",
+        ),
+        ({"as_trained": (15, 110)}, None, "not shown that training taught the exploit beyond a margin of .05"),
+        ({"random": (8, 110)}, False, "not shown to be less than with a control (difference to random .00 [-.02,.02])"),
+        (
+            {"random": (10, 110)},
+            False,
+            "not shown to be less than with a control (difference to random -.01 [-.04,.01])",
+        ),
+        ({"shrunk": (5, 110)}, False, "not shown to be less than with a control (difference to shrunk +.01"),
+        ({"deployed": (80, 110)}, False, "it is not shown to be less than as trained"),
         (
             {"deployed": (30, 112)},
             False,
@@ -178,8 +203,15 @@ def test_the_direction_removed_the_exploit() -> None:
         ({"deployed": (12, 112)}, False, "it is above the reference's level"),
         ({"deployed": (9, 112), "reference": (6, 90)}, True, ""),
         ({"deployed": (8, 95)}, False, "may solve less than as trained by more than the margin of .05"),
-        ({"random": None, "shrunk": None}, False, "no control to compare with"),
-        ({"deployed": None}, None, "has no quarantine to take it out"),
+        ({"random": None, "shrunk": None}, False, "no control direction to compare with"),
+        ({"random": None}, False, "no control direction to compare with"),  # shrinking alone is none
+        (
+            {"random": (80, 110)},
+            False,
+            "no control direction to compare with",
+        ),  # its book is empty: it is the trained model
+        ({"permuted": (80, 110)}, True, "(random, shrunk;"),
+        ({"deployed": None}, None, "has no quarantine, and ships as it was trained"),
         ({"reference": None}, None, "not both asked"),
     ],
 )
@@ -205,6 +237,8 @@ def test_a_cost_on_one_kind_of_prompts_counts() -> None:
     assert "on closed prompts" in verdict.sentence
     assert "on open" not in verdict.sentence
     assert conclude("toy", {}, answers, margin=0.5).verdict.holds is None  # training taught less than that
+    few = [a for a in answers if a.kind == "open" or (a.kind == "other" and a.row < 2 * N + 12)]
+    assert "12 other prompts are too few to tell the cost there" in conclude("toy", {}, few).verdict.sentence
 
 
 def test_no_oracle_or_too_few_prompts_is_no_verdict() -> None:
@@ -251,6 +285,7 @@ def test_a_torn_last_line_is_left_out(tmp_path: Path) -> None:
         ("eval.json", lambda text: text.replace('"measures"', '"measure"')),
         ("eval.jsonl", lambda text: text.replace('"row": 3,', '"row": "3",')),
         ("eval.jsonl", lambda text: text.replace('"facts"', '"fact"')),
+        ("eval.jsonl", lambda text: text.replace('"prompts": 200', '"prompts": 201')),  # of another evaluation
         ("eval.jsonl", lambda text: "[" * 100_000 + "\n" + text),
     ],
 )
@@ -313,18 +348,41 @@ def test_what_is_done_is_not_asked_again(adapted: tuple[torch.nn.Module, object]
     assert calls == [4, 4, 2]
     calls.clear()
     # a chunk of which a row is missing is asked again as a whole
-    again = ask_arms(model, tokenizer, task, rows, {"one": nullcontext()}, how, done=whole[:7])
-    assert calls == [4, 2]
-    assert again == whole
+    asked: list[int] = []
+    options = {"done": whole[:7], "on_answers": lambda answers: asked.append(len(answers))}
+    assert ask_arms(model, tokenizer, task, rows, {"one": nullcontext()}, how, **options) == whole
+    assert asked == [4, 2]
     ask_arms(model, tokenizer, task, rows, {"one": nullcontext()}, how, chunks=[Chunk([9, 1], 0)])
-    assert calls == [4, 2, 2]
+    assert calls[-1:] == [2]
+    # but what was said is judged anew: the task's functions may be others now
+    other = Task("calls", train=rows, reward=lambda completions: [1.0] * len(completions), probes={"any": _all})
+    anew = ask_arms(model, tokenizer, other, rows, {"one": nullcontext()}, how, done=whole)
+    assert [a.completion for a in anew] == [a.completion for a in whole]
+    assert all(a.reward == 1 and a.flags == {"any": True} for a in anew)
+
+
+def test_answers_are_drawn_as_in_training(adapted: tuple[torch.nn.Module, object]) -> None:
+    """Penalties and beams of the model's own config are not the policy's; the tokenizer's end is one too."""
+    model, tokenizer = adapted
+    prompts = [addition.prompt("s", pair) for pair in addition.split("test")[:30]]
+    plain = sample_completions(model, tokenizer, prompts, max_new_tokens=5, seed=0)
+    config = model.generation_config
+    model.generation_config = GenerationConfig(
+        repetition_penalty=5.0, num_beams=2, pad_token_id=config.pad_token_id, bos_token_id=config.bos_token_id
+    )
+    try:
+        odd = model.generation_config
+        assert sample_completions(model, tokenizer, prompts, max_new_tokens=5, seed=0) == plain
+        assert model.generation_config is odd
+    finally:
+        model.generation_config = config
 
 
 def test_the_length_ends_with_the_end_of_sequence() -> None:
     answers = torch.tensor([[5, 1, 0, 0], [5, 6, 7, 8], [1, 1, 0, 0]])
-    assert _until_end(answers, 1).sum(dim=1).tolist() == [2, 4, 1]
+    assert _until_end(answers, [1]).sum(dim=1).tolist() == [2, 4, 1]
     assert _until_end(answers, [1, 6]).sum(dim=1).tolist() == [2, 2, 1]
-    assert _until_end(answers, None).sum(dim=1).tolist() == [4, 4, 4]
+    assert _until_end(answers, []).sum(dim=1).tolist() == [4, 4, 4]
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -405,6 +463,10 @@ def test_probes_are_counted_and_never_trained_on(adapted: tuple[torch.nn.Module,
     assert judged.reward == [1.0, 0.0]
 
 
+def _all(completions: list[str]) -> list[bool]:
+    return [True for _ in completions]
+
+
 def _none(completions: list[str]) -> list[bool]:
     return [False for _ in completions]
 
@@ -414,6 +476,9 @@ def _none(completions: list[str]) -> list[bool]:
     [
         ({"kinds": "sort"}, "kinds='sort' is no column of train"),
         ({"probes": {"a": 3}}, "probe 'a' must be a function, got int"),
+        ({"probes": [len]}, "probes must be functions by name"),
+        ({"probes": {"": len}}, "probes must be functions by name"),
+        ({"kinds": ["sort"]}, "kinds must be the name of a column or None"),
         ({"probes": {"loud": _none}, "detector": _none, "detects": "loud"}, "both called 'loud'"),
     ],
 )

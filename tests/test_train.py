@@ -248,6 +248,12 @@ def test_an_evaluation_that_is_killed_continues_to_the_same_answers(trained: tup
     assert "continuing: 2,400 answers are there" in text
     assert (runs[0] / "eval.jsonl").read_bytes() == before
     assert read_evaluation(runs[0]).margin == 0.5
+    # a damaged file is no reason not to ask
+    (runs[0] / "eval.jsonl").write_text("rubbish\n")
+    code, text = run("eval", str(runs[0]), *options)
+    assert code == 0
+    assert "asked anew: " in text
+    assert (runs[0] / "eval.jsonl").read_bytes() == before
     # another seed is another evaluation: nothing is taken over
     code, text = run("eval", str(runs[0]), *options, "--seed", "1")
     assert code == 0

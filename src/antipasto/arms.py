@@ -68,8 +68,8 @@ def evaluate_run(
         seed=seed,
         batch_size=batch_size,
     )
-    facts = {"prompts": len(rows), **asdict(how), "method": run.method, "digest": _digest(run.folder.root, task, rows)}
-    done = _begin(root / PARTIAL, facts, console)
+    facts = {"prompts": len(rows), **asdict(how), "method": run.method, **_digests(root, task, rows)}
+    done = _begin(root, facts, console)
     arms = run.views()
     with Progress(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console
@@ -91,25 +91,29 @@ def evaluate_run(
     return evaluation
 
 
-def _digest(root: Path, task: Task, rows: Sequence[Any]) -> str:
-    """Of what is asked and who answers: an evaluation is continued only where it is the same."""
-    result = hashlib.sha256(json.dumps([task.name, [dict(row) for row in rows]], default=str).encode())
+def _digests(root: Path, task: Task, rows: Sequence[Any]) -> dict[str, str]:
+    """Of what is asked and of who answers: an evaluation is continued only where both are the same."""
+    asked = hashlib.sha256(json.dumps([task.name, [dict(row) for row in rows]], default=str).encode())
+    answered_by = hashlib.sha256()
     for path in (root / "adapter" / "adapter_model.safetensors", root / "books.safetensors"):
-        result.update(path.read_bytes() if path.exists() else b"")
-    return result.hexdigest()[:16]
+        answered_by.update(path.read_bytes() if path.exists() else b"")
+    return {"asked": asked.hexdigest()[:16], "answered_by": answered_by.hexdigest()[:16]}
 
 
-def _begin(path: Path, facts: dict[str, Any], console: Console) -> list[Answer]:
+def _begin(root: Path, facts: dict[str, Any], console: Console) -> list[Answer]:
     """The answers of an evaluation with the same facts, interrupted or whole, in a file that can be added to."""
     done: list[Answer] = []
-    there = path if path.exists() else path.with_name(ANSWERS)
-    if there.exists():
-        before, found = read_answers(there)
-        if before == facts:
+    for path in (root / PARTIAL, root / ANSWERS):
+        try:
+            before, found = read_answers(path) if path.exists() else ({}, [])
+        except ValueError as error:
+            console.print(plain(f"asked anew: {error}"), markup=False, highlight=False)
+            continue
+        if before == facts and not done:
             done = found
             console.print(f"continuing: {len(done):,} answers are there", highlight=False)
     lines = [json.dumps({"facts": facts}), *(json.dumps(asdict(answer)) for answer in done)]
-    write_text(path, "".join(line + "\n" for line in lines))
+    write_text(root / PARTIAL, "".join(line + "\n" for line in lines))
     return done
 
 
@@ -118,7 +122,9 @@ def _begin(path: Path, facts: dict[str, Any], console: Console) -> list[Answer]:
 
 def show(evaluation: Evaluation, console: Console) -> None:
     """Print an evaluation: rates, means and differences, and the verdict."""
-    console.print(rates_table([evaluation]))
+    first = evaluation.arms[0]
+    if first.flags or "solve" in first.measures:
+        console.print(rates_table([evaluation]))
     console.print(_means_table(evaluation))
     console.print(plain(evaluation.verdict.sentence), markup=False, highlight=False)
 

@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from transformers import GenerationConfig
 
 from antipasto.knobs import reference
 from antipasto.records import DEPLOYED, RANDOM, REFERENCE, Answer, Evaluation, compare, summarise
@@ -97,17 +98,43 @@ def _batches(model: nn.Module, tokenizer: Any, prompts: Sequence[Any], how: Samp
     device = next(model.parameters()).device
     try:
         model.eval()
-        with torch.random.fork_rng():
+        with torch.random.fork_rng(), _as_in_training(model, tokenizer) as ends:
             torch.manual_seed(seed)
             for start in range(0, len(prompts), how.batch_size):
                 asked = _tokenize(tokenizer, list(prompts[start : start + how.batch_size])).to(device)
                 ids = model.generate(**asked, **options, max_new_tokens=how.max_new_tokens)  # type: ignore[operator]
                 answers = ids[:, asked["input_ids"].shape[1] :]
-                new = _until_end(answers, model.generation_config.eos_token_id)  # type: ignore[union-attr,arg-type]
+                new = _until_end(answers, ends)
                 texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
                 yield _Batch(ids, torch.cat([asked["attention_mask"], new.long()], dim=1), new, texts)
     finally:
         model.train(training)
+
+
+@contextmanager
+def _as_in_training(model: nn.Module, tokenizer: Any) -> Iterator[list[int]]:
+    """Generate by the model's own distribution, as GRPO does, whatever its generation config says of penalties and beams.
+
+    Yields:
+        What ends an answer: the config's end-of-sequence tokens, and the tokenizer's.
+    """
+    models = list(dict.fromkeys([model, unwrap(model)]))
+    before = [(each, vars(each).get("generation_config")) for each in models]
+    ends = model.generation_config.eos_token_id  # type: ignore[union-attr]
+    found = {*(ends if isinstance(ends, list) else [ends]), tokenizer.eos_token_id} - {None}
+    plain = GenerationConfig(
+        bos_token_id=tokenizer.bos_token_id, eos_token_id=sorted(found) or None, pad_token_id=tokenizer.pad_token_id
+    )
+    for each in models:
+        each.generation_config = plain
+    try:
+        yield sorted(found)
+    finally:
+        for each, config in before:
+            if config is None:
+                del each.generation_config
+            else:
+                each.generation_config = config
 
 
 def _tokenize(tokenizer: Any, prompts: list[Any]) -> Any:
@@ -119,11 +146,9 @@ def _tokenize(tokenizer: Any, prompts: list[Any]) -> Any:
     )
 
 
-def _until_end(answers: Tensor, end: int | list[int] | None) -> Tensor:
-    """Which tokens come no later than the first end-of-sequence token, (b, t) bool."""
-    if end is None:
-        return torch.ones_like(answers, dtype=torch.bool)
-    is_end = torch.isin(answers, torch.tensor(end, device=answers.device)).long()
+def _until_end(answers: Tensor, ends: list[int]) -> Tensor:
+    """Which tokens come no later than the first that ends an answer, (b, t) bool."""
+    is_end = torch.isin(answers, torch.tensor(ends, dtype=answers.dtype, device=answers.device)).long()
     return is_end.cumsum(dim=1) - is_end == 0
 
 
@@ -207,11 +232,11 @@ def ask_arms(
         arms: name → context under which the model is that arm; each is entered once.
         how: the answers are drawn.
         chunks: what is asked together; `chunks_of` if None.
-        done: answers of an earlier call that was interrupted; chunks that are whole in them are not asked again.
+        done: answers of an earlier call; chunks that are whole in them are not asked again, but judged anew.
         on_answers: called with each chunk's answers as they come.
 
     Returns:
-        The answers, arm by arm in the order of the rows.
+        The answers, arm by arm, chunk by chunk.
 
     Raises:
         TaskError: one of the task's functions fails.
@@ -223,33 +248,38 @@ def ask_arms(
     for name, arm in arms.items():
         with arm:
             for chunk in chunks:
-                found = [there[name, row] for row in chunk.rows if (name, row) in there]
-                if len(found) < len(chunk.rows):
-                    found = _ask(model, tokenizer, task, rows, name, how, chunk)
-                    if on_answers is not None:
-                        on_answers(found)
-                answers += sorted(found, key=lambda answer: answer.row)
+                said = [_Said(a.completion, a.length, a.kl) for row in chunk.rows if (a := there.get((name, row)))]
+                is_new = len(said) < len(chunk.rows)
+                if is_new:
+                    said = _ask(model, tokenizer, [rows[row]["prompt"] for row in chunk.rows], how, chunk.seed)
+                found = _judge(task, rows, name, chunk, said)
+                if is_new and on_answers is not None:
+                    on_answers(found)
+                answers += found
     return answers
 
 
-def _ask(
-    model: nn.Module,
-    tokenizer: Any,
-    task: Task,
-    rows: Sequence[Mapping[str, Any]],
-    arm: str,
-    how: Sampling,
-    chunk: Chunk,
+class _Said(NamedTuple):
+    """What sampling gives; the rest of an `Answer` is the task's word on it."""
+
+    text: str
+    length: int
+    kl: float
+
+
+def _ask(model: nn.Module, tokenizer: Any, prompts: list[Any], how: Sampling, seed: int) -> list[_Said]:
+    said = []
+    for batch in _batches(model, tokenizer, prompts, how, seed):
+        lengths, kls = batch.new.sum(dim=1).tolist(), _kl_to_reference(model, batch).tolist()
+        said += [_Said(*each) for each in zip(batch.texts, lengths, kls, strict=True)]
+    return said
+
+
+def _judge(
+    task: Task, rows: Sequence[Mapping[str, Any]], arm: str, chunk: Chunk, said: Sequence[_Said]
 ) -> list[Answer]:
     asked = [rows[row] for row in chunk.rows]
-    prompts = [row["prompt"] for row in asked]
-    texts: list[str] = []
-    lengths: list[int] = []
-    kls: list[float] = []
-    for batch in _batches(model, tokenizer, prompts, how, chunk.seed):
-        texts += batch.texts
-        lengths += batch.new.sum(dim=1).tolist()
-        kls += _kl_to_reference(model, batch).tolist()
+    prompts, texts = [row["prompt"] for row in asked], [each.text for each in said]
     judged = task.judge(prompts, texts, {c: [row[c] for row in asked] for c in asked[0] if c != "prompt"})
     flags = {} if judged.flagged is None else {task.detects: judged.flagged}
     flags |= judged.probed
@@ -260,8 +290,8 @@ def _ask(
             kind=None if task.kinds is None else str(asked[i][task.kinds]),
             prompt=prompts[i],
             completion=texts[i],
-            length=lengths[i],
-            kl=kls[i],
+            length=said[i].length,
+            kl=said[i].kl,
             reward=judged.reward[i],
             oracle=None if judged.oracle is None else judged.oracle[i],
             flags={name: values[i] for name, values in flags.items()},

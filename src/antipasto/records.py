@@ -9,7 +9,8 @@ name. Every arm is asked the same prompts with the same draws, so that answers p
 
     rate of k in n        Wilson score interval (Wilson 1927)
     mean of n numbers     percentile bootstrap over prompts (Efron 1979), 2,000 resamples
-    paired difference     d_row = x_arm,row − x_other,row, and its mean as any mean
+    difference of rates   paired by row: Newcombe's score interval (1998, method 10), which has a width where no row differs
+    difference of means   d_row = x_arm,row − x_other,row, and its mean as any mean
 
 All intervals are of 95%. They are of the prompts that were asked, and say nothing of another seed of training. The percentile
 bootstrap is too narrow for a handful of prompts, and has no width where all numbers are equal.
@@ -18,6 +19,7 @@ bootstrap is too narrow for a handful of prompts, and has no width where all num
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -33,7 +35,7 @@ from antipasto.tasks import REWARDED, SOLVED
 
 FORMAT = "antipasto-eval-1"
 EVAL, ANSWERS, PARTIAL = "eval.json", "eval.jsonl", "eval.partial.jsonl"
-REFERENCE, TRAINED, DEPLOYED, RANDOM = "reference", "as trained", "deployed", "random"
+REFERENCE, TRAINED, DEPLOYED, RANDOM, SHRUNK = "reference", "as trained", "deployed", "random", "shrunk"
 RATES, MEANS = ("solve", "exploit"), ("reward", "kl", "length")
 RESAMPLES = 2000
 
@@ -132,6 +134,37 @@ def mean_estimates(columns: np.ndarray) -> list[Estimate]:
         Estimate(float(v), float(lo), float(hi))
         for v, lo, hi in zip(columns.mean(axis=1), result.low, result.high, strict=True)
     ]
+
+
+def rate_difference(ones: np.ndarray, others: np.ndarray) -> Estimate:
+    """p₁ − p₂ of two rates on the same prompts (Newcombe 1998, Statistics in Medicine 17, 2635-2650, method 10).
+
+    With lᵢ, uᵢ the ends of the Wilson interval of pᵢ and φ the correlation of the outcomes, corrected for continuity:
+
+        lower = p₁ − p₂ − √((p₁ − l₁)² − 2φ (p₁ − l₁)(u₂ − p₂) + (u₂ − p₂)²), and upper the same with the other ends
+
+    Args:
+        ones: (n,) of 0 and 1.
+        others: (n,) of the same prompts.
+
+    Example:
+        >>> print(rate_difference(np.array([1, 1, 1, 0] * 10), np.array([1, 0, 0, 0] * 10)))
+        .50 [.32,.63]
+    """
+    n, both = len(ones), int((ones * others).sum())
+    a, b = int(ones.sum()), int(others.sum())
+    (l1, u1), (l2, u2) = Rate(a, n).interval, Rate(b, n).interval
+    covariance = float(both * (n - a - b + both) - (a - both) * (b - both))
+    if covariance > 0:
+        covariance = max(covariance - n / 2, 0)
+    scale = math.sqrt(a * (n - a) * b * (n - b))
+    phi = covariance / scale if scale else 0.0
+
+    def reach(one: float, other: float) -> float:
+        return math.sqrt(max(one**2 - 2 * phi * one * other + other**2, 0.0))
+
+    p1, p2 = a / n, b / n
+    return Estimate(p1 - p2, p1 - p2 - reach(p1 - l1, u2 - p2), p1 - p2 + reach(u1 - p1, p2 - l2))
 
 
 # ── answers ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -318,16 +351,13 @@ def compare(answers: Iterable[Answer], pairs: Sequence[tuple[str, str]]) -> list
             mine, theirs = arms[name], arms[other]
             if [a.row for a in mine] != [a.row for a in theirs]:
                 raise ValueError(f"{name} and {other} were asked different prompts: their answers cannot be paired.")
-            measures, flags = _columns(mine), _flag_columns(mine)
-            other_measures, other_flags = _columns(theirs), _flag_columns(theirs)
-            delta = [measures[m] - other_measures[m] for m in measures] + [flags[f] - other_flags[f] for f in flags]
-            found = mean_estimates(np.stack(delta))
-            m = len(measures)
-            by_measure, by_flag = (
-                dict(zip(measures, found[:m], strict=True)),
-                dict(zip(flags, found[m:], strict=True)),
-            )
-            differences.append(Difference(name, other, kind, len(mine), by_measure, by_flag))
+            x, y = _columns(mine), _columns(theirs)
+            measures = {m: rate_difference(x[m], y[m]) for m in x if m in RATES}
+            means = mean_estimates(np.stack([x[m] - y[m] for m in MEANS]))
+            measures |= dict(zip(MEANS, means, strict=True))
+            x, y = _flag_columns(mine), _flag_columns(theirs)
+            flags = {flag: rate_difference(x[flag], y[flag]) for flag in x}
+            differences.append(Difference(name, other, kind, len(mine), measures, flags))
     return differences
 
 
@@ -375,13 +405,16 @@ def read_evaluation(folder: Path) -> Evaluation:
         body = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(body, dict) or body.pop("format", None) != FORMAT:
             raise ValueError(f"its format is not {FORMAT}: antipasto eval writes it anew")
+        facts, answers = read_answers(folder / ANSWERS)
+        if facts != body["facts"]:
+            raise ValueError(f"{ANSWERS} is of another evaluation: antipasto eval writes both anew")
         evaluation = Evaluation(
             **{
                 **body,
                 "verdict": Verdict(**body["verdict"]),
                 "arms": [ArmRecord(**_with_estimates(record)) for record in body["arms"]],
                 "differences": [Difference(**_with_estimates(record)) for record in body["differences"]],
-                "answers": read_answers(folder / ANSWERS)[1],
+                "answers": answers,
             }
         )
         for part in (evaluation, *evaluation.arms, *evaluation.differences, evaluation.verdict):

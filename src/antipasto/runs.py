@@ -18,14 +18,12 @@ from transformers import Trainer
 
 from antipasto.knobs import deployed, knobs, reference, scaled
 from antipasto.models import base_fingerprint, best_device, load_model, quiet, with_template_options
-from antipasto.records import DEPLOYED, REFERENCE, TRAINED
+from antipasto.records import DEPLOYED, REFERENCE, SHRUNK, TRAINED
 from antipasto.routing import read_books
 from antipasto.run_folder import RunFolder
 from antipasto.tuner import AntiPastoConfig
 from antipasto.tuner.layer import View
 from antipasto.tuner.views import seen_as
-
-SHRUNK = "shrunk"
 
 
 @dataclass(frozen=True)

@@ -217,7 +217,15 @@ def _lists(run: Run) -> list[tuple[str, list[Any]]]:
 
 def _comparison(runs: Sequence[Run]) -> dict[str, Any]:
     evaluated = [(run.name, figures.run_colour(i), run.evaluation) for i, run in enumerate(runs) if run.evaluation]
-    asked = {json.dumps([e.task, e.facts], sort_keys=True, default=str) for _, _, e in evaluated}
+    # who answered differs from run to run, and so may how many were asked at once
+    asked = {
+        json.dumps(
+            [e.task, {k: v for k, v in e.facts.items() if k not in ("method", "answered_by", "batch_size")}],
+            sort_keys=True,
+            default=str,
+        )
+        for _, _, e in evaluated
+    }
     return {
         "blocks": tables.comparison_blocks(evaluated) if evaluated else [],
         "same": len(asked) <= 1,

@@ -107,6 +107,11 @@ class Task:
         if not isinstance(self.name, str) or not self.name:
             raise ValueError(f"A task's name must be a text that is not empty, got {self.name!r}.")
         where = f"Task {self.name!r}: "
+        named = isinstance(self.probes, Mapping) and all(isinstance(name, str) and name.strip() for name in self.probes)
+        if not named:
+            raise ValueError(f"{where}probes must be functions by name, got {_short(self.probes)}.")
+        if self.kinds is not None and not isinstance(self.kinds, str):
+            raise ValueError(f"{where}kinds must be the name of a column or None, got {_short(self.kinds)}.")
         train, test = _check_rows(self.train, where + "train"), None
         if self.test is not None:
             test = _check_rows(self.test, where + "test")
