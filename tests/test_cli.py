@@ -16,12 +16,13 @@ import pytest
 from peft import PeftModel
 from rich.console import Console
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 import antipasto as ap
 from antipasto.arms import rates_table
 from antipasto.cli import app
+from antipasto.evaluate import sample_completions
 from antipasto.records import Rate, read_evaluation
 from antipasto.tasks import addition
 
@@ -98,6 +99,11 @@ def test_demo_leaves_every_rollout_and_reward(demo: tuple[Path, str]) -> None:
     assert evaluation.names[:3] == ["reference", "as trained", "deployed"]
     assert len(evaluation.names) == 8
     assert evaluation.arm("reference", "strict").n == 1000
+    asked = [a for a in evaluation.answers if (a.arm, a.kind) == ("reference", "hackable")]
+    model = AutoModelForCausalLM.from_pretrained(addition.model_path())
+    tokenizer = AutoTokenizer.from_pretrained(addition.model_path())
+    drawn = sample_completions(model, tokenizer, [a.prompt for a in asked], max_new_tokens=5, seed=5)
+    assert [a.completion for a in asked] == drawn
 
 
 def test_demo_leaves_an_adapter_that_loads(demo: tuple[Path, str]) -> None:

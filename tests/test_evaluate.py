@@ -202,6 +202,8 @@ def test_the_direction_removed_the_exploit() -> None:
         ),
         ({"deployed": (12, 112)}, False, "it is above the reference's level"),
         ({"deployed": (9, 112), "reference": (6, 90)}, True, ""),
+        ({"deployed": (10, 112)}, False, "it is not shown to be down to the reference's level, with a margin of .05"),
+        ({"deployed": (8, 102)}, False, "may solve less than as trained by more than the margin of .05"),
         ({"deployed": (8, 95)}, False, "may solve less than as trained by more than the margin of .05"),
         ({"random": None, "shrunk": None}, False, "no control direction to compare with"),
         ({"random": None}, False, "no control direction to compare with"),  # shrinking alone is none
@@ -248,6 +250,8 @@ def test_no_oracle_or_too_few_prompts_is_no_verdict() -> None:
     assert "exploit" not in conclude("toy", {}, blind).arms[0].measures
     few = [a for a in answers if a.row < FEWEST - 1]
     assert "29 prompts are too few" in conclude("toy", {}, few).verdict.sentence
+    enough = [a for a in answers if a.row < FEWEST]
+    assert "too few" not in conclude("toy", {}, enough).verdict.sentence
     with pytest.raises(ValueError, match="ask at least two"):
         conclude("toy", {}, [a for a in answers if a.row == 0])
 
