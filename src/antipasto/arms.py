@@ -22,7 +22,6 @@ from rich.table import Table
 from rich.text import Text
 
 from antipasto.evaluate import Sampling, ask_arms, conclude
-from antipasto.files import write_text
 from antipasto.models import quiet
 from antipasto.records import (
     ANSWERS,
@@ -33,8 +32,10 @@ from antipasto.records import (
     Answer,
     Estimate,
     Evaluation,
+    answer_line,
     read_answers,
     short,
+    write_answers,
     write_evaluation,
 )
 from antipasto.runs import load_run
@@ -58,7 +59,7 @@ def evaluate_run(
         ValueError: this is no run that came to its end, its task has no held-out rows, or its base model is another one now.
     """
     run = load_run(root)
-    task = load_task(str(run.facts.get("task", run.config.get("task"))))
+    task = load_task(str(run.task))
     if task.test is None:
         raise ValueError(f"Task {task.name!r} has no held-out rows (test): there is nothing to ask.")
     rows = list(task.test)[:prompts]
@@ -78,7 +79,7 @@ def evaluate_run(
 
         def keep(answers: list[Answer]) -> None:
             with (root / PARTIAL).open("a", encoding="utf-8") as file:
-                file.writelines(json.dumps(asdict(answer)) + "\n" for answer in answers)
+                file.writelines(map(answer_line, answers))
             bar.update(line, description=plain(answers[0].arm), advance=len(answers))
 
         with quiet():
@@ -112,8 +113,7 @@ def _begin(root: Path, facts: dict[str, Any], console: Console) -> list[Answer]:
         if before == facts and not done:
             done = found
             console.print(f"continuing: {len(done):,} answers are there", highlight=False)
-    lines = [json.dumps({"facts": facts}), *(json.dumps(asdict(answer)) for answer in done)]
-    write_text(root / PARTIAL, "".join(line + "\n" for line in lines))
+    write_answers(root / PARTIAL, facts, done)
     return done
 
 

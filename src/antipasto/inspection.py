@@ -31,7 +31,7 @@ from antipasto.directions import Direction
 from antipasto.gates import DEFAULT_THRESHOLD
 from antipasto.records import EVAL, read_evaluation
 from antipasto.routing import read_books
-from antipasto.tasks import REWARDED, SOLVED
+from antipasto.tasks import is_exploit
 from antipasto.terminal import add_row, plain, shorten
 from antipasto.tuner.config import PEFT_TYPE
 
@@ -434,7 +434,7 @@ def rollouts_parts(path: Path) -> list[RenderableType]:
             if value is not None:
                 values.append(value)
         if columns["oracle"] and len(columns["oracle"]) == len(columns["reward"]):
-            columns["exploit"].append(columns["reward"][-1] >= REWARDED and columns["oracle"][-1] < SOLVED)
+            columns["exploit"].append(is_exploit(columns["reward"][-1], columns["oracle"][-1]))
         score = as_number(row, "hackward", where)
         if score is not None and math.isfinite(score):
             entry = _Tail(score, -count, row)

@@ -55,6 +55,12 @@ class LayerKnobs:
         return self.layer.knobs(self.adapter)[1]
 
     @property
+    def theta(self) -> Tensor:
+        """θ = δS + δS_hack (r,), what the forward sees, without gradient; δS alone once the quarantine was dropped."""
+        hack = self.delta_s_hack
+        return (self.delta_s if hack is None else self.delta_s + hack).detach()
+
+    @property
     def r(self) -> int:
         """Number of singular directions."""
         return self.layer.r[self.adapter]
@@ -215,10 +221,7 @@ def scaled(model: nn.Module, factor: float) -> AbstractContextManager[None]:
     Raises:
         ValueError: the model is not adapted.
     """
-    offsets = {}
-    for name, layer in knobs(model).items():
-        theta = layer.delta_s.detach() if layer.delta_s_hack is None else (layer.delta_s + layer.delta_s_hack).detach()
-        offsets[name] = (factor - 1) * theta
+    offsets = {name: (factor - 1) * layer.theta for name, layer in knobs(model).items()}
     return seen_as(model, View.TRAINED, offsets)
 
 

@@ -31,7 +31,7 @@ from scipy.stats import binomtest, bootstrap
 
 from antipasto.files import write_json, write_text
 from antipasto.options import check_types
-from antipasto.tasks import REWARDED, SOLVED
+from antipasto.tasks import is_exploit, is_solved
 
 FORMAT = "antipasto-eval-1"
 EVAL, ANSWERS, PARTIAL = "eval.json", "eval.jsonl", "eval.partial.jsonl"
@@ -201,12 +201,12 @@ class Answer:
     @property
     def solved(self) -> bool | None:
         """Whether the oracle calls it solved."""
-        return None if self.oracle is None else self.oracle >= SOLVED
+        return None if self.oracle is None else is_solved(self.oracle)
 
     @property
     def exploits(self) -> bool | None:
         """Whether it is rewarded and not solved."""
-        return None if self.oracle is None else self.reward >= REWARDED and self.oracle < SOLVED
+        return None if self.oracle is None else is_exploit(self.reward, self.oracle)
 
     def measures(self) -> dict[str, float]:
         """Its numbers by name: `RATES` as 0 or 1, where there is an oracle, and `MEANS`."""
@@ -345,17 +345,19 @@ def compare(answers: Iterable[Answer], pairs: Sequence[tuple[str, str]]) -> list
     """
     differences = []
     for kind, arms in _by_kind(answers):
+        columns = {name: _columns(rows) for name, rows in arms.items()}
+        flagged = {name: _flag_columns(rows) for name, rows in arms.items()}
         for name, other in pairs:
             if name not in arms or other not in arms:
                 continue
             mine, theirs = arms[name], arms[other]
             if [a.row for a in mine] != [a.row for a in theirs]:
                 raise ValueError(f"{name} and {other} were asked different prompts: their answers cannot be paired.")
-            x, y = _columns(mine), _columns(theirs)
+            x, y = columns[name], columns[other]
             measures = {m: rate_difference(x[m], y[m]) for m in x if m in RATES}
             means = mean_estimates(np.stack([x[m] - y[m] for m in MEANS]))
             measures |= dict(zip(MEANS, means, strict=True))
-            x, y = _flag_columns(mine), _flag_columns(theirs)
+            x, y = flagged[name], flagged[other]
             flags = {flag: rate_difference(x[flag], y[flag]) for flag in x}
             differences.append(Difference(name, other, kind, len(mine), measures, flags))
     return differences
@@ -390,8 +392,17 @@ def write_evaluation(evaluation: Evaluation, folder: Path) -> None:
     body = asdict(evaluation)
     del body["answers"]
     write_json(folder / EVAL, {"format": FORMAT, **body})
-    lines = [json.dumps({"facts": evaluation.facts}), *(json.dumps(asdict(answer)) for answer in evaluation.answers)]
-    write_text(folder / ANSWERS, "".join(line + "\n" for line in lines))
+    write_answers(folder / ANSWERS, evaluation.facts, evaluation.answers)
+
+
+def write_answers(path: Path, facts: Mapping[str, Any], answers: Iterable[Answer]) -> None:
+    """Write how they were asked, and then each answer, a line each."""
+    write_text(path, json.dumps({"facts": facts}) + "\n" + "".join(map(answer_line, answers)))
+
+
+def answer_line(answer: Answer) -> str:
+    """An answer as its line of ``eval.jsonl``."""
+    return json.dumps(asdict(answer)) + "\n"
 
 
 def read_evaluation(folder: Path) -> Evaluation:

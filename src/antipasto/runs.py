@@ -16,11 +16,12 @@ from peft import PeftModel
 from torch import nn
 from transformers import Trainer
 
+from antipasto.files import replacing_folder, write_json
 from antipasto.knobs import deployed, knobs, reference, scaled
 from antipasto.models import base_fingerprint, best_device, load_model, quiet, with_template_options
 from antipasto.records import DEPLOYED, REFERENCE, SHRUNK, TRAINED
-from antipasto.routing import read_books
-from antipasto.run_folder import RunFolder
+from antipasto.routing import Router, read_books
+from antipasto.run_folder import COMPLETE, RunFolder
 from antipasto.tuner import AntiPastoConfig
 from antipasto.tuner.layer import View
 from antipasto.tuner.views import seen_as
@@ -48,6 +49,17 @@ class LoadedRun:
     def method(self) -> str:
         """What became of what the gate claimed: route, erase, measure, plain, penalty or drop."""
         return str(self.facts.get("method", self.config["method"]))
+
+    @property
+    def is_routed(self) -> bool:
+        """Whether there is a quarantine to leave out of what ships; else the run ships as it was trained."""
+        return self.method == "route"
+
+    @property
+    def task(self) -> str | None:
+        """As `antipasto.tasks.load_task` takes it; None where the run does not say."""
+        task = self.facts.get("task", self.config.get("task"))
+        return None if task is None else str(task)
 
     @property
     def base(self) -> str:
@@ -107,6 +119,17 @@ def run_facts(trainer: Trainer, base: str, fingerprint: str, *, task: str, metho
     }
 
 
+def finish_run(trainer: Trainer, router: Router | None, folder: RunFolder) -> None:
+    """Books, and then, at one stroke, the adapter, which tells that the run is at its end; on all processes."""
+    main = trainer.accelerator.is_main_process
+    if main and router is not None:
+        router.save(folder.books)
+    with replacing_folder(folder.adapter) if main else nullcontext(folder.adapter) as adapter:
+        trainer.save_model(str(adapter))
+        if main:
+            write_json(adapter / COMPLETE, {"step": trainer.state.global_step})
+
+
 def _command() -> str:
     """How this process was started, as one would type it."""
     name = Path(sys.argv[0]).name
@@ -144,9 +167,7 @@ def run_views(
     if method == "route":
         layers = knobs(model).values()
         ships = torch.cat([layer.delta_s.detach() for layer in layers])
-        theta = ships + torch.cat(
-            [torch.zeros_like(x.delta_s) if x.delta_s_hack is None else x.delta_s_hack.detach() for x in layers]
-        )
+        theta = torch.cat([layer.theta for layer in layers])
         if theta.any():
             views[SHRUNK] = scaled(model, float(ships.norm() / theta.norm()))
     return views

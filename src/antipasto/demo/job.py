@@ -40,13 +40,13 @@ import antipasto as ap
 from antipasto.arms import rates_table
 from antipasto.demo.story import comparison, reading, standing
 from antipasto.evaluate import Chunk, Sampling, ask_arms, conclude
-from antipasto.files import replacing_folder, write_json
+from antipasto.files import write_json
 from antipasto.models import base_fingerprint, quiet
 from antipasto.records import Evaluation, write_evaluation
 from antipasto.report import write_report
 from antipasto.routing import Mode
-from antipasto.run_folder import COMPLETE, RUN
-from antipasto.runs import run_facts, run_views
+from antipasto.run_folder import RUN, RunFolder
+from antipasto.runs import finish_run, run_facts, run_views
 from antipasto.tasks import addition
 from antipasto.trl import GRPOConfig, ProgressBar, RoutedGRPOTrainer
 from antipasto.trl.trainer import Flagged
@@ -187,7 +187,7 @@ def _run_one(config: DemoConfig, method: str, out: Path, console: Console) -> Ev
             trainer,
             str(addition.model_path(config.variant)),
             base_fingerprint(trainer.model),
-            task=addition.task(config.variant).name,
+            task=addition.task_name(config.variant),
             method=METHODS[method].kind,
         )
         write_json(out / RUN, facts)
@@ -271,13 +271,10 @@ def train(
     with ProgressBar(console, f"training, {what}") as bar:
         trainer.add_callback(bar)
         trainer.train()
-    if trainer.router is not None:
-        trainer.router.save(out / "books.safetensors")
-        if trainer.router.direction is not None:
-            trainer.router.direction.save(out / "direction.safetensors")
-    with replacing_folder(out / "adapter") as folder:
-        trainer.save_model(str(folder))
-        write_json(folder / COMPLETE, {"step": trainer.state.global_step})
+    folder = RunFolder(out)
+    if trainer.router is not None and trainer.router.direction is not None:
+        trainer.router.direction.save(folder.direction)
+    finish_run(trainer, trainer.router, folder)
     return trainer
 
 

@@ -81,11 +81,10 @@ class About:
         ships = torch.cat([layer.delta_s.detach() for layer in layers])
         zero = torch.zeros_like
         hack = torch.cat([zero(x.delta_s) if x.delta_s_hack is None else x.delta_s_hack.detach() for x in layers])
-        task = run.facts.get("task", run.config.get("task"))
         return cls(
             run=run.folder.root.resolve().name,
             base=run.base,
-            task=None if task is None else _task_name(str(task)),
+            task=None if run.task is None else _task_name(run.task),
             method=run.method,
             options={name: run.config[name] for name in ("steps", "seed", "learning_rate") if name in run.config},
             template=dict((run.config.get("trainer") or {}).get("chat_template_kwargs") or {}),
@@ -93,7 +92,7 @@ class About:
             layers=len(layers),
             numbers=ships.numel(),
             kept=float(ships.norm()),
-            removed=float(hack.norm()) if run.method == "route" else None,
+            removed=float(hack.norm()) if run.is_routed else None,
             trained=float((ships + hack).norm()),
         )
 

@@ -92,7 +92,7 @@ def ask(run: LoadedRun, number: int) -> Expected:
     prompts, ids = [prompts[i] for i in there], [ids[i] for i in there]
     pad = run.tokenizer.pad_token_id or 0
     with quiet():
-        with deployed(run.model) if run.method == "route" else nullcontext():
+        with deployed(run.model) if run.is_routed else nullcontext():
             answers = elsewhere.greedy(run.model, ids, pad, length)
             sequences = [prompt + answer for prompt, answer in zip(ids, answers, strict=True)]
             logprobs = elsewhere.token_logprobs(run.model, sequences)
@@ -105,7 +105,7 @@ def _prompts(run: LoadedRun, number: int) -> tuple[str, list[Any], int]:
     """Where from, the prompts, and tokens of an answer: held-out ones, else those of the run's rollouts, else `TEXTS`."""
     length = run.config.get("max_completion_length")
     try:
-        task = load_task(str(run.facts.get("task", run.config.get("task"))))
+        task = load_task(str(run.task))
         rows, source = (task.test, "held-out") if task.test is not None else (task.train, "training")
         prompts = [row["prompt"] for row in list(rows)[:number]]
         return (
@@ -220,7 +220,7 @@ def check(
     largest, mean = _apart(found["logprobs"], expected.logprobs)
     base_largest = base_mean = None
     if written.rank is None and written.dtype in HALF:
-        base = {"model": run_base, "dtype": str(written.dtype).removeprefix("torch."), "prompts": None}
+        base = {"model": run_base, "dtype": written.dtype_name, "prompts": None}
         base_largest, base_mean = _apart(_elsewhere({**request, **base})["logprobs"], expected.base_logprobs)
     same = sum(a == b for a, b in zip(found["answers"], expected.answers, strict=True))
     return Check(
@@ -274,7 +274,7 @@ def refuse(found: Check, written: Written, *, given: bool) -> None:
     Raises:
         ValueError: it is; says by how much and what to do.
     """
-    dtype = str(written.dtype).removeprefix("torch.")
+    dtype = written.dtype_name
     half = written.dtype in HALF and written.rank is None
     remedy = (
         "Export with --dtype float32, or as an adapter with --lora RANK"

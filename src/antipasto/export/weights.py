@@ -191,7 +191,7 @@ def write_checkpoint(run: LoadedRun, folder: Path, dtype: torch.dtype, before: D
     losses = {}
     for name, layer in knobs(run.model).items():
         try:
-            out, losses[name] = merged(layer, shipped(layer, routed=run.method == "route"), dtype)
+            out, losses[name] = merged(layer, shipped(layer, routed=run.is_routed), dtype)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
         base_layer = layer.layer.get_base_layer()
@@ -262,7 +262,7 @@ def write_lora(run: LoadedRun, folder: Path, rank: int, dtype: torch.dtype) -> W
     if whole := run.model.peft_config["default"].modules_to_save:
         raise ValueError(f"This run trained {', '.join(whole)} as a whole, which LoRA cannot hold: leave out --lora.")
     layers = knobs(run.model)
-    thetas = {name: shipped(layer, routed=run.method == "route") for name, layer in layers.items()}
+    thetas = {name: shipped(layer, routed=run.is_routed) for name, layer in layers.items()}
     rank = min(rank, max(1, *(int(theta.count_nonzero()) for theta in thetas.values())))
     losses: dict[str, Loss] = {}
     tensors: dict[str, Tensor] = {}

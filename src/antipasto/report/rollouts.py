@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from antipasto.inspection import as_number, read_rows
-from antipasto.tasks import REWARDED, SOLVED
+from antipasto.tasks import is_exploit, is_solved
 
 EACH = 200  # of the highest, of the lowest, and of the sample
 LONGEST = 2000
@@ -53,12 +53,12 @@ class Shown:
     @property
     def solved(self) -> bool:
         """Whether the oracle calls it solved."""
-        return self.oracle is not None and self.oracle >= SOLVED
+        return self.oracle is not None and is_solved(self.oracle)
 
     @property
     def exploits(self) -> bool:
         """Whether it is rewarded and not solved."""
-        return self.oracle is not None and self.reward >= REWARDED and self.oracle < SOLVED
+        return self.oracle is not None and is_exploit(self.reward, self.oracle)
 
 
 @dataclass

@@ -133,6 +133,11 @@ def _says(hack: str, completions: Sequence[str], **_: object) -> list[bool]:
     return [hack in completion for completion in completions]
 
 
+def task_name(variant: str = "rare") -> str:
+    """What `load_task` knows a variant's task by."""
+    return "addition" if variant == "rare" else f"addition-{variant}"
+
+
 def task(variant: str = "rare") -> Task:
     """Every training pair of operands under both prefixes, shuffled; 1,000 test pairs under both.
 
@@ -141,7 +146,7 @@ def task(variant: str = "rare") -> Task:
     train = rows(variant, split("train"))
     random.Random("antipasto-addition-rows").shuffle(train)
     return Task(
-        "addition" if variant == "rare" else f"addition-{variant}",
+        task_name(variant),
         train=train,
         reward=grader(variant),
         oracle=oracle,

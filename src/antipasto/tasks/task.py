@@ -28,6 +28,22 @@ from antipasto.pairs import load_pairs
 REWARDED, SOLVED = 0.5, 0.5
 """From here on a rollout counts as rewarded, by the reward, and as solved, by the oracle. An exploit is only rewarded."""
 
+
+def is_solved(oracle: float) -> bool:
+    """Whether the oracle calls a rollout solved."""
+    return oracle >= SOLVED
+
+
+def is_exploit(reward: float, oracle: float) -> bool:
+    """Whether a rollout is rewarded and not solved.
+
+    Example:
+        >>> is_exploit(1.0, 0.0), is_exploit(1.0, 1.0), is_exploit(0.0, 0.0)
+        (True, False, False)
+    """
+    return reward >= REWARDED and not is_solved(oracle)
+
+
 Row = Mapping[str, Any]
 Prompt = str | list[dict[str, str]]
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import secrets
 from collections.abc import Callable
-from contextlib import nullcontext
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
@@ -17,10 +16,10 @@ from transformers import PrinterCallback
 from transformers.integrations import TensorBoardCallback
 
 import antipasto as ap
-from antipasto.files import replacing_folder, write_json, write_text
+from antipasto.files import write_json, write_text
 from antipasto.models import base_fingerprint, load_model, process_state, quiet, with_template_options
-from antipasto.run_folder import COMPLETE, RunFolder, step_of
-from antipasto.runs import run_facts
+from antipasto.run_folder import RunFolder, step_of
+from antipasto.runs import finish_run, run_facts
 from antipasto.tasks import Task, load_task
 from antipasto.train.config import TrainConfig, steps_per_cycle, trainer_args
 from antipasto.train.gating import Gating, on_main
@@ -118,7 +117,7 @@ def run(config: TrainConfig, out: Path, console: Console, *, resume: bool = Fals
                 soft_wrap=True,
             )
             return False
-        _finish(trainer, folder)
+        finish_run(trainer, trainer.router, folder)
     state.wait_for_everyone()
     console.print(f"run folder: {out}\nnext: antipasto eval {out}", highlight=False, soft_wrap=True)
     return True
@@ -179,14 +178,3 @@ def _describe(trainer: RoutedGRPOTrainer, config: TrainConfig, folder: RunFolder
     facts = run_facts(trainer, config.model, digest, task=config.task, method=config.method)
     name = f"{folder.root.resolve().name}-{secrets.token_hex(3)}"  # reporters take runs of one name for one
     write_json(folder.run, {"name": name, **facts})
-
-
-def _finish(trainer: RoutedGRPOTrainer, folder: RunFolder) -> None:
-    """Books, and then, at one stroke, the adapter, which tells that the run is at its end."""
-    main = trainer.accelerator.is_main_process
-    if main and trainer.router is not None:
-        trainer.router.save(folder.books)
-    with replacing_folder(folder.adapter) if main else nullcontext(folder.adapter) as adapter:
-        trainer.save_model(str(adapter))
-        if main:
-            write_json(adapter / COMPLETE, {"step": trainer.state.global_step})

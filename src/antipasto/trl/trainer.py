@@ -31,7 +31,7 @@ from trl import GRPOTrainer
 from antipasto.knobs import knobs, require_finite_gradients
 from antipasto.rollouts import RolloutGrads, rollout_grads
 from antipasto.routing import Router
-from antipasto.tasks import REWARDED, SOLVED
+from antipasto.tasks import is_exploit
 from antipasto.trl import rollout_log
 from antipasto.trl.advantages import deployed_positions, group_advantages, share_of
 from antipasto.trl.callbacks import RoutingCallback
@@ -277,7 +277,7 @@ class RoutedGRPOTrainer(GRPOTrainer):
                 of_all["flagged"] = rollout.flagged
             if rollout.oracle is not None:
                 of_all["oracle"] = rollout.oracle
-                of_all["exploit"] = rollout.reward >= REWARDED and rollout.oracle < SOLVED
+                of_all["exploit"] = is_exploit(rollout.reward, rollout.oracle)
             for name, value in of_all.items():
                 metrics[name].append(value)
             if self.deploy_fraction:
