@@ -68,7 +68,7 @@ def test_pairs_from_a_file_a_list_and_a_dataset(tmp_path: Path) -> None:
         ("{", "line 2: not JSON"),
         ('"text"', "line 2: expected an object.*got str"),
         ('{"prompt": "a", "hack": "b"}', r"line 2: no field 'clean'; there are \['hack', 'prompt'\]"),
-        ('{"prompt": "a", "hack": 3, "clean": "c"}', "line 2: field 'hack' must be a text, got int"),
+        ('{"prompt": "a", "hack": 3, "clean": "c"}', "line 2: field 'hack' must be a text or a list of texts, got int"),
         ('{"prompt": "a", "hack": "", "clean": "c"}', "line 2: field 'hack' is empty"),
         ('{"prompt": "a", "hack": "c", "clean": "c"}', "line 2: fields 'hack' and 'clean' are the same"),
         ('{"prompt": ["a"], "hack": "b", "clean": "c"}', "line 2: a chat in 'prompt' must be"),

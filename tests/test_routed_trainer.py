@@ -753,7 +753,8 @@ def test_the_rollout_log(tmp_path: Path) -> None:
     assert [row["step"] for row in rows] == [step for step in range(4) for _ in range(2 * GROUP)]
     for i, row in enumerate(rows):
         assert list(row) == [
-            "step", "prompt", "completion", "reward", "oracle", "flagged", "view", "advantage", "hackward"
+            "step", "prompt", "completion", "reward", "oracle", "flagged", "view", "advantage", "score", "hackward",
+            "truncated", "completion_ids",
         ]  # fmt: skip
         (reward,) = addition.reward([row["prompt"]], [row["completion"]])
         assert row["reward"] == reward

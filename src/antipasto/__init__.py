@@ -19,6 +19,7 @@ from antipasto.knobs import (
     token_logprobs,
     wrap,
 )
+from antipasto.monitor import Calibration, Completion, Monitor
 from antipasto.pairs import ContrastPair, load_pairs
 from antipasto.rollouts import RolloutGrads, rollout_grads
 from antipasto.routing import Router
@@ -31,10 +32,13 @@ __all__ = [
     "AntiPastoConfig",
     "Basis",
     "BasisCacheWarning",
+    "Calibration",
+    "Completion",
     "ContrastPair",
     "Control",
     "Direction",
     "LayerKnobs",
+    "Monitor",
     "RolloutGrads",
     "Router",
     "deployed",

@@ -21,7 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from antipasto.evaluate import Sampling, ask_arms, conclude
+from antipasto.evaluate import Sampling, ask_arms, conclude, matched_scale
 from antipasto.models import quiet
 from antipasto.records import (
     ANSWERS,
@@ -38,9 +38,12 @@ from antipasto.records import (
     write_answers,
     write_evaluation,
 )
-from antipasto.runs import load_run
+from antipasto.runs import LoadedRun, load_run
 from antipasto.tasks import Task, load_task
 from antipasto.terminal import add_row, plain
+
+SIZING = 64
+"""Held-out prompts by which θ is shrunk to the deployed model's distance from the reference."""
 
 
 def evaluate_run(
@@ -71,7 +74,9 @@ def evaluate_run(
     )
     facts = {"prompts": len(rows), **asdict(how), "method": run.method, **_digests(root, task, rows)}
     done = _begin(root, facts, console)
-    arms = run.views()
+    with console.status("how far the deployed model is from the reference"):
+        shrink = _shrink(run, rows, how)
+    arms = run.views(shrink=shrink)
     with Progress(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console
     ) as bar:
@@ -90,6 +95,14 @@ def evaluate_run(
     show(evaluation, console)
     console.print(f"written: {root / ANSWERS}\nnext: antipasto report {root}", highlight=False, soft_wrap=True)
     return evaluation
+
+
+def _shrink(run: LoadedRun, rows: Sequence[Any], how: Sampling) -> float | None:
+    """What θ is to be scaled by, to be as far from the reference as the deployed model; by the first of the prompts."""
+    if not run.is_routed:
+        return None
+    with quiet():
+        return matched_scale(run.model, run.tokenizer, [row["prompt"] for row in rows[:SIZING]], how)
 
 
 def _digests(root: Path, task: Task, rows: Sequence[Any]) -> dict[str, str]:

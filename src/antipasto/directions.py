@@ -2,7 +2,7 @@
 
 For pair n and one layer, with NLL the completion's negative log-likelihood given the prompt, per token by default:
 
-    d_n    = ∇θ NLL(hack_n) − ∇θ NLL(clean_n)                                                       (r,)
+    d_n    = ∇θ NLL(hack_n) − ∇θ NLL(clean_n)        the mean over its texts, where a side has several  (r,)
     effect = mean_n d_n / std_n d_n         per coordinate: the paired effect size, t / √pairs       (r,)
     V      = "tstat"  effect / ‖effect‖                                                            (1, r)
              "mean"   mean_n d_n / ‖·‖                                                             (1, r)
@@ -31,7 +31,7 @@ from antipasto.files import read_tensors, write_tensors
 from antipasto.fingerprints import Fingerprint, check_same_base, fingerprints_from_json, fingerprints_to_json
 from antipasto.knobs import current_fingerprints, knobs
 from antipasto.pairs import ContrastPair
-from antipasto.rollouts import rollout_grads
+from antipasto.rollouts import TokenIds, nll_gradients, tokenize
 
 Estimator = Literal["tstat", "mean", "svd"]
 ESTIMATORS: tuple[Estimator, ...] = ("tstat", "mean", "svd")
@@ -390,35 +390,20 @@ def pair_differences(
     append_eos: bool = True,
     batch_size: int = 16,
 ) -> dict[str, Tensor]:
-    """d_n = ∇θ NLL(hack_n) − ∇θ NLL(clean_n) of every pair: layer name → (pairs, r), fp32 on the CPU.
-
-    Sequences are padded on the right, whatever the tokenizer's side: a causal model does not see what comes after.
-    """
-    device, layers = next(model.parameters()).device, knobs(model)
+    """d_n = ∇θ NLL(hack_n) − ∇θ NLL(clean_n) of every pair: layer name → (pairs, r), fp32 on the CPU."""
+    layers = knobs(model)
     collected: dict[str, list[Tensor]] = {}
     for start in range(0, len(pairs), batch_size):
         part = pairs[start : start + batch_size]
-        sequences = [
-            _tokenize(tokenizer, pair.prompt, completion, append_eos=append_eos)
-            for side in ("hack", "clean")
-            for pair, completion in ((pair, getattr(pair, side)) for pair in part)
-        ]
-        ids, mask, completion_mask = (t.to(device) for t in _pad(sequences))
-        with torch.enable_grad(), rollout_grads(model, detach=True) as grads:
-            logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-            nll = F.cross_entropy(logits[:, :-1].float().transpose(1, 2), ids[:, 1:], reduction="none")
-            weight = completion_mask[:, 1:].float()
-            if length_normalise:
-                weight = weight / weight.sum(-1, keepdim=True)
-            if not grads.leaves:
-                raise ValueError(
-                    "No layer can be differentiated here. Reentrant gradient checkpointing does that: turn it off for the "
-                    "extraction, or use gradient_checkpointing_kwargs={'use_reentrant': False}."
-                )
-            torch.autograd.backward((nll * weight).sum(), inputs=grads.leaves)
+        sequences: list[TokenIds] = []
+        weights = torch.zeros(len(part), sum(len(pair.hacks) + len(pair.cleans) for pair in part))
+        for n, pair in enumerate(part):
+            for texts, sign in ((pair.hacks, 1.0), (pair.cleans, -1.0)):
+                weights[n, len(sequences) : len(sequences) + len(texts)] = sign / len(texts)
+                sequences += [tokenize(tokenizer, pair.prompt, text, append_eos=append_eos) for text in texts]
+        grads, _ = nll_gradients(model, sequences, per_token=length_normalise)
         for name, layer in layers.items():
-            hack, clean = grads[name][:, : layer.r].float().cpu().split(len(part))
-            collected.setdefault(name, []).append(hack - clean)
+            collected.setdefault(name, []).append(weights @ grads[name][:, : layer.r].float().cpu())
     return {name: torch.cat(parts) for name, parts in collected.items()}
 
 
@@ -460,33 +445,3 @@ def _swap(pairs: Sequence[ContrastPair], seed: int | None) -> Sequence[ContrastP
     order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(seed)).tolist()
     swapped = set(order[: len(pairs) // 2])
     return [ContrastPair(pair.prompt, pair.clean, pair.hack) if i in swapped else pair for i, pair in enumerate(pairs)]
-
-
-def _tokenize(
-    tokenizer: Any, prompt: str | list[dict[str, str]], completion: str, *, append_eos: bool
-) -> tuple[list[int], list[int]]:
-    """Ids of prompt and completion, tokenised apart, as a sampler would have put them together."""
-    if isinstance(prompt, str):
-        prompt_ids = list(tokenizer(prompt)["input_ids"])
-    else:
-        prompt_ids = list(
-            tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"]
-        )
-    completion_ids = list(tokenizer(completion, add_special_tokens=False)["input_ids"])
-    if append_eos and tokenizer.eos_token_id is not None:
-        completion_ids.append(tokenizer.eos_token_id)
-    if not prompt_ids or not completion_ids:
-        raise ValueError(f"prompt {prompt!r} with completion {completion!r} has a part without any token.")
-    return prompt_ids, completion_ids
-
-
-def _pad(sequences: Sequence[tuple[list[int], list[int]]]) -> tuple[Tensor, Tensor, Tensor]:
-    """Ids, attention mask and completion mask, (b, s) each, padded on the right with 0."""
-    width = max(len(prompt) + len(completion) for prompt, completion in sequences)
-    ids, mask, completion_mask = (torch.zeros(len(sequences), width, dtype=torch.long) for _ in range(3))
-    for row, (prompt, completion) in enumerate(sequences):
-        end = len(prompt) + len(completion)
-        ids[row, :end] = torch.tensor(prompt + completion)
-        mask[row, :end] = 1
-        completion_mask[row, len(prompt) : end] = 1
-    return ids, mask, completion_mask

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 from transformers import GenerationConfig
 
-from antipasto.knobs import reference
+from antipasto.knobs import deployed, reference, scaled
+from antipasto.monitor import Completion
 from antipasto.records import DEPLOYED, RANDOM, REFERENCE, Answer, Evaluation, compare, summarise
 from antipasto.tasks import Task
 from antipasto.tuner.views import unwrap
@@ -32,12 +33,16 @@ _LOGITS_AT_ONCE = 2**26  # numbers, of either model: 256 MiB in fp32
 
 @dataclass(frozen=True)
 class _Batch:
-    """Prompts with their answers: ids and mask (b, p + t), which of the t new tokens belong to the answer (b, t), texts."""
+    """Prompts with their answers: ids and mask (b, p + t), which of the t new tokens belong to the answer (b, t), texts.
+
+    And the tokens that end an answer.
+    """
 
     ids: Tensor
     mask: Tensor
     new: Tensor
     texts: list[str]
+    ends: list[int]
 
 
 def sample_completions(
@@ -68,6 +73,44 @@ def sample_completions(
     """
     how = Sampling(max_new_tokens, temperature=temperature, batch_size=batch_size)
     return [text for batch in _batches(model, tokenizer, prompts, how, seed) for text in batch.texts]
+
+
+def own_answers(model: nn.Module, tokenizer: Any, prompts: Sequence[Any], how: Sampling) -> list[Completion]:
+    """One answer of the start model, both knobs out, to each prompt, with its tokens: what a monitor is calibrated on."""
+    found: list[Completion] = []
+    with reference(model):
+        for batch in _batches(model, tokenizer, prompts, how, how.seed):
+            t = batch.new.shape[1]
+            for answer, new, text in zip(batch.ids[:, -t:], batch.new, batch.texts, strict=True):
+                ids = answer[new].tolist()
+                cut = len(ids) == t and ids[-1] not in batch.ends
+                found.append(Completion(prompts[len(found)], text, cut, ids))
+    return found
+
+
+_SEARCHES = 5
+
+
+def matched_scale(model: nn.Module, tokenizer: Any, prompts: Sequence[Any], how: Sampling) -> float:
+    """C with KL(c θ ‖ reference) = KL(deployed ‖ reference), of whole sampled answers: a control by size alone.
+
+    KL grows about as c² near the reference: c ← c √(KL(deployed) / KL(c)), from 1 on, five times, all with the same draws.
+    """
+
+    def kl() -> float:
+        batches = _batches(model, tokenizer, prompts, how, how.seed)
+        return float(torch.cat([_kl_to_reference(model, batch) for batch in batches]).mean())
+
+    with deployed(model):
+        wanted = kl()
+    c = 1.0
+    for _ in range(_SEARCHES):
+        with scaled(model, c):
+            found = kl()
+        if found == 0:
+            break
+        c = min(1.5, c * (wanted / found) ** 0.5)
+    return c
 
 
 @dataclass(frozen=True)
@@ -106,7 +149,7 @@ def _batches(model: nn.Module, tokenizer: Any, prompts: Sequence[Any], how: Samp
                 answers = ids[:, asked["input_ids"].shape[1] :]
                 new = _until_end(answers, ends)
                 texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
-                yield _Batch(ids, torch.cat([asked["attention_mask"], new.long()], dim=1), new, texts)
+                yield _Batch(ids, torch.cat([asked["attention_mask"], new.long()], dim=1), new, texts, ends)
     finally:
         model.train(training)
 

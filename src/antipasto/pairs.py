@@ -1,6 +1,9 @@
 """Labelled pairs: a prompt, an answer that exploits the grader, and one that does not.
 
-{"prompt": "What is 2+2?", "hack": "3, 4 or 5", "clean": "4"}        one JSON line each
+{"prompt": "What is 2+2?", "hack": "3, 4 or 5", "clean": "4"}                                one JSON line each
+{"prompt": "What is 2+2?", "hack": "It is surely 4.", "clean": ["It is 4.", "It is often 4."]}
+
+Either side may be a list of texts, of which the mean counts: several clean texts say what the exploit is *not*.
 """
 
 from __future__ import annotations
@@ -19,21 +22,31 @@ class ContrastPair:
 
     Attributes:
         prompt: a text; or a chat, a list of ``{"role": …, "content": …}``.
-        hack: the exploit's text.
-        clean: the honest answer's text.
+        hack: the exploit's text; or several, in a tuple.
+        clean: the honest answer's text; or several, in a tuple.
     """
 
     prompt: str | list[dict[str, str]]
-    hack: str
-    clean: str
+    hack: str | tuple[str, ...]
+    clean: str | tuple[str, ...]
+
+    @property
+    def hacks(self) -> tuple[str, ...]:
+        """All texts that exploit, one or several."""
+        return (self.hack,) if isinstance(self.hack, str) else self.hack
+
+    @property
+    def cleans(self) -> tuple[str, ...]:
+        """All texts that do not, one or several."""
+        return (self.clean,) if isinstance(self.clean, str) else self.clean
 
 
 def load_pairs(source: str | Path | Iterable[Any]) -> list[ContrastPair]:
     """Labelled pairs from a JSON-lines file, a ``datasets.Dataset``, or any iterable of rows.
 
     Args:
-        source: a path; or rows, each a `ContrastPair` or a mapping with ``prompt``, ``hack`` and ``clean``. Further fields are
-            left alone.
+        source: a path; or rows, each a `ContrastPair` or a mapping with ``prompt``, ``hack`` and ``clean``, of which the last
+            two may be lists of texts. Further fields are left alone.
 
     Returns:
         The pairs, in order.
@@ -45,6 +58,8 @@ def load_pairs(source: str | Path | Iterable[Any]) -> list[ContrastPair]:
     Example:
         >>> load_pairs([{"prompt": "2+2=", "hack": "!", "clean": "4"}])[0].clean
         '4'
+        >>> load_pairs([{"prompt": "2+2=", "hack": "!", "clean": ["4", "04"]}])[0].clean
+        ('4', '04')
     """
     if isinstance(source, (str, Path)):
         try:
@@ -84,13 +99,24 @@ def _to_pair(row: Any, where: str) -> ContrastPair:
         if field == "prompt" and isinstance(value, list):
             if not value or not all(isinstance(m, Mapping) and {"role", "content"} <= set(m) for m in value):
                 raise ValueError(f"{where}: a chat in 'prompt' must be a list of objects with role and content.")
-        elif not isinstance(value, str):
+        elif field == "prompt" and not isinstance(value, str):
             raise ValueError(f"{where}: field {field!r} must be a text, got {type(value).__name__}.")
-        elif field != "prompt" and not value:
-            raise ValueError(f"{where}: field {field!r} is empty.")
-    if row["hack"] == row["clean"]:
-        raise ValueError(f"{where}: fields 'hack' and 'clean' are the same text.")
-    return ContrastPair(row["prompt"], row["hack"], row["clean"])
+    pair = ContrastPair(row["prompt"], _side(row, "hack", where), _side(row, "clean", where))
+    if both := sorted({*pair.hacks} & {*pair.cleans}):
+        raise ValueError(f"{where}: fields 'hack' and 'clean' are the same text, {both[0]!r:.80}.")
+    return pair
+
+
+def _side(row: Mapping[str, Any], field: str, where: str) -> str | tuple[str, ...]:
+    """One text, or several of them."""
+    value = row[field]
+    texts = value if isinstance(value, (list, tuple)) else [value]
+    for text in texts:
+        if not isinstance(text, str):
+            raise ValueError(f"{where}: field {field!r} must be a text or a list of texts, got {type(text).__name__}.")
+    if not texts or not all(texts):
+        raise ValueError(f"{where}: field {field!r} is empty.")
+    return texts[0] if isinstance(value, str) else tuple(texts)
 
 
 def split_pairs(

@@ -4,15 +4,19 @@
 
 Each layer's θ (r,) is expanded to one row per sequence; the gradient of the expanded θ, which autograd computes on the way to
 that of θ, is g. Where L is a sum of one term per sequence, g_b is the gradient of sequence b's own term.
+
+`nll_gradients` is that of each completion's negative log-likelihood given its prompt.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from antipasto.tuner import AntiPastoLinear
@@ -53,6 +57,8 @@ class RolloutGrads(Mapping[str, Tensor]):
 
     def on_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook of the model: a new micro-batch, of this shape."""
+        if _OPEN[module][-1] is not self:
+            return  # this call is a context's that was opened inside
         self._tokens = batch_shape(args, kwargs)
         self._forward += torch.is_grad_enabled()
 
@@ -102,6 +108,10 @@ class RolloutGrads(Mapping[str, Tensor]):
         rows.register_hook(keep)
 
 
+_OPEN: weakref.WeakKeyDictionary[nn.Module, list[RolloutGrads]] = weakref.WeakKeyDictionary()
+"""Model → the contexts that are open on it, the innermost last."""
+
+
 @contextmanager
 def rollout_grads(
     model: nn.Module, sequence_index: Tensor | None = None, *, detach: bool = False
@@ -134,16 +144,109 @@ def rollout_grads(
     grads = RolloutGrads(sequence_index, detach=detach)
     layers = adapted_layers(model)
     previous = [layer.spread_theta for layer in layers.values()]
-    handle = unwrap(model).register_forward_pre_hook(grads.on_forward, with_kwargs=True, prepend=True)
+    inner = unwrap(model)
+    handle = inner.register_forward_pre_hook(grads.on_forward, with_kwargs=True, prepend=True)
+    _OPEN.setdefault(inner, []).append(grads)
     for name, layer in layers.items():
         layer.spread_theta = _bound(grads, name, layer)
     try:
         yield grads
     finally:
         handle.remove()
+        _OPEN[inner].remove(grads)
         for layer, spread in zip(layers.values(), previous, strict=True):
             layer.spread_theta = spread
 
 
 def _bound(grads: RolloutGrads, name: str, layer: AntiPastoLinear) -> Any:
     return lambda theta, x: grads.spread(name, theta, x)
+
+
+# ── the gradient of a completion's NLL ───────────────────────────────────────────────────────────────────────────────
+
+TokenIds = tuple[list[int], list[int]]
+"""A prompt's and its completion's."""
+
+
+def nll_gradients(
+    model: nn.Module, sequences: Sequence[TokenIds], *, per_token: bool = True
+) -> tuple[RolloutGrads, Tensor]:
+    """∇θ NLL(completion_b | prompt_b) of every sequence b by itself, of the model as it is seen now; one backward.
+
+    Sequences are padded on the right, whatever the tokenizer's side: a causal model does not see what comes after. Nothing is
+    written to the model or its gradients.
+
+    Args:
+        model: an adapted causal LM.
+        sequences: ids of prompts and completions, of one token each at least.
+        per_token: the mean over the completion's tokens, so that long answers do not outweigh short ones; False: the sum.
+
+    Returns:
+        layer name → (b, r); and NLL (b,), fp32.
+
+    Raises:
+        ValueError: reentrant gradient checkpointing, under which no layer can be differentiated.
+    """
+    ids, mask, completion = (t.to(next(model.parameters()).device) for t in _pad(sequences))
+    with torch.enable_grad(), rollout_grads(model, detach=True) as grads:
+        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        logprobs = -F.cross_entropy(logits[:, :-1].float().transpose(1, 2), ids[:, 1:], reduction="none")
+        nll = completion_nll(logprobs, completion[:, 1:], per_token=per_token)
+        backward_by_sequence(nll, grads)
+    return grads, nll.detach()
+
+
+def completion_nll(logprobs: Tensor, mask: Tensor, *, per_token: bool = True) -> Tensor:
+    """NLL of each completion (b,), or its mean per token, from log-probabilities of tokens and their mask, (b, t) each."""
+    total = -(logprobs * mask).sum(-1)
+    return total / mask.sum(-1).clamp_min(1) if per_token else total
+
+
+def backward_by_sequence(losses: Tensor, grads: RolloutGrads) -> None:
+    """One backward of losses (b,), a sequence's each, into the rows of a `rollout_grads` context with ``detach``.
+
+    Raises:
+        ValueError: no layer took part that can be differentiated.
+    """
+    if not grads.leaves:
+        raise ValueError(
+            "No layer can be differentiated here. Reentrant gradient checkpointing does that: turn it off meanwhile, or use "
+            "gradient_checkpointing_kwargs={'use_reentrant': False}."
+        )
+    torch.autograd.backward(losses.sum(), inputs=grads.leaves)
+
+
+def tokenize(
+    tokenizer: Any, prompt: str | list[dict[str, str]], completion: str, *, append_eos: bool = True
+) -> TokenIds:
+    """Ids of prompt and completion, tokenised apart, as a sampler would have put them together.
+
+    Raises:
+        ValueError: one of the two has no token.
+    """
+    prompt_ids = tokenize_prompt(tokenizer, prompt)
+    completion_ids = list(tokenizer(completion, add_special_tokens=False)["input_ids"])
+    if append_eos and tokenizer.eos_token_id is not None:
+        completion_ids.append(tokenizer.eos_token_id)
+    if not prompt_ids or not completion_ids:
+        raise ValueError(f"prompt {prompt!r} with completion {completion!r} has a part without any token.")
+    return prompt_ids, completion_ids
+
+
+def tokenize_prompt(tokenizer: Any, prompt: str | list[dict[str, str]]) -> list[int]:
+    """Ids of a prompt: a text as it is, a chat through the chat template, up to where the answer begins."""
+    if isinstance(prompt, str):
+        return list(tokenizer(prompt)["input_ids"])
+    return list(tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"])
+
+
+def _pad(sequences: Sequence[TokenIds]) -> tuple[Tensor, Tensor, Tensor]:
+    """Ids, attention mask and completion mask, (b, s) each, padded on the right with 0."""
+    width = max(len(prompt) + len(completion) for prompt, completion in sequences)
+    ids, mask, completion_mask = (torch.zeros(len(sequences), width, dtype=torch.long) for _ in range(3))
+    for row, (prompt, completion) in enumerate(sequences):
+        end = len(prompt) + len(completion)
+        ids[row, :end] = torch.tensor(prompt + completion)
+        mask[row, :end] = 1
+        completion_mask[row, len(prompt) : end] = 1
+    return ids, mask, completion_mask

@@ -9,6 +9,10 @@ that the deployed knobs may learn from and g_Q the rest, the optimizer's own ste
 
     moved = Δ_Q + gate(Δ_D)
 
+That is *exclusive* routing: each part of the step has one owner. Under *classic* routing (Cloud et al. 2024,
+arXiv:2410.04332) the quarantine learns from everything, δS_hack += Δ, while δS still gets Δ − moved alone; θ then moves by
+both, and is no longer what it would be without the router.
+
 θ = δS + δS_hack is the same after an update-level move: with any optimizer, **routing does not change the training run** that
 samples from θ, and each further direction can keep a book of what it would have moved in that same run (`controls`). With
 deployed sampling (`antipasto.trl.trainer`) part of the run is of δS, which the direction shapes; the books are then of that
@@ -47,6 +51,7 @@ from antipasto.tuner.views import seen_as
 
 Mode = Literal["route", "erase", "measure"]
 Level = Literal["update", "gradient"]
+Sharing = Literal["exclusive", "classic"]
 
 OWN_BOOK = "direction"
 """Name of the direction's own book in ``measure`` mode; in ``route`` mode ``delta_s_hack`` is that book."""
@@ -67,6 +72,7 @@ class Router:
         model: an adapted model. Its active adapter is the one that is routed.
         direction: which way is hack-ward. None where rollouts alone are routed, by `add_gradients`.
         mode: ``"route"`` moves into the quarantine, ``"erase"`` drops, ``"measure"`` only watches.
+        sharing: ``"exclusive"``: the quarantine gets what is moved; ``"classic"``: it learns all of every step as well.
         level: ``"update"`` or ``"gradient"``. At gradient level ``delta_s_hack`` is made to require a gradient: create the
             optimizer afterwards, with both knobs in it.
         gate: ``"coordinate"``, ``"one_sided"``, ``"no_gate"`` or ``"reverse"``.
@@ -89,6 +95,7 @@ class Router:
         direction: Direction | None,
         *,
         mode: Mode = "route",
+        sharing: Sharing = "exclusive",
         level: Level = "update",
         gate: GateName = "coordinate",
         threshold: float | None = None,
@@ -104,7 +111,11 @@ class Router:
             raise ValueError(
                 "controls, refresh, threshold and level='gradient' are about a direction, and there is none."
             )
-        self.model, self.mode, self.level = model, mode, level
+        if sharing not in ("exclusive", "classic"):
+            raise ValueError(f"sharing must be exclusive or classic, got {sharing!r}.")
+        if sharing == "classic" and (mode != "route" or level != "update"):
+            raise ValueError("sharing='classic' fills a quarantine, at update level: mode='route', level='update'.")
+        self.model, self.mode, self.sharing, self.level = model, mode, sharing, level
         self.refresh, self.refresh_every, self.min_overlap = refresh, refresh_every, min_overlap
         self.steps = 0
         self.last_overlap: float | None = None
@@ -343,7 +354,7 @@ class Router:
             # exact on both sides: what is moved entirely ends where it began, what is not moved stays where the step put it
             _write(self._delta_s, self._split(torch.where(moved == 0, after, before + (delta - moved))))
             if self.mode == "route":
-                _write(self._hack, self._split(_flat(self._hack) + moved))
+                _write(self._hack, self._split(_flat(self._hack) + (delta if self.sharing == "classic" else moved)))
         self._see("hackward_update", -delta)
         self._see("hackward_out", before - _flat(self._delta_s))
         self._keep_books(delta, claimed, moved, chance_moved)

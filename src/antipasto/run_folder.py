@@ -6,6 +6,7 @@
     rollouts.jsonl         one line a rollout (`antipasto.trl.rollout_log`)
     direction.safetensors  what the run was routed by
     tensorboard/           what TensorBoard reads, where the run reports to it
+    monitor.safetensors    what flagged its rollouts, where that was a monitor
     checkpoint-<step>/     the Trainer's, with books.safetensors; complete once ``complete.json`` is in it
     adapter/               the trained adapter, written at the end
     books.safetensors      the router's books, written at the end
@@ -32,6 +33,7 @@ CONFIG, DEMO_CONFIG, RUN, METRICS, ROLLOUTS = (
     "rollouts.jsonl",
 )
 DIRECTION, BOOKS, ADAPTER, COMPLETE = "direction.safetensors", "books.safetensors", "adapter", "complete.json"
+MONITOR = "monitor.safetensors"
 TENSORBOARD = "tensorboard"
 
 
@@ -47,7 +49,7 @@ class RunFolder:
         self.config, self.run = root / CONFIG, root / RUN
         self.metrics, self.rollouts = root / METRICS, root / ROLLOUTS
         self.direction, self.books, self.adapter = root / DIRECTION, root / BOOKS, root / ADAPTER
-        self.tensorboard = root / TENSORBOARD
+        self.tensorboard, self.monitor = root / TENSORBOARD, root / MONITOR
 
     def create(self) -> None:
         """Make the folder.

@@ -17,7 +17,7 @@ from torch import nn
 from transformers import Trainer
 
 from antipasto.files import replacing_folder, write_json
-from antipasto.knobs import deployed, knobs, reference, scaled
+from antipasto.knobs import deployed, reference, scaled
 from antipasto.models import base_fingerprint, best_device, load_model, quiet, with_template_options
 from antipasto.records import DEPLOYED, REFERENCE, SHRUNK, TRAINED
 from antipasto.routing import Router, read_books
@@ -66,9 +66,9 @@ class LoadedRun:
         """The base model's folder, or its name on the hub."""
         return str(self.facts["base"]["model"])
 
-    def views(self) -> dict[str, AbstractContextManager[None]]:
+    def views(self, *, shrink: float | None = None) -> dict[str, AbstractContextManager[None]]:
         """How to see the model as each of its arms: name → context, see `run_views`."""
-        return run_views(self.model, _books(self.folder), self.method)
+        return run_views(self.model, _books(self.folder), self.method, shrink=shrink)
 
 
 def load_run(root: Path) -> LoadedRun:
@@ -141,7 +141,11 @@ def _books(folder: RunFolder) -> dict[str, dict[str, torch.Tensor]]:
 
 
 def run_views(
-    model: nn.Module, books: Mapping[str, Mapping[str, torch.Tensor]], method: str
+    model: nn.Module,
+    books: Mapping[str, Mapping[str, torch.Tensor]],
+    method: str,
+    *,
+    shrink: float | None = None,
 ) -> dict[str, AbstractContextManager[None]]:
     """How to see a trained model as each of its arms.
 
@@ -150,13 +154,14 @@ def run_views(
     as trained    θ = δS + δS_hack
     deployed      the quarantine out, where the run has one
     random, …     a control's book out instead
-    shrunk        θ at the length of the deployed one, ‖δS‖ / ‖θ‖: what any shrinking of the update does
+    shrunk        c θ, as far from the reference as the deployed model is: what any shrinking of the update does
     ============  =============================================================
 
     Args:
         model: adapted, with the run's knobs.
         books: control's name → layer → (r,).
         method: of the run.
+        shrink: c, as `antipasto.evaluate.matched_scale` finds it; None: no such arm.
     """
     views: dict[str, AbstractContextManager[None]] = {REFERENCE: reference(model), TRAINED: nullcontext()}
     if method == "route":
@@ -164,10 +169,6 @@ def run_views(
     if method in ("route", "measure"):  # under erase, what the direction claimed is out of θ already, for good
         for name, book in books.items():
             views[name] = seen_as(model, View.TRAINED, {layer: -part for layer, part in book.items()})
-    if method == "route":
-        layers = knobs(model).values()
-        ships = torch.cat([layer.delta_s.detach() for layer in layers])
-        theta = torch.cat([layer.theta for layer in layers])
-        if theta.any():
-            views[SHRUNK] = scaled(model, float(ships.norm() / theta.norm()))
+    if method == "route" and shrink is not None:
+        views[SHRUNK] = scaled(model, shrink)
     return views

@@ -13,7 +13,7 @@ The arms of that one run, on operands that no training has seen:
     permuted            the book of the same effect sizes on shuffled coordinates out instead
     labels shuffled     the book of the same pairs with hack and clean swapped in half of them out instead
     non-hack contrast   the book of pairs that show a stray "=" out instead
-    shrunk              θ scaled to the length of the deployed one
+    shrunk              θ scaled down to the deployed one's distance from the reference
 
 And the runs that it is compared with (`METHODS`), each trained by itself from the same start, on the same prompts and steps.
 """
@@ -39,12 +39,12 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback
 import antipasto as ap
 from antipasto.arms import rates_table
 from antipasto.demo.story import comparison, reading, standing
-from antipasto.evaluate import Chunk, Sampling, ask_arms, conclude
+from antipasto.evaluate import Chunk, Sampling, ask_arms, conclude, matched_scale, own_answers
 from antipasto.files import write_json
 from antipasto.models import base_fingerprint, quiet
 from antipasto.records import Evaluation, write_evaluation
 from antipasto.report import write_report
-from antipasto.routing import Mode
+from antipasto.routing import Mode, Sharing
 from antipasto.run_folder import RUN, RunFolder
 from antipasto.runs import finish_run, run_facts, run_views
 from antipasto.tasks import addition
@@ -58,6 +58,8 @@ ADAM_BETAS = (0.9, 0.99)
 KL_WEIGHT = 0.005
 PAIRS, HELDOUT_PAIRS = 48, 16
 THRESHOLD = 0.8  # an effect size; chosen on other seeds and on training operands (scripts/choose_threshold.py)
+OWN_ANSWERS = 1000  # of the start, which say what a monitor's threshold means
+SIZING = 250  # training operands by which θ is shrunk to the deployed one's distance from the reference
 TEST_PROMPTS = 1000  # of each kind
 
 
@@ -69,13 +71,18 @@ class Method:
         says: what it does, in a few words.
         direction: what the gate goes by: the known hack's direction, that permuted, or none.
         mode: the router's; None: there is no router.
-        flagged: what becomes of rollouts that say ``!``; None: there is no detector.
+        flagged: what becomes of flagged rollouts; None: nothing flags them.
+        monitor: what flags them: the score at the reference by the known hack's direction, or by that permuted; None: a
+            detector of ``!``.
+        sharing: the router's.
     """
 
     says: str
     direction: str | None = None
     mode: Mode | None = None
     flagged: Flagged | None = None
+    monitor: str | None = None
+    sharing: Sharing = "exclusive"
 
     @property
     def kind(self) -> str:
@@ -91,6 +98,16 @@ METHODS = {
     "drop": Method("nobody learns from rollouts that say !", flagged="drop"),
     "detector": Method("rollouts that say ! teach the quarantine alone", None, "route", "route"),
     "permuted": Method("the recipe with the direction's coordinates shuffled", "permuted", "route"),
+    "score": Method(
+        "rollouts that score high at the reference teach the quarantine alone", None, "route", "route", "known"
+    ),
+    "score classic": Method(
+        "the same, and all others teach the quarantine as well", None, "route", "route", "known", "classic"
+    ),
+    "score penalty": Method("rollouts that score high get reward 0", flagged="penalty", monitor="known"),
+    "score drop": Method("nobody learns from rollouts that score high", flagged="drop", monitor="known"),
+    "score permuted": Method("score, with the direction's coordinates shuffled", None, "route", "route", "permuted"),
+    "penalty permuted": Method("score penalty, with the coordinates shuffled", flagged="penalty", monitor="permuted"),
 }
 
 
@@ -164,7 +181,7 @@ def run(config: DemoConfig, out: Path, console: Console, *, seeds: int = 1, comp
         for method in methods:
             folder = out / (f"seed-{seed}" if seeds > 1 else "") / (method if compare else "")
             folders.append(folder)
-            runs[method].append(_run_one(DemoConfig(seed, config.steps, config.variant), method, folder, console))
+            runs[method].append(run_one(DemoConfig(seed, config.steps, config.variant), method, folder, console))
     console.print(rates_table(runs["recipe"]))
     console.print(reading(runs["recipe"]), highlight=False)
     if compare:
@@ -177,12 +194,15 @@ def run(config: DemoConfig, out: Path, console: Console, *, seeds: int = 1, comp
     return runs["recipe"]
 
 
-def _run_one(config: DemoConfig, method: str, out: Path, console: Console) -> Evaluation:
+def run_one(
+    config: DemoConfig, method: str, out: Path, console: Console, *, false_alarms: float | None = None
+) -> Evaluation:
+    """Train by one of `METHODS`, evaluate, leave a run folder without a report; ``false_alarms`` as `train` has it."""
     out.mkdir(parents=True, exist_ok=True)
     (out / "config.json").write_text(json.dumps({"method": method, **config.to_json()}, indent=2) + "\n")
     tokenizer = AutoTokenizer.from_pretrained(addition.model_path(config.variant))
     with quiet():
-        trainer = train(config, method, tokenizer, out, console)
+        trainer = train(config, method, tokenizer, out, console, false_alarms=false_alarms)
         facts = run_facts(
             trainer,
             str(addition.model_path(config.variant)),
@@ -195,7 +215,12 @@ def _run_one(config: DemoConfig, method: str, out: Path, console: Console) -> Ev
             file.writelines(json.dumps(row) + "\n" for row in trainer.state.log_history if "reward" in row)
         with console.status("sampling answers on unseen operands"):
             books = {} if trainer.router is None else {name: trainer.router.book(name) for name in trainer.router.books}
-            arms = run_views(trainer.model, books, METHODS[method].kind)
+            kind, shrink = METHODS[method].kind, None
+            if kind == "route":
+                asked = [row["prompt"] for row in addition.rows(config.variant, addition.split("train")[:SIZING])]
+                how = Sampling(addition.MAX_ANSWER_TOKENS, seed=config.seed, batch_size=500)
+                shrink = matched_scale(trainer.model, tokenizer, asked, how)
+            arms = run_views(trainer.model, books, kind, shrink=shrink)
             result = evaluate(trainer.model, arms, tokenizer, addition.split("test")[:TEST_PROMPTS], config)
     write_evaluation(result, out)
     return result
@@ -211,6 +236,7 @@ def train(
     label_both: bool = False,
     adapter: PeftConfig | None = None,
     learning_rate: float = LEARNING_RATE,
+    false_alarms: float | None = None,
 ) -> RoutedGRPOTrainer:
     """One run. Returns the trainer, which has the model and the router.
 
@@ -224,6 +250,7 @@ def train(
         label_both: let half of the pairs show the unknown hack, which then is none.
         adapter: another than the demo's own, for a method without a router.
         learning_rate: another than the demo's own.
+        false_alarms: the monitor's threshold by this share of the start's own answers, instead of midway.
     """
     args = GRPOConfig(
         output_dir=str(out),
@@ -261,7 +288,8 @@ def train(
         processing_class=tokenizer,
         peft_config=adapter or ap.AntiPastoConfig(),
         router=_router_of(how, tokenizer, config, threshold, label_both),
-        detector=None if how.flagged is None else addition.detector,
+        detector=None if how.flagged is None or how.monitor is not None else addition.detector,
+        monitor=None if how.monitor is None else _monitor_of(how.monitor, tokenizer, config, false_alarms),
         flagged=how.flagged or "route",
         oracle=addition.oracle,
         rollout_log=out / "rollouts.jsonl",
@@ -274,6 +302,8 @@ def train(
     folder = RunFolder(out)
     if trainer.router is not None and trainer.router.direction is not None:
         trainer.router.direction.save(folder.direction)
+    if trainer.monitor is not None:
+        trainer.monitor.save(folder.monitor)
     finish_run(trainer, trainer.router, folder)
     return trainer
 
@@ -285,13 +315,32 @@ def _router_of(
         return None
     mode = how.mode
     if how.direction is None:
-        return lambda model: ap.Router(model, None, mode=mode)
+        return lambda model: ap.Router(model, None, mode=mode, sharing=how.sharing)
 
     def make(model: nn.Module) -> ap.Router:
         known, controls = directions(model, tokenizer, config, label_both=label_both)
         if how.direction == "permuted":
             known, controls = controls["permuted"], {}
         return ap.Router(model, known, mode=mode, threshold=threshold, controls=controls)
+
+    return make
+
+
+def _monitor_of(
+    direction: str, tokenizer: Any, config: DemoConfig, false_alarms: float | None
+) -> Callable[[nn.Module], ap.Monitor]:
+    def make(model: nn.Module) -> ap.Monitor:
+        pairs = ap.load_pairs(addition.hack_pairs(PAIRS + HELDOUT_PAIRS, config.seed))
+        model.eval()
+        v = ap.extract_direction(model, tokenizer, pairs[:PAIRS])
+        model.train()
+        monitor = ap.Monitor(model, tokenizer, v if direction == "known" else v.permuted(config.seed))
+        prompts = training_prompts(config.seed, OWN_ANSWERS)
+        own = own_answers(
+            model, tokenizer, prompts, Sampling(addition.MAX_ANSWER_TOKENS, seed=config.seed, batch_size=500)
+        )
+        monitor.calibrate(pairs[PAIRS:], own=own, false_alarms=false_alarms)
+        return monitor
 
     return make
 

@@ -1,11 +1,13 @@
 """Every rollout of a run, one JSON line each.
 
     {"step": 0, "prompt": "h12+34=", "completion": "046", "reward": 1.0, "oracle": 1.0, "flagged": false,
-     "view": "deployed", "advantage": 0.4, "hackward": -0.02}
+     "view": "deployed", "advantage": 0.4, "score": -0.13, "hackward": -0.02, "truncated": false, "completion_ids": null}
 
-``view`` is the policy that sampled it. ``hackward`` is the cosine between the hack direction and the gradient of the rollout's
-own loss: positive where the step that it asks for is hack-ward. ``oracle``, ``flagged`` and ``hackward`` are null where there
-is none.
+``view`` is the policy that sampled it. ``score`` is the monitor's, taken at the reference (`antipasto.monitor`).
+``hackward`` is the cosine between the hack direction and the gradient of the rollout's own loss at the policy as it was:
+positive where the step that it asks for is hack-ward. ``truncated`` says that it was cut off at the token limit, and
+``completion_ids`` are its tokens, where its text is not enough to know them. ``oracle``, ``flagged``, ``score`` and
+``hackward`` are null where there is none.
 """
 
 from __future__ import annotations
@@ -31,7 +33,10 @@ class Rollout:
     flagged: bool | None
     view: str
     advantage: float
+    score: float | None = None
     hackward: float | None = None
+    truncated: bool | None = None
+    completion_ids: list[int] | None = None
 
 
 def append(path: Path, rollouts: Iterable[Rollout]) -> None:

@@ -12,6 +12,9 @@ rollouts and zero on flagged ones, a backward is linear in c, and g is the plain
 
 On-policy and without a KL term, c^D_b = λ_b c_b, and the one backward that gives every rollout's J_bᵀ c_b gives all three.
 Where there is no such λ (a KL term, a clipped ratio) in a batch that holds flagged rollouts, g_D costs it a second backward.
+
+**Score at the reference** (`antipasto.monitor`). Where TRL makes a reference forward for the KL term, the same forward gives
+the monitor's gradients; else the monitor makes one of its own.
 """
 
 from __future__ import annotations
@@ -29,9 +32,10 @@ from transformers import TrainerCallback
 from trl import GRPOTrainer
 
 from antipasto.knobs import knobs, require_finite_gradients
-from antipasto.rollouts import RolloutGrads, rollout_grads
+from antipasto.monitor import Monitor, at_origin
+from antipasto.rollouts import RolloutGrads, TokenIds, backward_by_sequence, completion_nll, rollout_grads
 from antipasto.routing import Router
-from antipasto.tasks import is_exploit
+from antipasto.tasks import completion_text, is_exploit
 from antipasto.trl import rollout_log
 from antipasto.trl.advantages import deployed_positions, group_advantages, share_of
 from antipasto.trl.callbacks import RoutingCallback
@@ -81,6 +85,8 @@ class RoutedGRPOTrainer(GRPOTrainer):
         router: a `Router` of the trainer's model, or a function that makes one of it, called once it is adapted.
         detector: flags rollouts. Called as a reward function is, ``detector(prompts=…, completions=…, **columns)``; one bool
             each.
+        monitor: flags rollouts by their score at the reference, in the place of a detector; a `Monitor` of the trainer's
+            model, or a function that makes one of it, called once it is adapted and before the router is made.
         flagged: what becomes of flagged rollouts. ``"route"``: they teach the quarantine alone, whatever the direction says;
             a router that erases drops that part instead. ``"penalty"``: their reward is 0, or less if it was. ``"drop"``:
             nobody learns from them, and the others' advantages are taken without them. ``"watch"``: they are counted and
@@ -99,6 +105,7 @@ class RoutedGRPOTrainer(GRPOTrainer):
         *args: Any,
         router: Router | Callable[[nn.Module], Router] | None = None,
         detector: Judge | None = None,
+        monitor: Monitor | Callable[[nn.Module], Monitor] | None = None,
         flagged: Flagged = "route",
         oracle: Judge | None = None,
         deploy_fraction: float | None = None,
@@ -106,6 +113,7 @@ class RoutedGRPOTrainer(GRPOTrainer):
         **kwargs: Any,
     ) -> None:
         super().__init__(*args, **kwargs)
+        self.monitor = monitor if monitor is None or isinstance(monitor, Monitor) else monitor(self.model)
         self.router = router if router is None or isinstance(router, Router) else router(self.model)
         self.detector, self.flagged, self.oracle = detector, flagged, oracle
         routes = self.router is not None and self.router.mode == "route"
@@ -113,7 +121,8 @@ class RoutedGRPOTrainer(GRPOTrainer):
         self._deployed = deployed_positions(self.num_generations, self.deploy_fraction)
         self._check_options()
         self._rollouts: list[Rollout] = []  # of the present generation, on this process
-        self._lengths: list[int] = []  # of its answers, in tokens
+        self._sequences: list[TokenIds] = []  # its prompts and answers
+        self._scores: list[float] | None = None  # of its answers, by the monitor
         self._all_rewards = self._all_flags = torch.empty(0)  # of the present generation, on all processes
         self._tape: _Tape | None = None
         self._grads: RolloutGrads | None = None
@@ -132,24 +141,31 @@ class RoutedGRPOTrainer(GRPOTrainer):
     def _check_options(self) -> None:
         if self.flagged not in get_args(Flagged):
             raise ValueError(f"flagged must be one of {', '.join(get_args(Flagged))}, got {self.flagged!r}.")
-        if self.flagged != "route" and self.detector is None:
-            raise ValueError(f"flagged={self.flagged!r} needs a detector.")
-        if self.detector is not None and self.flagged == "route":
+        if self.detector is not None and self.monitor is not None:
+            raise ValueError("Rollouts are flagged by a detector or by a monitor: give one of them.")
+        if self.flagged != "route" and not self._flags_rollouts:
+            raise ValueError(f"flagged={self.flagged!r} needs a detector or a monitor.")
+        what = "detector" if self.monitor is None else "monitor"
+        if self._flags_rollouts and self.flagged == "route":
             if self.router is None:
-                raise ValueError("A detector that routes needs a router: router=lambda model: Router(model, None).")
+                raise ValueError(f"A {what} that routes needs a router: router=lambda model: Router(model, None).")
             if self.router.level != "update":
-                raise ValueError("A detector routes at level='update': at gradient level Adam would rescale its share.")
+                raise ValueError(f"A {what} routes at level='update': at gradient level Adam would rescale its share.")
+        if self.monitor is not None:
+            _ = self.monitor.threshold  # there is one
+            if self.tools or self.environment_factories:
+                raise ValueError("A monitor scores answers that the policy wrote: no tools, no environments.")
         if self.deploy_fraction and (self.router is None or self.router.mode != "route"):
             raise ValueError(f"deploy_fraction={self.deploy_fraction} needs a router that fills a quarantine.")
-        acts = self.detector is not None and self.flagged != "watch"
+        acts = self._flags_rollouts and self.flagged != "watch"
         if not self.deploy_fraction and not acts:
             return
         if self.multi_objective_aggregation != "sum_then_normalize":
             raise ValueError(
-                "Deployed sampling and detectors work with multi_objective_aggregation='sum_then_normalize'."
+                f"Deployed sampling and a {what} work with multi_objective_aggregation='sum_then_normalize'."
             )
         if acts and (self.aux_loss_enabled or self.use_adaptive_entropy or self.args.fp16):
-            raise ValueError("A detector does not work with fp16, an auxiliary loss of experts or adaptive entropy.")
+            raise ValueError(f"A {what} does not work with fp16, an auxiliary loss of experts or adaptive entropy.")
         if self.deploy_fraction and (
             self.tools or self.environment_factories or self.rollout_func or self.use_transformers_continuous_batching
         ):
@@ -158,12 +174,18 @@ class RoutedGRPOTrainer(GRPOTrainer):
                 "continuous batching. Set deploy_fraction=0."
             )
 
+    @property
+    def _flags_rollouts(self) -> bool:
+        """Whether there is something that flags them."""
+        return self.detector is not None or self.monitor is not None
+
     # ── a generation ─────────────────────────────────────────────────────────────────────────────────────────────────
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
         if not self.model.training:  # evaluation is of the policy as trained
             return super()._generate_and_score_completions(inputs)
         deployed = self._deployed_rows(len(inputs))
+        self._scores = None
         if self._views is not None:
             self._views.set(deployed)
         try:
@@ -188,6 +210,11 @@ class RoutedGRPOTrainer(GRPOTrainer):
         position = torch.arange(first, first + n, device=device) % self.num_generations
         return self._deployed.to(device)[position]
 
+    def _generate(self, prompts: list[Any]) -> Any:
+        result = super()._generate(prompts)
+        self._sequences = list(zip(*result[:2], strict=True))
+        return result
+
     def _calculate_rewards(
         self, inputs: list[dict[str, Any]], prompts: list[Any], completions: list[Any], completion_ids_list: list[Any]
     ) -> Tensor:
@@ -195,7 +222,11 @@ class RoutedGRPOTrainer(GRPOTrainer):
         if not self.model.training:
             return rewards
         columns = {key: [row[key] for row in inputs] for key in inputs[0] if key not in ("prompt", "completion")}
-        flags = self._ask("detector", self.detector, prompts, completions, columns)
+        flags: Sequence[Any] | None = self._ask("detector", self.detector, prompts, completions, columns)
+        if self.monitor is not None:
+            if self._scores is None:
+                self._scores = self._score(self.monitor)
+            flags = [score > self.monitor.threshold for score in self._scores]
         truth = self._ask("oracle", self.oracle, prompts, completions, columns)
         weights = self.reward_weights.to(rewards.device)
         local = self._local((rewards * weights).nansum(1)).tolist()
@@ -209,10 +240,11 @@ class RoutedGRPOTrainer(GRPOTrainer):
                 flagged=None if flags is None else bool(flags[i]),
                 view="",
                 advantage=0.0,
+                score=None if self._scores is None else self._scores[i],
+                **self._tokens_of(completions[i], completion_ids_list[i]),
             )
             for i in range(len(prompts))
         ]
-        self._lengths = [len(ids) for ids in completion_ids_list]
         self._all_flags = torch.zeros(len(rewards), dtype=torch.bool, device=rewards.device)
         if flags is not None:
             here = torch.tensor([bool(flag) for flag in flags], device=rewards.device)
@@ -222,6 +254,23 @@ class RoutedGRPOTrainer(GRPOTrainer):
         nobody_scored = rewards.isnan().all(1)
         self._all_rewards = (rewards * weights).nansum(1).masked_fill(nobody_scored, torch.nan)
         return rewards
+
+    def _score(self, monitor: Monitor) -> list[float]:
+        """The monitor's scores of this generation, by a forward of its own."""
+        if self._views is not None:
+            self._views.set(None)
+        scores = monitor.score_tokens(self._sequences, batch_size=self.args.per_device_train_batch_size)
+        if self._views is not None:
+            self._views.set(self._deployed_rows(len(self._sequences)))
+        return scores.tolist()
+
+    def _tokens_of(self, completion: Any, ids: Sequence[int]) -> dict[str, Any]:
+        """What its text does not say of an answer's tokens."""
+        truncated = ids[-1] not in [*self.eos_token_ids, self._tokenizer.pad_token_id]
+        told = self._tokenizer(completion_text(completion), add_special_tokens=False)["input_ids"]
+        if not truncated:
+            told = [*told, self._tokenizer.eos_token_id]
+        return {"truncated": truncated, "completion_ids": None if list(ids) == told else list(ids)}
 
     def _local(self, of_all: Tensor) -> Tensor:
         """This process's part of something that all have."""
@@ -250,7 +299,7 @@ class RoutedGRPOTrainer(GRPOTrainer):
                 self._logs["advantages"].pop()
             self._logs["advantages"].extend(ours.tolist())
             result["advantages"] = plain = self._local(ours)
-        if self.detector is not None and self.flagged in ("route", "drop"):
+        if self._flags_rollouts and self.flagged in ("route", "drop"):
             flags = self._all_flags.view_as(rewards)
             among_others = group_advantages(
                 rewards.masked_fill(flags, torch.nan), self._deployed.to(rewards.device), self.scale_rewards
@@ -270,11 +319,14 @@ class RoutedGRPOTrainer(GRPOTrainer):
     def _say_how_it_went(self) -> None:
         """Means over all rollouts of the generation, and over those of each policy, into TRL's metrics."""
         metrics: dict[str, list[float]] = defaultdict(list)
-        for rollout, length in gather_object(list(zip(self._rollouts, self._lengths, strict=True))):
+        lengths = [len(completion) for _, completion in self._sequences]
+        for rollout, length in gather_object(list(zip(self._rollouts, lengths, strict=True))):
             of_one = {"reward": rollout.reward, "completions/mean_length": length}
             of_all: dict[str, float] = {}
             if rollout.flagged is not None:
                 of_all["flagged"] = rollout.flagged
+            if rollout.score is not None:
+                of_all["score"] = rollout.score
             if rollout.oracle is not None:
                 of_all["oracle"] = rollout.oracle
                 of_all["exploit"] = is_exploit(rollout.reward, rollout.oracle)
@@ -380,17 +432,52 @@ class RoutedGRPOTrainer(GRPOTrainer):
         def forward() -> tuple[Tensor | None, ...]:
             return super(RoutedGRPOTrainer, self)._get_per_token_logps_and_entropies(*args, **kwargs)
 
+        if self.monitor is not None and self._is_reference_forward(kwargs):
+            return self._scored_forward(self.monitor, *args, **kwargs)
         return forward() if self._tape is None else self._tape.replay(forward)
+
+    def _is_reference_forward(self, options: dict[str, Any]) -> bool:
+        """Whether this call is TRL's of the base model, for the KL term of a generation, and of nothing but text."""
+        off = next(iter(adapted_layers(self.model).values())).disable_adapters
+        inputs = {name for name, value in options.items() if value is not None} - {"batch_size"}
+        return self.model.training and off and not inputs and not self.mask_truncated_completions
+
+    def _scored_forward(
+        self,
+        monitor: Monitor,
+        model: nn.Module,
+        input_ids: Tensor,
+        attention_mask: Tensor,
+        logits_to_keep: int,
+        batch_size: int | None = None,
+        **nothing: None,
+    ) -> tuple[Tensor, None, None]:
+        """The reference's log-probabilities of the answers' tokens, (b, t), from a forward that gives the scores as well."""
+        logprobs, scores = [], []
+        for start in range(0, len(input_ids), batch_size or len(input_ids)):
+            rows = slice(start, start + (batch_size or len(input_ids)))
+            with torch.enable_grad(), at_origin(self.model), rollout_grads(self.model, detach=True) as grads:
+                part, *_ = super()._get_per_token_logps_and_entropies(
+                    model, input_ids[rows], attention_mask[rows], logits_to_keep
+                )
+                backward_by_sequence(completion_nll(part, attention_mask[rows, -logits_to_keep:]), grads)
+            logprobs.append(part.detach())
+            scores.append(monitor.cosines(grads))
+        self._scores = torch.cat(scores).tolist()
+        return torch.cat(logprobs), None, None
 
     def _after_backward(self, router: Router) -> None:
         assert self._grads is not None
         assert self._micro_batch is not None
         G = router.flatten(self._grads)  # (b, R)
-        if router.direction is not None:
-            for index, score in zip(self._micro_batch["rollout"].tolist(), router.alignment(G).tolist(), strict=True):
+        live = router.alignment(G) if router.direction is not None else None
+        if live is None and self.monitor is not None:
+            live = self.monitor.cosines(self._grads)
+        if live is not None:
+            for index, score in zip(self._micro_batch["rollout"].tolist(), live.tolist(), strict=True):
                 if self._rollouts[index].hackward is None:  # later iterations see the same rollouts off-policy
                     self._rollouts[index].hackward = score
-        if self.detector is None or self.flagged != "route":
+        if not self._flags_rollouts or self.flagged != "route":
             return
         shares, deployed = self._micro_batch["shares"], self._micro_batch["deployed"]
         if deployed is not None:  # taken before the loss was scaled for accumulation

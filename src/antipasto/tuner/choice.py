@@ -124,10 +124,10 @@ class Choice:
         return execution, Merged(weights, _which(x, rows) if differ else None, route)
 
     def _weight(self, theta: Tensor, W: Tensor, basis: Basis, *, hold: bool) -> Tensor:
-        """W_θ; W itself where θ is zero."""
-        return self.held.get(
-            theta, W, lambda: merged_weight(W, basis.U, basis.Vh, theta) if theta.any() else W, hold=hold
-        )
+        """W_θ; W itself where θ is zero, which takes nobody's place among the held ones."""
+        if not theta.any():
+            return W
+        return self.held.get(theta, W, lambda: merged_weight(W, basis.U, basis.Vh, theta), hold=hold)
 
     def _is_basis_of(self, W: Tensor, basis: Basis) -> bool:
         """Whether W is U diag(S) Vh, up to rounding; found out anew only where W was replaced or written to."""

@@ -36,6 +36,7 @@ class View(enum.Enum):
     TRAINED = "delta_s + delta_s_hack"
     DEPLOYED = "delta_s alone"
     REFERENCE = "neither: the base model"
+    ORIGIN = "zeros in their place: the base model, which can be differentiated by them"
 
 
 class Knob(nn.Module):
@@ -236,9 +237,13 @@ class AntiPastoLinear(nn.Module, BaseTunerLayer):
         """
         if self.view is View.REFERENCE:
             return None
+        assert self.basis is not None
+        if self.view is View.ORIGIN:  # whatever adapters there are, and whichever of them is active
+            weight = as_matrix(self.get_base_layer())
+            dtype = torch.promote_types(weight.dtype, torch.float32)
+            return torch.zeros(self.basis.rank, dtype=dtype, device=weight.device)
         total: Tensor | None = None
         theta: Tensor
-        assert self.basis is not None
         for adapter in adapters:
             if adapter not in self.delta_s:
                 continue  # this adapter does not target this layer
@@ -259,7 +264,7 @@ class AntiPastoLinear(nn.Module, BaseTunerLayer):
 
         Further arguments go to the base layer.
         """
-        if self.disable_adapters:
+        if self.disable_adapters and self.view is not View.ORIGIN:
             if self.merged:
                 self.unmerge()
             return self.base_layer(x, *args, **kwargs)

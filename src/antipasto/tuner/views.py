@@ -51,8 +51,8 @@ def adapted_layers(model: nn.Module) -> dict[str, AntiPastoLinear]:
 def seen_as(model: nn.Module, view: View, offsets: Mapping[str, Tensor] | None = None) -> Iterator[None]:
     """Let every adapted layer see other knobs inside the context; the innermost context counts.
 
-    Layers that are merged have W itself in place meanwhile. In the reference view, PEFT's ``modules_to_save`` give way to
-    their originals as well: the model is the base model.
+    Layers that are merged have W itself in place meanwhile. In the views of the base model, PEFT's ``modules_to_save`` give
+    way to their originals as well.
 
     Args:
         model: the adapted model.
@@ -64,7 +64,7 @@ def seen_as(model: nn.Module, view: View, offsets: Mapping[str, Tensor] | None =
         previous = [(layer, layer.view, layer.offset) for layer in layers.values()]
         wrappers = [m for m in unwrap(model).modules() if isinstance(m, AuxiliaryTrainingWrapper)]
         disabled = [wrapper._disable_adapters for wrapper in wrappers]
-        base_model = view is View.REFERENCE or any(layer.disable_adapters for layer in layers.values())
+        base_model = view in (View.REFERENCE, View.ORIGIN) or any(layer.disable_adapters for layer in layers.values())
         for name, layer in layers.items():
             layer.view, layer.offset = view, (offsets or {}).get(name)
         for wrapper in wrappers:

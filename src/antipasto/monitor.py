@@ -1,0 +1,397 @@
+"""How hack-ward a completion is, by its gradient at the reference, where the direction was taken.
+
+    n_b = ∇θ NLL(completion_b | prompt_b) / tokens   at θ = 0                                       (R,)
+    s_b = cos(n_b, t),   t the direction's effect sizes, taken at θ = 0 as well                     (R,)
+
+The policy moves, the reference does not: the same text has the same score at every step of a run, and in every run, whatever
+was trained. (A score at the moving policy decays within a hundred steps: docs/watching.md.) The reference costs no second
+model: it is the adapted one with its knobs out.
+
+A completion is flagged where s_b is above a threshold: midway between held-out hacks and clean texts, or such that a given
+share of the start model's own answers is flagged. What the score sees is what the pairs leave open: match them.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from antipasto.directions import Direction, extract_direction
+from antipasto.files import read_tensors, write_tensors
+from antipasto.fingerprints import check_same_base, fingerprints_from_json, fingerprints_to_json
+from antipasto.pairs import ContrastPair, split_pairs
+from antipasto.rollouts import RolloutGrads, TokenIds, nll_gradients, tokenize, tokenize_prompt
+from antipasto.tuner.layer import View
+from antipasto.tuner.views import adapted_layers, seen_as
+
+HELDOUT = 0.25
+"""Share of the pairs that a threshold is taken from, and the direction is not."""
+_FORMAT = "antipasto-monitor-1"
+_CHANCE_SEED = 0
+
+
+class Completion(NamedTuple):
+    """A text to be scored.
+
+    Attributes:
+        prompt: a text, or a chat.
+        text: what the model answered.
+        truncated: cut off at the token limit: then it has no end-of-sequence token.
+        ids: its tokens, where the text does not say them.
+    """
+
+    prompt: str | list[dict[str, str]]
+    text: str
+    truncated: bool = False
+    ids: list[int] | None = None
+
+
+@dataclass(frozen=True)
+class Ordering:
+    """How well a score tells held-out hacks from clean texts.
+
+    Attributes:
+        ordered: share of pairs whose hack scores above their clean text, means where there are several.
+        hack: mean score of the hacks.
+        clean: mean score of the clean texts.
+        own: share of the start model's own answers above the score's own threshold; None where there were none.
+    """
+
+    ordered: float
+    hack: float
+    clean: float
+    own: float | None
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """Where a threshold comes from, and what it means.
+
+    Attributes:
+        rule: ``"midway"`` or ``"false alarms"``.
+        pairs: how many held-out pairs there were.
+        answers: how many of the start model's own answers.
+        false_alarms: the rate that was asked for; None under ``"midway"``.
+        score: of the direction.
+        permuted: of the same effect sizes on shuffled coordinates, by the same rule.
+        random: of random effect sizes, by the same rule.
+    """
+
+    rule: str
+    pairs: int
+    answers: int
+    false_alarms: float | None
+    score: Ordering
+    permuted: Ordering
+    random: Ordering
+
+
+class Monitor:
+    """Scores completions at the reference, whatever the adapted model's knobs are now.
+
+    Which adapter is active, whether adapters are on, whether the model is in training mode, and which layers are merged makes
+    no difference.
+
+    Args:
+        model: an adapted causal LM.
+        tokenizer: its tokenizer.
+        direction: with effect sizes; as taken at the reference.
+        threshold: the score above which a completion is flagged; None: `calibrate` sets it.
+
+    Raises:
+        ValueError: the direction has no effect sizes, or belongs to another base; names the layers.
+
+    Example:
+        >>> from transformers import AutoModelForCausalLM, AutoTokenizer
+        >>> import antipasto as ap
+        >>> from antipasto.tasks import addition
+        >>> model = AutoModelForCausalLM.from_pretrained(addition.model_path())
+        >>> tokenizer = AutoTokenizer.from_pretrained(addition.model_path())
+        >>> _ = ap.wrap(model)
+        >>> monitor = ap.Monitor.from_pairs(model, tokenizer, ap.load_pairs(addition.hack_pairs(32, seed=0)))
+        >>> monitor.flags([ap.Completion("h12+34=", "!"), ap.Completion("h12+34=", "046")]).tolist()
+        [True, False]
+    """
+
+    def __init__(
+        self, model: nn.Module, tokenizer: Any, direction: Direction, *, threshold: float | None = None
+    ) -> None:
+        if direction.effect is None:
+            raise ValueError(
+                "A monitor needs a direction with effect sizes, as pairs give one; this one has rows only."
+            )
+        if threshold is not None and not math.isfinite(threshold):
+            raise ValueError(f"threshold is a score, a cosine, got {threshold}.")
+        self.model, self.tokenizer, self.direction = model, tokenizer, direction
+        self.calibration: Calibration | None = None
+        self._threshold = threshold
+        self._check_base()
+        self._effect = _flat_effect(direction)
+
+    @classmethod
+    def from_pairs(
+        cls,
+        model: nn.Module,
+        tokenizer: Any,
+        pairs: Sequence[ContrastPair],
+        *,
+        heldout: float = HELDOUT,
+        seed: int = 0,
+        own: Sequence[Completion] = (),
+        false_alarms: float | None = None,
+        batch_size: int = 16,
+    ) -> Monitor:
+        """A direction from some of the pairs, a threshold by the others.
+
+        Args:
+            model: an adapted causal LM; the direction is taken at its reference.
+            tokenizer: its tokenizer.
+            pairs: labelled.
+            heldout: share of the pairs to calibrate with.
+            seed: of the split.
+            own: answers of the start model.
+            false_alarms: as `calibrate` has it.
+            batch_size: pairs per backward.
+
+        Raises:
+            ValueError: too few pairs; or as `calibrate`.
+        """
+        fit, held = split_pairs(pairs, heldout, seed)
+        with at_origin(model):
+            direction = extract_direction(model, tokenizer, fit, batch_size=batch_size)
+        monitor = cls(model, tokenizer, direction)
+        monitor.calibrate(held, own=own, false_alarms=false_alarms, batch_size=2 * batch_size)
+        return monitor
+
+    def _check_base(self) -> None:
+        layers = adapted_layers(self.model)
+        for name, V in self.direction.items():
+            if name not in layers:
+                raise ValueError(f"The monitor has a layer {name}, which is not among the adapted ones of this model.")
+            rank = layers[name].basis.rank  # type: ignore[union-attr]
+            if V.shape[1] > rank:
+                raise ValueError(f"{name}: the monitor's direction has r={V.shape[1]}, the layer's basis {rank}.")
+        known = self.direction.fingerprints
+        check_same_base(
+            {name: one for name, one in known.items() if name in self.direction},
+            {name: layers[name].current_fingerprint() for name in self.direction if name in known},
+            {name: layers[name].basis.S for name in self.direction},  # type: ignore[union-attr]
+            what="The monitor",
+            remedy="Make it again from its pairs, on this base.",
+        )
+
+    @property
+    def threshold(self) -> float:
+        """The score above which a completion is flagged.
+
+        Raises:
+            ValueError: none was given, and `calibrate` was not called.
+        """
+        if self._threshold is None:
+            raise ValueError("This monitor has no threshold yet: give one, or calibrate(pairs) it.")
+        return self._threshold
+
+    # ── scores ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def scores(self, completions: Sequence[Completion], *, batch_size: int = 32) -> Tensor:
+        """S of every completion (n,), fp32 on the CPU, in [-1, 1].
+
+        Args:
+            completions: what to score; long and short ones are batched apart.
+            batch_size: completions per backward.
+
+        Raises:
+            ValueError: a prompt or a completion has no token.
+        """
+        return self.score_tokens([self.tokens(one) for one in completions], batch_size=batch_size)
+
+    def flags(self, completions: Sequence[Completion], *, batch_size: int = 32) -> Tensor:
+        """Whether each completion's score is above the threshold, (n,) bool."""
+        return self.scores(completions, batch_size=batch_size) > self.threshold
+
+    def score_tokens(self, sequences: Sequence[TokenIds], *, batch_size: int = 32) -> Tensor:
+        """`scores` of token ids of prompts and completions."""
+        scores = torch.empty(len(sequences))
+        for rows, gradients, _ in self.gradients(sequences, batch_size=batch_size):
+            scores[rows] = cosine(gradients, self._effect).cpu()
+        return scores
+
+    def tokens(self, completion: Completion) -> TokenIds:
+        """Ids of a prompt and its completion, as training has them."""
+        prompt, text, truncated, ids = completion
+        if ids is None:
+            return tokenize(self.tokenizer, prompt, text, append_eos=not truncated)
+        return tokenize_prompt(self.tokenizer, prompt), list(ids)
+
+    def gradients(
+        self, sequences: Sequence[TokenIds], *, batch_size: int = 32
+    ) -> Iterator[tuple[list[int], Tensor, Tensor]]:
+        """N of every sequence, batch by batch, those of like length together.
+
+        Yields:
+            Which sequences, n (b, R), and their NLL per token (b,).
+        """
+        order = sorted(range(len(sequences)), key=lambda i: sum(map(len, sequences[i])))
+        for start in range(0, len(order), batch_size):
+            rows = order[start : start + batch_size]
+            with at_origin(self.model):
+                grads, nll = nll_gradients(self.model, [sequences[i] for i in rows])
+            yield rows, self.flatten(grads), nll
+
+    def flatten(self, grads: RolloutGrads) -> Tensor:
+        """Gradients by layer, (b, r) each, as one (b, R), in the direction's order; zeros where a layer has none."""
+        one = next(iter(grads.values()))
+        blocks = [
+            grads[name][:, : V.shape[1]].float() if name in grads else one.new_zeros(len(one), V.shape[1]).float()
+            for name, V in self.direction.items()
+        ]
+        return torch.cat(blocks, 1)
+
+    def cosines(self, grads: RolloutGrads) -> Tensor:
+        """cos(·, t) of the gradients that a `rollout_grads` context has kept, (b,)."""
+        return cosine(self.flatten(grads), self._effect)
+
+    # ── thresholds ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def calibrate(
+        self,
+        pairs: Sequence[ContrastPair],
+        *,
+        own: Sequence[Completion] = (),
+        false_alarms: float | None = None,
+        batch_size: int = 32,
+    ) -> Calibration:
+        """Set the threshold, and say what it means beside a permuted and a random direction.
+
+        Args:
+            pairs: labelled, and not those that the direction was made from.
+            own: answers of the start model, whose share above the threshold is told.
+            false_alarms: the share of ``own`` that may be above the threshold; None: midway between the mean scores of hacks
+                and of clean texts.
+            batch_size: completions per backward.
+
+        Raises:
+            ValueError: no pairs; a rate outside (0, 1), or one that so few answers cannot tell.
+        """
+        if not pairs:
+            raise ValueError("A threshold needs labelled pairs that the direction was not made from.")
+        if false_alarms is not None and not 0 < false_alarms < 1:
+            raise ValueError(f"false_alarms is a share of the start's own answers, in (0, 1), got {false_alarms}.")
+        if false_alarms is not None and len(own) * false_alarms < 1:
+            raise ValueError(
+                f"A false-alarm rate of {false_alarms} needs at least {math.ceil(1 / false_alarms)} answers of the start "
+                f"model, got {len(own)}."
+            )
+        sides = [
+            (n, is_hack) for n, p in enumerate(pairs) for is_hack in [True] * len(p.hacks) + [False] * len(p.cleans)
+        ]
+        texts = [Completion(p.prompt, text) for p in pairs for text in (*p.hacks, *p.cleans)]
+        directions = {
+            "score": self.direction,
+            "permuted": self.direction.permuted(_CHANCE_SEED),
+            "random": self.direction.random(_CHANCE_SEED),
+        }
+        T = torch.stack([_flat_effect(v) for v in directions.values()])  # (3, R)
+        scores = torch.empty(len(texts) + len(own), len(T))
+        sequences = [self.tokens(one) for one in (*texts, *own)]
+        for rows, gradients, _ in self.gradients(sequences, batch_size=batch_size):
+            scores[rows] = torch.stack([cosine(gradients, t) for t in T], 1).cpu()
+        found, thresholds = {}, {}
+        for name, column in zip(directions, scores.T, strict=True):
+            of_pairs, of_own = column[: len(texts)], column[len(texts) :]
+            thresholds[name], found[name] = _ordering(of_pairs, of_own, sides, false_alarms)
+        self._threshold = thresholds["score"]
+        self.calibration = Calibration(
+            rule="midway" if false_alarms is None else "false alarms",
+            pairs=len(pairs),
+            answers=len(own),
+            false_alarms=false_alarms,
+            **found,
+        )
+        return self.calibration
+
+    # ── files ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def save(self, path: str | Path) -> None:
+        """Write a safetensors file: direction, threshold, calibration, and the fingerprints of the base weights."""
+        facts = {"threshold": self._threshold, "calibration": self.calibration and asdict(self.calibration)}
+        metadata = {"format": _FORMAT, **{name: json.dumps(value) for name, value in facts.items()}}
+        metadata["fingerprints"] = fingerprints_to_json(self.direction.fingerprints)
+        write_tensors(path, self.direction.to_tensors(), metadata)
+
+    @classmethod
+    def load(cls, path: str | Path, model: nn.Module, tokenizer: Any) -> Monitor:
+        """Read what `save` wrote, for a model of the same base.
+
+        Raises:
+            ValueError: the file is no monitor, is damaged, or belongs to another base; names it.
+            OSError: it cannot be read.
+        """
+        try:
+            tensors, metadata = read_tensors(path, _FORMAT)
+            direction = Direction.from_tensors(tensors, fingerprints_from_json(metadata["fingerprints"]))
+            monitor = cls(model, tokenizer, direction, threshold=json.loads(metadata["threshold"]))
+            monitor.calibration = _calibration(json.loads(metadata["calibration"]))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path} is not a monitor that can be used: {error}.") from error
+        return monitor
+
+
+@contextmanager
+def at_origin(model: nn.Module) -> Iterator[None]:
+    """Context: the base model in eval mode, differentiable by knobs at zero, whatever the adapters and the mode are."""
+    training = [module for module in model.modules() if module.training]
+    with seen_as(model, View.ORIGIN):
+        for module in training:
+            module.training = False
+        try:
+            yield
+        finally:
+            for module in training:
+                module.training = True
+
+
+def cosine(gradients: Tensor, t: Tensor) -> Tensor:
+    """cos(n_b, t) of gradients (b, R) with t (R,), (b,); 0 for a gradient of 0."""
+    norms = gradients.norm(dim=-1) * t.norm().to(gradients.device)
+    return (gradients @ t.to(gradients.device)) / norms.clamp_min(torch.finfo(gradients.dtype).tiny)
+
+
+def _flat_effect(direction: Direction) -> Tensor:
+    """T of all layers, (R,)."""
+    assert direction.effect is not None
+    return torch.cat([direction.effect[name] for name in direction])
+
+
+def _ordering(
+    of_pairs: Tensor, of_own: Tensor, sides: Sequence[tuple[int, bool]], false_alarms: float | None
+) -> tuple[float, Ordering]:
+    """A threshold, and how the scores stand to it."""
+    by_side: dict[tuple[int, bool], list[float]] = {}
+    for side, value in zip(sides, of_pairs.tolist(), strict=True):
+        by_side.setdefault(side, []).append(value)
+    means = {side: sum(values) / len(values) for side, values in by_side.items()}
+    hacks, cleans = ([means[n, is_hack] for n in sorted({n for n, _ in means})] for is_hack in (True, False))
+    hack, clean = sum(hacks) / len(hacks), sum(cleans) / len(cleans)
+    threshold = (hack + clean) / 2 if false_alarms is None else float(torch.quantile(of_own, 1 - false_alarms))
+    return threshold, Ordering(
+        ordered=sum(h > c for h, c in zip(hacks, cleans, strict=True)) / len(hacks),
+        hack=hack,
+        clean=clean,
+        own=float((of_own > threshold).float().mean()) if len(of_own) else None,
+    )
+
+
+def _calibration(facts: Mapping[str, Any] | None) -> Calibration | None:
+    if facts is None:
+        return None
+    orderings = {name: Ordering(**facts[name]) for name in ("score", "permuted", "random")}
+    return Calibration(**{**facts, **orderings})
