@@ -35,7 +35,6 @@ METHODS = (
     "score penalty",
     "score drop",
     "score permuted",
-    "penalty permuted",
 )
 
 

@@ -75,6 +75,16 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 @pytest.fixture(scope="module")
+def scored(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run by score, whose rollouts are flagged by a monitor instead."""
+    out = tmp_path_factory.mktemp("runs") / "scored"
+    words = ["--task", "addition", "--by", "score", "--prompts", "2", "--generations", "4", "--steps", "1"]
+    code, text = run("train", MODEL, *words, "--out", str(out))
+    assert code == 0, text
+    return out
+
+
+@pytest.fixture(scope="module")
 def reported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that logs all that a run can log, and reports it to both."""
     out = tmp_path_factory.mktemp("runs") / "reported"
@@ -202,7 +212,7 @@ def test_a_plain_trainer_reports_the_routing(tmp_path: Path) -> None:
 # ── the guide ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_the_guide_explains_every_metric_that_a_run_logs_and_no_other(reported: Path) -> None:
+def test_the_guide_explains_every_metric_that_a_run_logs_and_no_other(reported: Path, scored: Path) -> None:
     named = re.findall(r"^\| `([^`]+)` \|", GUIDE.read_text(encoding="utf-8"), flags=re.MULTILINE)
     assert len(named) == len(set(named))
-    assert set(named) == {key for row in metrics(reported) for key in row}
+    assert set(named) == {key for folder in (reported, scored) for row in metrics(folder) for key in row}

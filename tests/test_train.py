@@ -20,6 +20,7 @@ from typer.testing import CliRunner
 
 import antipasto as ap
 from antipasto.cli import app
+from antipasto.monitor import read_monitor
 from antipasto.records import read_evaluation
 from antipasto.run_folder import RunFolder
 from antipasto.tasks import addition
@@ -261,6 +262,50 @@ def test_an_evaluation_that_is_killed_continues_to_the_same_answers(trained: tup
     assert (runs[0] / "eval.jsonl").read_bytes() != (runs[1] / "eval.jsonl").read_bytes()
 
 
+# ── by a monitor's score ─────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_run_by_score_says_what_its_threshold_means_and_continues(tmp_path: Path) -> None:
+    words = ["train", MODEL, "--task", "addition", "--by", "score", "--sharing", "classic", "--beta", "0.04", *SIX]
+    code, text = run(*words, "--out", str(tmp_path / "run"))
+    assert code == 0, text
+    saved = read_monitor(tmp_path / "run" / "monitor.safetensors")
+    assert str(saved.calibration).splitlines()[2] in text
+    assert (saved.calibration.rule, saved.calibration.pairs, saved.calibration.answers) == ("midway", 16, 64)
+    rows = [json.loads(line) for line in (tmp_path / "run" / "rollouts.jsonl").read_text().splitlines()]
+    assert all(row["flagged"] is (row["score"] > saved.threshold) for row in rows)
+    assert any(row["flagged"] for row in rows)
+    shutil.copytree(tmp_path / "run", tmp_path / "again")
+    for done in ("adapter", "checkpoint-6"):  # as a kill leaves it
+        shutil.rmtree(tmp_path / "again" / done)
+    code, text = run("train", "--resume", str(tmp_path / "again"))
+    assert code == 0, text
+    same_files(tmp_path / "run", tmp_path / "again")
+    code, text = run("inspect", str(tmp_path / "run"))
+    assert code == 0
+    assert "midway between held-out hacks and clean texts" in " ".join(text.split())
+
+
+def test_a_false_alarm_rate_is_asked_of_as_many_answers_as_it_takes(tmp_path: Path) -> None:
+    words = ["train", MODEL, "--task", "addition", "--method", "penalty", "--by", "score", "--false-alarms", "0.02"]
+    code, text = run(*words, "--out", str(tmp_path / "run"), *SMALL)
+    assert code == 0, text
+    found = read_monitor(tmp_path / "run" / "monitor.safetensors").calibration
+    assert (found.rule, found.answers) == ("false alarms", 200)
+    assert found.score.own == pytest.approx(0.02)
+
+
+def test_plain_by_score_only_watches(tmp_path: Path) -> None:
+    for name, more in (("plain", []), ("watched", ["--by", "score"])):
+        code, text = run(
+            "train", MODEL, "--task", "addition", "--method", "plain", *more, "--out", str(tmp_path / name), *SMALL
+        )
+        assert code == 0, text
+    one, other = (load_file(tmp_path / name / ARTEFACTS[0]) for name in ("plain", "watched"))
+    assert all(torch.equal(tensor, other[key]) for key, tensor in one.items())
+    assert '"score": null' not in (tmp_path / "watched" / "rollouts.jsonl").read_text()
+
+
 TASK = """
 from antipasto.tasks import Task
 
@@ -332,7 +377,16 @@ def test_a_reward_that_fails_stops_the_run(body: str, words: list[str], tmp_path
         ),
         ([MODEL, "--task", "addition", "--trainer.learning_rate", "1"], "use learning_rate"),
         ([MODEL, "--task", "addition", "--trainer.warmup_steps", "abc"], "invalid float value: 'abc'"),
-        ([MODEL, "--task", "addition", "--method", "penalty", "--by", "direction"], "method penalty has no choice"),
+        (
+            [MODEL, "--task", "addition", "--method", "penalty", "--by", "direction"],
+            "penalty goes by detector or score, not by direction",
+        ),
+        ([MODEL, "--task", "addition", "--method", "plain", "--by", "both"], "plain goes by score, not by both"),
+        ([MODEL, "--task", "addition", "--false-alarms", "0.1"], "false_alarms=0.1 belongs to by=score"),
+        ([MODEL, "--task", "addition", "--by", "score", "--false-alarms", "2"], r"share in (0, 1), got 2.0"),
+        ([MODEL, "--task", "addition", "--by", "score", "--direction", "f"], "give pairs, not a direction"),
+        ([MODEL, "--task", "addition", "--by", "score", "--threshold", "1"], "threshold=1.0 does nothing here"),
+        ([MODEL, "--task", "addition", "--sharing", "classic"], "sharing=classic belongs to method route by score"),
         ([MODEL, "--task", "addition", "--method", "drop", "--gate", "reverse"], "gate=reverse does nothing here"),
         ([MODEL, "--task", "addition", "--by", "detector", "--direction", "f"], "direction=f does nothing here"),
         ([MODEL, "--task", "addition", "--direction", "f", "--estimator", "svd"], "estimator=svd does nothing here"),

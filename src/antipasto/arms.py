@@ -73,10 +73,12 @@ def evaluate_run(
         batch_size=batch_size,
     )
     facts = {"prompts": len(rows), **asdict(how), "method": run.method, **_digests(root, task, rows)}
-    done = _begin(root, facts, console)
-    with console.status("how far the deployed model is from the reference"):
-        shrink = _shrink(run, rows, how)
-    arms = run.views(shrink=shrink)
+    before, done = _earlier(root, facts, console)
+    if run.is_routed:
+        with console.status("how far the deployed model is from the reference"):
+            facts["shrunk_by"] = before.get("shrunk_by") or _shrink(run, rows, how)
+    write_answers(root / PARTIAL, facts, done)
+    arms = run.views(shrink=facts.get("shrunk_by"))
     with Progress(
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console
     ) as bar:
@@ -97,10 +99,8 @@ def evaluate_run(
     return evaluation
 
 
-def _shrink(run: LoadedRun, rows: Sequence[Any], how: Sampling) -> float | None:
+def _shrink(run: LoadedRun, rows: Sequence[Any], how: Sampling) -> float:
     """What θ is to be scaled by, to be as far from the reference as the deployed model; by the first of the prompts."""
-    if not run.is_routed:
-        return None
     with quiet():
         return matched_scale(run.model, run.tokenizer, [row["prompt"] for row in rows[:SIZING]], how)
 
@@ -114,20 +114,18 @@ def _digests(root: Path, task: Task, rows: Sequence[Any]) -> dict[str, str]:
     return {"asked": asked.hexdigest()[:16], "answered_by": answered_by.hexdigest()[:16]}
 
 
-def _begin(root: Path, facts: dict[str, Any], console: Console) -> list[Answer]:
-    """The answers of an evaluation with the same facts, interrupted or whole, in a file that can be added to."""
-    done: list[Answer] = []
+def _earlier(root: Path, facts: dict[str, Any], console: Console) -> tuple[dict[str, Any], list[Answer]]:
+    """All facts and the answers of an evaluation with these facts, interrupted or whole; empty where there is none."""
     for path in (root / PARTIAL, root / ANSWERS):
         try:
             before, found = read_answers(path) if path.exists() else ({}, [])
         except ValueError as error:
             console.print(plain(f"asked anew: {error}"), markup=False, highlight=False)
             continue
-        if before == facts and not done:
-            done = found
-            console.print(f"continuing: {len(done):,} answers are there", highlight=False)
-    write_answers(root / PARTIAL, facts, done)
-    return done
+        if before and facts.items() <= before.items():
+            console.print(f"continuing: {len(found):,} answers are there", highlight=False)
+            return before, found
+    return {}, []
 
 
 # ── on the screen ────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -193,11 +193,25 @@ def train(
         typer.Option(help="What becomes of what the gate claims.", rich_help_panel=ROUTING),
     ] = "route",
     by: Annotated[
-        Literal["direction", "detector", "both"] | None,
+        Literal["direction", "detector", "both", "score"] | None,
         typer.Option(
-            help="What the gate goes by.", show_default="direction if there are pairs", rich_help_panel=ROUTING
+            help="What the gate goes by; score: a monitor's, at the reference.",
+            show_default="direction if there are pairs",
+            rich_help_panel=ROUTING,
         ),
     ] = None,
+    false_alarms: Annotated[
+        float | None,
+        typer.Option(
+            help="With --by score: share of the start's own answers that may be flagged.",
+            show_default="midway between held-out hacks and clean texts",
+            rich_help_panel=ROUTING,
+        ),
+    ] = None,
+    sharing: Annotated[
+        Literal["exclusive", "classic"],
+        typer.Option(help="Whether unflagged rollouts teach δS alone, or both vectors.", rich_help_panel=ROUTING),
+    ] = "exclusive",
     pairs: Annotated[
         str | None,
         typer.Option(

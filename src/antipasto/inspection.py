@@ -29,8 +29,10 @@ from torch import Tensor
 from antipasto.arms import rates_table
 from antipasto.directions import Direction
 from antipasto.gates import DEFAULT_THRESHOLD
+from antipasto.monitor import read_monitor
 from antipasto.records import EVAL, read_evaluation
 from antipasto.routing import read_books
+from antipasto.run_folder import MONITOR
 from antipasto.tasks import is_exploit
 from antipasto.terminal import add_row, plain, shorten
 from antipasto.tuner.config import PEFT_TYPE
@@ -44,12 +46,13 @@ _CONFIGS = ("config.yaml", "config.json")
 _RUN_PARTS = (
     "adapter",
     "direction.safetensors",
+    MONITOR,
     "books.safetensors",
     "metrics.jsonl",
     "rollouts.jsonl",
     EVAL,
 )
-_METRICS = re.compile(r"(reward|oracle|exploit|flagged)(/\w+)?|kl|routing/.*")
+_METRICS = re.compile(r"(reward|oracle|exploit|flagged|score)(/\w+)?|kl|routing/.*")
 _KNOB = re.compile(r"(?:base_model\.model\.)?(?P<layer>.+)\.(?P<knob>delta_s|delta_s_hack)(?:\.weight)?")
 
 
@@ -75,6 +78,8 @@ def describe(path: Path) -> list[RenderableType]:
     kind = _safetensors_kind(path)
     if kind == "direction":
         return direction_parts(Direction.load(path))
+    if kind == "monitor":
+        return monitor_parts(path)
     return books_parts(path) if kind == "books" else adapter_parts(path.parent)
 
 
@@ -86,12 +91,14 @@ def _safetensors_kind(path: Path) -> str:
         raise ValueError(f"{path} is not a safetensors file, or is damaged: {error}.") from error
     if form.startswith("antipasto-direction-"):
         return "direction"
+    if form.startswith("antipasto-monitor-"):
+        return "monitor"
     if form.startswith("antipasto-books-"):
         return "books"
     if path.name == "adapter_model.safetensors":
         return "adapter"
     raise ValueError(
-        f"{path} is a safetensors file, but neither a direction nor books (format {form!r}). Give one of these, the folder "
+        f"{path} is a safetensors file, but no direction, monitor or books (format {form!r}). Give one of these, the folder "
         "of an adapter, or a run folder."
     )
 
@@ -237,6 +244,15 @@ def direction_parts(direction: Direction) -> list[RenderableType]:
     return [*parts, table, strongest_layers(direction)]
 
 
+def monitor_parts(path: Path) -> list[RenderableType]:
+    """What a monitor says: where its threshold comes from, what it means, and its direction."""
+    saved = read_monitor(path)
+    if saved.calibration is None:
+        what = "no threshold" if saved.threshold is None else f"a threshold of {saved.threshold:.3f} that was given"
+        return [_sentence(f"monitor: {what}"), *direction_parts(saved.direction)]
+    return [*map(_sentence, str(saved.calibration).splitlines()), *direction_parts(saved.direction)]
+
+
 def guarded(direction: Direction, threshold: float = DEFAULT_THRESHOLD) -> int:
     """How many coordinates have an effect size above a threshold."""
     return sum(int((t.abs() > threshold).sum()) for t in (direction.effect or {}).values())
@@ -326,6 +342,8 @@ def run_parts(folder: Path, config: Mapping[str, Any]) -> list[RenderableType]:
         quarantine = {name: layer.hack for name, layer in knobs.items() if layer.hack is not None}
     else:
         missing.append("adapter/")
+    if (folder / MONITOR).exists():
+        parts += monitor_parts(folder / MONITOR)
     if (folder / "direction.safetensors").exists():
         parts += direction_parts(Direction.load(folder / "direction.safetensors"))
     if (folder / "books.safetensors").exists():

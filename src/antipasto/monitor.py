@@ -62,12 +62,14 @@ class Ordering:
         ordered: share of pairs whose hack scores above their clean text, means where there are several.
         hack: mean score of the hacks.
         clean: mean score of the clean texts.
-        own: share of the start model's own answers above the score's own threshold; None where there were none.
+        threshold: by the same rule.
+        own: share of the start model's own answers above that; None where there were none.
     """
 
     ordered: float
     hack: float
     clean: float
+    threshold: float
     own: float | None
 
 
@@ -92,6 +94,28 @@ class Calibration:
     score: Ordering
     permuted: Ordering
     random: Ordering
+
+    def __str__(self) -> str:
+        """Its meaning in four lines."""
+        rule = (
+            "midway between held-out hacks and clean texts"
+            if self.false_alarms is None
+            else f"above all but {self.false_alarms:.1%} of the start's own answers"
+        )
+        rows = (("", "held-out hacks", "clean", "in order", "own answers flagged"), *map(self._row, _COMPARED))
+        widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+        return "\n".join(
+            [f"monitor: threshold {self.score.threshold:.3f}, {rule} ({self.pairs} held-out pairs)", *lines]
+        )
+
+    def _row(self, name: str) -> tuple[str, ...]:
+        found: Ordering = getattr(self, name)
+        own = "not asked" if found.own is None else f"{found.own:.1%} of {self.answers:,}"
+        return name, f"{found.hack:.3f}", f"{found.clean:.3f}", f"{found.ordered:.0%}", own
+
+
+_COMPARED = ("score", "permuted", "random")
 
 
 class Monitor:
@@ -134,7 +158,7 @@ class Monitor:
         self.calibration: Calibration | None = None
         self._threshold = threshold
         self._check_base()
-        self._effect = _flat_effect(direction)
+        self._effect = flat_effect(direction)
 
     @classmethod
     def from_pairs(
@@ -247,11 +271,11 @@ class Monitor:
             yield rows, self.flatten(grads), nll
 
     def flatten(self, grads: RolloutGrads) -> Tensor:
-        """Gradients by layer, (b, r) each, as one (b, R), in the direction's order; zeros where a layer has none."""
+        """Gradients by layer, (b, r) each, as one (b, R), as `flat_effect` orders them; zeros where a layer has none."""
         one = next(iter(grads.values()))
         blocks = [
-            grads[name][:, : V.shape[1]].float() if name in grads else one.new_zeros(len(one), V.shape[1]).float()
-            for name, V in self.direction.items()
+            grads[name][:, : len(t)].float() if name in grads else one.new_zeros(len(one), len(t)).float()
+            for name, t in _effects(self.direction)
         ]
         return torch.cat(blocks, 1)
 
@@ -299,16 +323,16 @@ class Monitor:
             "permuted": self.direction.permuted(_CHANCE_SEED),
             "random": self.direction.random(_CHANCE_SEED),
         }
-        T = torch.stack([_flat_effect(v) for v in directions.values()])  # (3, R)
+        T = torch.stack([flat_effect(v) for v in directions.values()])  # (3, R)
         scores = torch.empty(len(texts) + len(own), len(T))
         sequences = [self.tokens(one) for one in (*texts, *own)]
         for rows, gradients, _ in self.gradients(sequences, batch_size=batch_size):
             scores[rows] = torch.stack([cosine(gradients, t) for t in T], 1).cpu()
-        found, thresholds = {}, {}
-        for name, column in zip(directions, scores.T, strict=True):
-            of_pairs, of_own = column[: len(texts)], column[len(texts) :]
-            thresholds[name], found[name] = _ordering(of_pairs, of_own, sides, false_alarms)
-        self._threshold = thresholds["score"]
+        found = {
+            name: _ordering(column[: len(texts)], column[len(texts) :], sides, false_alarms)
+            for name, column in zip(directions, scores.T, strict=True)
+        }
+        self._threshold = found["score"].threshold
         self.calibration = Calibration(
             rule="midway" if false_alarms is None else "false alarms",
             pairs=len(pairs),
@@ -335,14 +359,39 @@ class Monitor:
             ValueError: the file is no monitor, is damaged, or belongs to another base; names it.
             OSError: it cannot be read.
         """
+        saved = read_monitor(path)
         try:
-            tensors, metadata = read_tensors(path, _FORMAT)
-            direction = Direction.from_tensors(tensors, fingerprints_from_json(metadata["fingerprints"]))
-            monitor = cls(model, tokenizer, direction, threshold=json.loads(metadata["threshold"]))
-            monitor.calibration = _calibration(json.loads(metadata["calibration"]))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path} is not a monitor that can be used: {error}.") from error
+            monitor = cls(model, tokenizer, saved.direction, threshold=saved.threshold)
+        except ValueError as error:
+            raise ValueError(f"{path} is not a monitor that can be used here: {error}") from error
+        monitor.calibration = saved.calibration
         return monitor
+
+
+class SavedMonitor(NamedTuple):
+    """What `Monitor.save` wrote, without a model."""
+
+    direction: Direction
+    threshold: float | None
+    calibration: Calibration | None
+
+
+def read_monitor(path: str | Path) -> SavedMonitor:
+    """Read a monitor's file.
+
+    Raises:
+        ValueError: the file is no monitor, or is damaged; names it.
+        OSError: it cannot be read.
+    """
+    try:
+        tensors, metadata = read_tensors(path, _FORMAT)
+        direction = Direction.from_tensors(tensors, fingerprints_from_json(metadata["fingerprints"]))
+        threshold = json.loads(metadata["threshold"])
+        if not (threshold is None or (isinstance(threshold, float) and math.isfinite(threshold))):
+            raise ValueError(f"its threshold is {threshold!r}")
+        return SavedMonitor(direction, threshold, _calibration(json.loads(metadata["calibration"])))
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is not a monitor that can be used: {error}.") from error
 
 
 @contextmanager
@@ -365,15 +414,20 @@ def cosine(gradients: Tensor, t: Tensor) -> Tensor:
     return (gradients @ t.to(gradients.device)) / norms.clamp_min(torch.finfo(gradients.dtype).tiny)
 
 
-def _flat_effect(direction: Direction) -> Tensor:
+def flat_effect(direction: Direction) -> Tensor:
     """T of all layers, (R,)."""
+    return torch.cat([t for _, t in _effects(direction)])
+
+
+def _effects(direction: Direction) -> list[tuple[str, Tensor]]:
+    """By layer, in an order that a file does not change: sums over them are then the same to the bit."""
     assert direction.effect is not None
-    return torch.cat([direction.effect[name] for name in direction])
+    return sorted(direction.effect.items())
 
 
 def _ordering(
     of_pairs: Tensor, of_own: Tensor, sides: Sequence[tuple[int, bool]], false_alarms: float | None
-) -> tuple[float, Ordering]:
+) -> Ordering:
     """A threshold, and how the scores stand to it."""
     by_side: dict[tuple[int, bool], list[float]] = {}
     for side, value in zip(sides, of_pairs.tolist(), strict=True):
@@ -382,10 +436,11 @@ def _ordering(
     hacks, cleans = ([means[n, is_hack] for n in sorted({n for n, _ in means})] for is_hack in (True, False))
     hack, clean = sum(hacks) / len(hacks), sum(cleans) / len(cleans)
     threshold = (hack + clean) / 2 if false_alarms is None else float(torch.quantile(of_own, 1 - false_alarms))
-    return threshold, Ordering(
+    return Ordering(
         ordered=sum(h > c for h, c in zip(hacks, cleans, strict=True)) / len(hacks),
         hack=hack,
         clean=clean,
+        threshold=threshold,
         own=float((of_own > threshold).float().mean()) if len(of_own) else None,
     )
 
@@ -393,5 +448,5 @@ def _ordering(
 def _calibration(facts: Mapping[str, Any] | None) -> Calibration | None:
     if facts is None:
         return None
-    orderings = {name: Ordering(**facts[name]) for name in ("score", "permuted", "random")}
+    orderings = {name: Ordering(**facts[name]) for name in _COMPARED}
     return Calibration(**{**facts, **orderings})

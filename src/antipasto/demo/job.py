@@ -107,7 +107,6 @@ METHODS = {
     "score penalty": Method("rollouts that score high get reward 0", flagged="penalty", monitor="known"),
     "score drop": Method("nobody learns from rollouts that score high", flagged="drop", monitor="known"),
     "score permuted": Method("score, with the direction's coordinates shuffled", None, "route", "route", "permuted"),
-    "penalty permuted": Method("score penalty, with the coordinates shuffled", flagged="penalty", monitor="permuted"),
 }
 
 

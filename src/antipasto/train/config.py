@@ -7,7 +7,7 @@ import difflib
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 import yaml
@@ -16,13 +16,14 @@ from transformers.integrations import get_available_reporting_integrations
 
 from antipasto.gates import GateName
 from antipasto.options import check_types
+from antipasto.routing import Sharing
 from antipasto.tasks import Task
 from antipasto.trl import (
     GRPOConfig,
 )
 
 Method = Literal["plain", "route", "erase", "measure", "penalty", "drop"]
-By = Literal["direction", "detector", "both"]
+By = Literal["direction", "detector", "both", "score"]
 CONTROLS = ("random", "permuted")
 
 
@@ -34,7 +35,11 @@ class TrainConfig:
         model: folder or hub name.
         task: as `antipasto.tasks.load_task` takes it.
         method: what becomes of what the gate claims.
-        by: what the gate goes by; if None, the direction where there are pairs or a direction, else the detector.
+        by: what the gate goes by; if None, the direction where there are pairs or a direction, else the detector. ``"score"``:
+            a monitor made from the pairs flags rollouts by their score at the reference; under ``plain`` it only watches.
+        false_alarms: with ``by="score"``, the share of the start's own answers that may be flagged; if None, the threshold is
+            midway between held-out hacks and clean texts.
+        sharing: ``"exclusive"``: flagged rollouts teach the quarantine, the others δS; ``"classic"``: the others teach both.
         pairs: JSON lines to extract the direction from; the task's own if None.
         direction: a direction's file, instead of pairs.
         estimator: of the direction.
@@ -65,6 +70,8 @@ class TrainConfig:
     task: str
     method: Method = "route"
     by: By | None = None
+    false_alarms: float | None = None
+    sharing: Sharing = "exclusive"
     pairs: str | None = None
     direction: str | None = None
     estimator: Literal["tstat", "mean", "svd"] = "tstat"
@@ -96,12 +103,21 @@ class TrainConfig:
         check_types(self)
         if self.pairs is not None and self.direction is not None:
             raise ValueError("Give pairs or a direction, not both.")
-        if self.method in ("plain", "penalty", "drop") and self.by is not None:
+        choices: dict[str, tuple[By, ...]] = {"plain": ("score",), "measure": ("direction",)}
+        choices |= dict.fromkeys(("penalty", "drop"), ("detector", "score"))
+        possible = choices.get(self.method, get_args(By))
+        if self.by is not None and self.by not in possible:
+            raise ValueError(f"method {self.method} goes by {' or '.join(possible)}, not by {self.by}.")
+        if self.by == "score" and self.direction is not None:
             raise ValueError(
-                f"by={self.by} belongs to methods route, erase and measure; method {self.method} has no choice."
+                "by=score makes its monitor from pairs, which calibrate it too: give pairs, not a direction."
             )
-        if self.method == "measure" and self.by not in (None, "direction"):
-            raise ValueError("method measure goes by a direction.")
+        if self.false_alarms is not None and self.by != "score":
+            raise ValueError(f"false_alarms={self.false_alarms} belongs to by=score.")
+        if self.false_alarms is not None and not 0 < self.false_alarms < 1:
+            raise ValueError(f"false_alarms is a share in (0, 1), got {self.false_alarms}.")
+        if self.sharing == "classic" and (self.method != "route" or self.by in (None, "direction")):
+            raise ValueError("sharing=classic belongs to method route by score, detector or both.")
         if self.method != "route" and self.deploy_fraction:
             raise ValueError(f"deploy_fraction belongs to method route: under {self.method} there is no quarantine.")
         if unknown := sorted(set(self.controls) - set(CONTROLS)):

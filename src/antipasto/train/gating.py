@@ -1,26 +1,31 @@
 """What a config and a task together say: by what the run is routed, and by which direction.
 
 method    what becomes of what the gate claims                         gates by
-plain     nothing is claimed
-route     it fills the quarantine, which is deleted at deployment      direction, detector or both
-erase     it is dropped                                                direction, detector or both
+plain     nothing is claimed                                           (score: it watches)
+route     it fills the quarantine, which is deleted at deployment      direction, detector, both or score
+erase     it is dropped                                                direction, detector, both or score
 measure   nothing is moved, books are kept                             direction
-penalty   flagged rollouts get reward 0                                detector
-drop      nobody learns from flagged rollouts                          detector
+penalty   flagged rollouts get reward 0                                detector or score
+drop      nobody learns from flagged rollouts                          detector or score
 """
 
 from __future__ import annotations
 
 import dataclasses
+import math
+import random
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
+from rich.console import Console
 from torch import nn
 
 import antipasto as ap
+from antipasto.evaluate import Sampling, own_answers
+from antipasto.monitor import HELDOUT
 from antipasto.pairs import split_pairs
 from antipasto.run_folder import RunFolder
 from antipasto.tasks import Task
@@ -29,7 +34,7 @@ from antipasto.trl.advantages import deployed_positions
 from antipasto.trl.trainer import DEPLOY_FRACTION
 
 T = TypeVar("T")
-HELDOUT = 0.25  # share of the pairs that score the direction
+OWN_ANSWERS = 64  # of the start, which say what a monitor's threshold means
 
 
 class Gating:
@@ -46,12 +51,11 @@ class Gating:
         if method in ("route", "erase") and by is None:
             by = "direction" if has_pairs else "detector"
         self.uses_direction = method == "measure" or (method in ("route", "erase") and by in ("direction", "both"))
-        self.uses_detector = method in ("penalty", "drop") or (
-            method in ("route", "erase") and by in ("detector", "both")
-        )
-        if self.uses_direction and not has_pairs:
+        self.uses_monitor = by == "score"
+        self.uses_detector = (method in ("penalty", "drop") and by != "score") or by in ("detector", "both")
+        if (self.uses_direction or self.uses_monitor) and not has_pairs:
             raise ValueError(
-                f"method {method} by {by} needs a direction: task {task.name!r} brings no pairs, so give --pairs."
+                f"method {method} by {by or 'direction'} needs pairs: task {task.name!r} brings none, so give --pairs."
             )
         if self.uses_detector and task.detector is None:
             raise ValueError(f"method {method} needs a detector, and task {task.name!r} has none.")
@@ -60,22 +64,25 @@ class Gating:
         if fraction is None:
             fraction = DEPLOY_FRACTION if method == "route" else 0.0
         deployed_positions(config.generations, fraction)
-        if self.uses_direction and not has_direction:  # a bad file is better known of before the model is loaded
+        if (
+            self.uses_direction or self.uses_monitor
+        ) and not has_direction:  # a bad file is better known of before the model is loaded
             if config.direction is not None:
                 ap.Direction.load(config.direction)
             else:
                 self._pairs()
         actions: dict[str, Literal["penalty", "drop"]] = {"penalty": "penalty", "drop": "drop"}
         self.flagged: Literal["watch", "route", "penalty", "drop"] = actions.get(method, "route")
-        if task.detector is not None and not self.uses_detector:
-            self.flagged = "watch"  # a detector that nothing goes by is still worth a column in the logs
+        if (task.detector is not None and not self.uses_detector and not self.uses_monitor) or method == "plain":
+            self.flagged = "watch"  # what nothing goes by is still worth a column in the logs
 
     def _refuse_unused(self) -> None:
         """Options of a direction where there is none, or of its extraction where it comes from a file."""
         defaults = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
         names: tuple[str, ...] = ("estimator", "k") if self.config.direction is not None else ()
         if not self.uses_direction:
-            names = ("pairs", "direction", "threshold", "gate", "estimator", "k")
+            names = ("direction", "threshold", "gate", "estimator", "k")
+            names += () if self.uses_monitor else ("pairs",)
         for name in names:
             if getattr(self.config, name) != defaults[name]:
                 why = "a direction's file is given" if self.uses_direction else "this run goes by no direction"
@@ -95,14 +102,49 @@ class Gating:
 
         def make(model: nn.Module) -> ap.Router:
             if not self.uses_direction:
-                return ap.Router(model, None, mode=mode)
+                return ap.Router(model, None, mode=mode, sharing=config.sharing)
             # one process extracts, and all read the same file
             on_main(state, lambda: self._make_direction(model, tokenizer, folder.direction))
             v = ap.Direction.load(folder.direction)
             controls = {name: getattr(v, name)(config.seed) for name in config.controls}
-            return ap.Router(model, v, mode=mode, gate=config.gate, threshold=config.threshold, controls=controls)
+            options: dict[str, Any] = {"gate": config.gate, "threshold": config.threshold, "controls": controls}
+            return ap.Router(model, v, mode=mode, sharing=config.sharing, **options)
 
         return make
+
+    def monitor(
+        self, folder: RunFolder, tokenizer: Any, state: PartialState, how: Sampling, console: Console
+    ) -> Callable[[nn.Module], ap.Monitor] | None:
+        """A function that makes the monitor of an adapted model, and says what it is; None where nothing goes by a score.
+
+        Args:
+            folder: its file is there.
+            tokenizer: of the model.
+            state: one process makes it, and all read the same file.
+            how: training's, by which the start's own answers are drawn.
+            console: where to say it.
+        """
+        if not self.uses_monitor:
+            return None
+
+        def make(model: nn.Module) -> ap.Monitor:
+            on_main(state, lambda: self._make_monitor(model, tokenizer, folder.monitor, how))
+            monitor = ap.Monitor.load(folder.monitor, model, tokenizer)
+            console.print(str(monitor.calibration), markup=False, highlight=False)
+            return monitor
+
+        return make
+
+    def _make_monitor(self, model: nn.Module, tokenizer: Any, path: Path, how: Sampling) -> None:
+        if path.exists():
+            return
+        rate = self.config.false_alarms
+        number = OWN_ANSWERS if rate is None else max(OWN_ANSWERS, math.ceil(4 / rate))
+        order = random.Random(self.config.seed).choices(range(len(self.task.train)), k=number)
+        own = own_answers(model, tokenizer, [self.task.train[row]["prompt"] for row in order], how)
+        pairs = ap.load_pairs(self.config.pairs if self.config.pairs is not None else list(self.task.pairs or []))
+        options: dict[str, Any] = {"heldout": HELDOUT, "seed": self.config.seed}
+        ap.Monitor.from_pairs(model, tokenizer, pairs, own=own, false_alarms=rate, **options).save(path)
 
     def _make_direction(self, model: nn.Module, tokenizer: Any, path: Path) -> None:
         if path.exists():

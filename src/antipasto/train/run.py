@@ -16,6 +16,7 @@ from transformers import PrinterCallback
 from transformers.integrations import TensorBoardCallback
 
 import antipasto as ap
+from antipasto.evaluate import Sampling
 from antipasto.files import write_json, write_text
 from antipasto.models import base_fingerprint, load_model, process_state, quiet, with_template_options
 from antipasto.run_folder import RunFolder, step_of
@@ -76,7 +77,7 @@ def run(config: TrainConfig, out: Path, console: Console, *, resume: bool = Fals
         raise ValueError(
             f"The run in {out} began on {before} process(es): it cannot continue on {state.num_processes}."
         )
-    how = Gating(config, task, has_direction=resume and folder.direction.exists())
+    how = Gating(config, task, has_direction=resume and (folder.direction.exists() or folder.monitor.exists()))
     model, tokenizer = load_model(config.model, dtype=config.dtype)
     with_template_options(tokenizer, args.chat_template_kwargs)
     if not resume:
@@ -91,7 +92,8 @@ def run(config: TrainConfig, out: Path, console: Console, *, resume: bool = Fals
             processing_class=tokenizer,
             peft_config=_adapter(config),
             router=how.router(folder, tokenizer, state),
-            detector=None if task.detector is None else _judge(task, "detector"),
+            detector=None if task.detector is None or how.uses_monitor else _judge(task, "detector"),
+            monitor=how.monitor(folder, tokenizer, state, _sampling(config, task), console),
             flagged=how.flagged,
             oracle=None if task.oracle is None else _judge(task, "oracle"),
             deploy_fraction=config.deploy_fraction,
@@ -152,6 +154,14 @@ def _adapter(config: TrainConfig) -> ap.AntiPastoConfig:
     )
     adapter.cache_dir = config.cache_dir
     return adapter
+
+
+def _sampling(config: TrainConfig, task: Task) -> Sampling:
+    return Sampling(
+        max_new_tokens=config.max_completion_length or task.max_completion_length or 256,
+        temperature=config.temperature,
+        seed=config.seed,
+    )
 
 
 def _judge(task: Task, role: Literal["reward", "oracle", "detector"]) -> Callable[..., list[float]]:
