@@ -1,4 +1,4 @@
-"""A step of TRL's GRPO by every contestant, and what deployed sampling and a gate by rollout add: ratios, side by side.
+"""A step of TRL's GRPO by every contestant, and what deployed sampling, a gate by rollout and a monitor add: ratios.
 
     python benchmarks/grpo_cost.py --rounds 5
 
@@ -7,7 +7,8 @@ rank unless the variant is another contestant (`contestants.py`); one step sampl
 and trains on them, by TRL's own loop, generation included.
 Variants take turns in every round; each ratio is to the plain step of the same round, with a KL term where the variant has
 one, given as median [min, max] over the rounds, by the wall clock and by the process's own CPU time, which other work on
-the machine disturbs less. The detector flags every second rollout.
+the machine disturbs less. The detector flags every second rollout. The monitor scores every rollout at the reference, and its
+flags cost a rollout its reward.
 """
 
 from __future__ import annotations
@@ -32,7 +33,8 @@ from antipasto.trl import GRPOConfig, GRPOTrainer, RoutedGRPOTrainer
 
 STEPS = 3  # of which the first warms up
 OTHERS = [name for name in CONTESTANTS if name not in ("bare", "full")]
-VARIANTS = ["plain", *OTHERS, "direction, deployed sampling", "detector", "plain, KL term", "detector, KL term"]
+VARIANTS = ["plain", *OTHERS, "direction, deployed sampling", "detector", "monitor"]
+VARIANTS += ["plain, KL term", "detector, KL term", "monitor, KL term"]
 
 
 class Clock(TrainerCallback):
@@ -48,10 +50,14 @@ class Clock(TrainerCallback):
         self.steps.append((time.perf_counter() - self._start[0], time.process_time() - self._start[1]))
 
 
-def make_router(model: nn.Module) -> ap.Router:
+def random_direction(model: nn.Module) -> ap.Direction:
     generator = torch.Generator().manual_seed(0)
     effect = {name: torch.randn(layer.r, generator=generator) for name, layer in ap.knobs(model).items()}
-    v = ap.Direction({name: t / t.norm() for name, t in effect.items()}, effect=effect)
+    return ap.Direction({name: t / t.norm() for name, t in effect.items()}, effect=effect)
+
+
+def make_router(model: nn.Module) -> ap.Router:
+    v = random_direction(model)
     return ap.Router(model, v, controls={"random": v.random(1), "permuted": v.permuted(1)})
 
 
@@ -89,6 +95,14 @@ def seconds(variant: str, layers: int, folder: str) -> tuple[float, float]:
     trainer: GRPOTrainer
     if variant.startswith("plain") or variant in OTHERS:
         trainer = GRPOTrainer(**options)
+    elif variant.startswith("monitor"):
+        trainer = RoutedGRPOTrainer(
+            **options,
+            monitor=lambda model: ap.Monitor(
+                model, options["processing_class"], random_direction(model), threshold=0.0
+            ),
+            flagged="penalty",
+        )
     elif variant.startswith("direction"):
         trainer = RoutedGRPOTrainer(**options, router=make_router)
     else:
