@@ -290,6 +290,45 @@ def test_a_users_own_task_trains(tmp_path: Path) -> None:
     assert "no held-out rows" in text
 
 
+RAGGED = """
+from antipasto.tasks import Task
+
+CHAT = [{"role": "system", "content": "Add.", "name": "boss"}, {"role": "user", "content": "h12+34="}]
+ROWS = [
+    {"prompt": CHAT, "pair": (1, 2), "fields": {"a": 1}, "mixed": [1, "1"], "large": 2**70, "image": "no picture"},
+    {"prompt": CHAT, "pair": (3, 4), "fields": {"b": (None,)}, "mixed": [], "large": 0, "image": None},
+]
+seen = []
+
+def reward(prompts, completions, pair, fields, mixed, large, image):
+    for row in zip(prompts, pair, fields, mixed, large, image):
+        seen.append(repr(row))
+    return [float(len(text)) for text in completions]
+
+mine = Task("mine", train=ROWS * 4, test=ROWS, reward=reward, max_completion_length=4)
+"""
+
+
+def test_training_and_evaluation_see_the_rows_as_the_task_has_them(tmp_path: Path) -> None:
+    """Neither fills up ragged dicts, turns tuples into lists, or takes a column for a picture."""
+    folder = tmp_path / "model"
+    shutil.copytree(MODEL, folder)
+    (folder / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content[-7:] }}{% endfor %}")
+    (tmp_path / "mine.py").write_text(RAGGED)
+    spec, seen = f"{tmp_path / 'mine.py'}:mine", {}
+    for part in ("train", "eval"):
+        arguments = ("train", str(folder), "--task", spec, "--method", "plain", *SMALL, "--out")
+        code, text = run(*(arguments if part == "train" else ("eval",)), str(tmp_path / "r"))
+        assert code == 0, text
+        (module,) = [module for name, module in sys.modules.items() if name.endswith(".mine")]
+        seen[part] = set(module.seen)
+    chat = [{"role": "system", "content": "Add.", "name": "boss"}, {"role": "user", "content": "h12+34="}]
+    assert seen["train"] == seen["eval"] == {
+        repr((chat, (1, 2), {"a": 1}, [1, "1"], 2**70, "no picture")),
+        repr((chat, (3, 4), {"b": (None,)}, [], 0, None)),
+    }
+
+
 @pytest.mark.parametrize(
     ("body", "words"),
     [
@@ -339,6 +378,7 @@ def test_a_reward_that_fails_stops_the_run(body: str, words: list[str], tmp_path
         ([MODEL, "--task", "addition", "--prompts", "100000"], "fewer than one generation takes"),
         ([MODEL, "--task", "addition", "--trainer.num_iterations", "2"], "save_every must be a multiple"),
         ([MODEL, "--task", "addition", "--trainer.model_init_kwargs", "{a: 1}"], "use dtype"),
+        ([MODEL, "--task", "addition", "--trainer.remove_unused_columns"], "without their rows"),
         ([MODEL, "--task", "contains", "--method", "plain", "--deploy-fraction", "0.5"], "belongs to method route"),
         ([MODEL, "--task", "addition", "--deploy-fraction", "0.3"], "must be whole numbers"),
         ([MODEL, "--task", "addition", "--pairs", "nowhere.jsonl"], "nowhere.jsonl"),

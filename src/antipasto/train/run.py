@@ -87,7 +87,7 @@ def run(config: TrainConfig, out: Path, console: Console, *, resume: bool = Fals
             model=model,
             args=args,
             reward_funcs=_judge(task, "reward"),
-            train_dataset=Dataset.from_list([dict(row) for row in task.train]),
+            train_dataset=Dataset.from_dict({"row": range(len(task.train))}),  # `_prompts_of` and `_judge` look them up
             processing_class=tokenizer,
             peft_config=_adapter(config),
             router=how.router(folder, tokenizer, state),
@@ -97,6 +97,7 @@ def run(config: TrainConfig, out: Path, console: Console, *, resume: bool = Fals
             deploy_fraction=config.deploy_fraction,
             rollout_log=folder.rollouts,
         )
+        trainer.data_collator = _prompts_of(task)
         trainer.remove_callback(PrinterCallback)
         on_main(state, lambda: _describe(trainer, config, folder, resume=resume))
         if state.is_main_process:
@@ -154,11 +155,21 @@ def _adapter(config: TrainConfig) -> ap.AntiPastoConfig:
     return adapter
 
 
-def _judge(task: Task, role: Literal["reward", "oracle", "detector"]) -> Callable[..., list[float]]:
-    """One of a task's functions as TRL calls it, checked."""
+def _prompts_of(task: Task) -> Callable[[list[dict[str, int]]], list[dict[str, Any]]]:
+    """Numbers of rows → what TRL sees of them. No row goes through Arrow, which would fill up ragged ones and lose tuples."""
 
-    def judge(prompts: list[Any], completions: list[Any], **columns: Any) -> list[float]:
-        return task.ask(role, prompts, completions, {name: columns[name] for name in task.columns})
+    def collate(numbers: list[dict[str, int]]) -> list[dict[str, Any]]:
+        return [{"prompt": task.train[number["row"]]["prompt"], **number} for number in numbers]
+
+    return collate
+
+
+def _judge(task: Task, role: Literal["reward", "oracle", "detector"]) -> Callable[..., list[float]]:
+    """One of a task's functions as TRL calls it, checked; it gets the rows as the task has them, as in an evaluation."""
+
+    def judge(prompts: list[Any], completions: list[Any], row: list[int], **_: Any) -> list[float]:
+        rows = [task.train[number] for number in row]
+        return task.ask(role, prompts, completions, {name: [each[name] for each in rows] for name in task.columns})
 
     judge.__name__ = role
     return judge
