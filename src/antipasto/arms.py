@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -40,7 +41,7 @@ from antipasto.records import (
 )
 from antipasto.runs import LoadedRun, load_run
 from antipasto.tasks import Task, load_task
-from antipasto.terminal import add_row, plain
+from antipasto.terminal import add_row, doing, is_live, plain
 
 SIZING = 64
 """Held-out prompts by which θ is shrunk to the deployed model's distance from the reference."""
@@ -66,35 +67,101 @@ def evaluate_run(
     if task.test is None:
         raise ValueError(f"Task {task.name!r} has no held-out rows (test): there is nothing to ask.")
     rows = list(task.test)[:prompts]
-    how = Sampling(
-        max_new_tokens=run.config.get("max_completion_length") or task.max_completion_length or 256,
-        temperature=run.config.get("temperature", 1.0) if temperature is None else temperature,
-        seed=seed,
-        batch_size=batch_size,
-    )
-    facts = {"prompts": len(rows), **asdict(how), "method": run.method, **_digests(root, task, rows)}
+    how = as_in_training(run, task, temperature=temperature, seed=seed, batch_size=batch_size)
+    console.print(plain(_drawn(run, how, temperature)), markup=False, highlight=False)
+    facts = {"prompts": len(rows), **how.facts(), "method": run.method, **_digests(root, task, rows)}
     done = _begin(root, facts, console)
-    with console.status("how far the deployed model is from the reference"):
+    with doing(console, "measuring how far the deployed model is from the reference"):
         shrink = _shrink(run, rows, how)
     arms = run.views(shrink=shrink)
-    with Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console
-    ) as bar:
-        line = bar.add_task("asking", total=len(rows) * len(arms), completed=len(done))
+    with asking(console, len(rows) * len(arms), len(done)) as say, quiet():
 
         def keep(answers: list[Answer]) -> None:
             with (root / PARTIAL).open("a", encoding="utf-8") as file:
                 file.writelines(map(answer_line, answers))
-            bar.update(line, description=plain(answers[0].arm), advance=len(answers))
+            say(answers)
 
-        with quiet():
-            answers = ask_arms(run.model, run.tokenizer, task, rows, arms, how, done=done, on_answers=keep)
+        answers = ask_arms(run.model, run.tokenizer, task, rows, arms, how, done=done, on_answers=keep)
     evaluation = conclude(task.name, facts, answers, margin=margin)
     write_evaluation(evaluation, root)
     (root / PARTIAL).unlink()
     show(evaluation, console)
     console.print(f"written: {root / ANSWERS}\nnext: antipasto report {root}", highlight=False, soft_wrap=True)
     return evaluation
+
+
+_DRAWN_BY = {"top_k": int, "top_p": float, "min_p": float, "repetition_penalty": float}
+
+
+def as_in_training(
+    run: LoadedRun, task: Task, *, temperature: float | None = None, seed: int = 0, batch_size: int = 128
+) -> Sampling:
+    """How a run drew its rollouts, with TRL's order: ``generation_kwargs`` has the last word.
+
+    Args:
+        run: of `antipasto train` or `antipasto demo`.
+        task: has the length of an answer where the run does not say it.
+        temperature: another one.
+        seed: of the draws.
+        batch_size: prompts at once.
+    """
+    trainer = run.config.get("trainer") or {}
+    options = {name: kind(trainer[name]) for name, kind in _DRAWN_BY.items() if trainer.get(name) is not None}
+    if not trainer.get("use_vllm"):  # else they are for vLLM's engine, and this is not it
+        further = trainer.get("generation_kwargs") or {}
+        options |= json.loads(further) if isinstance(further, str) else further
+    length = run.config.get("max_completion_length") or task.max_completion_length or 256
+    own = options.pop("temperature", run.config.get("temperature", 1.0))
+    return Sampling(
+        max_new_tokens=options.pop("max_new_tokens", length),
+        temperature=own if temperature is None else temperature,
+        seed=seed,
+        batch_size=batch_size,
+        options=options,
+    )
+
+
+def _drawn(run: LoadedRun, how: Sampling, temperature: float | None) -> str:
+    """The sentence about it."""
+    said = {"temperature": how.temperature, **how.options, "max_new_tokens": how.max_new_tokens}
+    text = "answers are drawn as in training" + (", but for the temperature: " if temperature is not None else ": ")
+    text += ", ".join(f"{name} {value}" for name, value in said.items())
+    trainer = run.config.get("trainer") or {}
+    if trainer.get("use_vllm") and trainer.get("generation_kwargs"):
+        text += "; generation_kwargs are vLLM's, and are left out here"
+    return text
+
+
+_LINES = 20  # of a log that is no terminal, for one evaluation
+
+
+@contextmanager
+def asking(console: Console, total: int, done: int = 0) -> Iterator[Callable[[list[Answer]], None]]:
+    """Say how far an evaluation is: a bar; where the output is no terminal, a line for each twentieth of it.
+
+    Args:
+        console: where to say it.
+        total: how many answers there will be.
+        done: how many there are.
+
+    Yields:
+        What to call with new answers.
+    """
+    live = is_live(console)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not live, speed_estimate_period=24 * 3600.0) as bar:
+        line = bar.add_task("asking", total=total, completed=done)
+
+        def say(answers: list[Answer]) -> None:
+            before = int(bar.tasks[0].completed) * _LINES // total
+            bar.update(line, description=plain(answers[0].arm), advance=len(answers))
+            now, left = int(bar.tasks[0].completed), bar.tasks[0].time_remaining
+            if not live and now * _LINES // total > before:
+                text = f"asking {answers[0].arm}  {now:,}/{total:,} answers"
+                text += f"  left {timedelta(seconds=round(left))}" if left is not None else ""
+                console.print(plain(text), markup=False, highlight=False, soft_wrap=True)
+
+        yield say
 
 
 def _shrink(run: LoadedRun, rows: Sequence[Any], how: Sampling) -> float | None:
@@ -163,6 +230,8 @@ def rates_table(evaluations: Sequence[Evaluation]) -> Table:
         table.add_section()
     if RANDOM in first.names:
         table.caption = "random, permuted, …: that control's book out instead of the quarantine"
+        if empty := [name for name in first.empty if all(name in e.empty for e in evaluations)]:
+            table.caption += f"\n{plain(', '.join(empty))}: its book is empty, so that nothing is out"
     return table
 
 

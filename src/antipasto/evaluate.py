@@ -11,7 +11,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -122,21 +122,37 @@ class Sampling:
         temperature: 0 takes the likeliest token every time.
         seed: of the draws.
         batch_size: prompts at once.
+        options: further arguments of ``generate``, such as ``top_p``; without them the draws are from the whole distribution.
+            At temperature 0 those that thin a distribution out do nothing, and are left out.
     """
 
     max_new_tokens: int
     temperature: float = 1.0
     seed: int = 0
     batch_size: int = 128
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def facts(self) -> dict[str, Any]:
+        """By name, as a record of an evaluation has them; ``options`` where there are some."""
+        return {name: value for name, value in asdict(self).items() if name != "options" or value}
+
+    def arguments(self) -> dict[str, Any]:
+        """Of ``generate``."""
+        # top_k and top_p spelled out: generate's own default is top_k=50
+        drawn = {"do_sample": True, "temperature": self.temperature, "top_k": 0, "top_p": 1.0}
+        if self.temperature > 0:
+            return {**drawn, **self.options, "max_new_tokens": self.max_new_tokens}
+        rest = {name: value for name, value in self.options.items() if name not in _THINNING}
+        greedy = {"do_sample": False, "temperature": None, "top_k": None, "top_p": None}
+        return {**greedy, **rest, "max_new_tokens": self.max_new_tokens}
+
+
+_THINNING = ("top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff", "do_sample")
 
 
 @torch.no_grad()
 def _batches(model: nn.Module, tokenizer: Any, prompts: Sequence[Any], how: Sampling, seed: int) -> Iterator[_Batch]:
     """All prompts, batch by batch, from one stream of draws."""
-    # top_k and top_p spelled out: generate's own default is top_k=50
-    options: dict[str, Any] = {"do_sample": True, "temperature": how.temperature, "top_k": 0, "top_p": 1.0}
-    if how.temperature == 0:
-        options = {"do_sample": False, "temperature": None, "top_k": None, "top_p": None}
     training = model.training
     device = next(model.parameters()).device
     try:
@@ -145,7 +161,7 @@ def _batches(model: nn.Module, tokenizer: Any, prompts: Sequence[Any], how: Samp
             torch.manual_seed(seed)
             for start in range(0, len(prompts), how.batch_size):
                 asked = _tokenize(tokenizer, list(prompts[start : start + how.batch_size])).to(device)
-                ids = model.generate(**asked, **options, max_new_tokens=how.max_new_tokens)  # type: ignore[operator]
+                ids = model.generate(**asked, **how.arguments())  # type: ignore[operator]
                 answers = ids[:, asked["input_ids"].shape[1] :]
                 new = _until_end(answers, ends)
                 texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
