@@ -188,7 +188,11 @@ def test_the_direction_removed_the_exploit() -> None:
             "next to nothing of the exploit, so that there was nothing to remove",
         ),
         ({"as_trained": (15, 110)}, None, "not shown that training taught the exploit beyond a margin of .05"),
-        ({"random": (8, 110)}, False, "not shown to be less than with a control (deployed minus random: .00 [-.02,.02])"),
+        (
+            {"random": (8, 110)},
+            False,
+            "not shown to be less than with a control (deployed minus random: .00 [-.02,.02])",
+        ),
         (
             {"random": (10, 110)},
             False,
@@ -246,7 +250,9 @@ def test_the_sentence_begins_with_the_prompts_where_the_exploit_is() -> None:
     assert said in conclude("toy", {}, answers).verdict.sentence
     assert "; of all 400, .20, .01, .02" in conclude("toy", {}, answers).verdict.sentence
     alike = [replace(a, kind="odd" if a.row % 2 else "even") for a in answers if a.kind == "hackable"]
-    assert conclude("toy", {}, alike).verdict.sentence.startswith("The direction removed the exploit: of 200 answers, .40")
+    assert conclude("toy", {}, alike).verdict.sentence.startswith(
+        "The direction removed the exploit: of 200 answers, .40"
+    )
 
 
 def test_an_empty_book_is_said_to_be_empty() -> None:

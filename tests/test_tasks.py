@@ -240,7 +240,9 @@ def test_functions_may_be_async() -> None:
 
     assert asyncio.run(in_a_notebook()) == expected
     assert len(set(map(id, loops))) == 1
-    with pytest.raises(TaskError, match=r"^the oracle test_tasks.Oracle raised ZeroDivisionError: .* with completion ''"):
+    with pytest.raises(
+        TaskError, match=r"^the oracle test_tasks.Oracle raised ZeroDivisionError: .* with completion ''"
+    ):
         judge(task, ["0", ""])
 
 

@@ -215,7 +215,12 @@ def test_eval_asks_every_arm(trained: tuple[Path, str]) -> None:
 def test_eval_draws_as_the_run_did_and_says_so(tmp_path: Path) -> None:
     """From the one likeliest token, with a penalty that forbids the prompt's characters, until a token that it names."""
     out = tmp_path / "run"
-    options = ["--trainer.top_k", "1", "--trainer.generation_kwargs", "{repetition_penalty: 1000000.0, max_new_tokens: 2}"]
+    options = [
+        "--trainer.top_k",
+        "1",
+        "--trainer.generation_kwargs",
+        "{repetition_penalty: 1000000.0, max_new_tokens: 2}",
+    ]
     code, text = run("train", MODEL, "--task", "addition", "--method", "plain", "--out", str(out), *SMALL, *options)
     assert code == 0, text
     rows = [json.loads(line) for line in (out / "rollouts.jsonl").read_text().splitlines()]
@@ -360,10 +365,14 @@ def test_training_and_evaluation_see_the_rows_as_the_task_has_them(tmp_path: Pat
         (module,) = [module for name, module in sys.modules.items() if name.endswith(".mine")]
         seen[part] = set(module.seen)
     chat = [{"role": "system", "content": "Add.", "name": "boss"}, {"role": "user", "content": "h12+34="}]
-    assert seen["train"] == seen["eval"] == {
-        repr((chat, (1, 2), {"a": 1}, [1, "1"], 2**70, "no picture")),
-        repr((chat, (3, 4), {"b": (None,)}, [], 0, None)),
-    }
+    assert (
+        seen["train"]
+        == seen["eval"]
+        == {
+            repr((chat, (1, 2), {"a": 1}, [1, "1"], 2**70, "no picture")),
+            repr((chat, (3, 4), {"b": (None,)}, [], 0, None)),
+        }
+    )
 
 
 @pytest.mark.parametrize(

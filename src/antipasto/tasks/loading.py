@@ -83,7 +83,9 @@ def _neighbours(folder: Path) -> Iterator[None]:
         yield
     finally:
         sys.path.remove(str(folder))
-        if str(folder) not in sys.path:  # for functions that import when they are called; a library must not find these first
+        if (
+            str(folder) not in sys.path
+        ):  # for functions that import when they are called; a library must not find these first
             sys.path.append(str(folder))
         _BROUGHT.update(name for name in set(sys.modules) - before if _lies_in(sys.modules[name], folder))
 
