@@ -57,7 +57,7 @@ def overview(run: Run, onset: tuple[float, float, float] | None = None) -> list[
 def training(run: Run) -> list[Plot]:
     """Further curves of one run, as far as it logged them."""
     plots = [
-        _by_policy(run, "flagged", "Flagged", "flagged", "What the detector flags."),
+        _by_policy(run, "flagged", "Flagged", "flagged", "What the detector or the monitor flags."),
         _single(
             run,
             "kl",

@@ -144,8 +144,15 @@ def curves(
             low, at, high = onset
             axes.axvspan(low, high, color=_CODE["rule"], alpha=0.5, linewidth=0)
             axes.axvline(at, color=_CODE["muted"], linewidth=1.0)
-            where = axes.get_xaxis_transform()  # steps across, 0 to 1 upwards
-            axes.text(at, 1, " onset", color=_CODE["muted"], va="top", transform=where)
+            axes.annotate(
+                "onset",
+                (at, 1),
+                (3, -1),
+                axes.get_xaxis_transform(),  # steps across, 0 to 1 upwards
+                "offset points",
+                color=_CODE["muted"],
+                va="top",
+            )
         for line in lines:
             x, y = np.array(line.points, dtype=float).T
             window = smoothing(len(x))

@@ -72,7 +72,7 @@ _BROUGHT: set[str] = set()
 
 @contextmanager
 def _neighbours(folder: Path) -> Iterator[None]:
-    """A folder's modules can be imported, for the first time: those of an earlier call may be of another folder, or have changed."""
+    """A folder's modules can be imported, anew: those of an earlier call may be of another folder, or have changed."""
     for name in _BROUGHT:
         sys.modules.pop(name, None)
     _BROUGHT.clear()

@@ -417,7 +417,7 @@ class _Call:
 
 @functools.cache
 def _event_loop() -> asyncio.AbstractEventLoop:
-    """One loop for all calls, as clients that a function keeps belong to one; on its own thread, as the caller may have one."""
+    """One loop for all calls, as clients that a function keeps belong to one; on a thread, as the caller may have its own."""
     loop = asyncio.new_event_loop()
     thread = threading.Thread(target=loop.run_forever, daemon=True)
     thread.start()
