@@ -26,6 +26,7 @@ from antipasto.evaluate import (
     _Batch,
     _kl_to_reference,
     _until_end,
+    _where,
     ask_arms,
     chunks_of,
     conclude,
@@ -449,6 +450,25 @@ def test_the_kl_is_that_of_two_models_row_by_row(family: str) -> None:
             with ap.reference(model):
                 base = model(alone).logits.log_softmax(-1)[0, -(count + 1) : -1]
             assert found[row].item() == pytest.approx(float((arm.exp() * (arm - base)).sum()), rel=2e-3, abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    "power_of",
+    [lambda c: c**2, lambda c: c**4, lambda c: c**8, lambda c: c / 10 + c**12, lambda c: 0.01 * c + (c > 0.6)],
+    ids=["square", "fourth", "eighth", "late", "at once"],
+)
+@pytest.mark.parametrize("share", [0.03, 0.3, 0.9])
+def test_the_scale_is_found_also_where_the_kl_is_steep(power_of: Callable[[float], float], share: float) -> None:
+    wanted = share * power_of(1.0)
+    found = power_of(_where(power_of, wanted))
+    if power_of(0.61) - power_of(0.6) > 0.5:  # it jumps over what is wanted
+        assert found == pytest.approx(0.006, abs=0.001) or found > wanted
+    else:
+        assert found == pytest.approx(wanted, rel=0.12)
+
+
+def test_a_scale_of_nothing_is_one() -> None:
+    assert _where(lambda c: 0.0, 0.0) == 1.0
 
 
 def test_the_kl_estimates_that_of_the_drawn_tokens(adapted: tuple[torch.nn.Module, object]) -> None:

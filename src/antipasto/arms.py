@@ -69,10 +69,11 @@ def evaluate_run(
     rows = list(task.test)[:prompts]
     how = as_in_training(run, task, temperature=temperature, seed=seed, batch_size=batch_size)
     console.print(plain(_drawn(run, how, temperature)), markup=False, highlight=False)
-    facts = {"prompts": len(rows), **how.facts(), "method": run.method, **_digests(root, task, rows)}
-    done = _begin(root, facts, console)
     with doing(console, "measuring how far the deployed model is from the reference"):
         shrink = _shrink(run, rows, how)
+    asked_of = {"method": run.method, "shrink": shrink, **_digests(root, task, rows)}
+    facts = {"prompts": len(rows), **how.facts(), **asked_of}
+    done = _begin(root, facts, console)
     arms = run.views(shrink=shrink)
     with asking(console, len(rows) * len(arms), len(done)) as say, quiet():
 
@@ -169,7 +170,7 @@ def _shrink(run: LoadedRun, rows: Sequence[Any], how: Sampling) -> float | None:
     if not run.is_routed:
         return None
     with quiet():
-        return matched_scale(run.model, run.tokenizer, [row["prompt"] for row in rows[:SIZING]], how)
+        return round(matched_scale(run.model, run.tokenizer, [row["prompt"] for row in rows[:SIZING]], how), 4)
 
 
 def _digests(root: Path, task: Task, rows: Sequence[Any]) -> dict[str, str]:

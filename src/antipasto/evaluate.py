@@ -88,29 +88,41 @@ def own_answers(model: nn.Module, tokenizer: Any, prompts: Sequence[Any], how: S
     return found
 
 
-_SEARCHES = 5
-
-
 def matched_scale(model: nn.Module, tokenizer: Any, prompts: Sequence[Any], how: Sampling) -> float:
-    """C with KL(c θ ‖ reference) = KL(deployed ‖ reference), of whole sampled answers: a control by size alone.
-
-    KL grows about as c² near the reference: c ← c √(KL(deployed) / KL(c)), from 1 on, five times, all with the same draws.
-    """
+    """The c with KL(c θ ‖ reference) = KL(deployed ‖ reference), of whole sampled answers: a control by size alone."""
 
     def kl() -> float:
         batches = _batches(model, tokenizer, prompts, how, how.seed)
         return float(torch.cat([_kl_to_reference(model, batch) for batch in batches]).mean())
 
+    def kl_of(c: float) -> float:
+        with scaled(model, c):
+            return kl()
+
     with deployed(model):
         wanted = kl()
-    c = 1.0
+    return _where(kl_of, wanted)
+
+
+_SEARCHES, _LARGEST = 8, 1.5
+
+
+def _where(kl_of: Callable[[float], float], wanted: float) -> float:
+    """The c in (0, 1.5) whose KL is nearest to the one that is wanted, of eight tries from 1 on.
+
+    KL grows about as c² near the reference: c ← c √(wanted / KL(c)). Where it grows as c⁴ or faster, as it does where the policy
+    tips over into an exploit, that would go to and fro for ever: a step out of what is still possible is halved instead.
+    """
+    low, c, high = 0.0, 1.0, _LARGEST
+    tried: dict[float, float] = {}
     for _ in range(_SEARCHES):
-        with scaled(model, c):
-            found = kl()
-        if found == 0:
+        found = tried[c] = kl_of(c)
+        if found == wanted:
             break
-        c = min(1.5, c * (wanted / found) ** 0.5)
-    return c
+        low, high = (c, high) if found < wanted else (low, c)
+        step = c * (wanted / found) ** 0.5 if found > 0 else high
+        c = step if low < step < high else (low + high) / 2
+    return min(tried, key=lambda c: abs(tried[c] - wanted))
 
 
 @dataclass(frozen=True)

@@ -34,23 +34,19 @@ def overview(run: Run, onset: tuple[float, float, float] | None = None) -> list[
         run: the run.
         onset: when the exploit began, as `antipasto.report.plots.curves` marks it.
     """
-    caption = (
-        "Mean of what training sees, and share that is so by the oracle, which it does not see. What lies between them"
-    )
-    together = [
-        *_lines_of(run, "reward", "reward", "reward, "),
-        *_lines_of(run, "solved", "oracle", "oracle, ", dash=DASHES[1]),
-    ]
-    if not any(line.dash for line in together):
-        caption = "Mean of what training sees; there is no oracle"
+    rewards = _lines_of(run, "reward", "reward", "reward, ", "")
+    truths = _lines_of(run, "solved", "oracle", "oracle, ", DASHES[1])
     exploited = _lines_of(run, "exploited", "exploit")
     plots = []
-    if together:
-        text = f"{caption}{' is the exploit' if 'between' in caption else ''}.{_smoothed(together)}"
-        plots.append(curves("Reward and oracle", text, together, unit="mean", onset=onset))
+    if rewards:
+        caption = "Mean of what training sees; there is no oracle."
+        if truths:
+            caption = "What training sees; dashed, what the oracle says, which it does not see. Where they part, it is fooled."
+        lines = [*rewards, *truths]
+        plots.append(curves("Reward and oracle", caption + _smoothed(lines), lines, unit="mean", onset=onset))
     if exploited:
-        text = f"Rewarded and not solved: share of the step's rollouts.{_smoothed(exploited)}"
-        plots.append(curves("Exploited", text, exploited, share=True, unit="share", onset=onset))
+        caption = f"Rewarded and not solved: share of the step's rollouts.{_smoothed(exploited)}"
+        plots.append(curves("Exploited", caption, exploited, share=True, unit="share", onset=onset))
     return plots
 
 
@@ -112,7 +108,10 @@ def _by_policy(run: Run, measure: str, title: str, metric: str, caption: str) ->
 
 
 def _lines_of(run: Run, measure: str, metric: str, prefix: str = "", dash: str | None = None) -> list[Line]:
-    """By sampling policy where rollouts came from several, else as the trainer logged it; none where nothing was logged."""
+    """By sampling policy where rollouts came from several, else as the trainer logged it; none where nothing was logged.
+
+    Each policy has a dash of its own, if none is given.
+    """
     views = {} if run.rollouts is None else run.rollouts.curves.get(measure, {})
     if views:
         return [
@@ -120,7 +119,7 @@ def _lines_of(run: Run, measure: str, metric: str, prefix: str = "", dash: str |
                 f"{prefix}sampled {_VIEWS.get(view, view)}",
                 colour_of(_VIEWS.get(view, view), ()),
                 points,
-                DASHES[i] if dash is None and not prefix else dash or "",
+                DASHES[i] if dash is None else dash,
             )
             for i, (view, points) in enumerate(sorted(views.items(), key=lambda item: item[0] != "trained"))
         ]

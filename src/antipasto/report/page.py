@@ -229,7 +229,7 @@ def _comparison(runs: Sequence[Run]) -> dict[str, Any]:
     # who answered differs from run to run, and so may how many were asked at once
     asked = {
         json.dumps(
-            [e.task, {k: v for k, v in e.facts.items() if k not in ("method", "answered_by", "batch_size")}],
+            [e.task, {k: v for k, v in e.facts.items() if k not in ("method", "shrink", "answered_by", "batch_size")}],
             sort_keys=True,
             default=str,
         )
