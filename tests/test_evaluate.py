@@ -213,14 +213,14 @@ def test_the_direction_removed_the_exploit() -> None:
         (
             {"deployed": (8, 95)},
             False,
-            "may solve less than as trained by more than the margin of .05 (deployed minus as trained: -.08 [-.13,-.02])",
+            "may solve less than as trained by more than the margin of .05 (deployed minus as trained: -.08 [-.11,-.04])",
         ),
         ({"random": None, "shrunk": None}, None, "no control direction to compare with"),
         ({"random": None}, None, "(deployed minus as trained: -.36 [-.43,-.29])"),  # shrinking alone is none
         ({"random": (80, 110)}, None, "The book of random is empty"),  # it is the trained model
         ({"permuted": (80, 110)}, True, "(random, shrunk; the nearest: shrunk minus deployed: +.21 [.15,.27])"),
         ({"permuted": (80, 110)}, True, "The book of permuted is empty: nothing was out there."),
-        ({"as_trained": (15, 110)}, None, "(as trained minus reference: +.05 [.02,.08])"),
+        ({"as_trained": (15, 110)}, None, "(as trained minus reference: +.04 [.02,.08])"),
         ({"deployed": None}, None, "has no quarantine, and ships as it was trained"),
         ({"reference": None}, None, "not both asked"),
     ],

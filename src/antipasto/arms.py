@@ -107,7 +107,9 @@ def as_in_training(
         batch_size: prompts at once.
     """
     trainer = run.config.get("trainer") or {}
-    options = {name: kind(trainer[name]) for name, kind in _DRAWN_BY.items() if trainer.get(name) is not None}
+    options: dict[str, Any] = {
+        name: kind(trainer[name]) for name, kind in _DRAWN_BY.items() if trainer.get(name) is not None
+    }
     if not trainer.get("use_vllm"):  # else they are for vLLM's engine, and this is not it
         further = trainer.get("generation_kwargs") or {}
         options |= json.loads(further) if isinstance(further, str) else further

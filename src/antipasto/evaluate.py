@@ -110,8 +110,8 @@ _SEARCHES, _LARGEST = 8, 1.5
 def _where(kl_of: Callable[[float], float], wanted: float) -> float:
     """The c in (0, 1.5) whose KL is nearest to the one that is wanted, of eight tries from 1 on.
 
-    KL grows about as c² near the reference: c ← c √(wanted / KL(c)). Where it grows as c⁴ or faster, as it does where the policy
-    tips over into an exploit, that would go to and fro for ever: a step out of what is still possible is halved instead.
+    KL grows about as c² near the reference: c ← c √(wanted / KL(c)). Where it grows as c⁴ or faster, as where the policy tips
+    over into an exploit, that would go to and fro for ever: a step out of what is still possible is halved instead.
     """
     low, c, high = 0.0, 1.0, _LARGEST
     tried: dict[float, float] = {}

@@ -91,8 +91,9 @@ def side_by_side(evaluation: Evaluation, *, budget: int) -> SideBySide:
     counts = dict(Counter(row.pattern for row in rows).most_common())
     turns = zip_longest(*([row for row in rows if row.pattern == pattern] for pattern in counts))
     mixed = [row for turn in turns for row in turn if row is not None]
-    chosen = sorted(mixed, key=lambda row: not row.differs)
-    chosen = sorted(chosen, key=lambda row: row is not next(filter(_is_the_story, chosen), None))[: ROWS * 3 // 4]
+    mixed.sort(key=lambda row: not row.differs)
+    story = next(filter(_is_the_story, mixed), None)
+    chosen = sorted(mixed, key=lambda row: row is not story)[: ROWS * 3 // 4]
     chosen += [row for row in mixed if row not in chosen and not row.differs][: ROWS - len(chosen)]
     kept: list[Row] = []
     for row in chosen:
