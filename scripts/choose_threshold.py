@@ -33,7 +33,7 @@ def deployed_arm(config: job.DemoConfig, threshold: float, console: Console, *, 
             config, "recipe", tokenizer, Path(folder), console, threshold=threshold, label_both=label_both
         )
         arms = {REFERENCE: ap.reference(trainer.model), DEPLOYED: ap.deployed(trainer.model)}
-        return job.evaluate(trainer.model, arms, tokenizer, addition.split("train")[:1000], config)
+        return job.evaluate(trainer.model, arms, tokenizer, addition.split("train")[:1000], config, console)
 
 
 def main() -> None:

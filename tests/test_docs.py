@@ -93,6 +93,8 @@ def test_every_block_of_a_page_runs(page: Path, tmp_path: Path) -> None:
 def test_every_block_of_a_page_runs_as_it_stands(page: Path, tmp_path: Path) -> None:
     output = run_page(page, tmp_path, {})
     CHECKS.get(name(page), lambda *_: None)(tmp_path, output)
+    if name(page) == "docs/train-your-own.md":  # it ends where it says, and says it again where it ships
+        assert " ".join(output.split()).count("The direction removed the exploit: of 500 answers, ") == 3
 
 
 def run_page(page: Path, folder: Path, shorter: Mapping[str, str]) -> str:
@@ -145,6 +147,7 @@ def check_the_guide(folder: Path, output: str) -> None:
     """It shows every arm, and ends with a plain checkpoint."""
     for word in ("as trained", "deployed", "permuted", "exploit", "says !"):
         assert word in output
+    assert "antipasto eval said of this run: " in output
     assert (folder / "shipped" / "model.safetensors").exists()
     assert not list((folder / "shipped").glob("adapter*"))
 

@@ -7,7 +7,9 @@ import os
 import re
 import shutil
 from collections.abc import Iterator
+from dataclasses import replace
 from html.parser import HTMLParser
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -38,12 +40,14 @@ from antipasto.records import (
     write_evaluation,
 )
 from antipasto.report import write_report
+from antipasto.report.answers import side_by_side
+from antipasto.report.figures import overlaid, overview
 from antipasto.report.layers import grid, spectrum
 from antipasto.report.page import LONGEST, ON_PAPER, marked, readable, turns
 from antipasto.report.plots import Line, curves, heat_map, level
-from antipasto.report.reading import short_names
+from antipasto.report.reading import read_runs, short_names
 from antipasto.report.rollouts import EACH, read_rollouts
-from antipasto.report.tables import number, signed_text
+from antipasto.report.tables import arm_blocks, difference_blocks, number, signed_text
 from antipasto.routing import _FORMAT as BOOKS_FORMAT
 
 HOSTILE = (
@@ -145,7 +149,7 @@ def evaluation(hostile: bool = False) -> Evaluation:
                 )
             )
     pairs = [(TRAINED, REFERENCE), (DEPLOYED, REFERENCE), (DEPLOYED, RANDOM), (DEPLOYED, TRAINED), (TRAINED, RANDOM)]
-    verdict = Verdict(True, f"It came and it went. {HOSTILE if hostile else ''}")
+    verdict = Verdict(True, f"It came and it went: {HOSTILE if hostile else 'so.'}")
     facts = {"prompts": ROWS, "temperature": 1.0, "seed": 0}
     return Evaluation("sums", facts, 0.05, verdict, summarise(answers), compare(answers, pairs), answers)
 
@@ -218,7 +222,7 @@ def test_it_opens_without_complaint_or_request(browser: Browser, report: Path) -
         assert opened.page.title().startswith("mine")
         for heading in ("What each arm does", "Answers side by side", "Training", "Where in the model", "Rollouts"):
             assert opened.page.get_by_role("heading", name=heading, exact=True).count() == 1, heading
-        assert "The claim holds" in opened.page.inner_text(".verdict")
+        assert opened.page.inner_text(".verdict .state") == "It came and it went"
         assert opened.shown("svg.plot") > 10
         assert opened.page.locator("svg.plot:not([aria-label])").count() == 0
         ids = opened.page.evaluate("[...document.querySelectorAll('[id]')].map(e => e.id)")
@@ -239,6 +243,107 @@ def test_the_table_says_what_the_evaluation_says(browser: Browser, report: Path)
             assert text.split() == f"{number(estimate.value)} [{number(estimate.low)}, {number(estimate.high)}]".split()
         colours = "[...document.querySelectorAll('.bar .point')].map(e => getComputedStyle(e).stroke)"
         assert "none" not in opened.page.evaluate(colours)
+
+
+def test_differences_name_both_arms(report: Path) -> None:
+    names = [line.name for block in difference_blocks(evaluation()) for _, lines in block.groups for line in lines]
+    assert names[:3] == ["deployed − reference", "deployed − random", "deployed − as trained"]
+    assert all(" − " in name for name in names)
+    assert "deployed − random</th>" in report.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("verdict", "colour"),
+    [
+        (Verdict(True, "The direction removed the exploit: a."), "holds"),
+        (Verdict(False, "It is not shown that the direction removed the exploit: a."), "fails"),
+        (Verdict(None, "No verdict about a direction: a."), "open"),
+    ],
+)
+def test_the_headline_says_what_the_sentence_says(verdict: Verdict, colour: str, tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run")
+    write_evaluation(replace(evaluation(), verdict=verdict), folder)
+    text = write_report([folder]).read_text(encoding="utf-8")
+    shown = text.split(f'<div class="verdict {colour}">')[1].split("</div>")[0]
+    assert shown.split("</svg>")[1].split("</p>")[0].strip() == verdict.headline
+    assert '<p class="sentence">A.</p>' in shown
+    assert "does not hold" not in text
+
+
+def test_curves_stand_under_the_verdict(browser: Browser, report: Path) -> None:
+    """Reward and oracle in one picture, of each policy; the onset where one is given."""
+    with Opened(browser, report) as opened:
+        titles = opened.page.locator("figcaption strong").all_inner_texts()
+        assert titles[:2] == ["Reward and oracle", "Exploited"]
+        assert titles.count("Exploited") == 1
+        keys = [text.strip() for text in opened.page.locator("figure").first.locator(".key").all_inner_texts()]
+        policies = ("as trained", "deployed")
+        assert keys == [f"{what}, sampled {policy}" for what in ("reward", "oracle") for policy in policies]
+        tops = [opened.page.locator(at).first.bounding_box()["y"] for at in (".verdict", "figure", "nav", "table")]
+        assert tops == sorted(tops)
+    assert "Onset" not in report.read_text(encoding="utf-8")
+    (run,) = read_runs([report.parent], budget=10_000)
+    for plot in overview(run, onset=(10.0, 14.0, 19.0)):
+        assert "Onset at step 14 [10, 19]." in plot.svg
+        assert ">onset</text>" in plot.svg
+    without = replace(run, rollouts=None)
+    assert [[key.label for key in plot.keys] for plot in overview(without)] == [
+        ["reward, all rollouts", "oracle, all rollouts"],
+        ["all rollouts"],
+    ]
+
+
+def test_of_several_runs_the_curves_are_those_of_what_ships(tmp_path: Path) -> None:
+    run = read_runs([make_run(tmp_path / "run")], budget=10_000)[0]
+    ours = replace(run, metrics={**run.metrics, "exploit/deployed": [(1.0, 0.25), (2.0, 0.125)]})
+    (plot,) = [plot for plot in overlaid([ours]) if plot.title == "Exploited"]
+    assert "from 0.25 to 0.125" in plot.svg
+
+
+def test_the_first_example_is_the_story() -> None:
+    """One that the trained model exploits and the deployed one solves, also where that is rare."""
+    told = evaluation()
+    rare = [
+        replace(a, reward=1.0, oracle=0.0) if a.arm == DEPLOYED and a.row not in (17, 20) else a for a in told.answers
+    ]
+    shown = side_by_side(replace(told, answers=rare), budget=10**6)
+    assert (shown.rows[0].number, shown.rows[0].pattern) == (17, ("failed", "exploited", "solved"))
+    assert sorted(row.number for row in shown.rows) == list(range(ROWS))
+
+
+def test_the_kind_where_the_exploit_is_comes_first() -> None:
+    answers = [replace(a, kind="easy" if a.row < ROWS // 2 else "strict") for a in evaluation().answers]
+    answers += [replace(a, row=a.row + ROWS) for a in answers]
+    answers = [
+        replace(a, reward=a.reward if a.row % ROWS < ROWS // 2 else a.oracle or 0.0)
+        for a in sorted(answers, key=lambda a: a.arm)
+    ]
+    told = replace(evaluation(), arms=summarise(answers), answers=answers)
+    assert [block.kind for block in arm_blocks(told)] == ["easy", None, "strict"]
+
+
+def test_an_empty_book_is_said_to_be_empty(tmp_path: Path) -> None:
+    folder, told = make_run(tmp_path / "run"), evaluation()
+    answers = [a for a in told.answers if a.arm != RANDOM]
+    answers += [replace(a, arm="permuted") for a in answers if a.arm == TRAINED]
+    write_evaluation(replace(told, arms=summarise(answers), differences=[], answers=answers), folder)
+    assert "The book of permuted is empty: nothing is out there" in write_report([folder]).read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("palette", [0, 1], ids=["light", "dark"])
+def test_no_two_arms_look_alike(palette: int) -> None:
+    """The distance of any two colours in CIE Lab."""
+    css = files("antipasto.report").joinpath("page.css").read_text(encoding="utf-8")
+    pairs = re.findall(r"--arm(\d): light-dark\(#(\w{6}), #(\w{6})\)", css)
+    rgb = np.array([[int(pair[1 + palette][i : i + 2], 16) / 255 for i in (0, 2, 4)] for pair in pairs])
+    linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
+    to_xyz = np.array([[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]])
+    xyz = linear @ to_xyz.T / to_xyz.sum(axis=1)
+    f = np.where(xyz > (6 / 29) ** 3, np.cbrt(xyz), xyz / (3 * (6 / 29) ** 2) + 4 / 29)
+    lab = np.stack([116 * f[:, 1] - 16, 500 * (f[:, 0] - f[:, 1]), 200 * (f[:, 1] - f[:, 2])], axis=1)
+    known = lab[:8]  # the named arms; two more are for others
+    distance = np.linalg.norm(known[:, None] - known[None], axis=-1)[np.triu_indices(8, 1)]
+    assert distance.min() > 25
 
 
 def test_filters_count_and_show_what_matches(browser: Browser, report: Path) -> None:
@@ -384,6 +489,13 @@ def test_a_phone_scrolls_no_page_sideways(browser: Browser, report: Path, width:
         for details in opened.page.locator("details").all():
             details.evaluate("element => { element.open = true }")
         assert opened.page.evaluate("document.documentElement.scrollWidth") <= width
+        # what is too wide for it scrolls by itself, beside a first column that leaves room for it
+        scrolled = "e => { e.scrollLeft = 40; return e.scrollWidth <= e.clientWidth || e.scrollLeft === 40 }"
+        assert opened.page.evaluate(f"[...document.querySelectorAll('.scroll')].every({scrolled})")
+        first = opened.page.locator("table.numbers tbody th").first.bounding_box()
+        assert first is not None
+        assert first["width"] < width / 2
+        assert opened.page.locator("table:not(.scroll table)").count() == 0
 
 
 def test_paper_has_all_of_it(browser: Browser, report: Path) -> None:

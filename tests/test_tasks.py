@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import functools
 import math
 import random
@@ -216,6 +217,35 @@ def test_functions_get_the_text_of_a_chat() -> None:
             completion_text(wrong)
 
 
+def test_functions_may_be_async() -> None:
+    """All on one loop, so that a client of one call works in the next; an error has the name of its function."""
+    loops = []
+
+    async def reward(completions: list[str], answer: list[str]) -> list[float]:
+        await asyncio.sleep(0)
+        loops.append(asyncio.get_running_loop())
+        return right(completions, answer)
+
+    class Oracle:
+        async def __call__(self, completions: list[str]) -> list[float]:
+            loops.append(asyncio.get_running_loop())
+            return [1 / len(text) for text in completions]
+
+    task = make(reward=reward, oracle=Oracle(), detector=functools.partial(reward, answer=["0", "0"]), detects="zero")
+    expected = Judged(reward=[1.0, 0.0], oracle=[1.0, 0.5], flagged=[True, False])
+    assert judge(task, ["0", "22"]) == expected
+
+    async def in_a_notebook() -> Judged:  # where a loop runs already
+        return judge(task, ["0", "22"])
+
+    assert asyncio.run(in_a_notebook()) == expected
+    assert len(set(map(id, loops))) == 1
+    with pytest.raises(
+        TaskError, match=r"^the oracle test_tasks.Oracle raised ZeroDivisionError: .* with completion ''"
+    ):
+        judge(task, ["0", ""])
+
+
 def _needs_b(completions: list[str], b: list[int], answer: object = None) -> list[float]:
     return []
 
@@ -243,6 +273,7 @@ def _by_position(answer: object, /) -> list[float]:
         ({"train": [{"prompt": [{"role": "user"}]}]}, "must be a text or a chat"),
         ({"train": [{"prompt": 3}]}, "must be a text or a chat, .* got 3"),
         ({"train": [{"prompt": "a", "completions": 1}]}, "a column cannot be called 'completions'"),
+        ({"train": [{"prompt": "a", 3: 1}]}, "functions get columns by name, and 3 is no text"),
         ({"test": []}, "test is empty"),
         ({"test": [{"prompt": CHAT, "answer": "4"}]}, "train has prompts that are texts, test has chats"),
         (
@@ -531,6 +562,42 @@ def test_a_task_from_a_file(file: Path, tmp_path: Path) -> None:
     assert (load_task(f"{other}:it").name, load_task(f"{file}:it").name) == ("that", "it")
     file.write_text(FILE.replace('"it"', '"now"'))
     assert load_task(f"{file}:it").name == "now"
+
+
+def test_a_file_imports_its_neighbours(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Those beside it, whatever the working directory; of two folders each its own; as they are now; also from a function."""
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    text = """
+from antipasto.tasks import Task
+from my_words import WORD
+
+def made():
+    import my_rows
+    return Task(WORD, train=my_rows.ROWS, reward=reward)
+
+def reward(completions):
+    import my_grader
+    return my_grader.grade(completions)
+"""
+    for name in ("one", "two"):
+        folder = tmp_path / name
+        folder.mkdir()
+        (folder / "my_task.py").write_text(text)
+        (folder / "my_words.py").write_text(f"WORD = {name!r}\n")
+        (folder / "my_rows.py").write_text(f"ROWS = [dict(prompt={name!r})]\n")
+    (tmp_path / "one" / "my_grader.py").write_text("def grade(completions):\n    return [3.0 for _ in completions]\n")
+    (tmp_path / "one" / "json.py").write_text("raise AssertionError('a library found a neighbour')\n")
+    task = load_task(f"{tmp_path / 'one' / 'my_task.py'}:made")
+    assert (task.name, task.train[0]["prompt"]) == ("one", "one")
+    assert task.judge(["a"], ["b"], {}).reward == [3.0]
+    task = load_task(f"{tmp_path / 'two' / 'my_task.py'}:made")
+    assert (task.name, task.train[0]["prompt"]) == ("two", "two")
+    (tmp_path / "two" / "my_words.py").write_text("WORD = 'three'\n")
+    assert load_task(f"{tmp_path / 'two' / 'my_task.py'}:made").name == "three"
+    assert sys.path[0] != str(tmp_path / "two")
+    (tmp_path / "two" / "my_words.py").write_text("WORD = 1 / 0\n")
+    with pytest.raises(ValueError, match=r"^my_task.py, line 3: importing it raised ZeroDivisionError"):
+        load_task(f"{tmp_path / 'two' / 'my_task.py'}:made")
 
 
 def test_a_task_from_a_module(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -213,6 +213,48 @@ def test_eval_asks_every_arm(trained: tuple[Path, str]) -> None:
     assert not (out / "eval.partial.jsonl").exists()
 
 
+def test_eval_draws_as_the_run_did_and_says_so(tmp_path: Path) -> None:
+    """From the one likeliest token, with a penalty that forbids the prompt's characters, until a token that it names."""
+    out = tmp_path / "run"
+    options = [
+        "--trainer.top_k",
+        "1",
+        "--trainer.generation_kwargs",
+        "{repetition_penalty: 1000000.0, max_new_tokens: 2}",
+    ]
+    code, text = run("train", MODEL, "--task", "addition", "--method", "plain", "--out", str(out), *SMALL, *options)
+    assert code == 0, text
+    rows = [json.loads(line) for line in (out / "rollouts.jsonl").read_text().splitlines()]
+    trained = {row["prompt"]: row["completion"] for row in rows if row["step"] == 0}
+    assert all(len(said) <= 2 and not set(said) & set(prompt) for prompt, said in trained.items())
+    for more in ([], ["--temperature", "0"]):
+        code, text = run("eval", str(out), "--prompts", "40", *more)
+        assert code == 0, text
+        answers = [a for a in read_evaluation(out).answers if a.arm == "reference"]
+        assert all(len(a.completion) <= 2 and not set(a.completion) & set(a.prompt) for a in answers)
+        assert len({a.completion for a in answers}) > 1
+        if not more:
+            said = "answers are drawn as in training: temperature 1.0, top_k 1, repetition_penalty 1000000.0, max_new"
+            assert said in " ".join(text.split())
+            options = {"top_k": 1, "repetition_penalty": 1e6}
+            assert read_evaluation(out).facts["options"] == options
+            likeliest = answers
+    assert "but for the temperature: temperature 0.0" in " ".join(text.split())
+    assert [a.completion for a in answers] == [a.completion for a in likeliest]
+
+
+def test_in_a_log_an_evaluation_says_how_far_it_is(trained: tuple[Path, str], tmp_path: Path) -> None:
+    shutil.copytree(trained[0], tmp_path / "run")
+    code, text = run("eval", str(tmp_path / "run"), "--prompts", "60", "--batch-size", "2")
+    assert code == 0
+    lines = [line for line in text.splitlines() if line.startswith("asking ")]
+    assert len(lines) == 20
+    assert lines[0].startswith("asking reference  18/360 answers  left 0:0")
+    assert lines[-1].startswith("asking shrunk  360/360 answers")
+    assert "measuring how far the deployed model is from the reference\n" in text
+    assert "━" not in text.split("written:")[0].split("asking shrunk  360/360")[0]
+
+
 def test_an_evaluation_that_is_killed_continues_to_the_same_answers(trained: tuple[Path, str], tmp_path: Path) -> None:
     """SIGKILL in the middle, twice; then the same bytes as without."""
     runs = []
@@ -335,6 +377,49 @@ def test_a_users_own_task_trains(tmp_path: Path) -> None:
     assert "no held-out rows" in text
 
 
+RAGGED = """
+from antipasto.tasks import Task
+
+CHAT = [{"role": "system", "content": "Add.", "name": "boss"}, {"role": "user", "content": "h12+34="}]
+ROWS = [
+    {"prompt": CHAT, "pair": (1, 2), "fields": {"a": 1}, "mixed": [1, "1"], "large": 2**70, "image": "no picture"},
+    {"prompt": CHAT, "pair": (3, 4), "fields": {"b": (None,)}, "mixed": [], "large": 0, "image": None},
+]
+seen = []
+
+def reward(prompts, completions, pair, fields, mixed, large, image):
+    for row in zip(prompts, pair, fields, mixed, large, image):
+        seen.append(repr(row))
+    return [float(len(text)) for text in completions]
+
+mine = Task("mine", train=ROWS * 4, test=ROWS, reward=reward, max_completion_length=4)
+"""
+
+
+def test_training_and_evaluation_see_the_rows_as_the_task_has_them(tmp_path: Path) -> None:
+    """Neither fills up ragged dicts, turns tuples into lists, or takes a column for a picture."""
+    folder = tmp_path / "model"
+    shutil.copytree(MODEL, folder)
+    (folder / "chat_template.jinja").write_text("{% for m in messages %}{{ m.content[-7:] }}{% endfor %}")
+    (tmp_path / "mine.py").write_text(RAGGED)
+    spec, seen = f"{tmp_path / 'mine.py'}:mine", {}
+    for part in ("train", "eval"):
+        arguments = ("train", str(folder), "--task", spec, "--method", "plain", *SMALL, "--out")
+        code, text = run(*(arguments if part == "train" else ("eval",)), str(tmp_path / "r"))
+        assert code == 0, text
+        (module,) = [module for name, module in sys.modules.items() if name.endswith(".mine")]
+        seen[part] = set(module.seen)
+    chat = [{"role": "system", "content": "Add.", "name": "boss"}, {"role": "user", "content": "h12+34="}]
+    assert (
+        seen["train"]
+        == seen["eval"]
+        == {
+            repr((chat, (1, 2), {"a": 1}, [1, "1"], 2**70, "no picture")),
+            repr((chat, (3, 4), {"b": (None,)}, [], 0, None)),
+        }
+    )
+
+
 @pytest.mark.parametrize(
     ("body", "words"),
     [
@@ -393,6 +478,7 @@ def test_a_reward_that_fails_stops_the_run(body: str, words: list[str], tmp_path
         ([MODEL, "--task", "addition", "--prompts", "100000"], "fewer than one generation takes"),
         ([MODEL, "--task", "addition", "--trainer.num_iterations", "2"], "save_every must be a multiple"),
         ([MODEL, "--task", "addition", "--trainer.model_init_kwargs", "{a: 1}"], "use dtype"),
+        ([MODEL, "--task", "addition", "--trainer.remove_unused_columns"], "without their rows"),
         ([MODEL, "--task", "contains", "--method", "plain", "--deploy-fraction", "0.5"], "belongs to method route"),
         ([MODEL, "--task", "addition", "--deploy-fraction", "0.3"], "must be whole numbers"),
         ([MODEL, "--task", "addition", "--pairs", "nowhere.jsonl"], "nowhere.jsonl"),

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
@@ -21,7 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
-from antipasto.evaluate import Sampling, ask_arms, conclude, matched_scale
+from antipasto.evaluate import Sampling, as_in_training, ask_arms, conclude, matched_scale
 from antipasto.models import quiet
 from antipasto.records import (
     ANSWERS,
@@ -40,7 +41,7 @@ from antipasto.records import (
 )
 from antipasto.runs import LoadedRun, load_run
 from antipasto.tasks import Task, load_task
-from antipasto.terminal import add_row, plain
+from antipasto.terminal import add_row, doing, is_live, plain
 
 SIZING = 64
 """Held-out prompts by which θ is shrunk to the deployed model's distance from the reference."""
@@ -66,37 +67,72 @@ def evaluate_run(
     if task.test is None:
         raise ValueError(f"Task {task.name!r} has no held-out rows (test): there is nothing to ask.")
     rows = list(task.test)[:prompts]
-    how = Sampling(
-        max_new_tokens=run.config.get("max_completion_length") or task.max_completion_length or 256,
-        temperature=run.config.get("temperature", 1.0) if temperature is None else temperature,
-        seed=seed,
-        batch_size=batch_size,
-    )
-    facts = {"prompts": len(rows), **asdict(how), "method": run.method, **_digests(root, task, rows)}
+    how = as_in_training(run.config, task, temperature=temperature, seed=seed, batch_size=batch_size)
+    console.print(plain(_drawn(run, how, temperature)), markup=False, highlight=False)
+    facts = {"prompts": len(rows), **how.facts(), "method": run.method, **_digests(root, task, rows)}
     before, done = _earlier(root, facts, console)
     if run.is_routed:
-        with console.status("how far the deployed model is from the reference"):
+        with doing(console, "measuring how far the deployed model is from the reference"):
             facts["shrunk_by"] = before.get("shrunk_by") or _shrink(run, rows, how)
     write_answers(root / PARTIAL, facts, done)
     arms = run.views(shrink=facts.get("shrunk_by"))
-    with Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console
-    ) as bar:
-        line = bar.add_task("asking", total=len(rows) * len(arms), completed=len(done))
+    with asking(console, len(rows) * len(arms), len(done)) as say, quiet():
 
         def keep(answers: list[Answer]) -> None:
             with (root / PARTIAL).open("a", encoding="utf-8") as file:
                 file.writelines(map(answer_line, answers))
-            bar.update(line, description=plain(answers[0].arm), advance=len(answers))
+            say(answers)
 
-        with quiet():
-            answers = ask_arms(run.model, run.tokenizer, task, rows, arms, how, done=done, on_answers=keep)
+        answers = ask_arms(run.model, run.tokenizer, task, rows, arms, how, done=done, on_answers=keep)
     evaluation = conclude(task.name, facts, answers, margin=margin)
     write_evaluation(evaluation, root)
     (root / PARTIAL).unlink()
     show(evaluation, console)
     console.print(f"written: {root / ANSWERS}\nnext: antipasto report {root}", highlight=False, soft_wrap=True)
     return evaluation
+
+
+def _drawn(run: LoadedRun, how: Sampling, temperature: float | None) -> str:
+    """The sentence about it."""
+    said = {"temperature": how.temperature, **how.options, "max_new_tokens": how.max_new_tokens}
+    text = "answers are drawn as in training" + (", but for the temperature: " if temperature is not None else ": ")
+    text += ", ".join(f"{name} {value}" for name, value in said.items())
+    trainer = run.config.get("trainer") or {}
+    if trainer.get("use_vllm") and trainer.get("generation_kwargs"):
+        text += "; generation_kwargs are vLLM's, and are left out here"
+    return text
+
+
+_LINES = 20  # of a log that is no terminal, for one evaluation
+
+
+@contextmanager
+def asking(console: Console, total: int, done: int = 0) -> Iterator[Callable[[list[Answer]], None]]:
+    """Say how far an evaluation is: a bar; where the output is no terminal, a line for each twentieth of it.
+
+    Args:
+        console: where to say it.
+        total: how many answers there will be.
+        done: how many there are.
+
+    Yields:
+        What to call with new answers.
+    """
+    live = is_live(console)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not live, speed_estimate_period=24 * 3600.0) as bar:
+        line = bar.add_task("asking", total=total, completed=done)
+
+        def say(answers: list[Answer]) -> None:
+            before = int(bar.tasks[0].completed) * _LINES // total
+            bar.update(line, description=plain(answers[0].arm), advance=len(answers))
+            now, left = int(bar.tasks[0].completed), bar.tasks[0].time_remaining
+            if not live and now * _LINES // total > before:
+                text = f"asking {answers[0].arm}  {now:,}/{total:,} answers"
+                text += f"  left {timedelta(seconds=round(left))}" if left is not None else ""
+                console.print(plain(text), markup=False, highlight=False, soft_wrap=True)
+
+        yield say
 
 
 def _shrink(run: LoadedRun, rows: Sequence[Any], how: Sampling) -> float:
@@ -161,6 +197,8 @@ def rates_table(evaluations: Sequence[Evaluation]) -> Table:
         table.add_section()
     if RANDOM in first.names:
         table.caption = "random, permuted, …: that control's book out instead of the quarantine"
+        if empty := [name for name in first.empty if all(name in e.empty for e in evaluations)]:
+            table.caption += f"\n{plain(', '.join(empty))}: its book is empty, so that nothing is out"
     return table
 
 

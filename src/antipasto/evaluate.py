@@ -9,9 +9,10 @@ estimates KL(arm ‖ reference) of whole answers with less noise than log p − 
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple
 
 import torch
@@ -88,29 +89,41 @@ def own_answers(model: nn.Module, tokenizer: Any, prompts: Sequence[Any], how: S
     return found
 
 
-_SEARCHES = 5
-
-
 def matched_scale(model: nn.Module, tokenizer: Any, prompts: Sequence[Any], how: Sampling) -> float:
-    """C with KL(c θ ‖ reference) = KL(deployed ‖ reference), of whole sampled answers: a control by size alone.
-
-    KL grows about as c² near the reference: c ← c √(KL(deployed) / KL(c)), from 1 on, five times, all with the same draws.
-    """
+    """The c with KL(c θ ‖ reference) = KL(deployed ‖ reference), of whole sampled answers: a control by size alone."""
 
     def kl() -> float:
         batches = _batches(model, tokenizer, prompts, how, how.seed)
         return float(torch.cat([_kl_to_reference(model, batch) for batch in batches]).mean())
 
+    def kl_of(c: float) -> float:
+        with scaled(model, c):
+            return kl()
+
     with deployed(model):
         wanted = kl()
-    c = 1.0
+    return _where(kl_of, wanted)
+
+
+_SEARCHES, _LARGEST = 8, 1.5
+
+
+def _where(kl_of: Callable[[float], float], wanted: float) -> float:
+    """The c in (0, 1.5) whose KL is nearest to the one that is wanted, of eight tries from 1 on.
+
+    KL grows about as c² near the reference: c ← c √(wanted / KL(c)). Where it grows as c⁴ or faster, as where the policy tips
+    over into an exploit, that would go to and fro for ever: a step out of what is still possible is halved instead.
+    """
+    low, c, high = 0.0, 1.0, _LARGEST
+    tried: dict[float, float] = {}
     for _ in range(_SEARCHES):
-        with scaled(model, c):
-            found = kl()
-        if found == 0:
+        found = tried[c] = kl_of(c)
+        if found == wanted:
             break
-        c = min(1.5, c * (wanted / found) ** 0.5)
-    return c
+        low, high = (c, high) if found < wanted else (low, c)
+        step = c * (wanted / found) ** 0.5 if found > 0 else high
+        c = step if low < step < high else (low + high) / 2
+    return min(tried, key=lambda c: abs(tried[c] - wanted))
 
 
 @dataclass(frozen=True)
@@ -122,30 +135,79 @@ class Sampling:
         temperature: 0 takes the likeliest token every time.
         seed: of the draws.
         batch_size: prompts at once.
+        options: further arguments of ``generate``, such as ``top_p``; without them the draws are from the whole distribution.
+            At temperature 0 those that thin a distribution out do nothing, and are left out.
     """
 
     max_new_tokens: int
     temperature: float = 1.0
     seed: int = 0
     batch_size: int = 128
+    options: Mapping[str, Any] = field(default_factory=dict)
+
+    def facts(self) -> dict[str, Any]:
+        """By name, as a record of an evaluation has them; ``options`` where there are some."""
+        return {name: value for name, value in asdict(self).items() if name != "options" or value}
+
+    def arguments(self) -> dict[str, Any]:
+        """Of ``generate``."""
+        # top_k and top_p spelled out: generate's own default is top_k=50
+        drawn = {"do_sample": True, "temperature": self.temperature, "top_k": 0, "top_p": 1.0}
+        if self.temperature > 0:
+            return {**drawn, **self.options, "max_new_tokens": self.max_new_tokens}
+        rest = {name: value for name, value in self.options.items() if name not in _THINNING}
+        greedy = {"do_sample": False, "temperature": None, "top_k": None, "top_p": None}
+        return {**greedy, **rest, "max_new_tokens": self.max_new_tokens}
+
+
+_THINNING = ("top_k", "top_p", "min_p", "top_h", "typical_p", "epsilon_cutoff", "eta_cutoff", "do_sample")
+
+
+_DRAWN_BY = {"top_k": int, "top_p": float, "min_p": float, "repetition_penalty": float}
+
+
+def as_in_training(
+    config: Mapping[str, Any], task: Task, *, temperature: float | None = None, seed: int = 0, batch_size: int = 128
+) -> Sampling:
+    """How a run drew its rollouts, with TRL's order: ``generation_kwargs`` has the last word.
+
+    Args:
+        config: the run's, as its folder has it.
+        task: has the length of an answer where the run does not say it.
+        temperature: another one.
+        seed: of the draws.
+        batch_size: prompts at once.
+    """
+    trainer = config.get("trainer") or {}
+    options: dict[str, Any] = {
+        name: kind(trainer[name]) for name, kind in _DRAWN_BY.items() if trainer.get(name) is not None
+    }
+    if not trainer.get("use_vllm"):  # else they are for vLLM's engine, and this is not it
+        further = trainer.get("generation_kwargs") or {}
+        options |= json.loads(further) if isinstance(further, str) else further
+    length = config.get("max_completion_length") or task.max_completion_length or 256
+    own = options.pop("temperature", config.get("temperature", 1.0))
+    return Sampling(
+        max_new_tokens=options.pop("max_new_tokens", length),
+        temperature=own if temperature is None else temperature,
+        seed=seed,
+        batch_size=batch_size,
+        options=options,
+    )
 
 
 @torch.no_grad()
 def _batches(model: nn.Module, tokenizer: Any, prompts: Sequence[Any], how: Sampling, seed: int) -> Iterator[_Batch]:
     """All prompts, batch by batch, from one stream of draws."""
-    # top_k and top_p spelled out: generate's own default is top_k=50
-    options: dict[str, Any] = {"do_sample": True, "temperature": how.temperature, "top_k": 0, "top_p": 1.0}
-    if how.temperature == 0:
-        options = {"do_sample": False, "temperature": None, "top_k": None, "top_p": None}
     training = model.training
     device = next(model.parameters()).device
     try:
         model.eval()
-        with torch.random.fork_rng(), _as_in_training(model, tokenizer) as ends:
+        with torch.random.fork_rng(), _plain_generation(model, tokenizer) as ends:
             torch.manual_seed(seed)
             for start in range(0, len(prompts), how.batch_size):
                 asked = _tokenize(tokenizer, list(prompts[start : start + how.batch_size])).to(device)
-                ids = model.generate(**asked, **options, max_new_tokens=how.max_new_tokens)  # type: ignore[operator]
+                ids = model.generate(**asked, **how.arguments())  # type: ignore[operator]
                 answers = ids[:, asked["input_ids"].shape[1] :]
                 new = _until_end(answers, ends)
                 texts = tokenizer.batch_decode(answers, skip_special_tokens=True)
@@ -155,7 +217,7 @@ def _batches(model: nn.Module, tokenizer: Any, prompts: Sequence[Any], how: Samp
 
 
 @contextmanager
-def _as_in_training(model: nn.Module, tokenizer: Any) -> Iterator[list[int]]:
+def _plain_generation(model: nn.Module, tokenizer: Any) -> Iterator[list[int]]:
     """Generate by the model's own distribution, as GRPO does, whatever its generation config says of penalties and beams.
 
     Yields:

@@ -265,12 +265,27 @@ class Verdict:
     """Whether it was the direction that removed the exploit.
 
     Attributes:
-        holds: whether the claim holds; None where there is nothing to claim, or no telling.
-        sentence: what the numbers allow to say.
+        holds: whether that is shown; None where there is nothing to show it of, or no telling.
+        sentence: what the numbers allow to say: ``headline: reasons``.
+
+    Example:
+        >>> Verdict(None, "No verdict: 9 prompts are too few; ask at least 30.").headline
+        'No verdict'
     """
 
     holds: bool | None
     sentence: str
+
+    @property
+    def headline(self) -> str:
+        """What the sentence says, without its reasons."""
+        return self.sentence.partition(": ")[0]
+
+    @property
+    def reasons(self) -> str:
+        """The rest of the sentence."""
+        text = self.sentence.partition(": ")[2]
+        return text[:1].upper() + text[1:]
 
 
 @dataclass(frozen=True)
@@ -309,6 +324,11 @@ class Evaluation:
         return DEPLOYED if DEPLOYED in self.names else TRAINED
 
     @property
+    def empty(self) -> list[str]:
+        """The controls whose book is empty, see `empty_controls`."""
+        return empty_controls(self.arms)
+
+    @property
     def names(self) -> list[str]:
         """The arms' names, in the order in which they were asked."""
         return list(dict.fromkeys(record.arm for record in self.arms))
@@ -331,6 +351,13 @@ def summarise(answers: Iterable[Answer]) -> list[ArmRecord]:
             flags = {m: Rate(int(x.sum()), len(x)).estimate for m, x in _flag_columns(rows).items()}
             records.append(ArmRecord(name, kind, len(rows), measures, flags))
     return records
+
+
+def empty_controls(arms: Iterable[ArmRecord]) -> list[str]:
+    """The controls that answered as the trained model did, to the last number: their book is empty, and nothing was out."""
+    overall = {record.arm: record.measures for record in arms if record.kind is None}
+    others = [name for name in overall if name not in (REFERENCE, TRAINED, DEPLOYED, SHRUNK)]
+    return [name for name in others if overall[name] == overall.get(TRAINED)]
 
 
 def compare(answers: Iterable[Answer], pairs: Sequence[tuple[str, str]]) -> list[Difference]:

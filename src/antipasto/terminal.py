@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import unicodedata
+from contextlib import AbstractContextManager, nullcontext
 
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -44,3 +46,17 @@ def shorten(text: object, width: int) -> str:
 def add_row(table: Table, *cells: object) -> None:
     """A table's row whose cells are taken literally: no markup, no control characters."""
     table.add_row(*(cell if isinstance(cell, Text) else Text(plain(cell)) for cell in cells))
+
+
+def is_live(console: Console) -> bool:
+    """Whether what was printed can be written over; else it is a file, a log or a dumb terminal."""
+    return console.is_terminal and not console.is_dumb_terminal
+
+
+def doing(console: Console, what: str) -> AbstractContextManager[object]:
+    """Say what goes on while it does; in a log, that it began."""
+    text = Text(plain(what))
+    if is_live(console):
+        return console.status(text)
+    console.print(text, soft_wrap=True)
+    return nullcontext()

@@ -24,7 +24,7 @@ import json
 import random
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback
 
 import antipasto as ap
-from antipasto.arms import rates_table
+from antipasto.arms import asking, rates_table
 from antipasto.demo.story import comparison, reading, standing
 from antipasto.evaluate import Chunk, Sampling, ask_arms, conclude, matched_scale, own_answers
 from antipasto.files import write_json
@@ -48,6 +48,7 @@ from antipasto.routing import Mode, Sharing
 from antipasto.run_folder import RUN, RunFolder
 from antipasto.runs import finish_run, run_facts, run_views
 from antipasto.tasks import addition
+from antipasto.terminal import doing
 from antipasto.trl import GRPOConfig, ProgressBar, RoutedGRPOTrainer
 from antipasto.trl.trainer import Flagged
 
@@ -212,15 +213,15 @@ def run_one(
         write_json(out / RUN, facts)
         with (out / "metrics.jsonl").open("w") as file:
             file.writelines(json.dumps(row) + "\n" for row in trainer.state.log_history if "reward" in row)
-        with console.status("sampling answers on unseen operands"):
-            books = {} if trainer.router is None else {name: trainer.router.book(name) for name in trainer.router.books}
-            kind, shrink = METHODS[method].kind, None
-            if kind == "route":
+        books = {} if trainer.router is None else {name: trainer.router.book(name) for name in trainer.router.books}
+        kind, shrink = METHODS[method].kind, None
+        if kind == "route":
+            with doing(console, "measuring how far the deployed model is from the reference"):
                 asked = [row["prompt"] for row in addition.rows(config.variant, addition.split("train")[:SIZING])]
                 how = Sampling(addition.MAX_ANSWER_TOKENS, seed=config.seed, batch_size=500)
                 shrink = matched_scale(trainer.model, tokenizer, asked, how)
-            arms = run_views(trainer.model, books, kind, shrink=shrink)
-            result = evaluate(trainer.model, arms, tokenizer, addition.split("test")[:TEST_PROMPTS], config)
+        arms = run_views(trainer.model, books, kind, shrink=shrink)
+        result = evaluate(trainer.model, arms, tokenizer, addition.split("test")[:TEST_PROMPTS], config, console)
     write_evaluation(result, out)
     return result
 
@@ -388,6 +389,7 @@ def evaluate(
     tokenizer: Any,
     operands: Sequence[addition.Operands],
     config: DemoConfig,
+    console: Console,
 ) -> Evaluation:
     """Every arm on the same operands under both prefixes, with the same draws."""
     task = addition.task(config.variant)
@@ -396,5 +398,6 @@ def evaluate(
     # a kind to a chunk, each from the config's seed
     chunks = [Chunk([i for i, row in enumerate(rows) if row["kind"] == kind], config.seed) for kind in kinds]
     how = Sampling(addition.MAX_ANSWER_TOKENS, seed=config.seed, batch_size=500)
-    answers = ask_arms(model, tokenizer, task, rows, arms, how, chunks=chunks)
-    return conclude(task.name, {"prompts": len(rows), **asdict(how)}, answers)
+    with asking(console, len(rows) * len(arms)) as say:
+        answers = ask_arms(model, tokenizer, task, rows, arms, how, chunks=chunks, on_answers=say)
+    return conclude(task.name, {"prompts": len(rows), **how.facts()}, answers)

@@ -86,7 +86,8 @@ def export_run(
             shutil.copymode(folder / "README.md", path)
         size = sum(path.stat().st_size for path in folder.iterdir())
     console.print(_table(out, about, written, found, size))
-    for note in (why_none, *_notes(out, about, written)):
+    verdict = None if evaluation is None else f"antipasto eval said of this run: {evaluation.verdict.sentence}"
+    for note in (verdict, why_none, *_notes(out, about, written)):
         if note is not None:
             console.print(plain(note), markup=False, highlight=False, soft_wrap=True)
     return found

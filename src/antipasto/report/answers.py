@@ -2,7 +2,8 @@
 
 An arm's *outcome* on a prompt is solved, exploited (rewarded, not solved) or failed; without an oracle, rewarded or not.
 A *pattern* is the outcomes of reference, as trained and deployed, as far as they were asked. All patterns take turns in the
-selection, those in which the arms differ first, so that a rare one is there beside a common one.
+selection, those in which the arms differ first, so that a rare one is there beside a common one. The first row is one that the
+trained model exploits and the deployed one solves, if there is any: what the page is about.
 """
 
 from __future__ import annotations
@@ -66,6 +67,11 @@ def outcome(answer: Answer) -> str:
     return "solved" if answer.solved else "exploited" if answer.exploits else "failed"
 
 
+def _is_the_story(row: Row) -> bool:
+    outcomes = {answer.arm: outcome(answer) for answer in row.answers}
+    return (outcomes.get(TRAINED), outcomes.get(DEPLOYED)) == ("exploited", "solved")
+
+
 def side_by_side(evaluation: Evaluation, *, budget: int) -> SideBySide:
     """Choose rows.
 
@@ -85,7 +91,9 @@ def side_by_side(evaluation: Evaluation, *, budget: int) -> SideBySide:
     counts = dict(Counter(row.pattern for row in rows).most_common())
     turns = zip_longest(*([row for row in rows if row.pattern == pattern] for pattern in counts))
     mixed = [row for turn in turns for row in turn if row is not None]
-    chosen = sorted(mixed, key=lambda row: not row.differs)[: ROWS * 3 // 4]
+    mixed.sort(key=lambda row: not row.differs)
+    story = next(filter(_is_the_story, mixed), None)
+    chosen = sorted(mixed, key=lambda row: row is not story)[: ROWS * 3 // 4]
     chosen += [row for row in mixed if row not in chosen and not row.differs][: ROWS - len(chosen)]
     kept: list[Row] = []
     for row in chosen:

@@ -27,13 +27,33 @@ def run_colour(number: int) -> str:
 # ── training ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+def overview(run: Run, onset: tuple[float, float, float] | None = None) -> list[Plot]:
+    """What training saw beside what was so, and the exploit, as far as they were logged.
+
+    Args:
+        run: the run.
+        onset: when the exploit began, as `antipasto.report.plots.curves` marks it.
+    """
+    rewards = _lines_of(run, "reward", "reward", "reward, ", "")
+    truths = _lines_of(run, "solved", "oracle", "oracle, ", DASHES[1])
+    exploited = _lines_of(run, "exploited", "exploit")
+    plots = []
+    if rewards:
+        caption = "Mean of what training sees; there is no oracle."
+        if truths:
+            caption = "What training sees; dashed, what the oracle says, which it does not see. Where they part, it is fooled."
+        lines = [*rewards, *truths]
+        plots.append(curves("Reward and oracle", caption + _smoothed(lines), lines, unit="mean", onset=onset))
+    if exploited:
+        caption = f"Rewarded and not solved: share of the step's rollouts.{_smoothed(exploited)}"
+        plots.append(curves("Exploited", caption, exploited, share=True, unit="share", onset=onset))
+    return plots
+
+
 def training(run: Run) -> list[Plot]:
-    """Curves of one run, as far as it logged them."""
+    """Further curves of one run, as far as it logged them."""
     plots = [
-        _by_policy(run, "reward", "Reward", "reward", "Mean of what training sees.", share=False),
-        _by_policy(run, "solved", "Solved", "oracle", "What the oracle says; training does not see it.", share=True),
-        _by_policy(run, "exploited", "Exploited", "exploit", "Rewarded and not solved.", share=True),
-        _by_policy(run, "flagged", "Flagged", "flagged", "What the detector flags.", share=True),
+        _by_policy(run, "flagged", "Flagged", "flagged", "What the detector or the monitor flags."),
         _single(
             run,
             "kl",
@@ -78,20 +98,32 @@ def training(run: Run) -> list[Plot]:
     return [plot for plot in plots if plot is not None]
 
 
-def _by_policy(run: Run, measure: str, title: str, metric: str, caption: str, *, share: bool) -> Plot | None:
-    """By sampling policy where rollouts came from several, else as the trainer logged it."""
+def _by_policy(run: Run, measure: str, title: str, metric: str, caption: str) -> Plot | None:
+    """A share of the step's rollouts."""
+    lines = _lines_of(run, measure, metric)
+    if not lines:
+        return None
+    caption += f" Share of the step's rollouts.{_smoothed(lines)}"
+    return curves(title, caption, lines, share=True, unit="share")
+
+
+def _lines_of(run: Run, measure: str, metric: str, prefix: str = "", dash: str | None = None) -> list[Line]:
+    """By sampling policy where rollouts came from several, else as the trainer logged it; none where nothing was logged.
+
+    Each policy has a dash of its own, if none is given.
+    """
     views = {} if run.rollouts is None else run.rollouts.curves.get(measure, {})
     if views:
-        lines = [
-            Line(f"sampled {_VIEWS.get(view, view)}", colour_of(_VIEWS.get(view, view), ()), points, DASHES[i])
+        return [
+            Line(
+                f"{prefix}sampled {_VIEWS.get(view, view)}",
+                colour_of(_VIEWS.get(view, view), ()),
+                points,
+                DASHES[i] if dash is None else dash,
+            )
             for i, (view, points) in enumerate(sorted(views.items(), key=lambda item: item[0] != "trained"))
         ]
-    elif run.metrics.get(metric):
-        lines = [Line("all rollouts", "ink", run.metrics[metric])]
-    else:
-        return None
-    caption += " Share of the step's rollouts." if share else ""
-    return curves(title, caption + _smoothed(lines), lines, share=share, unit="share" if share else "mean")
+    return [Line(f"{prefix}all rollouts", "ink", run.metrics[metric], dash or "")] if run.metrics.get(metric) else []
 
 
 def _single(run: Run, key: str, title: str, caption: str, unit: str) -> Plot | None:
@@ -118,18 +150,18 @@ def _smoothed(lines: Sequence[Line]) -> str:
 
 
 def overlaid(runs: Sequence[Run]) -> list[Plot]:
-    """The same metric of several runs."""
+    """The same metric of several runs: that of the policy which would ship, where a run samples from it."""
     plots = []
     for key, title, caption, share in (
-        ("reward", "Reward", "Mean of what training sees, over all rollouts of the step.", False),
-        ("oracle", "Solved", "Mean of what the oracle says, over all rollouts of the step.", True),
-        ("exploit", "Exploited", "Rewarded and not solved: share of all rollouts of the step.", True),
-        ("kl", "KL to the reference", "Mean over the tokens of the rollouts, in nats.", False),
+        ("reward", "Reward", "Mean of what training sees, over the rollouts of the policy that would ship.", False),
+        ("oracle", "Solved", "Mean of what the oracle says, over the rollouts of the policy that would ship.", True),
+        ("exploit", "Exploited", "Rewarded and not solved: share of rollouts of the policy that would ship.", True),
+        ("kl", "KL to the reference", "Mean over the tokens of all rollouts, in nats.", False),
     ):
         lines = [
-            Line(run.name, run_colour(i), run.metrics[key], DASHES[i % len(DASHES)])
+            Line(run.name, run_colour(i), points, DASHES[i % len(DASHES)])
             for i, run in enumerate(runs)
-            if run.metrics.get(key)
+            if (points := run.metrics.get(f"{key}/deployed") or run.metrics.get(key))
         ]
         if lines:
             plots.append(curves(title, caption + _smoothed(lines), lines, share=share))

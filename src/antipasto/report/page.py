@@ -187,6 +187,8 @@ def _view(run: Run, slug: str, number: int) -> dict[str, Any]:
         "arms": [] if evaluation is None else tables.arm_blocks(evaluation),
         "differences": [] if evaluation is None else tables.difference_blocks(evaluation),
         "rows": None if evaluation is None else side_by_side(evaluation, budget=BUDGET // number),
+        "overview": figures.overview(run),
+        "asked": [] if evaluation is None else _asked(evaluation.facts),
         "training": figures.training(run),
         "maps": figures.maps(run),
         "spectra": figures.spectra(run),
@@ -208,6 +210,13 @@ def _lead(run: Run) -> list[tuple[str, str]]:
     return [(name, str(values[name])) for name in names if values.get(name) is not None]
 
 
+def _asked(facts: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """How answers were drawn."""
+    flat = {**facts, **(facts.get("options") or {})}
+    said = ("prompts", "batch_size", "method", "asked", "answered_by", "options")
+    return [(name, value) for name, value in flat.items() if name not in said and value is not None]
+
+
 def _lists(run: Run) -> list[tuple[str, list[Any]]]:
     if run.rollouts is None:
         return []
@@ -220,7 +229,10 @@ def _comparison(runs: Sequence[Run]) -> dict[str, Any]:
     # who answered differs from run to run, and so may how many were asked at once
     asked = {
         json.dumps(
-            [e.task, {k: v for k, v in e.facts.items() if k not in ("method", "answered_by", "batch_size")}],
+            [
+                e.task,
+                {k: v for k, v in e.facts.items() if k not in ("method", "shrunk_by", "answered_by", "batch_size")},
+            ],
             sort_keys=True,
             default=str,
         )

@@ -120,7 +120,15 @@ def class_rules() -> str:
 # ── figures ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def curves(title: str, caption: str, lines: Sequence[Line], *, share: bool = False, unit: str = "") -> Plot:
+def curves(
+    title: str,
+    caption: str,
+    lines: Sequence[Line],
+    *,
+    share: bool = False,
+    unit: str = "",
+    onset: tuple[float, float, float] | None = None,
+) -> Plot:
     """Values over steps; thin as they are, thick as `running_mean`.
 
     Args:
@@ -129,8 +137,22 @@ def curves(title: str, caption: str, lines: Sequence[Line], *, share: bool = Fal
         lines: at least one.
         share: whether the axis is from 0 to 1.
         unit: of the values.
+        onset: lower end, step, upper end of when something began: an upright line in a band.
     """
     with _drawing((4.4, 2.35)) as (figure, axes):
+        if onset is not None:
+            low, at, high = onset
+            axes.axvspan(low, high, color=_CODE["rule"], alpha=0.5, linewidth=0)
+            axes.axvline(at, color=_CODE["muted"], linewidth=1.0)
+            axes.annotate(
+                "onset",
+                (at, 1),
+                (3, -1),
+                axes.get_xaxis_transform(),  # steps across, 0 to 1 upwards
+                "offset points",
+                color=_CODE["muted"],
+                va="top",
+            )
         for line in lines:
             x, y = np.array(line.points, dtype=float).T
             window = smoothing(len(x))
@@ -153,6 +175,8 @@ def curves(title: str, caption: str, lines: Sequence[Line], *, share: bool = Fal
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         axes.yaxis.set_major_locator(MaxNLocator(5))
         label = f"{title} by step. {_ends(lines)}"
+        if onset is not None:
+            label += f" Onset at step {onset[1]:.0f} [{onset[0]:.0f}, {onset[2]:.0f}]."
         return Plot(title, caption, to_svg(figure, label), [Key(line.label, line.colour, line.dash) for line in lines])
 
 

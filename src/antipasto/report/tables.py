@@ -24,6 +24,7 @@ from antipasto.records import (
 from antipasto.report.layers import kind_of
 from antipasto.report.plots import ARM_COLOURS
 from antipasto.routing import Books
+from antipasto.verdict import where_the_exploit_is
 
 _KNOWN = (REFERENCE, TRAINED, DEPLOYED, RANDOM, "permuted", "labels shuffled", "non-hack contrast", "shrunk")
 _TITLES = {"solve": "solved", "exploit": "exploited", "reward": "reward", "kl": "KL", "length": "length"}
@@ -118,10 +119,11 @@ def colour_of(arm: str, arms: Sequence[str]) -> str:
 
 
 def arm_blocks(evaluation: Evaluation) -> list[Block]:
-    """One block for all prompts, and one for each kind: how every arm does."""
+    """One block for all prompts, and one for each kind: how every arm does. That where the exploit is comes first."""
     columns = _columns(evaluation.arms)
     blocks = []
-    for kind in (None, *evaluation.kinds):
+    lead = where_the_exploit_is(evaluation.arms)
+    for kind in sorted((None, *evaluation.kinds), key=lambda kind: kind != lead):
         records = [record for record in evaluation.arms if record.kind == kind]
         base = evaluation.arm(REFERENCE, kind)
         lines = [_arm_line(record, record.arm, columns, base, evaluation.names) for record in records]
@@ -204,7 +206,7 @@ def _arm_line(
 
 def _difference_line(difference: Difference, name: str, columns: Sequence[Column], evaluation: Evaluation) -> Line:
     cells = [_cell(column.of(difference), column, 0.0, signed=True) for column in columns]
-    return Line(name, colour_of(name, evaluation.names), cells)
+    return Line(f"{difference.arm} − {difference.to}", colour_of(name, evaluation.names), cells)
 
 
 def _cell(estimate: Estimate | None, column: Column, mark: float | None, *, signed: bool = False) -> Cell | None:

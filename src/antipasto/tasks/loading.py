@@ -9,7 +9,8 @@ import importlib.util
 import inspect
 import sys
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
@@ -32,7 +33,8 @@ def load_task(spec: str) -> Task:
         path/to/my_task.py:name       a `Task` in a file, or a function without arguments that returns one
         package.module:name           the same in a module
 
-    A file is run anew at every call.
+    A file is run anew at every call, with the modules beside it: it may import them as a script does, first of all while the
+    file runs, and after what is installed when a function of it is called later.
 
     Raises:
         ValueError: there is no such built-in, file, module or name, it is no task, or the user's code raises; one line.
@@ -55,14 +57,46 @@ def load_task(spec: str) -> Task:
         )
     if not source or not name:
         raise ValueError(f"{spec!r}: expected path/to/my_task.py:name or package.module:name.")
-    module = _import_file(Path(source)) if source.endswith(".py") else _import_module(source)
-    return _named(module, name, source)
+    if not source.endswith(".py"):
+        return _named(_import_module(source), name, source)
+    path = Path(source)
+    if not path.is_file():
+        raise ValueError(f"There is no file {path}.")
+    with _neighbours(path.resolve().parent):
+        return _named(_import_file(path.resolve()), name, source)
+
+
+_BROUGHT: set[str] = set()
+"""Modules that task files found beside them."""
+
+
+@contextmanager
+def _neighbours(folder: Path) -> Iterator[None]:
+    """A folder's modules can be imported, anew: those of an earlier call may be of another folder, or have changed."""
+    for name in _BROUGHT:
+        sys.modules.pop(name, None)
+    _BROUGHT.clear()
+    importlib.invalidate_caches()
+    before = set(sys.modules)
+    sys.path.insert(0, str(folder))
+    try:
+        yield
+    finally:
+        sys.path.remove(str(folder))
+        if (
+            str(folder) not in sys.path
+        ):  # for functions that import when they are called; a library must not find these first
+            sys.path.append(str(folder))
+        _BROUGHT.update(name for name in set(sys.modules) - before if _lies_in(sys.modules[name], folder))
+
+
+def _lies_in(module: ModuleType, folder: Path) -> bool:
+    """Whether it is one of the folder's own, or of a package there; not what is installed in an environment inside it."""
+    file = getattr(module, "__file__", None)
+    return file is not None and folder in Path(file).parents and "site-packages" not in file
 
 
 def _import_file(path: Path) -> ModuleType:
-    if not path.is_file():
-        raise ValueError(f"There is no file {path}.")
-    path = path.resolve()
     # the digest: two files of one name are two modules; the stem comes last, as messages show it
     unique = f"antipasto_task_{hashlib.sha256(str(path).encode()).hexdigest()[:12]}.{path.stem}"
     module_spec = importlib.util.spec_from_file_location(unique, path)

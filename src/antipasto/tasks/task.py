@@ -9,18 +9,22 @@ Each of them is called with TRL's convention, on a whole batch, columns being th
 
     f(prompts=[…], completions=[…], answer=[…], …)  ->  one value per rollout
 
-Completions are plain texts, of chats too: the assistant's text. A function without ``**kwargs`` gets what it names.
+Completions are plain texts, of chats too: the assistant's text. A function without ``**kwargs`` gets what it names. Columns
+are as the rows have them, in training and in evaluations. A function may be ``async``: all of them share one event loop.
 """
 
 from __future__ import annotations
 
+import asyncio
+import atexit
 import dataclasses
 import difflib
 import functools
 import inspect
 import math
 import numbers
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+import threading
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence, Set
 from typing import Any
 
 from antipasto.pairs import load_pairs
@@ -278,6 +282,8 @@ def _check_rows(rows: Any, where: str) -> _Rows:
                 f"those before have {sorted(map(str, first.columns))}."
             )
     assert first is not None
+    if unnamed := [column for column in first.columns if not isinstance(column, str)]:
+        raise ValueError(f"{where}: functions get columns by name, and {unnamed[0]!r} is no text.")
     if taken := sorted(first.columns & _RESERVED):
         raise ValueError(f"{where}: a column cannot be called {', '.join(map(repr, taken))}, TRL uses that name.")
     return first
@@ -368,6 +374,8 @@ class _Call:
     def _run(self, part: slice) -> list[Any] | None:
         """The values of these rollouts, as a list; None where that is not what came."""
         values = self.function(**{name: list(self.batch[name][part]) for name in self.arguments})
+        if inspect.isawaitable(values):
+            values = _awaited(values)
         self._returned = _short(values)
         if hasattr(values, "tolist"):  # arrays and tensors
             values = values.tolist()
@@ -405,6 +413,31 @@ class _Call:
     @property
     def _everyone(self) -> str:
         return f"a batch of {self.size}"
+
+
+@functools.cache
+def _event_loop() -> asyncio.AbstractEventLoop:
+    """One loop for all calls, as clients that a function keeps belong to one; on a thread, as the caller may have its own."""
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever, daemon=True)
+    thread.start()
+
+    def end() -> None:
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        loop.close()
+
+    atexit.register(end)
+    return loop
+
+
+def _awaited(values: Awaitable[Any]) -> Any:
+    """What an ``async`` function returns in the end."""
+
+    async def wait() -> Any:
+        return await values
+
+    return asyncio.run_coroutine_threadsafe(wait(), _event_loop()).result()
 
 
 def near(name: str, names: Iterable[str]) -> str:

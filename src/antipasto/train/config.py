@@ -227,6 +227,8 @@ def trainer_args(config: TrainConfig, task: Task, out: Path, processes: int) -> 
     args = _parse(options)
     if isinstance(reporters, list):
         args.report_to = reporters
+    if args.remove_unused_columns:
+        raise ValueError("--trainer.remove_unused_columns true would leave the task's functions without their rows.")
     _check_reporters(args.report_to)
     if config.save_every % steps_per_cycle(args):
         raise ValueError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import secrets
 from collections.abc import Callable
@@ -16,7 +17,7 @@ from transformers import PrinterCallback
 from transformers.integrations import TensorBoardCallback
 
 import antipasto as ap
-from antipasto.evaluate import Sampling
+from antipasto.evaluate import as_in_training
 from antipasto.files import write_json, write_text
 from antipasto.models import base_fingerprint, load_model, process_state, quiet, with_template_options
 from antipasto.run_folder import RunFolder, step_of
@@ -88,17 +89,20 @@ def run(config: TrainConfig, out: Path, console: Console, *, resume: bool = Fals
             model=model,
             args=args,
             reward_funcs=_judge(task, "reward"),
-            train_dataset=Dataset.from_list([dict(row) for row in task.train]),
+            train_dataset=Dataset.from_dict({"row": range(len(task.train))}),  # `_prompts_of` and `_judge` look them up
             processing_class=tokenizer,
             peft_config=_adapter(config),
             router=how.router(folder, tokenizer, state),
             detector=None if task.detector is None or how.uses_monitor else _judge(task, "detector"),
-            monitor=how.monitor(folder, tokenizer, state, _sampling(config, task), console),
+            monitor=how.monitor(
+                folder, tokenizer, state, as_in_training(dataclasses.asdict(config), task, seed=config.seed), console
+            ),
             flagged=how.flagged,
             oracle=None if task.oracle is None else _judge(task, "oracle"),
             deploy_fraction=config.deploy_fraction,
             rollout_log=folder.rollouts,
         )
+        trainer.data_collator = _prompts_of(task)
         trainer.remove_callback(PrinterCallback)
         on_main(state, lambda: _describe(trainer, config, folder, resume=resume))
         if state.is_main_process:
@@ -156,19 +160,21 @@ def _adapter(config: TrainConfig) -> ap.AntiPastoConfig:
     return adapter
 
 
-def _sampling(config: TrainConfig, task: Task) -> Sampling:
-    return Sampling(
-        max_new_tokens=config.max_completion_length or task.max_completion_length or 256,
-        temperature=config.temperature,
-        seed=config.seed,
-    )
+def _prompts_of(task: Task) -> Callable[[list[dict[str, int]]], list[dict[str, Any]]]:
+    """Numbers of rows → what TRL sees of them. No row goes through Arrow, which would fill up ragged ones and lose tuples."""
+
+    def collate(numbers: list[dict[str, int]]) -> list[dict[str, Any]]:
+        return [{"prompt": task.train[number["row"]]["prompt"], **number} for number in numbers]
+
+    return collate
 
 
 def _judge(task: Task, role: Literal["reward", "oracle", "detector"]) -> Callable[..., list[float]]:
-    """One of a task's functions as TRL calls it, checked."""
+    """One of a task's functions as TRL calls it, checked; it gets the rows as the task has them, as in an evaluation."""
 
-    def judge(prompts: list[Any], completions: list[Any], **columns: Any) -> list[float]:
-        return task.ask(role, prompts, completions, {name: columns[name] for name in task.columns})
+    def judge(prompts: list[Any], completions: list[Any], row: list[int], **_: Any) -> list[float]:
+        rows = [task.train[number] for number in row]
+        return task.ask(role, prompts, completions, {name: [each[name] for each in rows] for name in task.columns})
 
     judge.__name__ = role
     return judge

@@ -31,6 +31,8 @@ from rich.progress import (
 from rich.text import Text
 from transformers import TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 
+from antipasto.terminal import is_live
+
 BLOCKS, ASCII_BLOCKS = "▁▂▃▄▅▆▇█", "_.,-=+*#"
 CELLS = 24  # of a line of blocks, at most: with a name, a value and a note it fits into 60 columns
 NARROW = 72  # columns: with fewer, what stays takes two lines
@@ -151,7 +153,7 @@ class _Panel(Progress):
 
     def __init__(self, console: Console, description: str) -> None:
         self.left: str | None = None
-        self.is_live = console.is_terminal and not console.is_dumb_terminal
+        self.is_live = is_live(console)
         self._blocks = ASCII_BLOCKS if console.options.ascii_only else BLOCKS
         self._history: dict[str, History] = {}
         self._rows: Text | None = None
