@@ -61,7 +61,7 @@ def main() -> None:
     ids = torch.randint(0, 49152, (8, 128))
 
     hooks: list[float] = []
-    router._before_step, router._after_step = timed(router._before_step, hooks), timed(router._after_step, hooks)  # type: ignore[method-assign]
+    router._before_step, router._after_step = timed(router._before_step, hooks), timed(router._after_step, hooks)  # type: ignore[method-assign,assignment]
 
     def step(around: AbstractContextManager[object]) -> tuple[float, float]:
         start, cpu = time.perf_counter(), time.process_time()

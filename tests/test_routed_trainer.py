@@ -929,7 +929,11 @@ def test_judges_see_the_columns(tmp_path: Path) -> None:
     trainer = trained(tmp_path, config={"max_steps": 1}, detector=judge, flagged="watch", oracle=judge)
     assert len(seen) == 2
     for columns in seen:
-        assert set(columns) == {"prompts", "completions", "serial"}
+        assert set(columns) - {"completion_ids", "trainer_state", "log_extra", "log_metric"} == {
+            "prompts",
+            "completions",
+            "serial",
+        }
         dataset = trainer.train_dataset
         assert [dataset[i]["prompt"] for i in columns["serial"]] == columns["prompts"]
 

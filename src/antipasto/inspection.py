@@ -448,11 +448,12 @@ def rollouts_parts(path: Path) -> list[RenderableType]:
     count = 0
     for where, row in read_rows(path, notes):
         for key, values in columns.items():
-            value = as_number(row, key, where)
+            value = oracle_of(row, where) if key == "oracle" else as_number(row, key, where)
             if value is not None:
                 values.append(value)
-        if columns["oracle"] and len(columns["oracle"]) == len(columns["reward"]):
-            columns["exploit"].append(is_exploit(columns["reward"][-1], columns["oracle"][-1]))
+        reward, oracle = as_number(row, "reward", where), oracle_of(row, where)
+        if reward is not None and oracle is not None:
+            columns["exploit"].append(is_exploit(reward, oracle))
         score = as_number(row, "hackward", where)
         if score is not None and math.isfinite(score):
             entry = _Tail(score, -count, row)
@@ -532,6 +533,12 @@ def as_number(row: Mapping[str, Any], key: str, where: str) -> float | None:
     except OverflowError:
         pass
     raise ValueError(f"{where}: {key!r} must be a number, got {shorten(repr(value), 40)}.")
+
+
+def oracle_of(row: Mapping[str, Any], where: str) -> float | None:
+    """What the oracle says of a rollout; None where there is none, or it abstained."""
+    value = as_number(row, "oracle", where)
+    return None if value is None or math.isnan(value) else value
 
 
 def _mean(values: Sequence[float]) -> float:

@@ -22,11 +22,94 @@ Adam: Kingma and Ba 2014 (arXiv:1412.6980); AdamW: Loshchilov and Hutter 2017 (a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import inspect
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+
+class GradientParts:
+    """g_D and g_Q of the gradient that the parameters hold: they grow with it, and go when it goes.
+
+    A gradient is gone where it was set to None, or to zero when the next one begins, or where others stand in its place. A
+    step does not use it up: a second one on the same gradient is split as the first.
+
+    Args:
+        parameters: 1-D each.
+    """
+
+    def __init__(self, parameters: Sequence[nn.Parameter]) -> None:
+        self._parameters = list(parameters)
+        self._parts: Tensor | None = None  # (2, R)
+        self._of: list[Tensor | None] = []  # the gradients that they are of
+        self._stepped = False
+
+    def watch(self) -> list[RemovableHandle]:
+        """Hooks that see a gradient begin: they run before it is accumulated."""
+        return [p.register_hook(self._before_accumulation) for p in self._parameters if p.requires_grad]
+
+    def _before_accumulation(self, _: Tensor) -> None:
+        if self._parts is not None and not any(p.grad is not None and p.grad.any() for p in self._parameters):
+            self.drop()
+
+    def drop(self) -> None:
+        """Forget them."""
+        self._parts, self._of, self._stepped = None, [], False
+
+    def add(self, g_D: Tensor, g_Q: Tensor) -> None:
+        """What one backward has added to both, (R,) each.
+
+        Raises:
+            ValueError: there is no gradient yet.
+        """
+        grads = [p.grad for p in self._parameters]
+        if all(grad is None for grad in grads):
+            raise ValueError("add_gradients belongs after the backward, and the knobs have no gradient yet.")
+        if self._is_gone():
+            self.drop()
+        parts = torch.stack([g_D, g_Q])
+        self._parts = parts if self._parts is None else self._parts + parts
+        self._of, self._stepped = grads, False
+
+    def _is_gone(self) -> bool:
+        grads = [p.grad for p in self._parameters]
+        return not any(grad is not None and grad is of for grad, of in zip(grads, self._of, strict=False))
+
+    def there(self) -> bool:
+        """Whether there are any, of the gradient that the next step will see."""
+        if all(p.grad is None for p in self._parameters) or (self._stepped and self._is_gone()):
+            self.drop()
+        return self._parts is not None
+
+    def scaled_to(self, g: Tensor, reduce: Callable[[Tensor], Tensor] | None) -> tuple[Tensor, Tensor]:
+        """Both at the scale of the gradient that the optimizer will see, after clipping and unscaling; all g_D if none.
+
+        Args:
+            g: that gradient, (R,), finite.
+            reduce: makes the mean over processes of (2, R).
+
+        Raises:
+            ValueError: they do not add up to it, also not at another scale.
+        """
+        parts = self._parts if self.there() else torch.stack([g, torch.zeros_like(g)])
+        assert parts is not None
+        if reduce is not None:
+            parts = reduce(parts)
+        whole = parts.sum(0)
+        scale = (g @ whole) / (whole @ whole).clamp_min(torch.finfo(g.dtype).tiny)
+        error = (g - scale * whole).norm()
+        if not bool((error <= 0.01 * g.norm()) & (scale >= 0)):  # so that a NaN does not pass
+            raise ValueError(
+                "The parts given to add_gradients do not add up to the gradient of the knobs, also not at another scale: "
+                f"lengths {float(whole.norm()):.3g} and {float(g.norm()):.3g}. Call it once for every backward."
+            )
+        parts = scale * parts
+        if self._parts is not None:
+            self._parts, self._stepped, self._of = parts, True, [p.grad for p in self._parameters]
+        return parts[0], parts[1]
 
 
 class MomentumSplit:
@@ -41,11 +124,12 @@ class MomentumSplit:
         quarantined: m_Q, (R,).
 
     Raises:
-        ValueError: another optimizer, or an option of it that this does not know how to split.
+        ValueError: another optimizer, a subclass with a step of its own, or an option that this does not know how to split.
     """
 
     def __init__(self, optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter]) -> None:
-        if not isinstance(optimizer, (torch.optim.Adam, torch.optim.SGD)):  # AdamW is an Adam
+        known = isinstance(optimizer, (torch.optim.Adam, torch.optim.SGD))  # AdamW is an Adam
+        if not known or not inspect.unwrap(type(optimizer).step).__module__.startswith("torch.optim."):
             raise ValueError(
                 f"Rollouts cannot be routed under {type(optimizer).__name__}, whose step is not known to be a sum over them. "
                 "Use torch's Adam, AdamW (the Trainer's adamw_torch or adamw_torch_fused) or SGD."
@@ -68,24 +152,44 @@ class MomentumSplit:
         value = state.get("exp_avg" if self._is_adam else "momentum_buffer")
         return torch.zeros_like(parameter.detach()) if value is None else value.detach().clone()
 
+    @property
+    def is_fresh(self) -> bool:
+        """Whether the optimizer remembers nothing of the parameters."""
+        return not any(self._optimizer.state.get(p) for p in self._parameters)
+
+    def continue_from(self, deployed: Tensor, quarantined: Tensor) -> bool:
+        """Take both momenta over from an earlier split, if they are of this optimizer: they add up to its own.
+
+        Not looked at under an L2 penalty, which is in the optimizer's momentum and in neither of the two.
+        """
+        penalty = any(g.get("weight_decay") and not g.get("decoupled_weight_decay") for g in self._groups)
+        tolerance = 3 * torch.finfo(deployed.dtype).eps ** 0.5
+        error = (deployed + quarantined - self.deployed).norm()
+        if self.is_fresh or not (penalty or bool(error <= tolerance * (deployed.norm() + quarantined.norm()))):
+            return False
+        self.deployed, self.quarantined = deployed, quarantined
+        return True
+
     def begin(self) -> None:
-        """Before ``optimizer.step()``: see which parameters it moves for the first time."""
+        """Before ``optimizer.step()``: see which parameters it moves, and which for the first time."""
         self._first = [self._optimizer.state.get(p, {}).get("momentum_buffer") is None for p in self._parameters]
+        self._idle = [p.grad is None for p in self._parameters]
 
     @torch.no_grad()
-    def end(self, g_D: Tensor, g_Q: Tensor, delta: Tensor) -> Tensor:
+    def end(self, g_D: Tensor, g_Q: Tensor, delta: Tensor, *, whole: bool = True) -> Tensor:
         """After ``optimizer.step()``: Δ_Q (R,), what of the displacement the quarantine's part of the gradient has done.
 
         Args:
             g_D: the deployed part of the gradient that the optimizer saw, (R,).
             g_Q: the other part, (R,).
             delta: Δ, by which the optimizer moved the parameters, (R,).
+            whole: False where the step ended in an exception: a parameter that it had not moved by then is passed over.
         """
         sizes = [p.numel() for p in self._parameters]
         moved = []
         split = zip(*(t.split(sizes) for t in (g_D, g_Q, self.deployed, self.quarantined, delta)), strict=True)
-        for index, (gradient_D, gradient_Q, m_D, m_Q, whole) in enumerate(split):
-            if self._parameters[index].grad is None:  # the optimizer passes it over, and its momentum stays as it is
+        for index, (gradient_D, gradient_Q, m_D, m_Q, step) in enumerate(split):
+            if self._idle[index] or not (whole or step.any()):  # passed over: its momentum stays as it is
                 moved.append(torch.zeros_like(gradient_Q))
                 continue
             group = self._groups[index]
@@ -93,7 +197,7 @@ class MomentumSplit:
             m_D.mul_(keep).add_(gradient_D, alpha=new)  # views: written into the whole
             m_Q.mul_(keep).add_(gradient_Q, alpha=new)
             lr = float(group["lr"])
-            moved.append(self._within(-lr * self._direction(index, gradient_Q, m_Q), whole, lr))
+            moved.append(self._within(-lr * self._direction(index, gradient_Q, m_Q), step, lr))
         delta_Q = torch.cat(moved)
         if not any(
             group.get("weight_decay") for group in self._groups

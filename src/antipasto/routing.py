@@ -13,19 +13,27 @@ That is *exclusive* routing: each part of the step has one owner. Under *classic
 arXiv:2410.04332) the quarantine learns from everything, δS_hack += Δ, while δS still gets Δ − moved alone; θ then moves by
 both, and is no longer what it would be without the router.
 
-θ = δS + δS_hack is the same after an update-level move: with any optimizer, **routing does not change the training run** that
-samples from θ, and each further direction can keep a book of what it would have moved in that same run (`controls`). With
+θ = δS + δS_hack is the same after an update-level move, so **routing does not change the training run** that samples from θ,
+and each further direction can keep a book of what it would have moved in that same run (`controls`). That takes an optimizer
+whose step depends on the gradients and on what it remembers of them alone, as those of SGD, Adam, AdamW without decay, RMSprop
+and Lion do: the optimizer sees δS where the plain run's saw θ. Where a step depends on the parameter's value (weight decay,
+LAMB, Adafactor, schedule-free averaging), or an optimizer writes to the parameters outside of ``step()`` (Lookahead,
+schedule-free's ``eval()``), θ leaves the plain run. Both are warned about: the first is tried out on copies
+(`antipasto.probing`) after each of the first steps, until three were conclusive, but not with a closure; the second is seen at
+the next step. With
 deployed sampling (`antipasto.trl.trainer`) part of the run is of δS, which the direction shapes; the books are then of that
 run. mode="erase" drops the moved part instead of keeping it; mode="measure" moves nothing, and keeps the direction's own book
 beside the controls'.
 
-Two guarantees at update level, whatever the optimizer's momentum does. Coordinate gate: the coordinates it guards never move
-hack-ward, exactly. One-sided gate: no step moves δS hack-ward along V, up to rounding. At gradient level neither holds: Adam
-rescales the small routed part to a full-size step in both knobs.
+Two guarantees at update level, for what ``step()`` moves, with any optimizer and whatever its momentum does. Coordinate gate:
+the coordinates it guards never move hack-ward, exactly. One-sided gate: no step moves δS hack-ward along V, up to rounding. At
+gradient level neither holds: Adam rescales the small routed part to a full-size step in both knobs.
 
 Weight decay. A decoupled decay (AdamW's) pulls δS towards zero and is part of Δ, so the gate sees it; the quarantine, which
-the optimizer does not know, does not decay. Then θ leaves the plain run's trajectory, which is why 0 is the default of every
-trainer this is meant for, and anything else is warned about.
+the optimizer does not know, does not decay. 0 is the default of every trainer this is meant for.
+
+A step that is refused moves nothing, and neither does one that a GradScaler skips. A step that ends in an exception is routed
+as far as it went, before the next one or when the router lets go of the optimizer.
 """
 
 from __future__ import annotations
@@ -45,7 +53,8 @@ from antipasto.files import read_tensors, write_tensors
 from antipasto.fingerprints import Fingerprint, check_same_base, fingerprints_from_json, fingerprints_to_json
 from antipasto.gates import Control, Gate, GateName
 from antipasto.knobs import current_fingerprints, knobs, require_finite_gradients
-from antipasto.momentum import MomentumSplit
+from antipasto.momentum import GradientParts, MomentumSplit
+from antipasto.probing import reads_values
 from antipasto.tuner.layer import View
 from antipasto.tuner.views import seen_as
 
@@ -59,6 +68,7 @@ OWN_BOOK = "direction"
 _FORMAT = "antipasto-books-2"
 _CHANCE_SEED = 2410_04332  # no seed that a control would be given
 _MOMENTUM = ("momentum/deployed", "momentum/quarantined")
+_TRIES = 3
 
 
 class RoutingWarning(UserWarning):
@@ -153,9 +163,16 @@ class Router:
         self._before: Tensor | None = None
         self._optimizer: torch.optim.Optimizer | None = None
         self.reduce: Callable[[Tensor], Tensor] | None = None
-        self._parts: tuple[Tensor, Tensor] | None = None  # g_D and g_Q since the last step
+        self._parts = GradientParts(self._delta_s)
+        self._of_step: tuple[Tensor, Tensor] | None = None  # g_D and g_Q of the step under way
         self._momentum: MomentumSplit | None = None
         self._saved_momentum: tuple[Tensor, Tensor] | None = None
+        self._skipped = False
+        self._without_buffer: list[Tensor] = []
+        self._left: Tensor | None = None  # δS as the last step left it; None once it was warned about
+        self._warned_of_writes = False
+        self._tries = 0
+        self._descent = torch.empty(0)
 
     @property
     def _device(self) -> torch.device:
@@ -174,35 +191,51 @@ class Router:
         """Context: every ``optimizer.step()`` is routed. Leaves no hook behind, also after an exception.
 
         Args:
-            optimizer: any torch optimizer (or accelerate's wrapper of one) that has the ``delta_s`` of all routed layers.
+            optimizer: a torch optimizer (or accelerate's wrapper of one) that has the ``delta_s`` of all routed layers; the
+                module's text says what its step may depend on.
 
         Raises:
-            ValueError: a knob is not in the optimizer, or the router is attached already.
+            ValueError: a knob is not in the optimizer, the router is attached already, or ``maximize=True`` at gradient level.
+                From the step: a gradient, a displacement or a part of the gradient that is not finite.
 
         Warns:
-            RoutingWarning: the optimizer decays the knobs (see the module's text).
+            RoutingWarning: the optimizer decays the knobs; from the step, its step depends on their values, or they were
+                written to between two steps (see the module's text).
         """
         optimizer = getattr(optimizer, "optimizer", optimizer)
         self._check_optimizer(optimizer)
         handles = [
             optimizer.register_step_pre_hook(lambda _, args, kwargs: self._on_step(args, kwargs)),
             optimizer.register_step_post_hook(lambda *_: self._after_step()),
+            *self._parts.watch(),
         ]
         if self.level == "gradient":
             # until the step splits it, the gradient counts once: clipping would else see it in both knobs
             handles += [knob.register_hook(torch.zeros_like) for knob in self._hack]
-        self._optimizer, self._momentum = optimizer, None
+        self._optimizer, self._momentum, self._left = optimizer, None, None
+        self._warned_of_writes = False
+        self._tries = _TRIES if self._keeps_the_run(optimizer) else 0
         self._follow(self._delta_s[0].device)
         try:
             yield self
         finally:
             for handle in handles:
                 handle.remove()
-            self._optimizer = None
-            if self._momentum is not None:  # attached again, to the same optimizer, it goes on
-                self._saved_momentum = self._momentum.deployed, self._momentum.quarantined
-            if self._before is not None:  # a step that ended in an exception: what it moved is routed all the same
-                self._after_step()
+            try:
+                self._end_interrupted()
+            finally:
+                if self._momentum is not None:  # attached again, to the same optimizer, it goes on
+                    self._saved_momentum = self._momentum.deployed, self._momentum.quarantined
+                self._parts.drop()
+                self._optimizer = self._momentum = None
+
+    def _keeps_the_run(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Whether θ is to be the plain run's, and nothing has been said yet of why it would not."""
+        groups = [
+            group for group in optimizer.param_groups if any(p is k for p in group["params"] for k in self._delta_s)
+        ]
+        routes = self.mode == "route" and self.level == "update" and self.sharing == "exclusive"
+        return routes and not any(group.get("weight_decay") for group in groups)
 
     def _follow(self, device: torch.device) -> None:
         """Move along with a model that has been moved since."""
@@ -234,6 +267,14 @@ class Router:
                         f"{name}: its delta_s_hack is in the optimizer and would train by itself. Call "
                         "delta_s_hack.requires_grad_(False) on every layer, and create the optimizer without it."
                     )
+        ascends = [bool(groups[id(knob)].get("maximize")) for knob in self._delta_s]
+        if self.level == "gradient" and self.mode != "measure" and any(ascends):
+            raise ValueError(
+                "At level='gradient' the part of a gradient that a step would follow downwards is routed, and this optimizer "
+                "has maximize=True: minimise the negative, or use level='update'."
+            )
+        signs = [torch.full((r,), -1.0 if up else 1.0) for r, up in zip(self._sizes.values(), ascends, strict=True)]
+        self._descent = torch.cat(signs).to(self._device)
         if any(groups[id(knob)].get("weight_decay") for knob in self._delta_s):
             warnings.warn(
                 "The optimizer decays the knobs. The decay is routed as part of each step and the quarantine does not decay, "
@@ -242,13 +283,32 @@ class Router:
                 stacklevel=4,
             )
 
-    def _on_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        closure = any(value is not None for value in (*args[1:], kwargs.get("closure")))  # args[0] is the optimizer
-        if closure and self.level == "gradient" and self.mode != "measure":
+    def _on_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        self._end_interrupted()
+        closure = kwargs.get("closure") if len(args) < 2 else args[1]  # args[0] is the optimizer
+        self._see_writes()
+        if closure is None:
+            self._before_step()
+            return None
+        self._skipped, self._tries = False, 0  # a step with a closure cannot be tried out on copies
+        if self.level == "gradient" and self.mode != "measure":
             raise ValueError(
                 "level='gradient' cannot route a step with a closure, which computes gradients of its own."
             )
-        self._before_step()
+        before = _flat(self._delta_s)
+
+        def looked_at() -> Any:
+            loss = closure()
+            try:
+                self._see_gradient()
+            except ValueError:
+                with torch.no_grad():  # an optimizer that calls it several times has moved them by now
+                    _write(self._delta_s, self._split(before))
+                raise
+            return loss
+
+        self._before = before
+        return (args[0], looked_at, *args[2:]), {name: value for name, value in kwargs.items() if name != "closure"}
 
     def flatten(self, grads: Mapping[str, Tensor]) -> Tensor:
         """Gradients by layer, (b, r) each, as one (b, R); zeros where a layer has none."""
@@ -274,75 +334,155 @@ class Router:
             deployed: g_D (R,), as `flatten` orders the knobs.
             quarantined: g_Q (R,). The two add up to what the backward adds to the knobs' gradients.
 
+        They belong to the gradient that the knobs then hold: they add up over micro-batches as it does, and are gone when it
+        is, whether a step used it or not.
+
         Raises:
-            ValueError: routing is at gradient level; or, at the step, the two do not add up to the gradient, or the optimizer
-                is none whose step can be split.
+            ValueError: routing is at gradient level, or the knobs have no gradient yet; or, at the step, the two do not add up
+                to the gradient, or the optimizer is none whose step can be split.
         """
         if self.level == "gradient":
             raise ValueError("Rollouts are routed at level='update': at gradient level Adam would rescale their share.")
-        g_D, g_Q = self._parts or (torch.zeros_like(deployed), torch.zeros_like(quarantined))
-        self._parts = g_D + deployed, g_Q + quarantined
+        self._parts.add(deployed, quarantined)
 
     def _begin_split(self, g: Tensor) -> None:
-        """Before the step: bring the parts to the scale of the gradient that the optimizer will see, after clipping."""
-        if self._parts is None and self._momentum is None:
+        """Before the step: bring the parts to the scale of the gradient that the optimizer will see."""
+        if not self._parts.there() and self._momentum is None and self._saved_momentum is None:
             return
         assert self._optimizer is not None
         if self._momentum is None:
-            self._momentum = MomentumSplit(self._optimizer, self._delta_s)
-            if self._saved_momentum is not None:
-                self._momentum.deployed, self._momentum.quarantined = self._saved_momentum
+            self._momentum = self._begun_momentum(self._optimizer)
+        self._of_step = self._parts.scaled_to(g, self.reduce)
         self._momentum.begin()
-        parts = torch.stack(self._parts or (g, torch.zeros_like(g)))  # (2, R)
-        if self.reduce is not None:
-            parts = self.reduce(parts)
-        whole = parts.sum(0)
-        scale = (g @ whole) / (whole @ whole).clamp_min(torch.finfo(g.dtype).tiny)
-        if (g - scale * whole).norm() > 0.01 * g.norm():
-            raise ValueError(
-                "The parts given to add_gradients do not add up to the gradient of the knobs, also not at another scale: "
-                f"lengths {float(whole.norm()):.3g} and {float(g.norm()):.3g}. Call it once for every backward."
-            )
-        self._parts = (scale * parts[0], scale * parts[1])
 
-    def _claimed(self, delta: Tensor) -> Tensor:
+    def _begun_momentum(self, optimizer: torch.optim.Optimizer) -> MomentumSplit:
+        """That of an optimizer which this router has split before goes on; in any other, all is the deployed part's."""
+        momentum, saved, self._saved_momentum = MomentumSplit(optimizer, self._delta_s), self._saved_momentum, None
+        if saved is not None and not momentum.continue_from(*saved) and not momentum.is_fresh:
+            warnings.warn(
+                f"The momentum in this {type(optimizer).__name__} is not the one that was split before: all of it counts as "
+                "the deployed knobs'. Keep the router attached to the optimizer that it splits, or give it a new one.",
+                RoutingWarning,
+                stacklevel=2,
+            )
+        return momentum
+
+    def _claimed(self, delta: Tensor, whole: bool) -> Tensor:
         """After the step: Δ_Q, what of it the rollouts of the quarantine have done."""
-        if self._momentum is None:
+        if self._momentum is None or self._of_step is None:
             return torch.zeros_like(delta)
-        assert self._parts is not None
-        claimed = self._momentum.end(*self._parts, delta)
-        self._parts = None
+        claimed = self._momentum.end(*self._of_step, delta, whole=whole)
+        self._of_step = None
         self._seen["flagged_update"] = claimed.norm() / delta.norm().clamp_min(torch.finfo(delta.dtype).tiny)
         return claimed
 
-    @torch.no_grad()
-    def _before_step(self) -> None:
-        if getattr(self._optimizer, "found_inf", None) is None:  # else a GradScaler decides, inside the step
-            require_finite_gradients(dict(zip(self._sizes, (k.grad for k in self._delta_s), strict=True)), self.steps)
-        if self._before is None:  # else the step before ended in an exception, and what it moved is still to be routed
-            self._before = _flat(self._delta_s)
-        g = _flat([torch.zeros_like(knob) if knob.grad is None else knob.grad for knob in self._delta_s])
-        self._see("hackward_in", g)
-        self._begin_split(g)
-        if self.level == "gradient" and self.mode != "measure":
-            self._hack_before = _flat(self._hack) if self._hack else torch.zeros_like(g)
-            assert self._gate is not None
-            assert self._chance is not None
-            moved, self._seen["fired"] = self._gate.moved(-g)
-            self._seen["fired_random"] = self._chance.moved(-g)[1]
-            for knob, part in zip(self._delta_s, self._split(g + moved), strict=True):
-                knob.grad = part.clone()
-            for knob, part in zip(self._hack, self._split(-moved), strict=False):  # none where the moved part is erased
-                knob.grad = part.clone()
+    def _see_writes(self) -> None:
+        """Warn, once, where δS is not what the last step left."""
+        if self._left is None or self.level == "gradient" or self.mode == "measure":
+            return
+        now = _flat(self._delta_s)
+        if not torch.allclose(now, self._left, rtol=1e-5, atol=1e-8):
+            changes = [float(part.abs().max()) for part in self._split(now - self._left)]
+            name = list(self._sizes)[max(range(len(changes)), key=changes.__getitem__)]
+            warnings.warn(
+                f"{name}: its delta_s was written to between two steps, by up to {max(changes):.2g} a coordinate, around "
+                f"{type(self._optimizer).__name__}. Such a move is not routed: it may be hack-ward, and training is no longer "
+                "what it would be without the router. Lookahead and schedule-free averaging do this.",
+                RoutingWarning,
+                stacklevel=5,
+            )
+            self._left = None
+            self._warned_of_writes = True
+
+    def _try_out(self) -> None:
+        """Warn, once, where another step on this gradient would depend on the values of the knobs."""
+        optimizer = self._optimizer
+        assert optimizer is not None
+        name = type(optimizer).__name__
+        try:
+            reads = reads_values(optimizer, self._delta_s)
+        except Exception as error:  # of code that is not ours, on copies: it is told, and the real step goes on
+            said = f"{name}'s step could not be tried out on copies of the knobs ({type(error).__name__}: {error}): if"
+        else:
+            self._tries -= reads is not None
+            if not reads:
+                return
+            said = f"A step of {name} depends on the values of the knobs, and not on their gradients alone: since"
+        self._tries = 0
+        warnings.warn(
+            f"{said} it sees delta_s without the quarantine, training is no longer what it would be without the router. Adam, "
+            "AdamW with weight_decay=0, SGD, RMSprop and Lion keep it so.",
+            RoutingWarning,
+            stacklevel=6,
+        )
 
     @torch.no_grad()
-    def _after_step(self) -> None:
-        assert self._before is not None
+    def _see_gradient(self) -> None:
+        """Look at the gradient that the optimizer is about to use; refuse what is not finite, having changed nothing."""
+        grads = [torch.zeros_like(knob) if knob.grad is None else knob.grad for knob in self._delta_s]
+        require_finite_gradients(dict(zip(self._sizes, grads, strict=True)), self.steps)
+        g = _flat(grads)
+        scale = getattr(
+            self._optimizer, "grad_scale", None
+        )  # of a GradScaler, where the optimizer unscales in its step
+        self._begin_split(g if scale is None else g / scale)
+        self._see("hackward_in", self._descent * g)
+
+    @torch.no_grad()
+    def _before_step(self) -> None:
+        found_inf = getattr(
+            self._optimizer, "found_inf", None
+        )  # of a GradScaler, where the optimizer skips in its step
+        self._skipped = found_inf is not None and bool(found_inf)
+        before = _flat(self._delta_s)
+        if self._skipped:
+            assert self._optimizer is not None
+            parameters = [p for group in self._optimizer.param_groups for p in group["params"]]
+            self._without_buffer = [p for p in parameters if "momentum_buffer" not in self._optimizer.state.get(p, {})]
+        else:
+            self._see_gradient()
+        if self.level == "gradient" and self.mode != "measure" and not self._skipped:
+            self._split_gradient()
+        self._before = before
+
+    def _split_gradient(self) -> None:
+        g = _flat([torch.zeros_like(knob) if knob.grad is None else knob.grad for knob in self._delta_s])
+        self._hack_before = _flat(self._hack) if self._hack else torch.zeros_like(g)
+        assert self._gate is not None
+        assert self._chance is not None
+        moved, self._seen["fired"] = self._gate.moved(-g)
+        self._seen["fired_random"] = self._chance.moved(-g)[1]
+        for knob, part in zip(self._delta_s, self._split(g + moved), strict=True):
+            knob.grad = part.clone()
+        for knob, part in zip(self._hack, self._split(-moved), strict=False):  # none where the moved part is erased
+            knob.grad = part.clone()
+
+    def _end_interrupted(self) -> None:
+        """Route what a step that ended in an exception had moved by then."""
+        if self._before is None:
+            return
+        if self._skipped or torch.equal(self._before, _flat(self._delta_s)):
+            self._before = self._of_step = None
+        else:
+            self._after_step(whole=False)
+
+    @torch.no_grad()
+    def _after_step(self, whole: bool = True) -> None:
+        if self._before is None:  # of a step that called its base class's, which was routed
+            return
         before, after = self._before, _flat(self._delta_s)
+        self._before = None
+        if self._skipped:
+            self._parts.drop()
+            assert self._optimizer is not None
+            for parameter in self._without_buffer:  # torch's fused SGD makes it, and skips without having filled it
+                self._optimizer.state.get(parameter, {}).pop("momentum_buffer", None)
+            return
         delta = after - before
         if self.level == "gradient" and self._hack:
             delta = delta + (_flat(self._hack) - self._hack_before)  # of θ: here the optimizer moves both knobs
-        claimed = self._claimed(delta)
+        self._require_finite(delta, before)
+        claimed = self._claimed(delta, whole)
         moved = chance_moved = claimed
         if self._gate is not None and self._chance is not None:
             by_gate, fired = self._gate.moved(delta - claimed)
@@ -358,10 +498,30 @@ class Router:
         self._see("hackward_update", -delta)
         self._see("hackward_out", before - _flat(self._delta_s))
         self._keep_books(delta, claimed, moved, chance_moved)
-        self._before = None
+        if not self._warned_of_writes:
+            self._left = _flat(self._delta_s)
         self.steps += 1
-        if self.refresh_every and self.steps % self.refresh_every == 0:
+        if whole and self._tries:
+            self._try_out()
+        if whole and self.refresh_every and self.steps % self.refresh_every == 0:
             self._refresh()
+
+    def _require_finite(self, delta: Tensor, before: Tensor) -> None:
+        """Put the knobs back and say so where the optimizer's own step made a NaN or Inf of them."""
+        if delta.isfinite().all():
+            return
+        _write(self._delta_s, self._split(before))
+        if self.level == "gradient" and self._hack:
+            _write(self._hack, self._split(self._hack_before))
+        self._of_step = None
+        bad = next(
+            name for name, part in zip(self._sizes, self._split(delta), strict=True) if not part.isfinite().all()
+        )
+        raise ValueError(
+            f"After {self.steps} steps, {type(self._optimizer).__name__}'s step made a NaN or Inf of the knobs of {bad}, from "
+            "gradients that are finite. The knobs are as they were before this step; what the optimizer remembers may not be. "
+            "Look at its learning rate and its eps."
+        )
 
     def _keep_books(self, delta: Tensor, claimed: Tensor, moved: Tensor, chance_moved: Tensor) -> None:
         self._chance_book += chance_moved
@@ -491,9 +651,11 @@ class Router:
                 self._set_direction(Direction.from_tensors(saved.direction, self.direction.fingerprints))
         except (ValueError, KeyError) as error:
             raise ValueError(f"{path} does not continue this run: {error}.") from error
+        self._momentum, self._saved_momentum = None, None
         if saved.momentum is not None:
-            g_D, g_Q = saved.momentum
-            self._saved_momentum = g_D.to(self._device), g_Q.to(self._device)
+            m_D, m_Q = saved.momentum
+            self._saved_momentum = m_D.to(self._device), m_Q.to(self._device)
+        self._left = None  # whoever loads the books has loaded the knobs as well
         self._chance_book = chance.to(self._device)
         self._books, self.steps, self.last_overlap = books, saved.steps, saved.last_overlap
 

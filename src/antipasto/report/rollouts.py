@@ -18,7 +18,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from antipasto.inspection import as_number, read_rows
+from antipasto.inspection import as_number, oracle_of, read_rows
 from antipasto.tasks import is_exploit, is_solved
 
 EACH = 200  # of the highest, of the lowest, and of the sample
@@ -65,11 +65,10 @@ class Shown:
 class Share:
     """What the rollouts of one step and policy come to."""
 
-    total: int = 0
-    sums: dict[str, float] = field(default_factory=dict)
+    values: dict[str, list[float]] = field(default_factory=dict)
 
     def add(self, name: str, value: float) -> None:
-        self.sums[name] = self.sums.get(name, 0.0) + value
+        self.values.setdefault(name, []).append(value)
 
 
 @dataclass(frozen=True)
@@ -147,7 +146,7 @@ def _parse(row: dict[str, Any], where: str, line: int, times: int) -> Shown:
         row["prompt"],
         row["completion"],
         reward,
-        as_number(row, "oracle", where),
+        oracle_of(row, where),
         None if row.get("flagged") is None else bool(row["flagged"]),
         view,
         as_number(row, "advantage", where),
@@ -161,7 +160,6 @@ def _key(row: dict[str, Any]) -> int:
 
 
 def _count(share: Share, rollout: Shown) -> None:
-    share.total += 1
     share.add("reward", rollout.reward)
     if rollout.oracle is not None:
         share.add("solved", float(rollout.solved))
@@ -173,8 +171,8 @@ def _count(share: Share, rollout: Shown) -> None:
 def _curves(shares: dict[tuple[int, str], Share]) -> dict[str, dict[str, list[tuple[float, float]]]]:
     curves: dict[str, dict[str, list[tuple[float, float]]]] = {}
     for (step, view), share in sorted(shares.items()):
-        for measure, total in share.sums.items():
-            curves.setdefault(measure, {}).setdefault(view, []).append((step + 1.0, total / share.total))
+        for measure, values in share.values.items():  # an oracle that abstains is left out of its own
+            curves.setdefault(measure, {}).setdefault(view, []).append((step + 1.0, sum(values) / len(values)))
     return curves
 
 

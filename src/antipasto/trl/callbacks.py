@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import signal
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -44,6 +45,10 @@ class RoutingCallback(TrainerCallback):
         self.resume_from = resume_from
         self._attached = ExitStack()
 
+    def detach(self) -> None:
+        """Let go of the optimizer, where it is still held."""
+        self._attached.close()
+
     def install(self, trainer: Trainer) -> None:
         """Add to a Trainer ahead of its reporters, so that they get the metrics too; ``add_callback`` comes after them."""
         trainer.callback_handler.callbacks.insert(0, self)
@@ -66,14 +71,14 @@ class RoutingCallback(TrainerCallback):
                     "Pass RoutingCallback(router, resume_from=the checkpoint's folder)."
                 )
             self.router.load(folder / self.FILE)
-        self._attached.close()  # of an earlier run that ended in an exception
+        self.detach()  # of an earlier run that ended in an exception
         self._attached.enter_context(self.router.attach(optimizer))
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Let go of the optimizer; go back to the best checkpoint's books where the Trainer went back to its knobs."""
-        self._attached.close()
+        self.detach()
         if args.load_best_model_at_end and state.best_model_checkpoint is not None:
             self.router.load(Path(state.best_model_checkpoint) / self.FILE)
 
@@ -124,7 +129,12 @@ class MetricsLog(TrainerCallback):
     ) -> None:
         if logs and "reward" in logs and state.is_world_process_zero:
             with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": state.global_step, **logs}) + "\n")
+                file.write(json.dumps({"step": state.global_step, **_as_json(logs)}) + "\n")
+
+
+def _as_json(logs: Mapping[str, Any]) -> dict[str, Any]:
+    """JSON knows no NaN: null, as where a reward function had no number for any rollout of the step."""
+    return {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in logs.items()}
 
 
 class CompleteCheckpoints(TrainerCallback):

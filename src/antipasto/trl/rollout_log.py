@@ -7,7 +7,7 @@
 ``hackward`` is the cosine between the hack direction and the gradient of the rollout's own loss at the policy as it was:
 positive where the step that it asks for is hack-ward. ``truncated`` says that it was cut off at the token limit, and
 ``completion_ids`` are its tokens, where its text is not enough to know them. ``oracle``, ``flagged``, ``score`` and
-``hackward`` are null where there is none.
+``hackward`` are null where there is none, ``oracle`` also where it abstained.
 """
 
 from __future__ import annotations

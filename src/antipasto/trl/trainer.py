@@ -39,13 +39,14 @@ from antipasto.tasks import completion_text, is_exploit
 from antipasto.trl import rollout_log
 from antipasto.trl.advantages import deployed_positions, group_advantages, share_of
 from antipasto.trl.callbacks import RoutingCallback
+from antipasto.trl.judges import Judge, Role, ask
 from antipasto.trl.rollout_log import Rollout
 from antipasto.tuner.layer import View
 from antipasto.tuner.rows import RowViews
 from antipasto.tuner.views import adapted_layers, mixed, seen_as
+from antipasto.unchanged import unchanged
 
 Flagged = Literal["route", "penalty", "drop", "watch"]
-Judge = Callable[..., Sequence[float]]
 DEPLOY_FRACTION = 0.5
 
 
@@ -83,21 +84,28 @@ class RoutedGRPOTrainer(GRPOTrainer):
     Args:
         *args: as `GRPOTrainer`; so are all keyword arguments but those below.
         router: a `Router` of the trainer's model, or a function that makes one of it, called once it is adapted.
-        detector: flags rollouts. Called as a reward function is, ``detector(prompts=…, completions=…, **columns)``; one bool
-            each.
+        detector: flags rollouts. Called as a reward function is, with ``prompts``, ``completions``, ``completion_ids``, the
+            dataset's columns, ``trainer_state``, ``log_extra`` and ``log_metric``; it may be async, and gets what it names if
+            it takes no ``**kwargs``. One bool, 0 or 1 each: of a score, say from where on it flags.
         monitor: flags rollouts by their score at the reference, in the place of a detector; a `Monitor` of the trainer's
             model, or a function that makes one of it, called once it is adapted and before the router is made.
         flagged: what becomes of flagged rollouts. ``"route"``: they teach the quarantine alone, whatever the direction says;
-            a router that erases drops that part instead. ``"penalty"``: their reward is 0, or less if it was. ``"drop"``:
+            a router that erases drops that part instead. ``"penalty"``: their reward, all reward functions with their weights
+            together, is 0, or less if it was. ``"drop"``:
             nobody learns from them, and the others' advantages are taken without them. ``"watch"``: they are counted and
             logged, and that is all.
-        oracle: the strict truth, called the same way, one number in [0, 1] each. Logged, never trained on.
+        oracle: the strict truth, called the same way: one number in [0, 1] each, or None or NaN where it abstains, and such a
+            rollout counts neither as an exploit nor as solved. Logged, never trained on.
         deploy_fraction: share of each prompt's rollouts that is sampled from the deployed policy; if None, .5 where the router
             routes, else 0.
         rollout_log: file for every rollout (`antipasto.trl.rollout_log`).
 
     Raises:
-        ValueError: options that make no sense together.
+        ValueError: options that make no sense together; from training, an answer that is none, or a NaN or Inf in a gradient.
+
+    Neither detector nor oracle can change the run: what they draw from the global random generators is drawn again after them.
+    Theirs and the reward functions' changes of default dtype, grad mode and working directory are taken back
+    (`antipasto.unchanged`).
     """
 
     def __init__(
@@ -218,16 +226,18 @@ class RoutedGRPOTrainer(GRPOTrainer):
     def _calculate_rewards(
         self, inputs: list[dict[str, Any]], prompts: list[Any], completions: list[Any], completion_ids_list: list[Any]
     ) -> Tensor:
-        rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
+        with unchanged():
+            rewards = super()._calculate_rewards(inputs, prompts, completions, completion_ids_list)
         if not self.model.training:
             return rewards
-        columns = {key: [row[key] for row in inputs] for key in inputs[0] if key not in ("prompt", "completion")}
-        flags: Sequence[Any] | None = self._ask("detector", self.detector, prompts, completions, columns)
+        rollouts = {"prompts": prompts, "completions": completions, "completion_ids": completion_ids_list}
+        rollouts |= self._columns(inputs)
+        flags = self._ask("detector", self.detector, rollouts)
         if self.monitor is not None:
             if self._scores is None:
                 self._scores = self._score(self.monitor)
             flags = [score > self.monitor.threshold for score in self._scores]
-        truth = self._ask("oracle", self.oracle, prompts, completions, columns)
+        truth = self._ask("oracle", self.oracle, rollouts)
         weights = self.reward_weights.to(rewards.device)
         local = self._local((rewards * weights).nansum(1)).tolist()
         self._rollouts = [
@@ -236,8 +246,8 @@ class RoutedGRPOTrainer(GRPOTrainer):
                 prompt=prompts[i],
                 completion=completions[i],
                 reward=local[i],
-                oracle=None if truth is None else float(truth[i]),
-                flagged=None if flags is None else bool(flags[i]),
+                oracle=None if truth is None else truth[i],
+                flagged=None if flags is None else flags[i],
                 view="",
                 advantage=0.0,
                 score=None if self._scores is None else self._scores[i],
@@ -247,10 +257,11 @@ class RoutedGRPOTrainer(GRPOTrainer):
         ]
         self._all_flags = torch.zeros(len(rewards), dtype=torch.bool, device=rewards.device)
         if flags is not None:
-            here = torch.tensor([bool(flag) for flag in flags], device=rewards.device)
+            here = torch.tensor(flags, device=rewards.device)
             self._all_flags = self.accelerator.gather(here)
         if self.flagged == "penalty":
-            rewards = torch.where(self._all_flags[:, None], rewards.clamp(max=0.0), rewards)  # less than 0 is no reward
+            paid = self._all_flags & ((rewards * weights).nansum(1) > 0)  # less than 0 is no reward
+            rewards = torch.where(paid[:, None] & ~rewards.isnan(), 0.0, rewards)
         nobody_scored = rewards.isnan().all(1)
         self._all_rewards = (rewards * weights).nansum(1).masked_fill(nobody_scored, torch.nan)
         return rewards
@@ -277,17 +288,19 @@ class RoutedGRPOTrainer(GRPOTrainer):
         n = len(of_all) // self.accelerator.num_processes
         return of_all[self.accelerator.process_index * n : (self.accelerator.process_index + 1) * n]
 
-    def _ask(
-        self, role: str, judge: Judge | None, prompts: list[Any], completions: list[Any], columns: dict[str, list[Any]]
-    ) -> Sequence[float] | None:
-        if judge is None:
-            return None
-        verdicts = judge(prompts=prompts, completions=completions, **columns)
-        if len(verdicts) != len(prompts):
-            raise ValueError(
-                f"The {role} gave {len(verdicts)} values for {len(prompts)} rollouts: one each is expected."
-            )
-        return verdicts
+    def _columns(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
+        """What TRL gives to a reward function beside the rollouts themselves."""
+        own = ("prompt", "completion", "completion_ids")
+        columns: dict[str, Any] = {key: [row[key] for row in inputs] for key in inputs[0] if key not in own}
+        columns |= {
+            "trainer_state": self.state,
+            "log_extra": self._log_completion_extra,
+            "log_metric": self._log_metric,
+        }
+        return columns if self.environments is None else columns | {"environments": self.environments}
+
+    def _ask(self, role: Role, judge: Judge | None, rollouts: dict[str, Any]) -> list[Any] | None:
+        return None if judge is None else ask(role, judge, rollouts)
 
     def _advantages(self, plain: Tensor) -> dict[str, Tensor]:
         """Advantages within each share; and, where a detector is at work, those that the deployed knobs learn by."""
@@ -506,6 +519,8 @@ class RoutedGRPOTrainer(GRPOTrainer):
                 result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
             finally:
                 self._views = None
+                if self.router is not None:  # also where the run ended in an exception
+                    self._routing.detach()
         self._flush()  # a generation that the run's end cut short
         return result
 

@@ -1,0 +1,78 @@
+"""Somebody else's code, run in the middle of a training run that must not notice it.
+
+    with unchanged(): …                  default dtype, grad mode and working directory are put back
+    with unchanged(draws=False): …       and so are the random generators of Python, NumPy and torch: what was drawn was not
+    awaited(answers)                     what an async function returns in the end
+
+A reward function belongs to the training run, so its draws count, as in TRL. A detector, an oracle and a probe only look.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import atexit
+import functools
+import os
+import random
+import threading
+from collections.abc import Awaitable, Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+
+@contextmanager
+def unchanged(*, draws: bool = True) -> Iterator[None]:
+    """Context: what the process had set before is set again after, also after an exception.
+
+    Args:
+        draws: whether what is drawn in it from the global random generators is drawn for good.
+    """
+    dtype, grad, folder = torch.get_default_dtype(), torch.is_grad_enabled(), Path.cwd()
+    try:
+        with nullcontext() if draws else _generators_kept():
+            yield
+    finally:
+        torch.set_default_dtype(dtype)
+        torch.set_grad_enabled(grad)
+        os.chdir(folder)
+
+
+@contextmanager
+def _generators_kept() -> Iterator[None]:
+    python, numpy = random.getstate(), np.random.get_state()
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
+    with torch.random.fork_rng(devices):
+        try:
+            yield
+        finally:
+            random.setstate(python)
+            np.random.set_state(numpy)
+
+
+@functools.cache
+def _event_loop() -> asyncio.AbstractEventLoop:
+    """One loop for all calls, as clients that a function keeps belong to one; on a thread, as the caller may have its own."""
+    loop = asyncio.new_event_loop()
+    thread = threading.Thread(target=loop.run_forever, daemon=True)
+    thread.start()
+
+    def end() -> None:
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        loop.close()
+
+    atexit.register(end)
+    return loop
+
+
+def awaited(values: Awaitable[Any]) -> Any:
+    """What an ``async`` function returns in the end."""
+
+    async def wait() -> Any:
+        return await values
+
+    return asyncio.run_coroutine_threadsafe(wait(), _event_loop()).result()
