@@ -56,6 +56,12 @@ def with_nan() -> nn.Linear:
     return layer
 
 
+def too_large() -> nn.Linear:
+    layer = nn.Linear(4, 4)
+    nn.init.constant_(layer.weight, 3e38)
+    return layer
+
+
 def float8() -> nn.Linear:
     layer = nn.Linear(4, 4)
     layer.weight = nn.Parameter(layer.weight.to(torch.float8_e4m3fn), requires_grad=False)
@@ -72,6 +78,7 @@ BAD = {
     "float8": (float8(), "torch.float8_e4m3fn"),
     "a weight without values": (nn.Linear(4, 4, device="meta"), "meta device"),
     "a weight with NaN": (with_nan(), "NaN or Inf"),
+    "a weight with an infinite S": (too_large(), "a singular value of 1.2e+39, more than torch.float32 can hold"),
 }
 
 
@@ -85,7 +92,7 @@ def test_what_cannot_be_adapted_is_named(what: str) -> None:
     assert "block.bad_proj" in str(error.value)
     assert [type(m) for m in model.modules()] == before
     assert all(p.requires_grad for n, p in model.named_parameters() if n.startswith("good_proj"))
-    if what != "a weight with NaN":
+    if what not in ("a weight with NaN", "a weight with an infinite S"):
         assert "Supported: 2-D weights of torch.nn.Linear and transformers' Conv1D" in str(error.value)
     # and what the message proposes works
     assert set(

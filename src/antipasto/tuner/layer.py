@@ -277,7 +277,8 @@ class AntiPastoLinear(nn.Module, BaseTunerLayer):
         if self.plan != "factored" and not args and not kwargs and does_nothing_but(base_layer, x, theta, self.basis):
             weight = cast(Tensor, base_layer.weight)
             asked = Asked(self.plan, self.hold_weights, by_sequence=spread is not None)
-            execution, merged = self.choice.make(asked, x, theta, weight, self.basis, self.rows)
+            has_bias = base_layer.bias is not None
+            execution, merged = self.choice.make(asked, x, theta, weight, self.basis, self.rows, has_bias=has_bias)
         if spread is not None:
             theta = spread(theta, x)
         elif theta.ndim > 1:
