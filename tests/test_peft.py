@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import pickle
 import random
+from collections.abc import Callable
 from pathlib import Path
 
 import peft
@@ -336,6 +338,155 @@ def test_delta_weight_is_what_merging_adds_and_becomes_an_exact_lora() -> None:
     lora = get_peft_model(FAMILIES["llama"].build(), lora_config)
     peft.set_peft_model_state_dict(lora, state)
     torch.testing.assert_close(logits(lora), adapted, atol=1e-5, rtol=1e-5)
+
+
+class Falcons(nn.Linear):
+    """A forward of its own that is the same function."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = x @ self.weight.T
+        return y if self.bias is None else y + self.bias
+
+
+class Residual(nn.Linear):
+    """More than W x, but nothing more that W has a part in."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) + x.sin()
+
+
+class Doubled(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(x)
+
+
+class Normed(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(x, self.weight / self.weight.norm(), self.bias)
+
+
+class Clipped(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x.clamp(-4, 4))
+
+
+def _hooked(post: bool) -> nn.Linear:
+    layer = nn.Linear(6, 6)
+    if post:
+        layer.register_forward_hook(lambda _, __, y: 2 * y)
+    else:
+        layer.register_forward_pre_hook(lambda _, args: (2 * args[0],))
+    return layer
+
+
+def _patched() -> nn.Linear:
+    layer = nn.Linear(6, 6)
+    old = layer.forward
+    layer.forward = lambda x: 2 * old(x)  # type: ignore[method-assign]
+    return layer
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", [Falcons, Residual])
+def test_a_linear_with_a_forward_of_its_own_that_is_linear_in_its_weight_merges(
+    kind: type[nn.Linear], dtype: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 6), kind(6, 6)).to(dtype)
+    adapted = get_peft_model(model, ap.AntiPastoConfig(target_modules=["0", "1"]))
+    randomise(adapted)
+    x = torch.randn(4, 6, dtype=dtype)
+    want = adapted(x)
+    close = {"atol": 1e-5, "rtol": 1e-5} if dtype == torch.float32 else {"atol": 0.05, "rtol": 0.05}
+    adapted.merge_adapter()
+    torch.testing.assert_close(adapted(x), want, **close)
+    adapted.unmerge_adapter()
+    assert torch.equal(adapted(x), want)
+    torch.testing.assert_close(adapted.merge_and_unload()(x), want, **close)
+
+
+OTHER_FUNCTIONS: dict[str, Callable[[], nn.Linear]] = {
+    "doubled": lambda: Doubled(6, 6),
+    "of a normed weight": lambda: Normed(6, 6),
+    "of a clipped input": lambda: Clipped(6, 6),
+    "a hook": lambda: _hooked(True),
+    "a pre-hook": lambda: _hooked(False),
+    "a patched forward": _patched,
+}
+
+
+@pytest.mark.parametrize("kind", OTHER_FUNCTIONS)
+def test_what_merging_would_make_another_function_is_refused_by_name(kind: str) -> None:
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(6, 6), OTHER_FUNCTIONS[kind]()).to(dtype)
+        adapted = get_peft_model(model, ap.AntiPastoConfig(target_modules=["0", "1"]))
+        randomise(adapted)
+        x = torch.randn(4, 6, dtype=dtype)
+        before, weights = adapted(x), {name: weight.clone() for name, weight in adapted.state_dict().items()}
+        for verb in (adapted.merge_adapter, adapted.merge_and_unload):
+            with pytest.raises(ValueError, match=r"^1 cannot be merged: its forward, or a hook on it, does more.*'1'"):
+                verb()
+        layers = _layers(adapted)
+        assert not any(layer.merged for layer in layers.values())  # nor the one before it
+        with pytest.raises(ValueError, match=r"A \w+ cannot be merged"):
+            layers["1"].merge()
+        assert torch.equal(adapted(x), before)
+        assert all(torch.equal(weight, weights[name]) for name, weight in adapted.state_dict().items())
+
+
+def tied() -> tuple[PeftModel, nn.Module, nn.Module]:
+    """An adapted model whose head is its embedding, and the two."""
+    model = FAMILIES["llama"].build()
+    model.config.tie_word_embeddings = True
+    model.tie_weights()
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    adapted = get_peft_model(model, ap.AntiPastoConfig(target_modules=["lm_head", "q_proj"]))
+    randomise(adapted)
+    return adapted, model.lm_head, model.model.embed_tokens
+
+
+@pytest.mark.filterwarnings("ignore:.*a tied layer is part of the adapter")  # PEFT's, of every method
+def test_merging_a_head_that_is_tied_leaves_the_embedding_alone(tmp_path: Path) -> None:
+    model, head, embedding = tied()
+    want, before = logits(model), embedding.weight.detach().clone()
+    model.merge_adapter()
+    torch.testing.assert_close(logits(model), want, atol=1e-5, rtol=1e-5)
+    assert torch.equal(embedding.weight, before)
+    model.to(torch.float64)
+    assert embedding.weight.dtype == head.base_layer.weight.dtype == torch.float64
+    model.unmerge_adapter()
+    assert head.base_layer.weight is embedding.weight
+    model.to(torch.float32)
+    assert torch.equal(embedding.weight, before)
+
+    twin = copy.deepcopy(model)
+    twin.merge_adapter()
+    twin = copy.deepcopy(twin)
+    twin.unmerge_adapter()
+    inner = twin.base_model.model
+    assert inner.lm_head.base_layer.weight is inner.model.embed_tokens.weight
+
+    with pytest.warns(UserWarning, match="no longer tied after merging"):
+        plain = model.merge_and_unload()
+    torch.testing.assert_close(logits(plain), want, atol=1e-5, rtol=1e-5)
+    plain.save_pretrained(tmp_path)
+    torch.testing.assert_close(logits(type(plain).from_pretrained(tmp_path)), want, atol=1e-5, rtol=1e-5)
+
+
+def test_a_weight_that_another_layer_has_too_stays_that_layers() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6))
+    model[1].weight = model[0].weight
+    adapted = get_peft_model(model, ap.AntiPastoConfig(target_modules=["0"]))
+    randomise(adapted)
+    x = torch.randn(4, 6)
+    want = adapted(x)
+    adapted.merge_adapter()
+    torch.testing.assert_close(adapted(x), want, atol=1e-5, rtol=1e-5)
+    adapted.unmerge_adapter()
+    assert model[0].base_layer.weight is model[1].weight
+    torch.testing.assert_close(adapted.merge_and_unload()(x), want, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("verb", ["merge_and_unload", "unload"])

@@ -103,7 +103,8 @@ def decompose(weight: Tensor) -> Basis:
         basis = Basis(*torch.linalg.svd(W, full_matrices=False))
     if basis.S[0] > torch.finfo(out_dtype).max:
         raise ValueError(
-            f"The weight of shape {tuple(weight.shape)} has a singular value of {basis.S[0]:.3g}, more than {out_dtype} can hold."
+            f"The weight of shape {tuple(weight.shape)} has a singular value of {basis.S[0]:.3g}, more than {out_dtype} "
+            "can hold."
         )
     U, S, Vh = _fix_signs(basis)
     return Basis(*(t.to(weight.device, out_dtype).contiguous() for t in (U, S, Vh)))

@@ -97,6 +97,19 @@ class AntiPastoModel(BaseTuner):
         config.base_fingerprints = {name: str(layer.fingerprint) for name, layer in layers.items()}
         self.peft_config[adapter_name] = config
 
+    def _check_merge_allowed(self) -> None:
+        """Refuse, before the first layer is merged, a layer that merged would be another function.
+
+        PEFT's warns of weights that are tied to the embedding's; here those stay as they are (`antipasto.tuner.layer`).
+        """
+        for name, layer in self.model.named_modules():
+            reason = layer.why_not_mergeable() if isinstance(layer, AntiPastoLinear) else None
+            if reason is not None:
+                raise ValueError(
+                    f"{name} cannot be merged: {reason}. Run the model unmerged, or leave that layer out with "
+                    f"exclude_modules=[{name!r}]."
+                )
+
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
         """Called by PeftModel around a forward, which drops what a method does not know without a word."""
@@ -168,10 +181,10 @@ def find_targets(config: AntiPastoConfig, model: nn.Module, *, shapes_only: bool
     owners: dict[int, str] = {}
     for name, module in targets.items():
         _require_supported(name, module, shapes_only=shapes_only)
-        base_layer = module.get_base_layer() if isinstance(module, AntiPastoLinear) else module
-        owner = owners.setdefault(id(base_layer.weight), name)
+        weight = module.base_weight if isinstance(module, AntiPastoLinear) else module.weight
+        owner = owners.setdefault(id(weight), name)
         if owner != name:
-            raise _unsupported(name, f"it shares its weight with {owner}, and merging either would change both")
+            raise _unsupported(name, f"it shares its weight with {owner}, and knobs for each would make two of it")
         if model_type in _MAMBA_TYPES and name.rpartition(".")[2] in _MAMBA_LAYERS:
             raise _unsupported(name, f"the fused kernels of {model_type} models read its weight and never call it")
     return targets
@@ -314,10 +327,7 @@ def _bases_for(targets: dict[str, nn.Module], config: AntiPastoConfig) -> dict[s
 
 def _basis_for(name: str, module: nn.Module, config: AntiPastoConfig) -> Found:
     """The basis that a layer has already, where it is of the config's rank; else loaded or computed."""
-    base_layer = module.get_base_layer() if isinstance(module, AntiPastoLinear) else module
-    W = as_matrix(base_layer)
-    if isinstance(module, AntiPastoLinear) and module._unmerged_weight is not None:
-        raise ValueError(f"{name} is merged: call unmerge_adapter() before adding another adapter.")
+    W = module.matrix() if isinstance(module, AntiPastoLinear) else as_matrix(module)
     rank = rank_of(name, W, config)
     if isinstance(module, AntiPastoLinear) and module.basis is not None and module.basis.rank >= rank:
         assert module.fingerprint is not None
