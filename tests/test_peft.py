@@ -6,6 +6,7 @@ import copy
 import json
 import pickle
 import random
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 
@@ -116,6 +117,49 @@ def test_an_adapter_of_another_rank_is_refused_by_name(tmp_path: Path) -> None:
         PeftModel.from_pretrained(FAMILIES["llama"].build(), tmp_path)
 
 
+@pytest.mark.parametrize("low_cpu_mem_usage", [True, False])
+@pytest.mark.parametrize("save_basis", [True, False])
+def test_numbers_are_loaded_as_they_were_saved_onto_a_base_of_low_precision(
+    tmp_path: Path, low_cpu_mem_usage: bool, save_basis: bool
+) -> None:
+    model = build(save_basis=save_basis)
+    model.save_pretrained(tmp_path)
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    base = FAMILIES["llama"].build(dtype=torch.bfloat16)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the base is of another dtype
+        loaded = PeftModel.from_pretrained(base, tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
+        loaded.load_adapter(tmp_path, "second", low_cpu_mem_usage=low_cpu_mem_usage)
+    for name in ("default", "second"):
+        state = peft.get_peft_model_state_dict(loaded, adapter_name=name)
+        assert state.keys() == saved.keys()
+        assert all(torch.equal(state[key], value) and state[key].dtype == value.dtype for key, value in saved.items())
+
+
+@pytest.mark.parametrize("low_cpu_mem_usage", [True, False])
+def test_without_autocast_the_adapter_is_of_its_layers_dtype(tmp_path: Path, low_cpu_mem_usage: bool) -> None:
+    """As PEFT documents it."""
+    model = get_peft_model(
+        FAMILIES["llama"].build(dtype=torch.bfloat16), ap.AntiPastoConfig(), autocast_adapter_dtype=False
+    )
+    model.add_adapter("second", ap.AntiPastoConfig())
+    assert {k.dtype for layer in _layers(model).values() for k in layer.knobs("default")} == {torch.bfloat16}
+    assert {k.dtype for layer in _layers(model).values() for k in layer.knobs("second")} == {torch.float32}
+    model(input_ids=tokens()).logits.float().logsumexp(-1).mean().backward()
+    assert all(layer.knobs("default")[0].grad.isfinite().all() for layer in _layers(model).values())
+    randomise(model, "default")
+    for layer in _layers(model).values():  # the sum is not of bf16 terms
+        assert layer.get_delta_weight("default").dtype == torch.float32
+    model.save_pretrained(tmp_path)
+    options = {"low_cpu_mem_usage": low_cpu_mem_usage}
+    for autocast, dtype in ((True, torch.float32), (False, torch.bfloat16)):
+        base = FAMILIES["llama"].build(dtype=torch.bfloat16)
+        loaded = PeftModel.from_pretrained(base, tmp_path, autocast_adapter_dtype=autocast, **options)
+        for name, layer in _layers(loaded).items():
+            assert {knob.dtype for knob in layer.knobs("default")} == {dtype}
+            assert torch.equal(layer.knobs("default")[0], _layers(model)[name].knobs("default")[0].to(dtype))
+
+
 # ── several adapters ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -184,6 +228,83 @@ def test_two_active_adapters_are_the_sum_of_their_thetas() -> None:
         theta[: len(delta_s)] += delta_s.detach() + hack.detach()
     U, _, Vh = layer.basis
     torch.testing.assert_close(layer(x), spectral_linear_reference(x, layer.base_layer.weight, None, U, Vh, theta))
+
+
+UNMERGES = "Adapter cannot be set when the model is merged. Unmerging"  # PEFT's words, and what LoRA does
+
+
+def test_adapters_are_added_and_loaded_while_another_is_merged(tmp_path: Path) -> None:
+    model = build(rank=2)
+    model.save_pretrained(tmp_path)
+    want, weights = logits(model), {n: layer.base_layer.weight for n, layer in _layers(model).items()}
+    model.merge_adapter()
+    with pytest.warns(UserWarning, match=UNMERGES):
+        model.add_adapter("second", ap.AntiPastoConfig())  # whose larger basis is of W, and not of what is merged
+    assert all(layer.base_layer.weight is weights[name] for name, layer in _layers(model).items())
+    torch.testing.assert_close(logits(model), want)
+    for name, layer in _layers(model).items():
+        for got, expected in zip(layer.basis, ap.load_basis(BASE.get_submodule(name).weight), strict=True):
+            assert torch.equal(got, expected)
+    model.merge_adapter()
+    with pytest.warns(UserWarning, match=UNMERGES):
+        model.load_adapter(tmp_path, "third")
+    model.set_adapter("third")
+    torch.testing.assert_close(logits(model), want)
+
+
+def test_the_config_is_the_callers_own() -> None:
+    config, second = ap.AntiPastoConfig(), ap.AntiPastoConfig()
+    model = get_peft_model(FAMILIES["llama"].build(), config)
+    model.add_adapter("second", second)
+    assert model.peft_config["default"] is config
+    assert model.peft_config["second"] is second
+
+
+def test_a_weighted_sum_of_adapters_is_exact(tmp_path: Path) -> None:
+    model = build(rank=3)
+    model.add_adapter("second", ap.AntiPastoConfig(target_modules=["q_proj", "up_proj"], rank=5, quarantine=False))
+    randomise(model, "second", seed=1)
+    model.add_weighted_adapter(["default", "second"], [0.5, -2.0], "sum")
+    assert not any(p.requires_grad for n, p in model.named_parameters() if ".sum." in n)
+    for layer in _layers(model).values():
+        assert layer.r["sum"] == max(layer.r["default"], layer.r.get("second", 0))
+        want = 0.5 * layer.get_delta_weight("default")
+        if "second" in layer.r:
+            want = want - 2 * layer.get_delta_weight("second")
+        torch.testing.assert_close(layer.get_delta_weight("sum"), want)
+        torch.testing.assert_close(layer.knobs("sum")[1][:3], 0.5 * layer.knobs("default")[1])
+    model.set_adapter("sum")
+    want = logits(model)
+    assert not torch.allclose(want, logits(BASE))
+    model.save_pretrained(tmp_path, selected_adapters=["sum"])
+    loaded = PeftModel.from_pretrained(FAMILIES["llama"].build(), tmp_path / "sum")
+    assert torch.equal(logits(loaded), want)
+
+    model.add_weighted_adapter(["default", "default"], [1.0, 1.0], "twice", combination_type="linear")
+    for layer in _layers(model).values():
+        assert torch.equal(layer.knobs("twice")[0], 2 * layer.knobs("default")[0])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            (["default"], [1.0], "new", "svd"),
+            "combination_type='svd' is not offered: adapters of one basis add up exactly",
+        ),
+        ((["default"], [1.0], "new", "ties"), "combination_type='ties' is not offered"),
+        ((["default", "none"], [1.0, 1.0], "new"), "no adapter 'none'"),
+        ((["default"], [1.0], "default"), "an adapter 'default' already"),
+        ((["default"], [1.0, 2.0], "new"), "one finite weight for each"),
+        (([], [], "new"), "Expected adapters"),
+        ((["default"], [float("nan")], "new"), "one finite weight"),
+    ],
+)
+def test_a_weighted_sum_that_makes_no_sense(arguments: tuple[object, ...], message: str) -> None:
+    model = build()
+    with pytest.raises(ValueError, match=message):
+        model.add_weighted_adapter(*arguments)
+    assert set(model.peft_config) == {"default"}
 
 
 @pytest.mark.filterwarnings("ignore:.*modify a model with PEFT for a second time.*")

@@ -70,7 +70,8 @@ class CarriedBasis(nn.Module):
     @property
     def basis(self) -> Basis:
         """As it is now."""
-        return Basis(*(self.get_parameter(f"basis_{name}") for name in Basis._fields))
+        # attributes: FSDP has plain tensors in the place of parameters during a forward
+        return Basis(*(getattr(self, f"basis_{name}") for name in Basis._fields))
 
 
 def as_matrix(base_layer: nn.Module) -> Tensor:
@@ -255,6 +256,43 @@ class AntiPastoLinear(nn.Module, BaseTunerLayer):
                 "Load weights first, adapt after."
             )
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def cast_adapter(self, name: str, *, autocast: bool) -> None:
+        """Have an adapter in the dtype that PEFT documents: at least fp32; or, without ``autocast``, that of the weight.
+
+        The basis that it may carry goes with it, but for S, which nothing is multiplied with in low precision.
+        """
+        low = self.base_weight.dtype
+        dtype = torch.promote_types(low, torch.float32) if autocast else low
+        for container in (self.delta_s, self.delta_s_hack, self.delta_s_basis):
+            for key, parameter in container[name].named_parameters() if name in container else ():
+                if key != "basis_S":
+                    parameter.data = parameter.data.to(dtype)
+        self.choice.forget()
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        """PEFT's, for what was loaded onto meta tensors; which also casts to the weight's dtype, and would round the knobs."""
+        for container in (self.delta_s, self.delta_s_hack, self.delta_s_basis):
+            if adapter_name in container and not any(p.is_meta for p in container[adapter_name].parameters()):
+                container[adapter_name].to(device or self.base_weight.device)
+
+    @torch.no_grad()
+    def set_to_sum(self, name: str, terms: Sequence[tuple[str, float]]) -> None:
+        """Set an adapter's knobs to a weighted sum of others', δS and δS_hack by themselves.
+
+        Args:
+            name: the adapter's, of at least their ranks.
+            terms: adapters and their weights; those that are not on this layer count as zeros.
+        """
+        for container in (self.delta_s, self.delta_s_hack):
+            if name not in container:
+                continue
+            total = cast(Knob, container[name]).weight
+            total.zero_()
+            for other, weight in terms:
+                if other in container:
+                    knob = cast(Knob, container[other]).weight
+                    total[: len(knob)] += weight * knob
 
     def drop_quarantine(self) -> None:
         """Delete every adapter's ``delta_s_hack``."""
