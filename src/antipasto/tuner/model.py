@@ -15,7 +15,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from peft.tuners.tuners_utils import (
@@ -106,7 +106,8 @@ class AntiPastoModel(BaseTuner):
 
     prefix = "delta_s"
     tuner_layer_cls = AntiPastoLinear
-    target_module_mapping = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    # PEFT declares lists, and has an expression among them
+    target_module_mapping = cast(dict[str, list[str]], TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """PEFT's injection, with the bases of the layers at hand while it lasts."""
@@ -128,7 +129,7 @@ class AntiPastoModel(BaseTuner):
     ) -> dict[str, Tensor]:
         """PEFT's, called before a config is saved: which may have been used on another model since it was on this."""
         config.record_base(_fingerprints(model, adapter_name))
-        return super()._get_adapter_state_dict(model, config, adapter_name, *args, **kwargs)  # type: ignore[no-any-return]
+        return super()._get_adapter_state_dict(model, config, adapter_name, *args, **kwargs)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """PEFT's, for layers whose knobs are of at least fp32 in any case."""
