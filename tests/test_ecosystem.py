@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import faulthandler
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from datasets import Dataset
 from families import FAMILIES, tokens
 from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
-from torch.distributed.fsdp import fully_shard
+from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
@@ -201,3 +202,39 @@ def test_fsdp2_on_two_processes(tmp_path: Path) -> None:
     weights = sum(layer.layer.base_layer.weight.numel() for layer in ap.knobs(model).values())
     assert first["base"] + second["base"] == weights
     assert first["basis"] == second["basis"] > weights
+
+
+# ── FSDP1 ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.fixture
+def one_process(tmp_path: Path) -> Iterator[None]:
+    store = torch.distributed.FileStore(str(tmp_path / "rendezvous"), 1)
+    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.usefixtures("one_process")
+@pytest.mark.parametrize("save_basis", [False, True])
+def test_fsdp1_computes_the_same(save_basis: bool) -> None:
+    """It has plain tensors in the place of parameters during a forward, the carried basis's among them."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 4), nn.Linear(4, 6))
+    config = ap.AntiPastoConfig(target_modules=["0", "1"], save_basis=save_basis, cache_dir=None)
+    layers = ap.wrap(model, config)
+    for layer in layers.values():
+        layer.delta_s.data.normal_(std=0.1)
+    x = torch.randn(8, 6)
+    want = model(x)
+    want.square().sum().backward()
+    grads = [layer.delta_s.grad.clone() for layer in layers.values()]  # type: ignore[union-attr]
+    model.zero_grad()
+    sharded = FullyShardedDataParallel(model, use_orig_params=True, device_id=torch.device("cpu"))
+    y = sharded(x)
+    y.square().sum().backward()
+    torch.testing.assert_close(y, want)
+    got = [p.grad for name, p in sharded.named_parameters() if ".delta_s." in name]
+    for one, other in zip(got, grads, strict=True):
+        torch.testing.assert_close(one, other)

@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -305,6 +306,21 @@ def test_modules_trained_as_a_whole_ship_and_are_untied(tmp_path: Path) -> None:
     (tmp_path / "lora").mkdir()
     with pytest.raises(ValueError, match="lm_head as a whole"):
         write_lora(load_run(root), tmp_path / "lora", 8, torch.float32)
+
+
+@pytest.mark.filterwarnings("ignore:.*a tied layer is part of the adapter")
+@pytest.mark.filterwarnings("ignore:Setting `save_embedding_layers` to `True`")
+def test_a_head_that_was_tied_ships_beside_the_embedding_as_it_was(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    llama = FAMILIES["llama"]
+    options = {**llama.options, "tie_word_embeddings": True}
+    monkeypatch.setitem(FAMILIES, "tied", replace(llama, options=options, target_modules=["lm_head", "q_proj"]))
+    root = make_run(tmp_path, "tied")
+    checkpoint(root, tmp_path / "out")
+    shipped = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    torch.testing.assert_close(logits(shipped), logits_of(root), atol=1e-4, rtol=1e-4)
+    assert torch.equal(shipped.model.embed_tokens.weight, FAMILIES["tied"].build().model.embed_tokens.weight)
 
 
 def test_shards(tmp_path: Path) -> None:

@@ -276,12 +276,27 @@ def test_another_base_can_be_forced(saved: Path) -> None:
     assert "check_base" not in json.loads((saved / "adapter_config.json").read_text())
 
 
-def test_a_config_can_be_used_for_several_models() -> None:
+def test_a_config_can_be_used_for_several_models(tmp_path: Path) -> None:
+    """It stays the caller's own object, as everywhere in PEFT; and what each model saves is of that model's base."""
     config = ap.AntiPastoConfig()
     first, second = get_peft_model(build(), config), get_peft_model(tune(build()), config)
-    assert config.base_fingerprints is None
-    prints = [model.peft_config["default"].base_fingerprints for model in (first, second)]
+    assert first.peft_config["default"] is second.peft_config["default"] is config
+    prints = []
+    for name, model in (("first", first), ("second", second)):
+        model.save_pretrained(tmp_path / name)
+        prints.append(json.loads((tmp_path / name / "adapter_config.json").read_text())["base_fingerprints"])
     assert [name for name in prints[0] if prints[0][name] != prints[1][name]] == ["model.layers.1.mlp.up_proj"]
+    PeftModel.from_pretrained(build(), tmp_path / "first")
+    with pytest.raises(ValueError, match="another base"):
+        PeftModel.from_pretrained(build(), tmp_path / "second")
+
+
+def test_a_config_that_was_read_keeps_expecting_its_base(saved: Path) -> None:
+    config = ap.AntiPastoConfig.from_pretrained(saved)
+    model = PeftModel.from_pretrained(build(), saved, config=config)
+    assert model.peft_config["default"] is config
+    with pytest.raises(ValueError, match="another base"):
+        get_peft_model(tune(build()), config)
 
 
 def test_a_later_format_is_refused(saved: Path) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import pickle
 import random
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 
 import peft
@@ -114,6 +117,49 @@ def test_an_adapter_of_another_rank_is_refused_by_name(tmp_path: Path) -> None:
         PeftModel.from_pretrained(FAMILIES["llama"].build(), tmp_path)
 
 
+@pytest.mark.parametrize("low_cpu_mem_usage", [True, False])
+@pytest.mark.parametrize("save_basis", [True, False])
+def test_numbers_are_loaded_as_they_were_saved_onto_a_base_of_low_precision(
+    tmp_path: Path, low_cpu_mem_usage: bool, save_basis: bool
+) -> None:
+    model = build(save_basis=save_basis)
+    model.save_pretrained(tmp_path)
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    base = FAMILIES["llama"].build(dtype=torch.bfloat16)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # the base is of another dtype
+        loaded = PeftModel.from_pretrained(base, tmp_path, low_cpu_mem_usage=low_cpu_mem_usage)
+        loaded.load_adapter(tmp_path, "second", low_cpu_mem_usage=low_cpu_mem_usage)
+    for name in ("default", "second"):
+        state = peft.get_peft_model_state_dict(loaded, adapter_name=name)
+        assert state.keys() == saved.keys()
+        assert all(torch.equal(state[key], value) and state[key].dtype == value.dtype for key, value in saved.items())
+
+
+@pytest.mark.parametrize("low_cpu_mem_usage", [True, False])
+def test_without_autocast_the_adapter_is_of_its_layers_dtype(tmp_path: Path, low_cpu_mem_usage: bool) -> None:
+    """As PEFT documents it."""
+    model = get_peft_model(
+        FAMILIES["llama"].build(dtype=torch.bfloat16), ap.AntiPastoConfig(), autocast_adapter_dtype=False
+    )
+    model.add_adapter("second", ap.AntiPastoConfig())
+    assert {k.dtype for layer in _layers(model).values() for k in layer.knobs("default")} == {torch.bfloat16}
+    assert {k.dtype for layer in _layers(model).values() for k in layer.knobs("second")} == {torch.float32}
+    model(input_ids=tokens()).logits.float().logsumexp(-1).mean().backward()
+    assert all(layer.knobs("default")[0].grad.isfinite().all() for layer in _layers(model).values())
+    randomise(model, "default")
+    for layer in _layers(model).values():  # the sum is not of bf16 terms
+        assert layer.get_delta_weight("default").dtype == torch.float32
+    model.save_pretrained(tmp_path)
+    options = {"low_cpu_mem_usage": low_cpu_mem_usage}
+    for autocast, dtype in ((True, torch.float32), (False, torch.bfloat16)):
+        base = FAMILIES["llama"].build(dtype=torch.bfloat16)
+        loaded = PeftModel.from_pretrained(base, tmp_path, autocast_adapter_dtype=autocast, **options)
+        for name, layer in _layers(loaded).items():
+            assert {knob.dtype for knob in layer.knobs("default")} == {dtype}
+            assert torch.equal(layer.knobs("default")[0], _layers(model)[name].knobs("default")[0].to(dtype))
+
+
 # ── several adapters ─────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -182,6 +228,83 @@ def test_two_active_adapters_are_the_sum_of_their_thetas() -> None:
         theta[: len(delta_s)] += delta_s.detach() + hack.detach()
     U, _, Vh = layer.basis
     torch.testing.assert_close(layer(x), spectral_linear_reference(x, layer.base_layer.weight, None, U, Vh, theta))
+
+
+UNMERGES = "Adapter cannot be set when the model is merged. Unmerging"  # PEFT's words, and what LoRA does
+
+
+def test_adapters_are_added_and_loaded_while_another_is_merged(tmp_path: Path) -> None:
+    model = build(rank=2)
+    model.save_pretrained(tmp_path)
+    want, weights = logits(model), {n: layer.base_layer.weight for n, layer in _layers(model).items()}
+    model.merge_adapter()
+    with pytest.warns(UserWarning, match=UNMERGES):
+        model.add_adapter("second", ap.AntiPastoConfig())  # whose larger basis is of W, and not of what is merged
+    assert all(layer.base_layer.weight is weights[name] for name, layer in _layers(model).items())
+    torch.testing.assert_close(logits(model), want)
+    for name, layer in _layers(model).items():
+        for got, expected in zip(layer.basis, ap.load_basis(BASE.get_submodule(name).weight), strict=True):
+            assert torch.equal(got, expected)
+    model.merge_adapter()
+    with pytest.warns(UserWarning, match=UNMERGES):
+        model.load_adapter(tmp_path, "third")
+    model.set_adapter("third")
+    torch.testing.assert_close(logits(model), want)
+
+
+def test_the_config_is_the_callers_own() -> None:
+    config, second = ap.AntiPastoConfig(), ap.AntiPastoConfig()
+    model = get_peft_model(FAMILIES["llama"].build(), config)
+    model.add_adapter("second", second)
+    assert model.peft_config["default"] is config
+    assert model.peft_config["second"] is second
+
+
+def test_a_weighted_sum_of_adapters_is_exact(tmp_path: Path) -> None:
+    model = build(rank=3)
+    model.add_adapter("second", ap.AntiPastoConfig(target_modules=["q_proj", "up_proj"], rank=5, quarantine=False))
+    randomise(model, "second", seed=1)
+    model.add_weighted_adapter(["default", "second"], [0.5, -2.0], "sum")
+    assert not any(p.requires_grad for n, p in model.named_parameters() if ".sum." in n)
+    for layer in _layers(model).values():
+        assert layer.r["sum"] == max(layer.r["default"], layer.r.get("second", 0))
+        want = 0.5 * layer.get_delta_weight("default")
+        if "second" in layer.r:
+            want = want - 2 * layer.get_delta_weight("second")
+        torch.testing.assert_close(layer.get_delta_weight("sum"), want)
+        torch.testing.assert_close(layer.knobs("sum")[1][:3], 0.5 * layer.knobs("default")[1])
+    model.set_adapter("sum")
+    want = logits(model)
+    assert not torch.allclose(want, logits(BASE))
+    model.save_pretrained(tmp_path, selected_adapters=["sum"])
+    loaded = PeftModel.from_pretrained(FAMILIES["llama"].build(), tmp_path / "sum")
+    assert torch.equal(logits(loaded), want)
+
+    model.add_weighted_adapter(["default", "default"], [1.0, 1.0], "twice", combination_type="linear")
+    for layer in _layers(model).values():
+        assert torch.equal(layer.knobs("twice")[0], 2 * layer.knobs("default")[0])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            (["default"], [1.0], "new", "svd"),
+            "combination_type='svd' is not offered: adapters of one basis add up exactly",
+        ),
+        ((["default"], [1.0], "new", "ties"), "combination_type='ties' is not offered"),
+        ((["default", "none"], [1.0, 1.0], "new"), "no adapter 'none'"),
+        ((["default"], [1.0], "default"), "an adapter 'default' already"),
+        ((["default"], [1.0, 2.0], "new"), "one finite weight for each"),
+        (([], [], "new"), "Expected adapters"),
+        ((["default"], [float("nan")], "new"), "one finite weight"),
+    ],
+)
+def test_a_weighted_sum_that_makes_no_sense(arguments: tuple[object, ...], message: str) -> None:
+    model = build()
+    with pytest.raises(ValueError, match=message):
+        model.add_weighted_adapter(*arguments)
+    assert set(model.peft_config) == {"default"}
 
 
 @pytest.mark.filterwarnings("ignore:.*modify a model with PEFT for a second time.*")
@@ -336,6 +459,155 @@ def test_delta_weight_is_what_merging_adds_and_becomes_an_exact_lora() -> None:
     lora = get_peft_model(FAMILIES["llama"].build(), lora_config)
     peft.set_peft_model_state_dict(lora, state)
     torch.testing.assert_close(logits(lora), adapted, atol=1e-5, rtol=1e-5)
+
+
+class Falcons(nn.Linear):
+    """A forward of its own that is the same function."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = x @ self.weight.T
+        return y if self.bias is None else y + self.bias
+
+
+class Residual(nn.Linear):
+    """More than W x, but nothing more that W has a part in."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x) + x.sin()
+
+
+class Doubled(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return 2 * super().forward(x)
+
+
+class Normed(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(x, self.weight / self.weight.norm(), self.bias)
+
+
+class Clipped(nn.Linear):
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x.clamp(-4, 4))
+
+
+def _hooked(post: bool) -> nn.Linear:
+    layer = nn.Linear(6, 6)
+    if post:
+        layer.register_forward_hook(lambda _, __, y: 2 * y)
+    else:
+        layer.register_forward_pre_hook(lambda _, args: (2 * args[0],))
+    return layer
+
+
+def _patched() -> nn.Linear:
+    layer = nn.Linear(6, 6)
+    old = layer.forward
+    layer.forward = lambda x: 2 * old(x)  # type: ignore[method-assign]
+    return layer
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", [Falcons, Residual])
+def test_a_linear_with_a_forward_of_its_own_that_is_linear_in_its_weight_merges(
+    kind: type[nn.Linear], dtype: torch.dtype
+) -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 6), kind(6, 6)).to(dtype)
+    adapted = get_peft_model(model, ap.AntiPastoConfig(target_modules=["0", "1"]))
+    randomise(adapted)
+    x = torch.randn(4, 6, dtype=dtype)
+    want = adapted(x)
+    close = {"atol": 1e-5, "rtol": 1e-5} if dtype == torch.float32 else {"atol": 0.05, "rtol": 0.05}
+    adapted.merge_adapter()
+    torch.testing.assert_close(adapted(x), want, **close)
+    adapted.unmerge_adapter()
+    assert torch.equal(adapted(x), want)
+    torch.testing.assert_close(adapted.merge_and_unload()(x), want, **close)
+
+
+OTHER_FUNCTIONS: dict[str, Callable[[], nn.Linear]] = {
+    "doubled": lambda: Doubled(6, 6),
+    "of a normed weight": lambda: Normed(6, 6),
+    "of a clipped input": lambda: Clipped(6, 6),
+    "a hook": lambda: _hooked(True),
+    "a pre-hook": lambda: _hooked(False),
+    "a patched forward": _patched,
+}
+
+
+@pytest.mark.parametrize("kind", OTHER_FUNCTIONS)
+def test_what_merging_would_make_another_function_is_refused_by_name(kind: str) -> None:
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(6, 6), OTHER_FUNCTIONS[kind]()).to(dtype)
+        adapted = get_peft_model(model, ap.AntiPastoConfig(target_modules=["0", "1"]))
+        randomise(adapted)
+        x = torch.randn(4, 6, dtype=dtype)
+        before, weights = adapted(x), {name: weight.clone() for name, weight in adapted.state_dict().items()}
+        for verb in (adapted.merge_adapter, adapted.merge_and_unload):
+            with pytest.raises(ValueError, match=r"^1 cannot be merged: its forward, or a hook on it, does more.*'1'"):
+                verb()
+        layers = _layers(adapted)
+        assert not any(layer.merged for layer in layers.values())  # nor the one before it
+        with pytest.raises(ValueError, match=r"A \w+ cannot be merged"):
+            layers["1"].merge()
+        assert torch.equal(adapted(x), before)
+        assert all(torch.equal(weight, weights[name]) for name, weight in adapted.state_dict().items())
+
+
+def tied() -> tuple[PeftModel, nn.Module, nn.Module]:
+    """An adapted model whose head is its embedding, and the two."""
+    model = FAMILIES["llama"].build()
+    model.config.tie_word_embeddings = True
+    model.tie_weights()
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    adapted = get_peft_model(model, ap.AntiPastoConfig(target_modules=["lm_head", "q_proj"]))
+    randomise(adapted)
+    return adapted, model.lm_head, model.model.embed_tokens
+
+
+@pytest.mark.filterwarnings("ignore:.*a tied layer is part of the adapter")  # PEFT's, of every method
+def test_merging_a_head_that_is_tied_leaves_the_embedding_alone(tmp_path: Path) -> None:
+    model, head, embedding = tied()
+    want, before = logits(model), embedding.weight.detach().clone()
+    model.merge_adapter()
+    torch.testing.assert_close(logits(model), want, atol=1e-5, rtol=1e-5)
+    assert torch.equal(embedding.weight, before)
+    model.to(torch.float64)
+    assert embedding.weight.dtype == head.base_layer.weight.dtype == torch.float64
+    model.unmerge_adapter()
+    assert head.base_layer.weight is embedding.weight
+    model.to(torch.float32)
+    assert torch.equal(embedding.weight, before)
+
+    twin = copy.deepcopy(model)
+    twin.merge_adapter()
+    twin = copy.deepcopy(twin)
+    twin.unmerge_adapter()
+    inner = twin.base_model.model
+    assert inner.lm_head.base_layer.weight is inner.model.embed_tokens.weight
+
+    with pytest.warns(UserWarning, match="no longer tied after merging"):
+        plain = model.merge_and_unload()
+    torch.testing.assert_close(logits(plain), want, atol=1e-5, rtol=1e-5)
+    plain.save_pretrained(tmp_path)
+    torch.testing.assert_close(logits(type(plain).from_pretrained(tmp_path)), want, atol=1e-5, rtol=1e-5)
+
+
+def test_a_weight_that_another_layer_has_too_stays_that_layers() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 6), nn.Linear(6, 6))
+    model[1].weight = model[0].weight
+    adapted = get_peft_model(model, ap.AntiPastoConfig(target_modules=["0"]))
+    randomise(adapted)
+    x = torch.randn(4, 6)
+    want = adapted(x)
+    adapted.merge_adapter()
+    torch.testing.assert_close(adapted(x), want, atol=1e-5, rtol=1e-5)
+    adapted.unmerge_adapter()
+    assert model[0].base_layer.weight is model[1].weight
+    torch.testing.assert_close(adapted.merge_and_unload()(x), want, atol=1e-5, rtol=1e-5)
 
 
 @pytest.mark.parametrize("verb", ["merge_and_unload", "unload"])

@@ -270,6 +270,81 @@ def test_ill_conditioned_weights_lose_no_more_than_the_plain_formula(
         assert (g - exact).norm() <= allowed
 
 
+KINDS = {"zero": 0.0, "denormal": 1e-39, "tiny": 1e-25, "huge": 1e20, "usual": 1.0}
+THETAS = {
+    "zero": lambda S: 0 * S,
+    "-S": lambda S: -S,
+    "nearly -S": lambda S: -S * (1 + 1e-5),
+    "0.1": lambda S: 0 * S + 0.1,
+}
+
+
+def exact_gradient(knobs: ap.LayerKnobs, x: Tensor, probe: Tensor) -> Tensor:
+    """∂L/∂θ for L = (y ⊙ probe).sum(), in fp64: of neither W nor θ."""
+    return ((probe.double() @ knobs.U.double()) * (x.detach().double() @ knobs.Vh.double().T)).sum(0)
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("shape", [(5, 7), (7, 5), (6, 6), (6, 1), (1, 6)])
+def test_no_singular_value_is_too_small_or_large_for_the_gradient(plan: str, shape: tuple[int, int]) -> None:
+    torch.manual_seed(5)
+    o, i = shape
+    weights = {kind: size * torch.randn(o, i) for kind, size in KINDS.items()}
+    weights["of rank 2"] = torch.randn(o, 2) @ torch.randn(2, i)
+    for weight in weights.values():
+        model = nn.Sequential(nn.Linear(i, o, bias=False))
+        model[0].weight.data = weight
+        config = ap.AntiPastoConfig(target_modules=["0"], plan=plan, cache_dir=None)  # type: ignore[arg-type]
+        (knobs,) = ap.wrap(model, config).values()
+        x, probe = torch.randn(64, i, requires_grad=True), torch.randn(64, o)
+        want = exact_gradient(knobs, x, probe)
+        for theta in THETAS.values():
+            knobs.delta_s.data = theta(knobs.S)
+            y = model(x)
+            assert y.isfinite().all()
+            (got,) = torch.autograd.grad((y * probe).sum(), knobs.delta_s)
+            # a route by one side may lose two digits of seven
+            torch.testing.assert_close(got.double(), want, atol=5e-5 * float(want.abs().max()), rtol=0)
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("size", [1.0, 1e4])
+def test_a_bias_takes_no_digits_from_the_gradient(plan: str, size: float) -> None:
+    torch.manual_seed(6)
+    model, knobs, _ = make(plan, 16, 24)
+    knobs.layer.base_layer.bias.data.normal_(std=size)
+    x, probe = torch.randn(128, 24, requires_grad=True), torch.randn(128, 16)
+    y = model(x)
+    (got,) = torch.autograd.grad((y * probe).sum(), knobs.delta_s)
+    want = exact_gradient(knobs, x, probe)
+    torch.testing.assert_close(got.double(), want, atol=2e-5 * float(want.abs().max()), rtol=0)
+
+
+@pytest.mark.parametrize("plan", PLANS)
+@pytest.mark.parametrize("shape", [(24, 16), (16, 24)])
+@pytest.mark.parametrize("size", [1.0, 1e-25, 1e25])
+def test_the_gradient_is_that_of_the_weights_that_are_there(plan: str, shape: tuple[int, int], size: float) -> None:
+    """Written to after wrapping, W is not U diag(S) Vh any more: no route may count on that, however small W is."""
+    o, i = shape
+    model, knobs, _ = make(plan, o, i)
+    base = knobs.layer.base_layer
+    with torch.no_grad():
+        base.weight.mul_(size)  # and the basis of that weight
+        basis = decompose(base.weight)
+        knobs.layer._basis = basis
+        knobs.layer.choice.trust(base.weight)
+        knobs.delta_s.mul_(size)
+        base.weight.copy_(torch.randn_like(base.weight) * size)
+        base.bias.zero_()
+    x, probe = torch.randn(128, i, requires_grad=True), torch.randn(128, o)
+    y = model(x)
+    (got,) = torch.autograd.grad((y * probe).sum(), knobs.delta_s)
+    want = exact_gradient(knobs, x, probe)
+    torch.testing.assert_close(got.double(), want, atol=2e-5 * float(want.abs().max()), rtol=0)
+    full = spectral_linear_reference(x, base.weight, None, knobs.U, knobs.Vh, knobs.delta_s)
+    torch.testing.assert_close(y, full, atol=float(1e-5 * full.detach().abs().max()), rtol=0)
+
+
 def test_a_second_derivative_needs_the_factored_plan() -> None:
     model, knobs, x = make("merged")
     (g,) = torch.autograd.grad(model(x).square().sum(), knobs.delta_s, create_graph=True)

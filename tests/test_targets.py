@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from pathlib import Path
 
 import peft
 import pytest
@@ -56,6 +57,12 @@ def with_nan() -> nn.Linear:
     return layer
 
 
+def too_large() -> nn.Linear:
+    layer = nn.Linear(4, 4)
+    nn.init.constant_(layer.weight, 3e38)
+    return layer
+
+
 def float8() -> nn.Linear:
     layer = nn.Linear(4, 4)
     layer.weight = nn.Parameter(layer.weight.to(torch.float8_e4m3fn), requires_grad=False)
@@ -72,6 +79,7 @@ BAD = {
     "float8": (float8(), "torch.float8_e4m3fn"),
     "a weight without values": (nn.Linear(4, 4, device="meta"), "meta device"),
     "a weight with NaN": (with_nan(), "NaN or Inf"),
+    "a weight with an infinite S": (too_large(), "a singular value of 1.2e+39, more than torch.float32 can hold"),
 }
 
 
@@ -85,7 +93,7 @@ def test_what_cannot_be_adapted_is_named(what: str) -> None:
     assert "block.bad_proj" in str(error.value)
     assert [type(m) for m in model.modules()] == before
     assert all(p.requires_grad for n, p in model.named_parameters() if n.startswith("good_proj"))
-    if what != "a weight with NaN":
+    if what not in ("a weight with NaN", "a weight with an infinite S"):
         assert "Supported: 2-D weights of torch.nn.Linear and transformers' Conv1D" in str(error.value)
     # and what the message proposes works
     assert set(
@@ -118,9 +126,145 @@ def test_a_real_mixture_of_experts() -> None:
     with pytest.raises(
         ValueError, match=r"model\.layers\.0\.mlp\.experts\.down_proj is a target.*exclude_modules=\['experts'\]"
     ):
-        ap.wrap(model)
+        ap.wrap(model, ap.AntiPastoConfig(target_modules=["q_proj", "down_proj"]))
     layers = ap.wrap(model, ap.AntiPastoConfig(exclude_modules=["experts"]))
     assert {name.rpartition(".")[2] for name in layers} == {"q_proj", "k_proj", "v_proj", "o_proj"}
+
+
+SMALL = {
+    "vocab_size": 32,
+    "hidden_size": 16,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+}
+MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 1, "mamba_chunk_size": 8}
+ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
+MLP = {"gate_proj", "up_proj", "down_proj"}
+# model type → options, what the default adapts, what its warning says
+HYBRIDS: dict[str, tuple[dict[str, object], set[str], list[str]]] = {
+    "falcon_h1": (
+        SMALL | MAMBA | {"intermediate_size": 24, "mamba_d_ssm": 32},
+        ATTENTION | MLP,
+        [r"2 × out_proj \(the fused kernels of falcon_h1 models"],
+    ),
+    "bamba": (
+        SMALL | MAMBA | {"intermediate_size": 24, "attn_layer_indices": [1]},
+        ATTENTION | MLP,
+        [r"1 × out_proj \(the fused kernels of bamba models"],
+    ),
+    "qwen3_next": (
+        SMALL
+        | {
+            "intermediate_size": 24,
+            "head_dim": 4,
+            "layer_types": ["linear_attention", "full_attention"],
+            "linear_num_key_heads": 2,
+            "linear_num_value_heads": 2,
+            "linear_key_head_dim": 4,
+            "linear_value_head_dim": 4,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "moe_intermediate_size": 8,
+            "shared_expert_intermediate_size": 8,
+        },
+        ATTENTION | MLP | {"out_proj"},
+        [r"2 × down_proj \(it is a parameter of shape \(4, 16, 8\), as of stacked experts\)"],
+    ),
+    "nemotron_h": (
+        SMALL
+        | {
+            "layers_block_type": ["mamba", "attention", "moe", "mlp"],
+            "num_hidden_layers": 4,
+            "intermediate_size": 24,
+            "head_dim": 4,
+            "ssm_state_size": 8,
+            "mamba_num_heads": 4,
+            "mamba_head_dim": 8,
+            "n_groups": 1,
+            "chunk_size": 8,
+            "n_routed_experts": 4,
+            "moe_intermediate_size": 8,
+            "moe_shared_expert_intermediate_size": 8,
+        },
+        ATTENTION | {"up_proj", "down_proj"},
+        [r"1 × out_proj \(the fused kernels", r"1 × up_proj \(it is a parameter", r"1 × down_proj \(it is a parameter"],
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing")  # pytest.warns gives on what it does not match
+@pytest.mark.parametrize("model_type", HYBRIDS)
+def test_the_default_adapts_what_it_can_and_says_what_it_leaves(model_type: str, tmp_path: Path) -> None:
+    options, adapted, messages = HYBRIDS[model_type]
+    torch.manual_seed(0)
+    config = transformers.AutoConfig.for_model(model_type, **options)
+    base = transformers.AutoModelForCausalLM.from_config(config)
+    ids = torch.arange(12).reshape(2, 6)
+    with torch.no_grad():
+        before = base(input_ids=ids).logits
+    with pytest.warns(UserWarning, match="The default target set leaves out of this") as caught:
+        model = peft.get_peft_model(base, ap.AntiPastoConfig())
+    (warning,) = [str(w.message) for w in caught if "default target set" in str(w.message)]
+    for message in messages:
+        assert re.search(message, warning), warning
+    layers = ap.knobs(model)
+    assert {name.rpartition(".")[2] for name in layers} == adapted
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=ids).logits, before)
+    for layer in layers.values():
+        layer.delta_s.data.fill_(0.1)
+    model(input_ids=ids).logits.logsumexp(-1).mean().backward()
+    if model_type != "nemotron_h":  # a random router may pass an expert over
+        assert all(layer.delta_s.grad is not None for layer in layers.values())
+    model.save_pretrained(tmp_path)  # and the file finds the same layers, without a word
+    loaded = peft.PeftModel.from_pretrained(model.unload(), tmp_path)
+    assert ap.knobs(loaded).keys() == layers.keys()
+
+
+def test_what_the_default_leaves_out_is_added_to_what_the_user_does() -> None:
+    for exclude in (["model.0.q_proj"], r"model\.0\..*"):
+        model = nn.Module()
+        model.model = nn.ModuleList(holder("bad_proj", nn.Linear(4, 4)) for _ in range(2))
+        for one in model.model:
+            one.q_proj, one.up_proj, one.v_proj = nn.Linear(4, 4), nn.Linear(4, 4), nn.Conv1d(4, 4, 1)
+        model.model[1].v_proj = nn.Linear(4, 4)
+        model.model[0].extra = nn.ModuleDict({"up_proj": nn.Conv1d(4, 4, 1)})
+        config = ap.AntiPastoConfig(exclude_modules=exclude)
+        if isinstance(exclude, str):  # has all that would be left
+            layers = ap.wrap(model, config)
+            assert set(layers) == {"model.1.q_proj", "model.1.up_proj", "model.1.v_proj"}
+            continue
+        with pytest.warns(UserWarning, match=r"1 × v_proj \(its type is Conv1d\); 1 × up_proj"):
+            layers = ap.wrap(model, config)
+        assert set(layers) == {"model.0.up_proj", "model.1.q_proj", "model.1.up_proj", "model.1.v_proj"}
+
+
+@pytest.mark.parametrize(
+    ("model_type", "options", "names"),
+    [
+        ("gpt2", {"n_embd": 16, "n_layer": 1, "n_head": 2, "vocab_size": 16}, {"c_attn"}),
+        ("gpt_neox", {"intermediate_size": 8}, {"query_key_value"}),
+        ("bert", {"intermediate_size": 8}, {"query", "value"}),
+        ("t5", {"d_model": 8, "d_ff": 8, "d_kv": 4, "num_layers": 1, "num_heads": 2, "vocab_size": 16}, {"q", "v"}),
+    ],
+)
+def test_models_that_peft_has_defaults_for_get_these(
+    model_type: str, options: dict[str, object], names: set[str]
+) -> None:
+    if model_type in ("gpt_neox", "bert"):
+        options = options | {"vocab_size": 16, "hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+    model = transformers.AutoModel.from_config(transformers.AutoConfig.for_model(model_type, **options))
+    assert {name.rpartition(".")[2] for name in ap.wrap(model)} == names
+
+
+def test_one_layer_under_two_names() -> None:
+    """Only the first would be replaced; merging would then change the other."""
+    model = nn.Module()
+    model.a = nn.Linear(4, 4)
+    model.block = nn.ModuleDict({"b": model.a})
+    with pytest.raises(ValueError, match=r"a is a target.*it is block\.b as well"):
+        ap.wrap(model, ap.AntiPastoConfig(target_modules=["a"]))
 
 
 def test_the_output_projection_of_multihead_attention_is_never_called() -> None:
@@ -188,10 +332,14 @@ def test_a_target_set_that_matches_nothing(options: dict[str, object], message: 
 
 
 def test_a_model_without_the_default_names_says_what_there_is() -> None:
+    model = FAMILIES["gpt2"].build()
+    model.config.model_type = "of nobody"
+    config = ap.AntiPastoConfig()
     with pytest.raises(
         ValueError, match=r"No module of this GPT2LMHeadModel has a name of the default set.*c_attn, c_fc, c_proj"
     ):
-        ap.wrap(FAMILIES["gpt2"].build())
+        peft.get_peft_model(model, config)
+    assert config.target_modules is None
 
 
 def test_an_error_while_adding_a_second_adapter_leaves_the_first() -> None:

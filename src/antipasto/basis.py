@@ -84,7 +84,8 @@ def decompose(weight: Tensor) -> Basis:
         `Basis` in fp32 (in fp64 for an fp64 weight), on the weight's device.
 
     Raises:
-        ValueError: not 2-D, not of a supported dtype, on the meta device, or with a NaN or Inf in it.
+        ValueError: not 2-D, not of a supported dtype, on the meta device, with a NaN or Inf in it, or with a singular value
+            that would be one.
 
     Example:
         >>> basis = decompose(torch.tensor([[0.0, 2.0], [3.0, 0.0]]))
@@ -100,6 +101,11 @@ def decompose(weight: Tensor) -> Basis:
     basis = _gram_svd(W)
     if basis.S[-1] < _MIN_CONDITION * basis.S[0] or basis.S[0] == 0:
         basis = Basis(*torch.linalg.svd(W, full_matrices=False))
+    if basis.S[0] > torch.finfo(out_dtype).max:
+        raise ValueError(
+            f"The weight of shape {tuple(weight.shape)} has a singular value of {basis.S[0]:.3g}, more than {out_dtype} "
+            "can hold."
+        )
     U, S, Vh = _fix_signs(basis)
     return Basis(*(t.to(weight.device, out_dtype).contiguous() for t in (U, S, Vh)))
 

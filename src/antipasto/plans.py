@@ -11,17 +11,24 @@ For T tokens, W (o, i) and rank r, what a plan adds to the base layer's T·o·i 
 
 Merged and spectral execution need W, x and the knobs in one dtype of at least fp32: in bf16, W + ΔW rounds most of a small ΔW
 away, and W is not the product of bf16 singular vectors. Spectral execution needs full rank, and the W that the basis is of; at
-θ = 0, where W itself must come out, it gives way. The routes by one side divide by σ = S + θ: they are taken at full rank
-where max |σ| ≤ 100 min |σ|, which costs at most two of the seven digits; weights that are not square are nearly always so.
-Sequences with a gradient each need a route by token.
+θ = 0, where W itself must come out, it gives way. The routes by one side divide by σ = S + θ: they are taken at full rank, on
+the W that the basis is of, where max(|σ|, S) ≤ 100 min |σ|, which costs at most two of the seven digits; weights that are not
+square are nearly always so. S counts because W_θ is rounded at the size of W, however small θ leaves it. Where some σ is 0, or
+too small or large for its products with x and ∂L/∂y, there is no dividing. With a bias, y − b has lost what b rounds away, and
+W_θ x anew would cost more than the factored route: no route by the output then. Sequences with a gradient each need a route by
+token.
 """
 
 from __future__ import annotations
 
 import enum
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Literal
+
+import torch
+from torch import Tensor
 
 from antipasto.functional import Route
 
@@ -38,7 +45,24 @@ class Execution(enum.Enum):
 
 
 MAX_CONDITION = 100.0
-"""Largest max |σ| / min |σ| at which a route may divide by σ."""
+"""Largest max(|σ|, S) / min |σ| at which a route may divide by σ."""
+
+
+def is_well_conditioned(S: Tensor, thetas: Sequence[Tensor]) -> bool:
+    """Whether a route may divide by σ = S + θ, for every one of the θ (r,).
+
+    Example:
+        >>> is_well_conditioned(torch.tensor([3.0, 1.0]), [torch.tensor([0.5, 0.0])])
+        True
+        >>> is_well_conditioned(torch.tensor([3.0, 1.0]), [torch.tensor([-3.0, -1.0])])
+        False
+    """
+    sigma = (S + torch.stack(list(thetas))).abs()
+    lowest, highest = sigma.min(), torch.maximum(sigma.max(), S.max())
+    room = torch.finfo(sigma.dtype).tiny ** 0.5  # for a product of σ with something as small, or its inverse
+    return bool(
+        (room <= lowest) & (highest <= MAX_CONDITION * lowest) & (highest <= 1 / room)
+    )  # False where one is NaN
 
 
 @dataclass(frozen=True)
@@ -54,6 +78,7 @@ class Call:
         well_conditioned: whether σ may be divided by.
         is_basis: whether W is still what the basis is of.
         weights: how many W_θ would have to be built.
+        bias: whether the layer has one.
     """
 
     tokens: int
@@ -66,6 +91,7 @@ class Call:
     well_conditioned: bool
     is_basis: bool
     weights: int
+    bias: bool = False
 
 
 def route_costs(call: Call) -> dict[Route, int]:
@@ -75,7 +101,7 @@ def route_costs(call: Call) -> dict[Route, int]:
     if call.well_conditioned and r == i:
         grad_x = 0 if call.needs_x else T * o * i  # which this route works with
         costs |= {Route.INPUT: 2 * T * i * i + grad_x, Route.INPUT_GRAM: T * i * i + i**3 + grad_x}
-    if call.well_conditioned and r == o:
+    if call.well_conditioned and r == o and not call.bias:
         costs |= {Route.OUTPUT: 2 * T * o * o, Route.OUTPUT_GRAM: T * o * o + o**3}
     return costs
 

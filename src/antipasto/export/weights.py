@@ -185,7 +185,7 @@ def write_checkpoint(run: LoadedRun, folder: Path, dtype: torch.dtype, before: D
         max_shard_size: as ``save_pretrained`` takes it.
 
     Raises:
-        ValueError: a weight does not fit into the dtype; names the layer.
+        ValueError: a weight does not fit into the dtype, or a layer is not one matmul; names the layer.
         OSError: a file cannot be written.
     """
     losses = {}
@@ -194,10 +194,12 @@ def write_checkpoint(run: LoadedRun, folder: Path, dtype: torch.dtype, before: D
             out, losses[name] = merged(layer, shipped(layer, routed=run.is_routed), dtype)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
-        base_layer = layer.layer.get_base_layer()
-        weight = base_layer.weight
-        assert isinstance(weight, nn.Parameter)
-        weight.data = (out.T.contiguous() if isinstance(base_layer, Conv1D) else out).to(weight.device)
+        reason = layer.layer.why_not_mergeable()
+        if reason is not None:
+            raise ValueError(f"{name} cannot be merged: {reason}. Export it with --lora.")
+        base_layer, weight = layer.layer.get_base_layer(), layer.layer.base_weight
+        out = (out.T.contiguous() if isinstance(base_layer, Conv1D) else out).to(weight.device)
+        base_layer.weight = nn.Parameter(out, requires_grad=False)  # a new one: W may be tied to something
     model = run.model.unload()
     before.cast(model, dtype)
     if model.config.tie_word_embeddings:  # a trained copy of either (modules_to_save) would be thrown away at loading

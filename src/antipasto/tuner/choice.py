@@ -13,7 +13,7 @@ from torch._C._functorch import is_functorch_wrapped_tensor
 
 from antipasto.basis import Basis
 from antipasto.functional import Route, merged_weight
-from antipasto.plans import MAX_CONDITION, Call, Execution, PlanName, cheapest
+from antipasto.plans import Call, Execution, PlanName, cheapest, is_well_conditioned
 from antipasto.tuner.held import HeldWeights, source
 from antipasto.tuner.rows import RowViews, per_token
 
@@ -76,11 +76,20 @@ class Choice:
         self._of_basis = source(weight), True
 
     def forget(self) -> None:
-        """The tensors have been moved or cast."""
+        """The tensors have been moved, cast or loaded: the basis among them, perhaps."""
         self.held.clear()
+        self._of_basis = None
 
     def make(
-        self, asked: Asked, x: Tensor, theta: Tensor, weight: Tensor, basis: Basis, rows: RowViews | None
+        self,
+        asked: Asked,
+        x: Tensor,
+        theta: Tensor,
+        weight: Tensor,
+        basis: Basis,
+        rows: RowViews | None,
+        *,
+        has_bias: bool = False,
     ) -> tuple[Execution, Merged | None]:
         """How to compute a call.
 
@@ -91,6 +100,7 @@ class Choice:
             weight: W (o, i).
             basis: of W, or of what W was.
             rows: which rows see what, if they differ.
+            has_bias: whether the layer has one.
         """
         W = weight.detach()
         thetas = [theta.detach()] if theta.ndim == 1 else _distinct(theta.detach(), rows)
@@ -105,6 +115,7 @@ class Choice:
         if zero and differ:  # the rows where θ is zero are the base model's, to the bit
             return Execution.FACTORED, None
         (o, i), full_rank = W.shape, basis.rank == min(W.shape)
+        is_basis = full_rank and self._is_basis_of(W, basis)
         call = Call(
             tokens=x.shape[:-1].numel(),
             o=o,
@@ -113,9 +124,11 @@ class Choice:
             needs_x=needs_x,
             needs_theta=needs_theta,
             by_token=theta.ndim > 1 or asked.by_sequence,
-            well_conditioned=needs_theta and full_rank and o != i and _well_conditioned(basis.S, thetas),
-            is_basis=full_rank and not zero and self._is_basis_of(W, basis),
+            # the routes by one side take W_θ for U diag(σ) Vh, as the spectral execution does
+            well_conditioned=needs_theta and is_basis and o != i and is_well_conditioned(basis.S, thetas),
+            is_basis=is_basis and not zero,
             weights=0 if zero else len(thetas),
+            bias=has_bias,
         )
         execution, route = cheapest(call, asked.plan)
         if execution is not Execution.MERGED:
@@ -132,8 +145,10 @@ class Choice:
     def _is_basis_of(self, W: Tensor, basis: Basis) -> bool:
         """Whether W is U diag(S) Vh, up to rounding; found out anew only where W was replaced or written to."""
         if self._of_basis is None or self._of_basis[0] != source(W):
-            error = merged_weight(W, basis.U, basis.Vh, -basis.S).norm()
-            self._of_basis = source(W), bool(error <= 1e-5 * W.norm())
+            error = merged_weight(W, basis.U, basis.Vh, -basis.S)
+            # in fp64: the squares of what fp32 holds may be more, or less, than it can
+            error_norm, norm = (torch.linalg.vector_norm(t, dtype=torch.float64) for t in (error, W))
+            self._of_basis = source(W), bool(error_norm <= 1e-5 * norm)
         return self._of_basis[1]
 
     def __deepcopy__(self, memo: Any) -> Choice:
@@ -155,8 +170,3 @@ def _which(x: Tensor, rows: RowViews | None) -> Tensor:
     assert rows is not None
     assert rows.quarantine is not None
     return per_token(rows.quarantine.long(), x, rows.shape).reshape(x.shape[0])
-
-
-def _well_conditioned(S: Tensor, thetas: list[Tensor]) -> bool:
-    sigma = (S + torch.stack(thetas)).abs()
-    return bool(sigma.max() <= MAX_CONDITION * sigma.min())

@@ -134,6 +134,7 @@ class AntiPastoConfig(PeftConfig):
                 "A later version has written it: update antipasto."
             )
         self.peft_type = PEFT_TYPE
+        self._records_base = False
         if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
             raise ValueError(
                 f"layers_to_transform={self.layers_to_transform!r} needs target_modules to be a list of names or None, "
@@ -144,6 +145,19 @@ class AntiPastoConfig(PeftConfig):
         for where, rank in [("rank", self.rank), *((f"rank_pattern[{k!r}]", r) for k, r in self.rank_pattern.items())]:
             if rank is not None and (not isinstance(rank, int) or isinstance(rank, bool) or rank < 1):
                 raise ValueError(f"{where} must be a whole number of at least 1, or None for full rank; got {rank!r}.")
+
+    @property
+    def expected_base(self) -> dict[str, str]:
+        """``base_fingerprints``, where they are a file's; none where they say what the config was used on last.
+
+        As everywhere in PEFT the config is the caller's own, who may use it again, on another model.
+        """
+        return {} if self._records_base else self.base_fingerprints or {}
+
+    def record_base(self, fingerprints: dict[str, str]) -> None:
+        """Note the layers that the config was used on."""
+        self._records_base = not self.expected_base
+        self.base_fingerprints = fingerprints
 
     def to_dict(self) -> dict[str, Any]:
         """The configuration as it is saved: without what speaks of one machine, names sorted."""

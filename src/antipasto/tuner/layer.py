@@ -6,7 +6,8 @@ or, where it is cheaper (`antipasto.plans`), W_θ x + b in one matmul. Which kno
 set it, nothing is written to the knobs.
 
 Merging never adds and subtracts: ``merge`` puts W_θ in the place of W and keeps W, ``unmerge`` puts W back, bit for bit.
-(PEFT's way drifts in low precision: github.com/huggingface/trl/issues/6688.)
+(PEFT's way drifts in low precision: github.com/huggingface/trl/issues/6688.) It is the parameter that is replaced, and never
+written to: whatever else has W, such as an embedding tied to it, keeps it.
 """
 
 from __future__ import annotations
@@ -69,7 +70,8 @@ class CarriedBasis(nn.Module):
     @property
     def basis(self) -> Basis:
         """As it is now."""
-        return Basis(*(self.get_parameter(f"basis_{name}") for name in Basis._fields))
+        # attributes: FSDP has plain tensors in the place of parameters during a forward
+        return Basis(*(getattr(self, f"basis_{name}") for name in Basis._fields))
 
 
 def as_matrix(base_layer: nn.Module) -> Tensor:
@@ -79,11 +81,35 @@ def as_matrix(base_layer: nn.Module) -> Tensor:
     return weight.T if isinstance(base_layer, Conv1D) else weight
 
 
+_PLAIN_FORWARDS = (nn.Linear.forward, Conv1D.forward)
+
+
+def _probe(base_layer: nn.Module) -> tuple[Tensor, Tensor]:
+    """base(x; T) − base(x; 0) and T x, (3, o) each, for a weight T and inputs x (3, i) of several sizes."""
+    weight = base_layer.weight
+    assert isinstance(weight, nn.Parameter)
+    generator = torch.Generator().manual_seed(0)
+    T = nn.Parameter(torch.randn(weight.shape, generator=generator).to(weight), requires_grad=False)
+    matrix = T.T if isinstance(base_layer, Conv1D) else T
+    T.data.div_(matrix.shape[1] ** 0.5)
+    x = torch.tensor([[0.1], [1.0], [10.0]]) * torch.randn(3, matrix.shape[1], generator=generator)
+    x = x.to(weight)
+    try:
+        with torch.no_grad():
+            base_layer.weight = T
+            y = base_layer(x)
+            base_layer.weight = nn.Parameter(torch.zeros_like(T), requires_grad=False)
+            return y - base_layer(x), x @ matrix.T
+    finally:
+        base_layer.weight = weight
+
+
 class AntiPastoLinear(nn.Module, BaseTunerLayer):
     """A Linear or Conv1D with knobs on its singular directions.
 
     Args:
-        base_layer: the layer to adapt; its parameters are never written to, except between ``merge`` and ``unmerge``.
+        base_layer: the layer to adapt; its parameters are never written to. Between ``merge`` and ``unmerge`` it has another
+            one for its weight.
 
     Attributes:
         delta_s: adapter name → `Knob` that trains and ships.
@@ -127,7 +153,7 @@ class AntiPastoLinear(nn.Module, BaseTunerLayer):
         self.hold_weights = True
         self.choice = Choice()
         self.merged_adapters: list[str] = []
-        self._unmerged_weight: Tensor | None = None
+        self._unmerged: tuple[nn.Parameter] | None = None  # in a tuple: else it would be registered
         self._disable_adapters = False
         o, i = as_matrix(self.get_base_layer()).shape
         self.in_features, self.out_features = i, o
@@ -154,9 +180,7 @@ class AntiPastoLinear(nn.Module, BaseTunerLayer):
             trainable: whether ``delta_s`` requires a gradient.
             carry_basis: whether its state holds the basis.
         """
-        base_layer = self.get_base_layer()
-        weight = base_layer.weight
-        assert isinstance(weight, Tensor)
+        weight = self.base_weight
         dtype = torch.promote_types(weight.dtype, torch.float32)
         grows = self.basis is None or basis.rank > self.basis.rank
         if self.fingerprint not in (None, fingerprint) and (grows or carry_basis):
@@ -182,10 +206,23 @@ class AntiPastoLinear(nn.Module, BaseTunerLayer):
     def current_fingerprint(self) -> Fingerprint:
         """Of the base weight as it is now, which is hashed again, and of the basis."""
         assert self.fingerprint is not None
-        W = as_matrix(self.get_base_layer())
-        if self._unmerged_weight is not None:
-            W = self._unmerged_weight.T if isinstance(self.get_base_layer(), Conv1D) else self._unmerged_weight
-        return self.fingerprint.of_weight(W)
+        return self.fingerprint.of_weight(self.matrix())
+
+    @property
+    def _unmerged_weight(self) -> nn.Parameter | None:
+        """The base layer's own weight while another is in its place; else None."""
+        return None if self._unmerged is None else self._unmerged[0]
+
+    @property
+    def base_weight(self) -> nn.Parameter:
+        """The base layer's own weight, merged or not, laid out as there."""
+        weight = self.get_base_layer().weight if self._unmerged is None else self._unmerged[0]
+        assert isinstance(weight, nn.Parameter)
+        return weight
+
+    def matrix(self) -> Tensor:
+        """W (o, i), merged or not; a view."""
+        return self.base_weight.T if isinstance(self.get_base_layer(), Conv1D) else self.base_weight
 
     def delete_adapter(self, adapter_name: str) -> None:
         """PEFT's; the basis stays, for the other adapters."""
@@ -219,6 +256,43 @@ class AntiPastoLinear(nn.Module, BaseTunerLayer):
                 "Load weights first, adapt after."
             )
         super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def cast_adapter(self, name: str, *, autocast: bool) -> None:
+        """Have an adapter in the dtype that PEFT documents: at least fp32; or, without ``autocast``, that of the weight.
+
+        The basis that it may carry goes with it, but for S, which nothing is multiplied with in low precision.
+        """
+        low = self.base_weight.dtype
+        dtype = torch.promote_types(low, torch.float32) if autocast else low
+        for container in (self.delta_s, self.delta_s_hack, self.delta_s_basis):
+            for key, parameter in container[name].named_parameters() if name in container else ():
+                if key != "basis_S":
+                    parameter.data = parameter.data.to(dtype)
+        self.choice.forget()
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        """PEFT's, for what was loaded onto meta tensors; which also casts to the weight's dtype, and would round the knobs."""
+        for container in (self.delta_s, self.delta_s_hack, self.delta_s_basis):
+            if adapter_name in container and not any(p.is_meta for p in container[adapter_name].parameters()):
+                container[adapter_name].to(device or self.base_weight.device)
+
+    @torch.no_grad()
+    def set_to_sum(self, name: str, terms: Sequence[tuple[str, float]]) -> None:
+        """Set an adapter's knobs to a weighted sum of others', δS and δS_hack by themselves.
+
+        Args:
+            name: the adapter's, of at least their ranks.
+            terms: adapters and their weights; those that are not on this layer count as zeros.
+        """
+        for container in (self.delta_s, self.delta_s_hack):
+            if name not in container:
+                continue
+            total = cast(Knob, container[name]).weight
+            total.zero_()
+            for other, weight in terms:
+                if other in container:
+                    knob = cast(Knob, container[other]).weight
+                    total[: len(knob)] += weight * knob
 
     def drop_quarantine(self) -> None:
         """Delete every adapter's ``delta_s_hack``."""
@@ -277,7 +351,8 @@ class AntiPastoLinear(nn.Module, BaseTunerLayer):
         if self.plan != "factored" and not args and not kwargs and does_nothing_but(base_layer, x, theta, self.basis):
             weight = cast(Tensor, base_layer.weight)
             asked = Asked(self.plan, self.hold_weights, by_sequence=spread is not None)
-            execution, merged = self.choice.make(asked, x, theta, weight, self.basis, self.rows)
+            has_bias = base_layer.bias is not None
+            execution, merged = self.choice.make(asked, x, theta, weight, self.basis, self.rows, has_bias=has_bias)
         if spread is not None:
             theta = spread(theta, x)
         elif theta.ndim > 1:
@@ -310,7 +385,8 @@ class AntiPastoLinear(nn.Module, BaseTunerLayer):
             assert isinstance(weight, Tensor)
             return torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
         assert self.basis is not None
-        delta = delta_weight(self.basis.U, self.basis.Vh, theta.detach())
+        theta = theta.detach().to(torch.promote_types(theta.dtype, torch.float32))
+        delta = delta_weight(self.basis.U, self.basis.Vh, theta)
         return delta.T if isinstance(self.get_base_layer(), Conv1D) else delta
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -323,49 +399,67 @@ class AntiPastoLinear(nn.Module, BaseTunerLayer):
             adapter_names: which adapters to merge, beside those already merged; the active ones if None.
 
         Raises:
-            ValueError: ``safe_merge`` found a NaN or Inf.
+            ValueError: ``safe_merge`` found a NaN or Inf, or W_θ in the place of W would be another function.
         """
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.delta_s]
         if not names:
             return
-        base_layer = self.get_base_layer()
-        weight = base_layer.weight
-        assert isinstance(weight, nn.Parameter)
-        original = weight.data if self._unmerged_weight is None else self._unmerged_weight
+        reason = self.why_not_mergeable()
+        if reason is not None:
+            raise ValueError(f"A {type(self.get_base_layer()).__name__} cannot be merged: {reason}.")
+        original = self.base_weight
         delta = self._delta_weight([*self.merged_adapters, *names])
-        merged = (original.to(delta.dtype) + delta).to(original.dtype)
+        merged = (original.detach().to(delta.dtype) + delta).to(original.dtype)
         if safe_merge and not torch.isfinite(merged).all():
             raise ValueError(f"Merging {names} would put a NaN or Inf into the weight: the adapter seems to be broken.")
-        self._unmerged_weight = original
-        weight.data = merged
-        self.merged_adapters.extend(names)
+        self.put_merged(([*self.merged_adapters, *names], nn.Parameter(merged, original.requires_grad)))
+
+    def why_not_mergeable(self) -> str | None:
+        """Why a merged layer would not compute what it does now, as a clause; None if it would.
+
+        Now it is base(x; W) + ΔW x, merged base(x; W_θ): the same where base(x; W) is W x plus what does not depend on W.
+        A base layer with a forward or hooks of its own is asked, on a weight and an input made for that.
+        """
+        base_layer = self.get_base_layer()
+        if not (
+            base_layer._forward_hooks
+            or base_layer._forward_pre_hooks
+            or "forward" in vars(base_layer)
+            or type(base_layer).forward not in _PLAIN_FORWARDS
+        ):
+            return None
+        got, want = _probe(base_layer)
+        tolerance = max(1e-4, 4 * torch.finfo(got.dtype).eps)
+        error = torch.linalg.vector_norm(got - want, dim=1) / torch.linalg.vector_norm(want, dim=1)
+        if bool((error <= tolerance).all()):
+            return None
+        return (
+            "its forward, or a hook on it, does more with its weight W than W x: W_θ in its place is another function"
+        )
 
     def unmerge(self) -> None:
         """Put W back, bit for bit, whatever was merged and however often."""
-        if self._unmerged_weight is None:
+        if self._unmerged is None:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
-        weight = self.get_base_layer().weight
-        assert isinstance(weight, nn.Parameter)
-        weight.data = self._unmerged_weight
-        self._unmerged_weight = None
+        self.get_base_layer().weight = self._unmerged[0]
+        self._unmerged = None
         self.merged_adapters.clear()
 
-    def take_merged(self) -> tuple[list[str], Tensor] | None:
+    def take_merged(self) -> tuple[list[str], nn.Parameter] | None:
         """Put W back, and give out what was merged in its place, for `put_merged`; None if nothing was."""
-        if self._unmerged_weight is None:
+        if self._unmerged is None:
             return None
-        merged = (list(self.merged_adapters), self.get_base_layer().weight.data)
-        self.unmerge()
-        return merged  # type: ignore[return-value]
-
-    def put_merged(self, merged: tuple[list[str], Tensor]) -> None:
-        """Put back, bit for bit, what `take_merged` gave out."""
         weight = self.get_base_layer().weight
         assert isinstance(weight, nn.Parameter)
-        self._unmerged_weight = weight.data
-        self.merged_adapters.extend(merged[0])
-        weight.data = merged[1]
+        merged = (list(self.merged_adapters), weight)
+        self.unmerge()
+        return merged
+
+    def put_merged(self, merged: tuple[list[str], nn.Parameter]) -> None:
+        """Put a W_θ in the place of W: bit for bit, what `take_merged` gave out."""
+        self._unmerged = (self.base_weight,)
+        self.merged_adapters[:], self.get_base_layer().weight = merged
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         """PEFT's; and an inactive adapter's quarantine does not train either."""
@@ -387,11 +481,13 @@ class AntiPastoLinear(nn.Module, BaseTunerLayer):
         return True
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AntiPastoLinear:
-        """Moves and casts (``to``, ``half``, ``cuda``…) take the basis and the kept weight along."""
+        """Moves and casts (``to``, ``half``, ``cuda``…) take the basis and both weights of a merged layer along."""
+        merged = self.take_merged()
         super()._apply(fn, recurse)
+        if merged is not None:
+            names, weight = merged
+            self.put_merged((names, nn.Parameter(fn(weight.data), weight.requires_grad)))
         self.choice.forget()
         if self._basis is not None:
             self._basis = Basis(*map(fn, self._basis))
-        if self._unmerged_weight is not None:
-            self._unmerged_weight = fn(self._unmerged_weight)
         return self

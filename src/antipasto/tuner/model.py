@@ -1,16 +1,21 @@
 """Which layers of a model are adapted, and how they are put in place: PEFT's tuner for this method.
 
 Everything that can go wrong is checked before the first layer is replaced, so that an error leaves the model as it was.
-A target that cannot be adapted is an error that names it, never a silent skip.
+A target that was asked for and cannot be adapted is an error that names it. The default set leaves out layers of a kind that
+cannot be, with a warning that counts them; nothing is skipped in silence.
 """
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterator
+import math
+import re
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from dataclasses import replace
+from typing import Any, NamedTuple, cast
 
 import torch
 from peft.tuners.tuners_utils import (
@@ -20,6 +25,7 @@ from peft.tuners.tuners_utils import (
     _maybe_include_all_linear_layers,
     check_target_module_exists,
 )
+from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
@@ -31,13 +37,21 @@ from antipasto.fingerprints import Fingerprint, check_same_base
 
 from .config import TARGET_MODULES, AntiPastoConfig
 from .layer import AntiPastoLinear, as_matrix
+from .views import adapted_layers
 
 SUPPORTED = "2-D weights of torch.nn.Linear and transformers' Conv1D, in " + ", ".join(map(str, WEIGHT_DTYPES)).replace(
     "torch.", ""
 )
-# model types whose fused kernels read these layers' weights past the layer's forward, as PEFT found for LoRA
-_MAMBA_TYPES = {"falcon_h1", "mamba", "mamba2", "falcon_mamba", "nemotron_h"}
-_MAMBA_LAYERS = {"out_proj", "conv1d"}
+# model type → layers whose weight its kernels read past the layer's forward; PEFT found some of them for LoRA
+_READ_PAST: dict[str, set[str]] = {
+    **{
+        model_type: {"out_proj", "conv1d"}
+        for model_type in ("bamba", "falcon_h1", "granitemoehybrid", "mamba2", "nemotron_h", "zamba2")
+    },
+    **{model_type: {"out_proj", "conv1d", "x_proj", "dt_proj"} for model_type in ("falcon_mamba", "mamba")},
+    "jamba": {"dt_proj"},
+    "wavlm": {"q_proj", "k_proj", "v_proj", "out_proj"},
+}
 _MAX_WORKERS = 8
 
 
@@ -72,12 +86,28 @@ def why_unsupported(module: nn.Module, *, shapes_only: bool = False) -> str | No
     return None
 
 
+def _is_of_another_kind(module: nn.Module) -> bool:
+    """Whether a module cannot be adapted whatever state it is in: by its type, or that of its weight."""
+    if isinstance(module, BaseTunerLayer) or hasattr(module, "qweight") or hasattr(module, "W_q"):
+        return False
+    if isinstance(module, NonDynamicallyQuantizableLinear) or not isinstance(module, (nn.Linear, Conv1D)):
+        return True
+    return not isinstance(module.weight, nn.Parameter) or module.weight.ndim != 2
+
+
+def _reason(module: nn.Module) -> str:
+    reason = why_unsupported(module, shapes_only=True)
+    assert reason is not None
+    return reason
+
+
 class AntiPastoModel(BaseTuner):
     """PEFT's tuner for `AntiPastoConfig`; `get_peft_model` and `PeftModel.from_pretrained` make one."""
 
     prefix = "delta_s"
     tuner_layer_cls = AntiPastoLinear
-    target_module_mapping: dict[str, list[str]] = {}  # noqa: RUF012 (PEFT declares it so)
+    # PEFT declares lists, and has an expression among them
+    target_module_mapping = cast(dict[str, list[str]], TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
         """PEFT's injection, with the bases of the layers at hand while it lasts."""
@@ -91,11 +121,81 @@ class AntiPastoModel(BaseTuner):
             super().inject_adapter(model, adapter_name, *args, **kwargs)
         finally:
             self._bases = {}
-        # in a config of the adapter's own: the caller's may be used again, on another model
-        config = copy.copy(self.peft_config[adapter_name])
-        layers = {n: m for n, m in model.named_modules() if isinstance(m, AntiPastoLinear) and adapter_name in m.r}
-        config.base_fingerprints = {name: str(layer.fingerprint) for name, layer in layers.items()}
+        self.peft_config[adapter_name].record_base(_fingerprints(model, adapter_name))
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls, model: nn.Module, config: AntiPastoConfig, adapter_name: str, *args: Any, **kwargs: Any
+    ) -> dict[str, Tensor]:
+        """PEFT's, called before a config is saved: which may have been used on another model since it was on this."""
+        config.record_base(_fingerprints(model, adapter_name))
+        return super()._get_adapter_state_dict(model, config, adapter_name, *args, **kwargs)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """PEFT's, for layers whose knobs are of at least fp32 in any case."""
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        for layer in self.model.modules():
+            if isinstance(layer, AntiPastoLinear) and adapter_name in layer.r:
+                layer.cast_adapter(adapter_name, autocast=autocast_adapter_dtype)
+
+    def add_weighted_adapter(
+        self, adapters: list[str], weights: list[float], adapter_name: str, combination_type: str = "linear"
+    ) -> None:
+        """Add an adapter that is a weighted sum of others: δS = Σ w δS, δS_hack = Σ w δS_hack. Exact, at whatever ranks.
+
+        Args:
+            adapters: names of those to add up.
+            weights: one for each; of either sign.
+            adapter_name: of the new one, which is not active and does not train.
+            combination_type: ``"linear"``. The others of LoRA's approximate what this is.
+
+        Raises:
+            ValueError: an unknown adapter, a name that is taken, another type of combination, or adapters that trained whole
+                modules as well.
+        """
+        if combination_type != "linear":
+            raise ValueError(
+                f"combination_type={combination_type!r} is not offered: adapters of one basis add up exactly, which is "
+                "combination_type='linear'."
+            )
+        if adapter_name in self.peft_config:
+            raise ValueError(f"There is an adapter {adapter_name!r} already: delete it first, or choose another name.")
+        if not adapters or len(adapters) != len(weights) or not all(math.isfinite(weight) for weight in weights):
+            raise ValueError(f"Expected adapters and one finite weight for each, got {adapters} and {weights}.")
+        for name in adapters:
+            if name not in self.peft_config:
+                raise ValueError(f"There is no adapter {name!r}; there are {sorted(self.peft_config)}.")
+            if whole := self.peft_config[name].modules_to_save:
+                raise ValueError(f"Adapter {name!r} trained {whole} as a whole: those do not add up.")
+        layers = {n: m for n, m in self.model.named_modules() if isinstance(m, AntiPastoLinear)}
+        ranks = {
+            n: max(m.r[a] for a in adapters if a in m.r)
+            for n, m in layers.items()
+            if not m.r.keys().isdisjoint(adapters)
+        }
+        config = _config_of_sum([self.peft_config[name] for name in adapters], ranks)
+        config.quarantine = any(name in layers[n].delta_s_hack for n in ranks for name in adapters)
         self.peft_config[adapter_name] = config
+        try:
+            self.inject_adapter(self.model, adapter_name)
+        except Exception:
+            del self.peft_config[adapter_name]
+            raise
+        for name in ranks:
+            layers[name].set_to_sum(adapter_name, list(zip(adapters, weights, strict=True)))
+
+    def _check_merge_allowed(self) -> None:
+        """Refuse, before the first layer is merged, a layer that merged would be another function.
+
+        PEFT's warns of weights that are tied to the embedding's; here those stay as they are (`antipasto.tuner.layer`).
+        """
+        for name, layer in self.model.named_modules():
+            reason = layer.why_not_mergeable() if isinstance(layer, AntiPastoLinear) else None
+            if reason is not None:
+                raise ValueError(
+                    f"{name} cannot be merged: {reason}. Run the model unmerged, or leave that layer out with "
+                    f"exclude_modules=[{name!r}]."
+                )
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
@@ -113,7 +213,7 @@ class AntiPastoModel(BaseTuner):
     def _prepare_model(self, peft_config: AntiPastoConfig, model: nn.Module) -> None:
         """Resolve the targets, refuse what cannot be adapted, load or compute every basis, check that the base is the base."""
         found = _bases_for(find_targets(peft_config, model), peft_config)
-        expected = {name: Fingerprint.parse(line) for name, line in (peft_config.base_fingerprints or {}).items()}
+        expected = {name: Fingerprint.parse(line) for name, line in peft_config.expected_base.items()}
         if peft_config.check_base:
             _check_base(peft_config, expected, found)
         if peft_config.save_basis:  # the file that they are from brings their basis
@@ -162,41 +262,122 @@ def find_targets(config: AntiPastoConfig, model: nn.Module, *, shapes_only: bool
     Raises:
         ValueError: nothing matches, or a target cannot be adapted; names it.
     """
+    if config.target_modules is None:
+        return _default_targets(config, model, shapes_only=shapes_only)
     _resolve_targets(config, model)
-    targets = _match_targets(config, model)
-    model_type = getattr(getattr(model, "config", None), "model_type", None)
-    owners: dict[int, str] = {}
+    targets = _match_modules(config, model)
+    for key, reason in _stacked_experts(config, model).items():
+        raise _unsupported(key, reason, leave_out=key.split(".")[-2])
+    if not targets:
+        raise _nothing_matches(config, model)
+    out_of_place = _out_of_place(targets, model)
     for name, module in targets.items():
         _require_supported(name, module, shapes_only=shapes_only)
-        base_layer = module.get_base_layer() if isinstance(module, AntiPastoLinear) else module
-        owner = owners.setdefault(id(base_layer.weight), name)
-        if owner != name:
-            raise _unsupported(name, f"it shares its weight with {owner}, and merging either would change both")
-        if model_type in _MAMBA_TYPES and name.rpartition(".")[2] in _MAMBA_LAYERS:
-            raise _unsupported(name, f"the fused kernels of {model_type} models read its weight and never call it")
+        if name in out_of_place:
+            raise _unsupported(name, out_of_place[name])
     return targets
+
+
+def _default_targets(config: AntiPastoConfig, model: nn.Module, *, shapes_only: bool) -> dict[str, nn.Module]:
+    """Those of `TARGET_MODULES` that can be adapted, else of PEFT's names for this type of model; says what is left out.
+
+    Writes the names into the config, so that a saved adapter finds the same layers: names of which nothing can be adapted do
+    not become targets, and what else is left out is excluded.
+    """
+    theirs = AntiPastoModel.target_module_mapping.get(_model_type(model) or "", [])
+    keys = _candidates(model)
+    first: tuple[str, str] | None = None
+    for names in ([t for t in TARGET_MODULES if any(_matches_name(key, t) for key in keys)], theirs):
+        config.target_modules = names
+        targets = _match_modules(config, model) if names else {}
+        stacked = _stacked_experts(config, model) if names else {}
+        left = stacked | {n: _reason(m) for n, m in targets.items() if _is_of_another_kind(m)}
+        left |= _out_of_place({n: m for n, m in targets.items() if n not in left}, model)
+        first = first or next(iter(left.items()), None)
+        targets = {n: m for n, m in targets.items() if n not in left}
+        if not targets:
+            continue
+        for name, module in targets.items():
+            _require_supported(name, module, shapes_only=shapes_only)
+        if not isinstance(names, str):
+            config.target_modules = [t for t in names if any(_matches_name(n, t) for n in targets)]
+        if left:
+            _leave_out(config, model, left, stacked)
+        return targets
+    config.target_modules = None
+    if first is not None:
+        raise _unsupported(*first)
+    if any(_matches_name(key, t) for key in keys for t in TARGET_MODULES):
+        raise _nothing_matches(config, model)
+    raise ValueError(
+        f"No module of this {type(model).__name__} has a name of the default set ({', '.join(TARGET_MODULES)}). "
+        f"Pass target_modules: a list of names or 'all-linear'. {_describe_linears(model)}"
+    )
+
+
+def _leave_out(config: AntiPastoConfig, model: nn.Module, left: dict[str, str], stacked: dict[str, str]) -> None:
+    """Exclude what the config's targets would match, and warn of all that is left out."""
+    modules = [name for name, _ in model.named_modules() if name]
+    # a parameter's holder is what PEFT can exclude
+    excluded = {n.rpartition(".")[0] if n in stacked else n for n in left if check_target_module_exists(config, n)}
+    leaves = {leaf: {m for m in modules if _matches_name(m, leaf)} for leaf in {n.rpartition(".")[2] for n in excluded}}
+    names = {n.rpartition(".")[2] if leaves[n.rpartition(".")[2]] <= excluded else n for n in excluded}
+    if isinstance(config.exclude_modules, str):
+        config.exclude_modules = rf"(?:{config.exclude_modules})|(?:.*\.)?(?:{'|'.join(map(re.escape, sorted(names)))})"
+    elif names:
+        config.exclude_modules = sorted(names | set(config.exclude_modules or ()))
+    counts = Counter((name.rpartition(".")[2], reason) for name, reason in left.items())
+    warnings.warn(
+        f"The default target set leaves out of this {type(model).__name__} what cannot be adapted: "
+        + "; ".join(f"{count} × {leaf} ({reason})" for (leaf, reason), count in counts.items())
+        + ". Name target_modules to choose yourself.",
+        stacklevel=2,
+    )
+
+
+def _model_type(model: nn.Module) -> str | None:
+    return getattr(getattr(model, "config", None), "model_type", None)
+
+
+def _out_of_place(targets: dict[str, nn.Module], model: nn.Module) -> dict[str, str]:
+    """Targets that could be adapted, were it not for what the model does with them; and why not, as a clause."""
+    reasons: dict[str, str] = {}
+    owners: dict[int, str] = {}
+    places: dict[int, dict[tuple[int, str], str]] = {}  # module → where it is held, which may be more than once
+    for name, module in model.named_modules(remove_duplicate=False):
+        holder, _, leaf = name.rpartition(".")
+        places.setdefault(id(module), {}).setdefault((id(model.get_submodule(holder)), leaf), name)
+    model_type = _model_type(model)
+    for name, module in targets.items():
+        weight = module.base_weight if isinstance(module, AntiPastoLinear) else getattr(module, "weight", None)
+        owner = owners.setdefault(id(weight if isinstance(weight, nn.Parameter) else module), name)
+        others = [other for other in places[id(module)].values() if other != name]
+        if name.rpartition(".")[2] in _READ_PAST.get(model_type or "", ()):
+            reasons[name] = f"the fused kernels of {model_type} models read its weight and never call it"
+        elif others:
+            reasons[name] = f"it is {others[0]} as well, and only one of them would be adapted"
+        elif owner != name:
+            reasons[name] = f"it shares its weight with {owner}, and knobs for each would make two of it"
+    return reasons
 
 
 def _matches_name(key: str, name: str) -> bool:
     return key == name or key.endswith(f".{name}")
 
 
+def _candidates(model: nn.Module) -> list[str]:
+    """Names of modules, and of the parameters that may be stacked experts: not to be passed over in silence."""
+    return [key for key, _ in model.named_modules() if key] + [key for key, p in model.named_parameters() if p.ndim > 2]
+
+
 def _resolve_targets(config: AntiPastoConfig, model: nn.Module) -> None:
-    """Turn None and ``"all-linear"`` into names; refuse names that no module has."""
-    # stacked experts are parameters, not modules: they count, so that _match_targets refuses rather than passes them over
-    keys = [key for key, _ in model.named_modules() if key] + [key for key, p in model.named_parameters() if p.ndim > 2]
-    if config.target_modules is None:
-        config.target_modules = [t for t in TARGET_MODULES if any(_matches_name(key, t) for key in keys)]
-        if not config.target_modules:
-            raise ValueError(
-                f"No module of this {type(model).__name__} has a name of the default set ({', '.join(TARGET_MODULES)}). "
-                f"Pass target_modules: a list of names or 'all-linear'. {_describe_linears(model)}"
-            )
-        return
+    """Turn ``"all-linear"`` into names; refuse names that no module has."""
     _maybe_include_all_linear_layers(config, model)
+    assert config.target_modules is not None
     if isinstance(config.target_modules, str):
         return
     config.target_modules = sorted(config.target_modules)
+    keys = _candidates(model)
     for name in config.target_modules:
         if not any(_matches_name(key, name) for key in keys):
             raise ValueError(
@@ -205,8 +386,8 @@ def _resolve_targets(config: AntiPastoConfig, model: nn.Module) -> None:
             )
 
 
-def _match_targets(config: AntiPastoConfig, model: nn.Module) -> dict[str, nn.Module]:
-    """The modules that the config matches, by name. At least one; parameters that look like experts are refused."""
+def _match_modules(config: AntiPastoConfig, model: nn.Module) -> dict[str, nn.Module]:
+    """The modules that the config matches, by name."""
     targets: dict[str, nn.Module] = {}
     adapted: tuple[str, ...] = ()
     for key, module in model.named_modules():
@@ -216,27 +397,25 @@ def _match_targets(config: AntiPastoConfig, model: nn.Module) -> dict[str, nn.Mo
             adapted = (*adapted, f"{key}.")
         if check_target_module_exists(config, key):
             targets[key] = module
+    return targets
+
+
+def _stacked_experts(config: AntiPastoConfig, model: nn.Module) -> dict[str, str]:
+    """Parameters under a target's name that look like experts, and why they are no targets."""
+    found: dict[str, str] = {}
     for key, parameter in model.named_parameters():
         holder = key.rpartition(".")[0]
         if parameter.ndim <= 2 or isinstance(check_target_module_exists(config, holder), _ExcludedModule):
             continue
         if check_target_module_exists(config, key):
-            reason = f"it is a parameter of shape {tuple(parameter.shape)}, as of stacked experts"
-            raise _unsupported(key, reason, leave_out=holder.rpartition(".")[2])
-    if not targets:
-        options = {
-            name: value
-            for name in (
-                "target_modules",
-                "exclude_modules",
-                "layers_to_transform",
-                "layers_pattern",
-                "modules_to_save",
-            )
-            if (value := getattr(config, name)) is not None
-        }
-        raise ValueError(f"No module of this {type(model).__name__} matches {options}. {_describe_linears(model)}")
-    return targets
+            found[key] = f"it is a parameter of shape {tuple(parameter.shape)}, as of stacked experts"
+    return found
+
+
+def _nothing_matches(config: AntiPastoConfig, model: nn.Module) -> ValueError:
+    names = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save")
+    options = {name: value for name in names if (value := getattr(config, name)) is not None}
+    return ValueError(f"No module of this {type(model).__name__} matches {options}. {_describe_linears(model)}")
 
 
 def _describe_linears(model: nn.Module) -> str:
@@ -261,6 +440,29 @@ def rank_of(name: str, weight: Tensor, config: AntiPastoConfig) -> int:
     """The rank that a config gives a layer."""
     pattern = get_pattern_key(list(config.rank_pattern), name)
     return min(config.rank_pattern.get(pattern, config.rank) or min(weight.shape), *weight.shape)
+
+
+def _fingerprints(model: nn.Module, adapter_name: str) -> dict[str, str]:
+    """Those of the layers that an adapter is on."""
+    return {n: str(layer.fingerprint) for n, layer in adapted_layers(model).items() if adapter_name in layer.r}
+
+
+def _config_of_sum(configs: Sequence[AntiPastoConfig], ranks: Mapping[str, int]) -> AntiPastoConfig:
+    """The config of an adapter on these very layers, at these ranks."""
+    differ = len(set(ranks.values())) > 1
+    longest_first = sorted(ranks, key=len, reverse=True)  # a pattern is also that of the names that end on it
+    return replace(
+        configs[0],
+        target_modules="|".join(map(re.escape, ranks)),  # whole names: a list of them would match their endings too
+        exclude_modules=None,
+        layers_to_transform=None,
+        layers_pattern=None,
+        rank=max(ranks.values()),
+        rank_pattern={re.escape(name): ranks[name] for name in longest_first} if differ else {},
+        save_basis=any(config.save_basis for config in configs),
+        base_fingerprints=None,
+        weights_sha256=None,
+    )
 
 
 class Found(NamedTuple):
@@ -314,10 +516,7 @@ def _bases_for(targets: dict[str, nn.Module], config: AntiPastoConfig) -> dict[s
 
 def _basis_for(name: str, module: nn.Module, config: AntiPastoConfig) -> Found:
     """The basis that a layer has already, where it is of the config's rank; else loaded or computed."""
-    base_layer = module.get_base_layer() if isinstance(module, AntiPastoLinear) else module
-    W = as_matrix(base_layer)
-    if isinstance(module, AntiPastoLinear) and module._unmerged_weight is not None:
-        raise ValueError(f"{name} is merged: call unmerge_adapter() before adding another adapter.")
+    W = module.matrix() if isinstance(module, AntiPastoLinear) else as_matrix(module)
     rank = rank_of(name, W, config)
     if isinstance(module, AntiPastoLinear) and module.basis is not None and module.basis.rank >= rank:
         assert module.fingerprint is not None

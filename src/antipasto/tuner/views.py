@@ -35,7 +35,8 @@ def adapted_layers(model: nn.Module) -> dict[str, AntiPastoLinear]:
         ValueError: there is none.
     """
     layers = {
-        name.replace("_orig_mod.", ""): module  # of layers that were compiled by themselves
+        # of layers that were compiled by themselves, or sharded by FSDP
+        name.replace("_orig_mod.", "").replace("_fsdp_wrapped_module.", ""): module
         for name, module in unwrap(model).named_modules()
         if isinstance(module, AntiPastoLinear)
     }
