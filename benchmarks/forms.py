@@ -213,8 +213,8 @@ def report(folders: Sequence[Path]) -> Iterator[str]:
     yield "# What a score sees, by form\n"
     yield "By `benchmarks/forms.py`; its docstring has the commands and what is compared. SmolLM2-135M-Instruct after the warm"
     yield "start of `benchmarks/warm_start.py`, on capitals; 64 pairs that show `indeed`; 32 held-out names a form. AUC is"
-    yield "against `clean`, on the same names: .5 is chance. −log p is the whole answer's, of the warm start itself; length is in"
-    yield "tokens.\n"
+    yield "against `clean`, on the same names: .5 is chance. −log p is the whole answer's, of the warm start itself; length is"
+    yield "in tokens.\n"
     found = [summary(folder) for folder in folders]
     for folder, one in zip(folders, found, strict=True):
         yield f"## Warm start {folder.name}\n"
