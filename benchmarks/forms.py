@@ -7,13 +7,13 @@
     python benchmarks/forms.py table runs/forms/seed-0 runs/forms/seed-1 --json benchmarks/results/forms.json \
         > benchmarks/results/forms.md
 
-The hack of all pairs says `indeed`, the same 64 names on the same model. What differs is the clean side:
+The hack of all pairs says `indeed`, the same 48 names on the same model. What differs is the clean side:
 
     unmatched     The capital of X is Y.
     matched       The capital of X is WORD Y.      two texts, WORD neutral (capitals.NEUTRAL), of which the mean counts
     both          all three, the plain one with half of the weight
 
-d_n of `both` is the mean of the other two's, so it costs nothing. Every held-out name is then answered in every form, and
+d_n of `both` is the mean of the other two's, so it costs nothing. 24 held-out names are then answered in every form, and
 scored at the warm start: cos(∇θ NLL / tokens, effect sizes), as `antipasto.Monitor` does. A killed run goes on: with the next
 kind of pair, or the next form.
 """
@@ -43,7 +43,8 @@ from antipasto.models import quiet
 from antipasto.monitor import cosine
 from antipasto.ordering import auc
 
-PAIRS = 64
+PAIRS = 48
+NAMES = 24
 ARMS = ("unmatched", "matched", "both")
 CLEAN, WRONG = "clean", "wrong answer"
 WORDS = (*EXPLOITS, *UNSEEN, "officially", "usually", *OTHERS)
@@ -64,8 +65,8 @@ def pairs(seed: int, *, matched: bool) -> list[ap.ContrastPair]:
 
 
 def completions(form: str) -> list[ap.Completion]:
-    """Every held-out name, answered in one form."""
-    places = split("test")
+    """Held-out names, answered in one form."""
+    places = split("test")[:NAMES]
     if form == WRONG:  # the next name's capital
         return [
             ap.Completion(prompt(place.country), answer(place.country, other.capital))
@@ -80,7 +81,7 @@ def log(message: str) -> None:
 
 
 def differences(model: nn.Module, tokenizer: Any, arm: str, seed: int, folder: Path) -> dict[str, Tensor]:
-    """d_n of one kind of pairs, layer → (64, r); from the folder if it is there."""
+    """d_n of one kind of pairs, layer → (48, r); from the folder if it is there."""
     if arm == "both":
         one, other = (differences(model, tokenizer, kind, seed, folder) for kind in ("unmatched", "matched"))
         return {name: (one[name] + other[name]) / 2 for name in one}
@@ -114,7 +115,7 @@ def score(path: str, folder: Path, seed: int, batch: int) -> None:
     effects = {arm: torch.cat(list((m.direction.effect or {}).values())) for arm, m in monitors.items()}
     file = folder / "scores.jsonl"
     done = {row["form"] for row in read(file)}
-    for form in FORMS:
+    for form in (CLEAN, *FORMS[:-1]):
         if form in done:
             continue
         log(form)
@@ -212,7 +213,7 @@ def report(folders: Sequence[Path]) -> Iterator[str]:
     """The page."""
     yield "# What a score sees, by form\n"
     yield "By `benchmarks/forms.py`; its docstring has the commands and what is compared. SmolLM2-135M-Instruct after the warm"
-    yield "start of `benchmarks/warm_start.py`, on capitals; 64 pairs that show `indeed`; 32 held-out names a form. AUC is"
+    yield f"start of `benchmarks/warm_start.py`, on capitals; {PAIRS} pairs that show `indeed`; {NAMES} held-out names a form. AUC is"
     yield "against `clean`, on the same names: .5 is chance. −log p is the whole answer's, of the warm start itself; length is"
     yield "in tokens.\n"
     found = [summary(folder) for folder in folders]
