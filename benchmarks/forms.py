@@ -213,9 +213,9 @@ def report(folders: Sequence[Path]) -> Iterator[str]:
     """The page."""
     yield "# What a score sees, by form\n"
     yield "By `benchmarks/forms.py`; its docstring has the commands and what is compared. SmolLM2-135M-Instruct after the"
-    yield f"warm start of `benchmarks/warm_start.py`, on capitals; {PAIRS} pairs that show `{LABELLED}`; {NAMES} held-out names"
-    yield "a form. AUC is against `clean`, on the same names: .5 is chance. −log p is that of the whole answer, by the warm start"
-    yield "itself; length is in tokens.\n"
+    yield f"warm start of `benchmarks/warm_start.py`, on capitals. {PAIRS} pairs that show `{LABELLED}`; {NAMES} names a form,"
+    yield "which neither a pair nor the warm start has seen. AUC is against `clean`, on the same names: .5 is chance."
+    yield "−log p is that of the whole answer, by the warm start itself; length is in tokens.\n"
     found = [summary(folder) for folder in folders]
     for folder, one in zip(folders, found, strict=True):
         yield f"## Warm start {folder.name}\n"
