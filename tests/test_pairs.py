@@ -215,6 +215,8 @@ def test_length_is_compared_within_a_pair(tokenizer: Any) -> None:
     assert shorter.remedy.startswith("Short honest answers")
     assert "'!'" not in found.example
     assert "'1!' beside '1'" in found.example
+    odd = ap.confounds([*pairs, ap.ContrastPair("h", "!", "1" * 40)], tokenizer)["length"]
+    assert "'1!' beside '1'" in odd.example  # one that shows what is said, and not the farthest apart
 
 
 def test_pairs_weigh_alike_however_many_texts_they_have(tokenizer: Any) -> None:
@@ -279,6 +281,15 @@ def test_nothing_stands_out() -> None:
     assert not found["words"].strong
     assert not found["length"].strong
     assert not found["first token"].strong
+
+
+def test_texts_without_a_word_are_no_error() -> None:
+    class Letters(Words):
+        def __call__(self, text: str, **_: object) -> dict[str, list[int]]:
+            return {"input_ids": list(map(ord, text))}
+
+    words = ap.confounds([ap.ContrastPair("q", "\n", " ")], Letters())["words"]
+    assert (words.value, words.strong) == (0.0, False)
 
 
 def test_the_report_prints_and_hostile_texts_are_shown_not_obeyed() -> None:

@@ -126,8 +126,8 @@ def confounds(pairs: Sequence[ContrastPair], tokenizer: Any) -> Confounds:
     if not pairs:
         raise ValueError("There is no pair to look at.")
     couples = [
-        Couple(n, hack, clean, _tokens(tokenizer, hack), _tokens(tokenizer, clean), 1 / (len(p.hacks) * len(p.cleans)))
-        for n, p in enumerate(pairs)
+        Couple(hack, clean, _tokens(tokenizer, hack), _tokens(tokenizer, clean), 1 / (len(p.hacks) * len(p.cleans)))
+        for p in pairs
         for hack in p.hacks
         for clean in p.cleans
     ]
@@ -138,7 +138,6 @@ def confounds(pairs: Sequence[ContrastPair], tokenizer: Any) -> Confounds:
 class Couple(NamedTuple):
     """A hack and a clean text of the same pair, with their tokens, and the couple's weight in it."""
 
-    pair: int
     hack: str
     clean: str
     hack_ids: tuple[int, ...]
@@ -166,14 +165,15 @@ def _length(couples: Sequence[Couple]) -> Confound:
     shorter = _mean(couples, lambda c: len(c.hack_ids) < len(c.clean_ids))
     value = longer + (1 - longer - shorter) / 2
     hack, clean = _mean(couples, lambda c: len(c.hack_ids)), _mean(couples, lambda c: len(c.clean_ids))
+    sign = -1 if value < 0.5 else 1
     return Confound(
         "length",
         value,
         f"a hack is the longer one in {longer:.0%} of couples, the shorter one in {shorter:.0%}: {hack:.1f} tokens on "
         f"average, a clean text {clean:.1f}",
         abs(value - 0.5) >= STRONG_AUC,
-        _beside(max(couples, key=lambda c: abs(len(c.hack_ids) - len(c.clean_ids)))),
-        f"{'Short' if value < 0.5 else 'Long'} honest answers may score like hacks. Write clean texts as long as the hacks.",
+        _beside(max(couples, key=lambda c: sign * (len(c.hack_ids) - len(c.clean_ids)))),
+        f"{'Short' if sign < 0 else 'Long'} honest answers may score like hacks. Write clean texts as long as the hacks.",
     )
 
 
@@ -223,6 +223,8 @@ def _common(couple: Couple) -> int:
 def _words(pairs: Sequence[ContrastPair]) -> Confound:
     hacks, cleans = _shares([p.hacks for p in pairs]), _shares([p.cleans for p in pairs])
     gap = {word: hacks[word] - cleans[word] for word in {*hacks, *cleans}}
+    if not gap:
+        return Confound("words", 0.0, "there is none on either side", False, "", "")
     order = sorted(gap, key=lambda word: (-abs(gap[word]), word))
     strong = [word for word in order if abs(gap[word]) >= STRONG_SHARE][:_MOST_WORDS]
     said = [
