@@ -231,7 +231,6 @@ def extract(
     out.parent.mkdir(parents=True, exist_ok=True)
     with console.status(f"loading {plain(name_or_path)}"):
         model, tokenizer = load_model(name_or_path, dtype=dtype)
-    console.print(confounds(pairs, tokenizer).table())
     wrap(model.to(best_device()), config)
     with console.status(f"extracting from {len(fit)} pairs"):
         direction = extract_direction(
@@ -241,6 +240,7 @@ def extract(
             model, tokenizer, fit, estimator=estimator, k=k, shuffle_labels=seed, batch_size=batch_size
         )
     direction.save(out)
+    console.print(confounds(pairs, tokenizer).table())
     console.print(_direction_table(direction, shuffled, fit, held))
     console.print(strongest_layers(direction))
     console.print(plain(f"written: {out}"), markup=False, highlight=False)
