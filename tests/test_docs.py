@@ -152,7 +152,29 @@ def check_the_guide(folder: Path, output: str) -> None:
     assert not list((folder / "shipped").glob("adapter*"))
 
 
-CHECKS: Mapping[str, Callable[[Path, str], None]] = {"docs/train-your-own.md": check_the_guide}
+def check_the_maps(_: Path, output: str) -> None:
+    """What docs/pairs.md prints and claims of its two maps, and the report above them, to the precision that it claims."""
+    page = (DOCS / "pairs.md").read_text(encoding="utf-8")
+    report = re.search(r"```text\n(What tells hack from clean.*?)```", page, re.DOTALL)
+    assert report is not None
+    assert report[1] in output
+    said, got = (
+        [line.split("│")[1:-1] for line in text.splitlines() if line.startswith("│")] for text in (page, output)
+    )
+    got = [row for row in got if len(row) == 6]
+    assert len(said) == len(got) == 2 * 9
+    for printed, real in zip(said, got, strict=True):
+        assert printed[0] == real[0]
+        assert printed[5] == real[5]
+        if real[0].strip() != "── threshold":
+            assert float(real[2]) == pytest.approx(float(printed[2]), abs=2e-3)
+            assert float(real[4]) == pytest.approx(float(printed[4]), abs=0.02)
+
+
+CHECKS: Mapping[str, Callable[[Path, str], None]] = {
+    "docs/train-your-own.md": check_the_guide,
+    "docs/pairs.md": check_the_maps,
+}
 
 
 @pytest.mark.parametrize("page", PAGES, ids=name)

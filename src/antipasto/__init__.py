@@ -5,7 +5,9 @@ with PEFT, so that ``get_peft_model`` and ``PeftModel.from_pretrained`` know it.
 """
 
 from antipasto.basis import Basis, BasisCacheWarning, load_basis
+from antipasto.confounds import confounds
 from antipasto.directions import Direction, extract_direction
+from antipasto.forms import load_forms, score_forms
 from antipasto.gates import Control
 from antipasto.knobs import (
     LayerKnobs,
@@ -41,17 +43,20 @@ __all__ = [
     "Monitor",
     "RolloutGrads",
     "Router",
+    "confounds",
     "deployed",
     "drop_quarantine",
     "extract_direction",
     "knobs",
     "load_basis",
+    "load_forms",
     "load_pairs",
     "ref_logprobs",
     "reference",
     "rollout_grads",
     "save_adapter",
     "scaled",
+    "score_forms",
     "token_logprobs",
     "wrap",
 ]

@@ -356,7 +356,10 @@ def extract(
     batch_size: Annotated[int, typer.Option(min=1, help="Pairs per backward: lower it if memory runs out.")] = 16,
     force: Annotated[bool, typer.Option("--force", help="Overwrite --out.")] = False,
 ) -> None:
-    """Make a hack direction out of labelled pairs, and say how well it orders pairs that it was not made from."""
+    """Make a hack direction out of labelled pairs, and say how well it orders pairs that it was not made from.
+
+    Also says what else tells the pairs' hacks from their clean texts, such as length: the direction is along all of it.
+    """
     with _readable_errors():
         from antipasto import commands
 
@@ -373,6 +376,52 @@ def extract(
             seed=seed,
             batch_size=batch_size,
             force=force,
+        )
+
+
+@app.command("map", rich_help_panel=PREPARE)
+def map_forms(
+    model: Model,
+    forms: Annotated[
+        Path, typer.Option(metavar="FILE", help="JSON lines with form, prompt and text.", show_default=False)
+    ],
+    pairs: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Labelled pairs, to make the monitor from.", show_default=False),
+    ] = None,
+    monitor: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="A saved monitor, instead of pairs.", show_default=False)
+    ] = None,
+    heldout: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of the pairs that the threshold is taken from.")
+    ] = 0.25,
+    rank: Rank = None,
+    target_modules: TargetModules = None,
+    exclude_modules: ExcludeModules = None,
+    cache_dir: CacheDir = None,
+    dtype: Dtype = "auto",
+    seed: Annotated[int, typer.Option(min=0, help="Of the split of the pairs.")] = 0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Texts per backward: lower it if memory runs out.")] = 32,
+) -> None:
+    """Score texts by the name of their form: which of them the score takes for the exploit, and which it does not.
+
+    Rows go from the highest mean to the lowest, with the threshold among them. AUC is against the form named 'clean', or else
+    against the pairs' held-out clean texts: .5 is chance.
+    """
+    with _readable_errors():
+        from antipasto import commands
+
+        commands.score_map(
+            model,
+            forms,
+            _config(target_modules, exclude_modules, cache_dir, rank),
+            Console(),
+            pairs_file=pairs,
+            monitor_file=monitor,
+            dtype=dtype,
+            heldout=heldout,
+            seed=seed,
+            batch_size=batch_size,
         )
 
 

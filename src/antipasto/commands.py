@@ -1,4 +1,4 @@
-"""The jobs behind `antipasto basis` and `antipasto extract`."""
+"""The jobs behind `antipasto basis`, `antipasto extract` and `antipasto map`."""
 
 from __future__ import annotations
 
@@ -12,11 +12,14 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from antipasto.basis import cache_file, is_cached, load_basis
+from antipasto.confounds import confounds
 from antipasto.directions import Direction, Estimator, extract_direction
+from antipasto.forms import CLEAN, FormScores, load_forms, of_pairs, score_forms
 from antipasto.gates import DEFAULT_THRESHOLD
 from antipasto.inspection import guarded, strongest_layers
 from antipasto.knobs import wrap
 from antipasto.models import Dtype, best_device, load_model, load_shapes, load_weights
+from antipasto.monitor import HELDOUT, Monitor
 from antipasto.pairs import ContrastPair, load_pairs, split_pairs
 from antipasto.terminal import add_row, plain
 from antipasto.tuner import AntiPastoConfig
@@ -199,7 +202,7 @@ def extract(
     batch_size: int = 16,
     force: bool = False,
 ) -> Direction:
-    """Extract a direction from a file of labelled pairs, save it, and say how good it is.
+    """Extract a direction from a file of labelled pairs, save it, and say what the pairs confound and how good it is.
 
     Args:
         name_or_path: the model.
@@ -223,7 +226,8 @@ def extract(
         raise ValueError(
             f"{out} exists: choose another --out{'' if out.is_dir() else ', or overwrite it with --force'}."
         )
-    fit, held = split_pairs(load_pairs(pairs_file), heldout, seed)
+    pairs = load_pairs(pairs_file)
+    fit, held = split_pairs(pairs, heldout, seed)
     out.parent.mkdir(parents=True, exist_ok=True)
     with console.status(f"loading {plain(name_or_path)}"):
         model, tokenizer = load_model(name_or_path, dtype=dtype)
@@ -236,10 +240,69 @@ def extract(
             model, tokenizer, fit, estimator=estimator, k=k, shuffle_labels=seed, batch_size=batch_size
         )
     direction.save(out)
+    console.print(confounds(pairs, tokenizer).table())
     console.print(_direction_table(direction, shuffled, fit, held))
     console.print(strongest_layers(direction))
     console.print(plain(f"written: {out}"), markup=False, highlight=False)
     return direction
+
+
+def score_map(
+    name_or_path: str,
+    forms_file: Path,
+    config: AntiPastoConfig,
+    console: Console,
+    *,
+    pairs_file: Path | None = None,
+    monitor_file: Path | None = None,
+    dtype: Dtype = "auto",
+    heldout: float = HELDOUT,
+    seed: int = 0,
+    batch_size: int = 32,
+) -> FormScores:
+    """Score a file of texts form by form, and say how each stands to clean texts and to the threshold.
+
+    With pairs, their held-out texts are two more forms; without a form of clean texts, theirs are what it is compared with.
+
+    Args:
+        name_or_path: the model.
+        forms_file: JSON lines with form, prompt and text.
+        config: which layers, at what rank.
+        console: where to print.
+        pairs_file: what to make the monitor from; or else
+        monitor_file: a saved one.
+        dtype: of the model's weights.
+        heldout: share of the pairs to calibrate with.
+        seed: of the pairs' split.
+        batch_size: texts per backward.
+
+    Raises:
+        ValueError: not just one of pairs and monitor; files that are bad; no clean texts; a model that cannot be loaded.
+        OSError: a file cannot be read.
+    """
+    if (pairs_file is None) == (monitor_file is None):
+        raise ValueError("Give --pairs to make a monitor from, or --monitor, a saved one: just one of the two.")
+    forms = load_forms(forms_file)
+    pairs = None if pairs_file is None else load_pairs(pairs_file)
+    if pairs is not None:
+        _, held = split_pairs(pairs, heldout, seed)
+        clean = "held-out clean texts" if CLEAN in forms else CLEAN
+        forms = {"held-out hacks": of_pairs(held, clean=False), clean: of_pairs(held, clean=True), **forms}
+    elif CLEAN not in forms:
+        raise ValueError(f"{forms_file} has no form {CLEAN!r}, which the others are compared with: add honest answers.")
+    with console.status(f"loading {plain(name_or_path)}"):
+        model, tokenizer = load_model(name_or_path, dtype=dtype)
+    wrap(model.to(best_device()), config)
+    with console.status(f"scoring {sum(map(len, forms.values()))} texts"):
+        if pairs is not None:
+            half = max(1, batch_size // 2)
+            monitor = Monitor.from_pairs(model, tokenizer, pairs, heldout=heldout, seed=seed, batch_size=half)
+        else:
+            assert monitor_file is not None
+            monitor = Monitor.load(monitor_file, model, tokenizer)
+        found = score_forms(monitor, forms, batch_size=batch_size)
+    console.print(found.table())
+    return found
 
 
 def _direction_table(

@@ -62,15 +62,7 @@ def load_pairs(source: str | Path | Iterable[Any]) -> list[ContrastPair]:
         ('4', '04')
     """
     if isinstance(source, (str, Path)):
-        try:
-            text = Path(source).read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{source} is not text in UTF-8: {error}.") from error
-        pairs = [
-            _to_pair(_parse_json(line, f"{source}, line {number}"), f"{source}, line {number}")
-            for number, line in enumerate(text.split("\n"), 1)
-            if line.strip()
-        ]
+        pairs = [_to_pair(row, place) for place, row in json_lines(source)]
         where = str(source)
     else:
         pairs = [_to_pair(row, f"row {number}") for number, row in enumerate(source)]
@@ -80,11 +72,26 @@ def load_pairs(source: str | Path | Iterable[Any]) -> list[ContrastPair]:
     return pairs
 
 
-def _parse_json(line: str, where: str) -> Any:
+def json_lines(path: str | Path) -> list[tuple[str, Any]]:
+    """The objects of a JSON-lines file, each with the file and line that it came from; blank lines are left out.
+
+    Raises:
+        ValueError: the file is not UTF-8, or a line not JSON; names file and line.
+        OSError: the file cannot be read.
+    """
     try:
-        return json.loads(line)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise ValueError(f"{where}: not JSON ({error}).") from error
+        text = Path(path).read_text(encoding="utf-8-sig")  # editors on Windows put a byte-order mark first
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is not text in UTF-8: {error}.") from error
+    rows = []
+    for number, line in enumerate(text.split("\n"), 1):
+        if line.strip():
+            where = f"{path}, line {number}"
+            try:
+                rows.append((where, json.loads(line)))
+            except (json.JSONDecodeError, RecursionError) as error:
+                raise ValueError(f"{where}: not JSON ({error}).") from error
+    return rows
 
 
 def _to_pair(row: Any, where: str) -> ContrastPair:
@@ -95,16 +102,20 @@ def _to_pair(row: Any, where: str) -> ContrastPair:
     for field in ("prompt", "hack", "clean"):
         if field not in row:
             raise ValueError(f"{where}: no field {field!r}; there are {sorted(map(str, row))}.")
-        value = row[field]
-        if field == "prompt" and isinstance(value, list):
-            if not value or not all(isinstance(m, Mapping) and {"role", "content"} <= set(m) for m in value):
-                raise ValueError(f"{where}: a chat in 'prompt' must be a list of objects with role and content.")
-        elif field == "prompt" and not isinstance(value, str):
-            raise ValueError(f"{where}: field {field!r} must be a text, got {type(value).__name__}.")
+    check_prompt(row["prompt"], where)
     pair = ContrastPair(row["prompt"], _side(row, "hack", where), _side(row, "clean", where))
     if both := sorted({*pair.hacks} & {*pair.cleans}):
         raise ValueError(f"{where}: fields 'hack' and 'clean' are the same text, {both[0]!r:.80}.")
     return pair
+
+
+def check_prompt(prompt: Any, where: str) -> None:
+    """Refuse what is neither a text nor a chat."""
+    if isinstance(prompt, list):
+        if not prompt or not all(isinstance(m, Mapping) and {"role", "content"} <= set(m) for m in prompt):
+            raise ValueError(f"{where}: a chat in 'prompt' must be a list of objects with role and content.")
+    elif not isinstance(prompt, str):
+        raise ValueError(f"{where}: field 'prompt' must be a text, got {type(prompt).__name__}.")
 
 
 def _side(row: Mapping[str, Any], field: str, where: str) -> str | tuple[str, ...]:
