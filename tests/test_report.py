@@ -39,10 +39,10 @@ from antipasto.records import (
 )
 from antipasto.report import write_report
 from antipasto.report.layers import grid, spectrum
-from antipasto.report.page import LONGEST, ON_PAPER, marked, readable, turns
+from antipasto.report.html import ON_PAPER, marked, readable, turns
 from antipasto.report.plots import Line, curves, heat_map, level
 from antipasto.report.reading import short_names
-from antipasto.report.rollouts import EACH, read_rollouts
+from antipasto.report.rollouts import EACH, LONGEST, read_rollouts
 from antipasto.report.tables import number, signed_text
 from antipasto.routing import _FORMAT as BOOKS_FORMAT
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import unicodedata
 
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -44,3 +46,16 @@ def shorten(text: object, width: int) -> str:
 def add_row(table: Table, *cells: object) -> None:
     """A table's row whose cells are taken literally: no markup, no control characters."""
     table.add_row(*(cell if isinstance(cell, Text) else Text(plain(cell)) for cell in cells))
+
+
+def progress_bar(console: Console) -> Progress:
+    """How far a job is; leaves nothing behind, and is not there where the output is no terminal."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(
+        *columns,
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        disable=not console.is_terminal,
+    )
