@@ -74,12 +74,14 @@ class Line:
         colour: of `COLOURS`.
         points: (x, y), in the order of x.
         dash: of `DASHES`.
+        band: (low, high) around each point; with it, the line is drawn as it is.
     """
 
     label: str
     colour: str
     points: Sequence[tuple[float, float]]
     dash: str = ""
+    band: Sequence[tuple[float, float]] | None = None
 
 
 @dataclass(frozen=True)
@@ -120,7 +122,16 @@ def class_rules() -> str:
 # ── figures ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def curves(title: str, caption: str, lines: Sequence[Line], *, share: bool = False, unit: str = "") -> Plot:
+def curves(
+    title: str,
+    caption: str,
+    lines: Sequence[Line],
+    *,
+    share: bool = False,
+    unit: str = "",
+    level: float | None = None,
+    span: tuple[float, float, float] | None = None,
+) -> Plot:
     """Values over steps; thin as they are, thick as `running_mean`.
 
     Args:
@@ -129,11 +140,20 @@ def curves(title: str, caption: str, lines: Sequence[Line], *, share: bool = Fal
         lines: at least one.
         share: whether the axis is from 0 to 1.
         unit: of the values.
+        level: a value to compare with, drawn across.
+        span: a step with its interval, (step, low, high), drawn upright.
     """
     with _drawing((4.4, 2.35)) as (figure, axes):
+        if span is not None:
+            axes.axvspan(*span[1:], color=_CODE["muted"], alpha=0.2, linewidth=0)
+            axes.axvline(span[0], color=_CODE["muted"], linewidth=1)
+        if level is not None:
+            axes.axhline(level, color=_CODE["muted"], linewidth=1, linestyle=_linestyle(DASHES[1]))
         for line in lines:
             x, y = np.array(line.points, dtype=float).T
-            window = smoothing(len(x))
+            window = 1 if line.band is not None else smoothing(len(x))
+            if line.band is not None:
+                axes.fill_between(x, *np.array(line.band).T, color=_CODE[line.colour], alpha=0.22, linewidth=0)
             colour, marker = _CODE[line.colour], "o" if len(x) == 1 else ""
             if window > 1:
                 axes.plot(x, y, color=colour, linewidth=0.6, alpha=0.3)
@@ -145,7 +165,8 @@ def curves(title: str, caption: str, lines: Sequence[Line], *, share: bool = Fal
             axes.set_ylim(-0.02, 1.02)
         else:
             axes.margins(y=0.08)
-            if min(y for line in lines for _, y in line.points) >= 0:
+            lowest = [value for line in lines for value, *_ in (line.band or [point[1:] for point in line.points])]
+            if min(lowest) >= 0:
                 axes.set_ylim(bottom=0)
         axes.set_xlabel("step")
         axes.set_ylabel(unit)

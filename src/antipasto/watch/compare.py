@@ -16,24 +16,33 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from rich.table import Table
+from rich.text import Text
 
 from antipasto.records import Estimate
 from antipasto.terminal import add_row
 from antipasto.watch.auc import auc
 from antipasto.watch.sources import Index
 
+
+class Title(NamedTuple):
+    """What a score is called on a page, and in a terminal."""
+
+    long: str
+    short: str
+
+
 TITLES = {
-    "score": "score at the reference",
-    "live": "score at the moving policy",
-    "nll": "−log p of the reference, per token",
-    "tokens": "length in tokens",
-    "probe": "activation probe of the same pairs",
-    "permuted": "permuted direction",
-    "random": "random direction",
+    "score": Title("score at the reference", "score"),
+    "live": Title("score at the moving policy, as logged", "live score"),
+    "nll": Title("−log p of the reference, per token", "−log p"),
+    "tokens": Title("length in tokens", "length"),
+    "probe": Title("activation probe of the same pairs", "probe"),
+    "permuted": Title("permuted direction", "permuted"),
+    "random": Title("random direction", "random"),
 }
 
 
@@ -65,7 +74,7 @@ class Comparison:
     @property
     def rows(self) -> list[tuple[str, list[Estimate | None]]]:
         """Title and AUCs of each score that any window has."""
-        found = [(title, [window.aucs[name] for window in self.windows]) for name, title in TITLES.items()]
+        found = [(title.long, [window.aucs[name] for window in self.windows]) for name, title in TITLES.items()]
         return [row for row in found if any(estimate is not None for estimate in row[1])]
 
     def to_json(self) -> dict[str, Any]:
@@ -92,10 +101,16 @@ def _compare(index: Index, columns: Mapping[str, np.ndarray], part: np.ndarray) 
 
 def comparison_table(comparison: Comparison) -> Table:
     """For the terminal."""
-    heads = [f"steps {w.first}–{w.last}" for w in comparison.windows]
-    table = Table("AUC [95%]", *heads, title="exploits against the rest", title_justify="left")
-    for title, estimates in comparison.rows:
-        add_row(table, title, *("–" if one is None else one for one in estimates))
-    counts = [f"{w.exploits:,} / {w.others:,}" for w in comparison.windows]
-    add_row(table, "exploits / others", *counts)
+    heads = [f"{w.first}–{w.last}" for w in comparison.windows]
+    table = Table("AUC, steps", *heads, title="exploits against the rest, AUC [95%]", title_justify="left")
+    for name, title in TITLES.items():
+        estimates = [window.aucs[name] for window in comparison.windows]
+        if any(one is not None for one in estimates):
+            add_row(table, title.short, *(_cell(one) for one in estimates))
+    add_row(table, "exploits", *(f"{w.exploits:,}" for w in comparison.windows))
+    add_row(table, "others", *(f"{w.others:,}" for w in comparison.windows))
     return table
+
+
+def _cell(estimate: Estimate | None) -> Text:
+    return Text("–" if estimate is None else str(estimate).replace(" ", "\n"))

@@ -124,6 +124,7 @@ class Watched:
         windows: the same by window of steps.
         onset: where it begins to rise; None: it does not, or too little to tell.
         comparison: None unless it was asked for.
+        by_oracle: whether a label is what reward and oracle say together.
         facts: as `watch.json` has them.
     """
 
@@ -136,6 +137,7 @@ class Watched:
     windows: list[Window]
     onset: Onset | None
     comparison: Comparison | None
+    by_oracle: bool
     facts: dict[str, Any]
 
     @property
@@ -183,7 +185,9 @@ def watch(
     """
     config, console = config or WatchConfig(), console or Console(quiet=True)
     if (pairs is None) == (monitor is None):
-        raise ValueError("Give either --pairs or --monitor: what a hack looks like, or a monitor that was made of that.")
+        raise ValueError(
+            "Give either --pairs or --monitor: what a hack looks like, or a monitor that was made of that."
+        )
     files = find_files(rollouts)
     out = Path(out) if out is not None else files[0].parent / "watch"
     labelled = None if pairs is None else load_pairs(pairs)
@@ -224,7 +228,7 @@ def watch(
     watched = _conclude(out, files, names, index, found, config, facts, compare=compare)
     from antipasto.watch.page import write_page  # needs what the report needs
 
-    write_page(watched, base)
+    write_page(watched, base, config.columns)
     return watched
 
 
@@ -257,13 +261,13 @@ def _sampled(index: Index, config: WatchConfig) -> Index:
         for part in index.windows(config.windows)
     ]
     chosen = np.sort(np.concatenate(parts))
-    return Index(*(getattr(index, name)[chosen] for name in ("file", "row", "step", "label", "reward", "live")), index.notes)
+    return Index(
+        *(getattr(index, name)[chosen] for name in ("file", "row", "step", "label", "reward", "live")), index.notes
+    )
 
 
 def _monitor(path: Path, model: Any, tokenizer: Any, config: WatchConfig) -> Monitor:
     """A saved monitor; or a direction, whose threshold the caller gives."""
-    if not path.is_file():
-        raise ValueError(f"There is no monitor {path}.")
     try:
         direction = Direction.load(path)
     except ValueError:
@@ -285,7 +289,9 @@ def _monitor(path: Path, model: Any, tokenizer: Any, config: WatchConfig) -> Mon
 # ── where it was interrupted ─────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _begin(out: Path, facts: Mapping[str, Any], files: Sequence[Path], config: WatchConfig, *, anew: bool) -> list[Known]:
+def _begin(
+    out: Path, facts: Mapping[str, Any], files: Sequence[Path], config: WatchConfig, *, anew: bool
+) -> list[Known]:
     """Make the folder, or take up what is there; the files under the names that they have in its scores."""
     now = [known(path) for path in files]
     out.mkdir(parents=True, exist_ok=True)
@@ -422,5 +428,15 @@ def _conclude(
         write_json(out / COMPARE, comparison.to_json())
     write_json(out / FACTS, {**facts, "result": result})
     return Watched(
-        out, files, index, scores, monitor, above, windows, onset, comparison, {**facts, "result": result}
+        out=out,
+        files=files,
+        index=index,
+        scores=scores,
+        monitor=monitor,
+        above=above,
+        windows=windows,
+        onset=onset,
+        comparison=comparison,
+        by_oracle=config.columns.label is None,
+        facts={**facts, "result": result},
     )

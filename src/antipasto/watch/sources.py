@@ -213,7 +213,9 @@ def _parse(row: Mapping[str, Any], where: str, columns: Columns, file: int, numb
         text = completion_text(_chat(completion))
     except (ValueError, TypeError, KeyError) as error:
         got = shorten(repr(completion), 60)
-        raise ValueError(f"{where}: {columns.completion!r} must be a text or an answer's messages, got {got}.") from error
+        raise ValueError(
+            f"{where}: {columns.completion!r} must be a text or an answer's messages, got {got}."
+        ) from error
     step = _optional(row, columns.step, "step", where)
     reward, oracle = (
         _optional(row, given, usual, where) for given, usual in ((columns.reward, _REWARD), (columns.oracle, _ORACLE))
