@@ -38,8 +38,8 @@ from antipasto.records import (
     write_evaluation,
 )
 from antipasto.report import write_report
-from antipasto.report.layers import grid, spectrum
 from antipasto.report.html import ON_PAPER, marked, readable, turns
+from antipasto.report.layers import grid, spectrum
 from antipasto.report.plots import Line, curves, heat_map, level
 from antipasto.report.reading import short_names
 from antipasto.report.rollouts import EACH, LONGEST, read_rollouts

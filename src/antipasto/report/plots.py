@@ -165,7 +165,7 @@ def curves(
             axes.set_ylim(-0.02, 1.02)
         else:
             axes.margins(y=0.08)
-            lowest = [value for line in lines for value, *_ in (line.band or [point[1:] for point in line.points])]
+            lowest = [low for line in lines for low, _ in (line.band or [(y, y) for _, y in line.points])]
             if min(lowest) >= 0:
                 axes.set_ylim(bottom=0)
         axes.set_xlabel("step")

@@ -9,7 +9,7 @@ job        all of it, so that it can be interrupted at any moment
 page       what came of it → one HTML file
 """
 
-from antipasto.watch.job import Watched, WatchConfig, watch
+from antipasto.watch.job import WatchConfig, Watched, watch
 from antipasto.watch.sources import Columns
 
 __all__ = ["Columns", "WatchConfig", "Watched", "watch"]

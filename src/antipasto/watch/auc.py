@@ -10,8 +10,6 @@ not at θ̂, so that the interval does not collapse where all exploits score abo
 
 from __future__ import annotations
 
-import math
-
 import numpy as np
 from scipy.optimize import brentq
 from scipy.stats import norm, rankdata

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -11,7 +10,7 @@ from rich.table import Table
 
 from antipasto.terminal import add_row
 from antipasto.watch.compare import comparison_table
-from antipasto.watch.job import Watched, WatchConfig, watch
+from antipasto.watch.job import WatchConfig, Watched, watch
 from antipasto.watch.sources import Columns
 
 __all__ = ["Columns", "WatchConfig", "run"]

@@ -37,10 +37,10 @@ class Title(NamedTuple):
 
 TITLES = {
     "score": Title("score at the reference", "score"),
-    "live": Title("score at the moving policy, as logged", "live score"),
-    "nll": Title("−log p of the reference, per token", "−log p"),
+    "live": Title("score at the moving policy", "live score"),
+    "nll": Title("−log p per token", "−log p"),
     "tokens": Title("length in tokens", "length"),
-    "probe": Title("activation probe of the same pairs", "probe"),
+    "probe": Title("activation probe", "probe"),
     "permuted": Title("permuted direction", "permuted"),
     "random": Title("random direction", "random"),
 }

@@ -1,20 +1,20 @@
 """`antipasto watch`: scores of anybody's rollouts, at the base model they came from. Nothing of the trained model is needed.
 
-    watch.json             what is scored by what: base, monitor, options, files with their digests; at the end, what came of it
+    watch.json             what is scored by what: base, monitor, options, files and their digests; in the end, the result
     monitor.safetensors    the monitor, where it was made of pairs
     scores.jsonl           one line a rollout, in the order in which they were scored
     compare.json           with ``compare``: AUCs by window of steps
     watch.html             the page
 
-A call that was interrupted goes on where it was, and so does one whose files have grown or become more. What cannot be continued
-(another monitor, other options, a file that changed) is refused, unless ``anew`` says to begin again.
+A call that was interrupted goes on where it was, and so does one whose files have grown or become more. What cannot be
+continued (another monitor, other options, a file that changed) is refused, unless ``anew`` says to begin again.
 """
 
 from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
@@ -78,7 +78,7 @@ class WatchConfig:
         adapter: which layers, at what rank.
     """
 
-    columns: Columns = Columns()
+    columns: Columns = field(default_factory=Columns)
     max_tokens: int | None = None
     threshold: float | None = None
     sample: int | None = None
@@ -260,10 +260,7 @@ def _sampled(index: Index, config: WatchConfig) -> Index:
         rng.choice(part, config.sample, replace=False) if len(part) > config.sample else part
         for part in index.windows(config.windows)
     ]
-    chosen = np.sort(np.concatenate(parts))
-    return Index(
-        *(getattr(index, name)[chosen] for name in ("file", "row", "step", "label", "reward", "live")), index.notes
-    )
+    return index.only(np.sort(np.concatenate(parts)))
 
 
 def _monitor(path: Path, model: Any, tokenizer: Any, config: WatchConfig) -> Monitor:

@@ -22,8 +22,8 @@ from antipasto.report.plots import running_mean, smoothing
 
 COVERS = 3.841  # χ² with one degree of freedom, .95
 REJECTS = 13.0
-"""1% level of the likelihood ratio under a constant share. A χ² would be too low, since τ means nothing there (Davies 1987) and
-the data are cut at their own peak: this one is simulated, tests/test_watch_numbers.py."""
+"""1% level of the likelihood ratio under a constant share. That of χ² would be too low, since τ means nothing there (Davies
+1987) and the data are cut at their own peak: this one is simulated, tests/test_watch_numbers.py."""
 MOST = 400  # steps on the grid, and bins of steps: more say no more
 _ROUNDS, _HALVINGS = 60, 30
 _RIDGE = 1e-6  # keeps a finite where there is no hit at all before τ
@@ -88,7 +88,7 @@ def _binned(x: np.ndarray, k: np.ndarray, n: np.ndarray) -> tuple[np.ndarray, np
 
 
 def _fit(z: np.ndarray, k: np.ndarray, n: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """ℓ (g,) and b (g,) of the best line for each row of z (g, i): Newton's method for all at once, halved where it overshoots."""
+    """ℓ (g,) and b (g,) of the best line for each row of z (g, i): all at once by Newton's method, halved if it overshoots."""
     scale = np.maximum(z.max(1, keepdims=True), 1e-12)  # a row's slope is per its own longest stretch meanwhile
     z = z / scale
     share = (k.sum() + 0.5) / (n.sum() + 1.0)

@@ -124,7 +124,8 @@ def _sampled(watched: Watched) -> str | None:
     number = watched.facts["sample"]
     if number is None:
         return None
-    return f"A sample: at most {number:,} rollouts of each of {watched.facts['windows']} windows, seed {watched.facts['seed']}."
+    windows, seed = watched.facts["windows"], watched.facts["seed"]
+    return f"A sample: at most {number:,} rollouts of each of {windows} windows, seed {seed}."
 
 
 # ── figures ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -150,7 +151,7 @@ def _plots(watched: Watched) -> list[Plot]:
         "mean",
         "arm2",
         [(at, float(scores[part].mean())) for at, part in zip(x, parts, strict=True)],
-        band=[tuple(np.quantile(scores[part], _SPREAD).tolist()) for part in parts],  # type: ignore[misc]
+        band=[tuple(np.quantile(scores[part], _SPREAD).tolist()) for part in parts],
     )
     above = Line(
         "above the threshold",
@@ -187,7 +188,7 @@ def _lists(watched: Watched, columns: Columns, names: Sequence[str]) -> list[tup
     scores = watched.scores["score"]
     # what has the same prompt and text has the same score: enough of the highest for so many distinct ones
     order = np.argsort(-scores, kind="stable")
-    values, sizes = np.unique(-scores, return_counts=True)
+    _, sizes = np.unique(-scores, return_counts=True)
     enough = int(sizes[: 2 * EACH].sum())
     sample = np.sort(np.random.default_rng(0).permutation(len(scores))[:EACH])
     at = {key: i for i, key in enumerate(watched.index.keys)}

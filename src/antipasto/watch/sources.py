@@ -1,7 +1,7 @@
 """Rollouts of any trainer, one after the other, from JSON lines or parquet.
 
-A column is found by its own name (`Columns`), or by the one that the caller gives; ``a.b`` reaches into an object, ``a.0`` into
-a list. Known by themselves are therefore the log of `RoutedGRPOTrainer` and TRL's ``completions_00010.parquet``.
+A column is found by its own name (`Columns`), or by the one that the caller gives; ``a.b`` reaches into an object, ``a.0``
+into a list. Known by themselves are therefore the log of `RoutedGRPOTrainer` and TRL's ``completions_00010.parquet``.
 
     label   the label column's 1 or 0; or, from reward and oracle: 1 rewarded and not solved, 0 rewarded and solved, else none
 """
@@ -112,6 +112,12 @@ class Index:
         """Which rollout each is."""
         return list(zip(self.file.tolist(), self.row.tolist(), strict=True))
 
+    def only(self, chosen: np.ndarray) -> Index:
+        """Those at some positions."""
+        columns = (self.file, self.row, self.step, self.label, self.reward, self.live)
+        file, row, step, label, reward, live = (column[chosen] for column in columns)
+        return Index(file, row, step, label, reward, live, self.notes)
+
     def windows(self, number: int) -> list[np.ndarray]:
         """Positions of the rollouts of each window: the steps, in their order, in so many parts of like size."""
         steps = np.unique(self.step)
@@ -155,7 +161,8 @@ def read_index(files: Sequence[Path], columns: Columns) -> Index:
         raise ValueError(f"There is no rollout in {', '.join(map(str, files[:3]))}{' …' if len(files) > 3 else ''}.")
     table = np.array(rows, dtype=float)
     whole = table[:, :3].astype(int)
-    return Index(whole[:, 0], whole[:, 1], whole[:, 2], *table[:, 3:].T, notes=notes)
+    label, reward, live = table[:, 3:].T
+    return Index(whole[:, 0], whole[:, 1], whole[:, 2], label, reward, live, notes)
 
 
 def _number(value: float | None) -> float:
