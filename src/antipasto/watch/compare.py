@@ -28,6 +28,9 @@ from antipasto.watch.auc import auc
 from antipasto.watch.sources import Index
 
 
+_WIDE = 6  # columns that a terminal has room for
+
+
 class Title(NamedTuple):
     """What a score is called on a page, and in a terminal."""
 
@@ -101,14 +104,19 @@ def _compare(index: Index, columns: Mapping[str, np.ndarray], part: np.ndarray) 
 
 def comparison_table(comparison: Comparison) -> Table:
     """For the terminal."""
-    heads = [f"{w.first}–{w.last}" for w in comparison.windows]
+    windows = comparison.windows
+    if len(windows) > _WIDE:
+        windows = [windows[0], *windows[-2:]]
+    heads = [f"{w.first}–{w.last}" for w in windows]
     table = Table("AUC, steps", *heads, title="exploits against the rest, AUC [95%]", title_justify="left")
+    if len(windows) < len(comparison.windows):
+        table.caption = "the other windows: compare.json"
     for name, title in TITLES.items():
-        estimates = [window.aucs[name] for window in comparison.windows]
+        estimates = [window.aucs[name] for window in windows]
         if any(one is not None for one in estimates):
             add_row(table, title.short, *(_cell(one) for one in estimates))
-    add_row(table, "exploits", *(f"{w.exploits:,}" for w in comparison.windows))
-    add_row(table, "others", *(f"{w.others:,}" for w in comparison.windows))
+    add_row(table, "exploits", *(f"{w.exploits:,}" for w in windows))
+    add_row(table, "others", *(f"{w.others:,}" for w in windows))
     return table
 
 
