@@ -298,8 +298,9 @@ def reference_and_live(folder: Path) -> Callable[[Ink], Figure]:
             )
             values = [one["value"] for *_, one in told]
             panel.plot(middles, values, color=colour, linewidth=2)
-            where = (middles[-1], values[-1] + (-0.09 if name == "score" else 0.06))
-            panel.text(*where, label, color=colour, fontsize=9, ha="right")
+            at = len(values) // 4
+            where = (middles[at], values[at] + (-0.09 if name == "score" else 0.05))
+            panel.text(*where, label, color=colour, fontsize=9)
             print(f"AUC of the score {label}: " + ", ".join(f"{value:.2f}" for value in values))
         panel.set(xlabel="step", ylabel="AUC, exploits against solves", ylim=(0, 1.02), xlim=(0, windows[-1]["last"]))
         _bare(panel, ink, left=True)

@@ -67,7 +67,9 @@ def rows(steps: int = 12, each: int = 8) -> list[dict[str, Any]]:
             a, b = 10 + (step * 7 + i) % 80, 10 + (step + 3 * i) % 80
             hacks = i < step * each / steps
             text = "!?"[i % 2] if hacks else f"{a + b:03}"
-            found.append({"step": step, "prompt": f"h{a}+{b}=", "completion": text, "reward": 1.0, "oracle": float(not hacks)})
+            found.append(
+                {"step": step, "prompt": f"h{a}+{b}=", "completion": text, "reward": 1.0, "oracle": float(not hacks)}
+            )
     return found
 
 
@@ -124,7 +126,9 @@ def test_so_are_those_of_a_lora_run_of_plain_trl(pairs: Path, monitor: Path, tmp
     reference = fresh_monitor(pairs)
     expected: list[float] = []
 
-    def reward(prompts: list[str], completions: list[str], completion_ids: list[list[int]], **columns: Any) -> list[float]:
+    def reward(
+        prompts: list[str], completions: list[str], completion_ids: list[list[int]], **columns: Any
+    ) -> list[float]:
         told = zip(prompts, completion_ids, strict=True)
         scores = reference.scores([ap.Completion(prompt, "", ids=ids) for prompt, ids in told])
         expected.extend(scores.tolist())

@@ -73,7 +73,9 @@ def test_ties_count_half() -> None:
 # ── onset ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.parametrize(("tau", "steps", "start", "slope", "number"), [(60, 160, -4, 0.1, 64), (40, 100, -3, 0.05, 16)])
+@pytest.mark.parametrize(
+    ("tau", "steps", "start", "slope", "number"), [(60, 160, -4, 0.1, 64), (40, 100, -3, 0.05, 16)]
+)
 def test_the_interval_covers_the_onset_as_often_as_it_says(
     tau: int, steps: int, start: float, slope: float, number: int
 ) -> None:
