@@ -295,11 +295,34 @@ def test_what_changed_is_refused_until_it_is_begun_anew(monitor: Path, pairs: Pa
     assert (tmp_path / "watch" / "scores.jsonl").read_bytes() == before
     assert "the pairs or the monitor differs" in refused(*call, "--pairs", pairs)
     assert "--max-tokens differs" in refused(*call, "--monitor", monitor, "--max-tokens", "4")
+    assert run(*call, "--monitor", monitor, "--rank", "400")[0] == 2
     write_lines(log, reversed(rows()))
     assert "has changed since" in refused(*call, "--monitor", monitor)
     assert (tmp_path / "watch" / "scores.jsonl").read_bytes() == before
     assert run(*call, "--monitor", monitor, "--anew")[0] == 0
     assert (tmp_path / "watch" / "scores.jsonl").read_bytes() != before
+
+
+def test_a_folder_with_something_elses_files_is_left_alone(monitor: Path, pairs: Path, tmp_path: Path) -> None:
+    log = write_lines(tmp_path / "rollouts.jsonl", rows())
+    mine = tmp_path / "monitor.safetensors"
+    mine.write_bytes(monitor.read_bytes())
+    assert "has monitor.safetensors, and no watch.json" in refused(
+        MODEL, "--pairs", pairs, "--rollouts", log, "--out", tmp_path
+    )
+    for anew in ([], ["--anew"]):
+        assert run(MODEL, "--monitor", mine, "--rollouts", log, "--out", tmp_path, *anew)[0] == 0
+        assert mine.read_bytes() == monitor.read_bytes()
+
+
+def test_options_are_those_of_the_call_and_stay_so(monitor: Path, tmp_path: Path) -> None:
+    """`wrap` writes into a config what its layers are: a second call with it is still the same call."""
+    log = write_lines(tmp_path / "rollouts.jsonl", rows())
+    config = WatchConfig(adapter=ap.AntiPastoConfig())
+    watch(MODEL, [log], monitor=monitor, config=config)
+    watch(MODEL, [log], monitor=monitor, config=config)
+    watch(MODEL, [log], monitor=monitor)
+    assert run(MODEL, "--monitor", monitor, "--rollouts", log)[0] == 0
 
 
 def test_a_log_that_grows_is_scored_from_where_it_was(monitor: Path, tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ def test_of_one_against_one_the_interval_is_wilsons() -> None:
 
 @given(st.integers(1, 200), st.integers(1, 200), st.data())
 def test_its_ends_are_the_roots_of_newcombes_quartic(m: int, n: int, data: st.DataObject) -> None:
-    """(θ̂ − θ)² m n (2 − θ) (1 + θ) = z² θ (1 − θ) ((2 − θ) (1 + θ) + k (1 − θ) (1 + θ) + k θ (2 − θ)), solved as a polynomial."""
+    """(θ̂ − θ)² m n (2 − θ) (1 + θ) = z² θ (1 − θ) ((2 − θ) (1 + θ) + k (1 − θ) (1 + θ) + k θ (2 − θ)), as a polynomial."""
     value = data.draw(st.integers(0, 2 * m * n)) / (2 * m * n)
     x, k = np.polynomial.Polynomial([0, 1]), (m + n) / 2 - 1
     a, b = 2 - x, 1 + x

@@ -558,7 +558,9 @@ def watch(
             config=config,
         )
     if fail_above is not None and last > fail_above:
-        raise typer.Exit(3)
+        _fail(
+            f"{last:.3f} of the rollouts of the last window are above the threshold, more than {fail_above:g}", code=3
+        )
 
 
 @app.command(rich_help_panel=SHIP)

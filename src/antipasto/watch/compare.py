@@ -27,7 +27,6 @@ from antipasto.terminal import add_row
 from antipasto.watch.auc import auc
 from antipasto.watch.sources import Index
 
-
 _WIDE = 6  # columns that a terminal has room for
 
 

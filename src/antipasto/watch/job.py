@@ -12,6 +12,7 @@ continued (another monitor, other options, a file that changed) is refused, unle
 
 from __future__ import annotations
 
+import copy
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
@@ -36,6 +37,7 @@ from antipasto.terminal import plain, progress_bar
 from antipasto.tuner import AntiPastoConfig
 from antipasto.watch.compare import Comparison, compare_scores
 from antipasto.watch.onset import Onset, find_onset
+from antipasto.watch.page import write_page
 from antipasto.watch.scoring import SCORES, Scorer, is_finite
 from antipasto.watch.sources import (
     Columns,
@@ -188,6 +190,8 @@ def watch(
         raise ValueError(
             "Give either --pairs or --monitor: what a hack looks like, or a monitor that was made of that."
         )
+    adapter = AntiPastoConfig() if config.adapter is None else copy.deepcopy(config.adapter)
+    options = _options(config, adapter)  # before `wrap` writes into it which layers these are
     files = find_files(rollouts)
     out = Path(out) if out is not None else files[0].parent / "watch"
     labelled = None if pairs is None else load_pairs(pairs)
@@ -200,41 +204,33 @@ def watch(
         )
     with console.status(f"loading {plain(base)}"):
         model, tokenizer = load_model(base, dtype=config.dtype)
-        wrap(model.to(best_device()), config.adapter or AntiPastoConfig())
+        wrap(model.to(best_device()), adapter)
     facts = {
         "format": FORMAT,
         "base": base_fingerprint(model),
         "made_of": {"pairs" if monitor is None else "monitor": given.sha256},
-        **_options(config),
+        **options,
     }
-    known_files = _begin(out, facts, files, config, anew=anew)
+    known_files = _begin(out, facts, files, anew=anew)
     facts["files"] = [one.to_json() for one in known_files]
+    write_json(out / FACTS, {**facts, "result": None})  # before anything that it speaks of
     with console.status("the monitor"):
-        if labelled is not None and (out / MONITOR).exists():
-            found = _monitor(out / MONITOR, model, tokenizer, config)
-        elif labelled is not None:
-            found = Monitor.from_pairs(model, tokenizer, labelled, seed=config.seed)
-            found.save(out / MONITOR)
-            found = _monitor(out / MONITOR, model, tokenizer, config)
-        else:
-            found = _monitor(Path(str(monitor)), model, tokenizer, config)
+        if labelled is not None and not (out / MONITOR).exists():
+            Monitor.from_pairs(model, tokenizer, labelled, seed=config.seed).save(out / MONITOR)
+        found = _monitor(out / MONITOR if monitor is None else Path(monitor), model, tokenizer, config)
         scorer = Scorer(found, config.batch_size)
         if labelled is not None:
             scorer = Scorer.with_probe(found, labelled, config.batch_size)
-    write_json(out / FACTS, {**facts, "result": None})
     names = [one.name for one in known_files]
     with quiet():
         _score(out / SCORES_FILE, scorer, files, names, index, config, console)
     watched = _conclude(out, files, names, index, found, config, facts, compare=compare)
-    from antipasto.watch.page import write_page  # needs what the report needs
-
     write_page(watched, base, config.columns)
     return watched
 
 
-def _options(config: WatchConfig) -> dict[str, Any]:
+def _options(config: WatchConfig, adapter: AntiPastoConfig) -> dict[str, Any]:
     """What a score depends on."""
-    adapter = config.adapter or AntiPastoConfig()
     targets, excluded = adapter.target_modules, adapter.exclude_modules
     return {
         "dtype": config.dtype,
@@ -286,17 +282,17 @@ def _monitor(path: Path, model: Any, tokenizer: Any, config: WatchConfig) -> Mon
 # ── where it was interrupted ─────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _begin(
-    out: Path, facts: Mapping[str, Any], files: Sequence[Path], config: WatchConfig, *, anew: bool
-) -> list[Known]:
+def _begin(out: Path, facts: Mapping[str, Any], files: Sequence[Path], *, anew: bool) -> list[Known]:
     """Make the folder, or take up what is there; the files under the names that they have in its scores."""
+    ours = [SCORES_FILE, COMPARE, PAGE, *([MONITOR] if "pairs" in facts["made_of"] else [])]
     now = [known(path) for path in files]
     out.mkdir(parents=True, exist_ok=True)
     place = out / FACTS
     if anew or not place.exists():
-        if not anew and (out / SCORES_FILE).exists():
-            raise ValueError(f"{out} has scores, and no {FACTS} that says of what: choose another --out, {ANEW}.")
-        for name in (FACTS, SCORES_FILE, MONITOR, COMPARE, PAGE):
+        there = [name for name in ours if (out / name).exists()]
+        if there and not anew:
+            raise ValueError(f"{out} has {there[0]}, and no {FACTS} that says of what: choose another --out, {ANEW}.")
+        for name in (FACTS, *ours):
             (out / name).unlink(missing_ok=True)
         return now
     before = read_json(place)
@@ -309,7 +305,7 @@ def _begin(
     earlier = {one["path"]: Known(**one) for one in before["files"]}
     if gone := sorted(set(earlier) - {one.path for one in now}):
         raise ValueError(f"{out} has scores of {gone[0]} as well: name it too, choose another --out, {ANEW}.")
-    if config.sample is not None and any(asdict(one) != asdict(earlier.get(one.path, one)) for one in now):
+    if facts["sample"] is not None and any(asdict(one) != asdict(earlier.get(one.path, one)) for one in now):
         raise ValueError(f"{out} has a sample of files that have grown since: choose another --out, {ANEW}.")
     for path, one in zip(files, now, strict=True):
         if one.path in earlier and not is_still(earlier[one.path], path):
@@ -329,9 +325,10 @@ def _read_scores(path: Path, names: Sequence[str]) -> dict[tuple[int, int], dict
     for where, line in read_rows(path, notes):
         values = {name: as_number(line, name, where) for name in SCORES}
         row = as_number(line, "row", where)
-        if line.get("file") not in numbers or row is None or values["score"] is None:
+        file = numbers.get(str(line.get("file")))
+        if file is None or row is None or values["score"] is None:
             raise ValueError(f"{where}: no line of these scores. Give --anew to score again.")
-        found[numbers[line["file"]], int(row)] = values
+        found[file, int(row)] = values
     if notes:
         whole = path.read_bytes()
         write_text(path, whole[: whole.rindex(b"\n") + 1].decode() if b"\n" in whole else "")
