@@ -1,7 +1,7 @@
 """The pictures of docs/report.md and docs/watching.md: the top of a page, in light and in dark.
 
 python scripts/shoot_report.py runs/demo/report.html docs/pictures
-python scripts/shoot_report.py runs/lora/completions/watch/watch.html docs/pictures
+python scripts/shoot_report.py runs/demo/watch/watch.html docs/pictures
 """
 
 from __future__ import annotations

@@ -305,8 +305,6 @@ def _begin(out: Path, facts: Mapping[str, Any], files: Sequence[Path], *, anew: 
     earlier = {one["path"]: Known(**one) for one in before["files"]}
     if gone := sorted(set(earlier) - {one.path for one in now}):
         raise ValueError(f"{out} has scores of {gone[0]} as well: name it too, choose another --out, {ANEW}.")
-    if facts["sample"] is not None and any(asdict(one) != asdict(earlier.get(one.path, one)) for one in now):
-        raise ValueError(f"{out} has a sample of files that have grown since: choose another --out, {ANEW}.")
     for path, one in zip(files, now, strict=True):
         if one.path in earlier and not is_still(earlier[one.path], path):
             raise ValueError(f"{path} has changed since it was scored into {out}: choose another --out, {ANEW}.")
