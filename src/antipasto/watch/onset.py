@@ -8,8 +8,8 @@ best a and b for that τ, on a grid of steps (segmented regression: Muggeo 2003,
     τ̂ = argmax ℓ,    95% interval {τ : 2 (ℓ(τ̂) − ℓ(τ)) ≤ χ²₁(.95) = 3.84}
     no onset where b ≤ 0, or where a constant does as well: 2 (ℓ(τ̂) − ℓ₀) ≤ `REJECTS`
 
-The interval covers τ in .91 to .93 of simulated runs. Rollouts count as independent; those of one prompt are not quite, and then
-it is narrower than it should be.
+The interval covers τ in .91 to .93 of simulated runs. Rollouts count as independent; those of one prompt are not quite, and
+then it is narrower than it should be.
 """
 
 from __future__ import annotations
