@@ -278,6 +278,7 @@ def test_another_bases_monitor_or_direction_is_refused(monitor: Path, pairs: Pat
     log = write_lines(tmp_path / "rollouts.jsonl", rows())
     other = str(addition.model_path("even"))
     assert str(monitor) in refused(other, "--monitor", monitor, "--rollouts", log)
+    assert run(MODEL, "--monitor", monitor, "--rollouts", log)[0] == 0, "a call that scored nothing is in nobody's way"
     direction = tmp_path / "direction.safetensors"
     fresh_monitor(pairs).direction.save(direction)
     assert "give --threshold" in refused(MODEL, "--monitor", direction, "--rollouts", log, "--out", tmp_path / "d")

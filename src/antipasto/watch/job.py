@@ -288,9 +288,9 @@ def _begin(out: Path, facts: Mapping[str, Any], files: Sequence[Path], *, anew: 
     now = [known(path) for path in files]
     out.mkdir(parents=True, exist_ok=True)
     place = out / FACTS
-    if anew or not place.exists():
+    if anew or not place.exists() or not (out / SCORES_FILE).exists():  # nothing is scored yet
         there = [name for name in ours if (out / name).exists()]
-        if there and not anew:
+        if there and not anew and not place.exists():
             raise ValueError(f"{out} has {there[0]}, and no {FACTS} that says of what: choose another --out, {ANEW}.")
         for name in (FACTS, *ours):
             (out / name).unlink(missing_ok=True)
