@@ -3,6 +3,8 @@
     python scripts/draw_concepts.py                       # those that take seconds
     antipasto demo --out runs/demo
     python scripts/draw_concepts.py --run runs/demo       # and the one of a run
+    antipasto watch MODEL --pairs pairs.jsonl --rollouts runs/demo/rollouts.jsonl --compare --windows 16
+    python scripts/draw_concepts.py --watched runs/demo/watch  # and the one of its scores
 
 Each is written twice, for a light and a dark page, and prints the numbers that it shows. Equal versions draw equal files.
 """
@@ -277,6 +279,36 @@ def a_run(folder: Path) -> Callable[[Ink], Figure]:
     return draw
 
 
+def reference_and_live(folder: Path) -> Callable[[Ink], Figure]:
+    """Of `antipasto watch --compare`: how well the score tells exploits from solves, at the reference and at the policy."""
+    windows = json.loads((folder / "compare.json").read_text(encoding="utf-8"))["windows"][:-1]
+
+    def draw(ink: Ink) -> Figure:
+        figure, (panel,) = _panels(ink, 1, height=3.3)
+        panel.axhline(0.5, color=ink.faint, linewidth=1)
+        panel.text(windows[0]["first"], 0.52, "chance", color=ink.other, fontsize=9)
+        for name, label, colour in (
+            ("score", "at the reference", ink.ships),
+            ("live", "at the policy, while it moves", ink.quarantine),
+        ):
+            told = [(w["first"], w["last"], w["aucs"][name]) for w in windows if w["aucs"][name] is not None]
+            middles = [(first + last) / 2 for first, last, _ in told]
+            panel.fill_between(
+                middles, [one["low"] for *_, one in told], [one["high"] for *_, one in told], color=colour, alpha=0.25
+            )
+            values = [one["value"] for *_, one in told]
+            panel.plot(middles, values, color=colour, linewidth=2)
+            at = len(values) // 4
+            where = (middles[at], values[at] + (-0.09 if name == "score" else 0.05))
+            panel.text(*where, label, color=colour, fontsize=9)
+            print(f"AUC of the score {label}: " + ", ".join(f"{value:.2f}" for value in values))
+        panel.set(xlabel="step", ylabel="AUC, exploits against solves", ylim=(0, 1.02), xlim=(0, windows[-1]["last"]))
+        _bare(panel, ink, left=True)
+        return figure
+
+    return draw
+
+
 # ── drawing ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -320,6 +352,7 @@ def _numbers(values: Tensor) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--run", type=Path, help="a folder that `antipasto demo` left")
+    parser.add_argument("--watched", type=Path, help="a folder that `antipasto watch --compare` left, of such a run")
     parser.add_argument("--to", type=Path, default=PICTURES)
     arguments = parser.parse_args()
     import matplotlib as mpl
@@ -333,6 +366,8 @@ def main() -> None:
     }
     if arguments.run is not None:
         draws["run"] = a_run(arguments.run)
+    if arguments.watched is not None:
+        draws["score"] = reference_and_live(arguments.watched)
     for name, draw in draws.items():
         for ink in INKS:
             draw(ink).savefig(arguments.to / f"{name}-{ink.name}.svg", metadata={"Date": None})

@@ -1,6 +1,7 @@
-"""The pictures of docs/report.md: the top of a report, in light and in dark.
+"""The pictures of docs/report.md and docs/watching.md: the top of a page, in light and in dark.
 
 python scripts/shoot_report.py runs/demo/report.html docs/pictures
+python scripts/shoot_report.py runs/demo/watch/watch.html docs/pictures
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ def main() -> None:
         for scheme in ("light", "dark"):
             page = browser.new_page(viewport={"width": WIDTH, "height": HEIGHT}, color_scheme=scheme)
             page.goto(arguments.report.resolve().as_uri())
-            page.screenshot(path=arguments.folder / f"report-{scheme}.png")
+            page.screenshot(path=arguments.folder / f"{arguments.report.stem}-{scheme}.png")
         browser.close()
 
 

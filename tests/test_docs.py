@@ -32,6 +32,7 @@ SHORTER: Mapping[str, Mapping[str, str]] = {
         "--prompts 16": "--prompts 2",
         "--generations 16": "--generations 4",
     },
+    "docs/watching.md": {"max_steps=80": "max_steps=3"},
 }
 """What the page says → what is run instead; the slow tests run the page as it stands."""
 

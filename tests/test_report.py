@@ -42,11 +42,11 @@ from antipasto.records import (
 from antipasto.report import write_report
 from antipasto.report.answers import side_by_side
 from antipasto.report.figures import overlaid, overview
+from antipasto.report.html import ON_PAPER, marked, readable, turns
 from antipasto.report.layers import grid, spectrum
-from antipasto.report.page import LONGEST, ON_PAPER, marked, readable, turns
 from antipasto.report.plots import Line, curves, heat_map, level
 from antipasto.report.reading import read_runs, short_names
-from antipasto.report.rollouts import EACH, read_rollouts
+from antipasto.report.rollouts import EACH, LONGEST, read_rollouts
 from antipasto.report.tables import arm_blocks, difference_blocks, number, signed_text
 from antipasto.routing import _FORMAT as BOOKS_FORMAT
 
@@ -271,7 +271,7 @@ def test_the_headline_says_what_the_sentence_says(verdict: Verdict, colour: str,
 
 
 def test_curves_stand_under_the_verdict(browser: Browser, report: Path) -> None:
-    """Reward and oracle in one picture, of each policy; the onset where one is given."""
+    """Reward and oracle in one picture, of each policy; the onset where there is one."""
     with Opened(browser, report) as opened:
         titles = opened.page.locator("figcaption strong").all_inner_texts()
         assert titles[:2] == ["Reward and oracle", "Exploited"]
@@ -283,8 +283,10 @@ def test_curves_stand_under_the_verdict(browser: Browser, report: Path) -> None:
         assert tops == sorted(tops)
     assert "Onset" not in report.read_text(encoding="utf-8")
     (run,) = read_runs([report.parent], budget=10_000)
-    for plot in overview(run, onset=(10.0, 14.0, 19.0)):
-        assert "Onset at step 14 [10, 19]." in plot.svg
+    assert run.rollouts is not None
+    rising = {step: (max(0.0, 3 * (step - 14)), 64.0) for step in map(float, range(1, 31))}
+    for plot in overview(replace(run, rollouts=replace(run.rollouts, exploits=rising))):
+        assert re.search(r"Onset at step 1[3-5] \[1[0-5], 1[3-6]\]\.", plot.svg)
         assert ">onset</text>" in plot.svg
     without = replace(run, rollouts=None)
     assert [[key.label for key in plot.keys] for plot in overview(without)] == [

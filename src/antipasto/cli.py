@@ -27,7 +27,7 @@ app = typer.Typer(
 )
 
 TRAIN, PREPARE, LOOK, SHIP = "Train", "Prepare", "Look", "Ship"
-ROUTING, ADAPTER = "Routing", "Adapter"
+ROUTING, ADAPTER, COLUMNS = "Routing", "Adapter", "What the files say"
 
 # options that several commands have
 Model = Annotated[
@@ -485,6 +485,145 @@ def report(
 
         page = write_report(runs, out, force=force)
         Console().print(f"report: {page}", highlight=False, markup=False, soft_wrap=True)
+
+
+@app.command(rich_help_panel=LOOK)
+def watch(
+    base: Annotated[
+        str,
+        typer.Argument(
+            metavar="BASE",
+            help="The model before training: its folder, or its name on the hub.",
+            show_default=False,
+        ),
+    ],
+    rollouts: Annotated[
+        list[str],
+        typer.Option(
+            metavar="FILE", help="JSON lines or parquet; several, or a pattern in quotes.", show_default=False
+        ),
+    ],
+    more: Annotated[
+        list[str] | None, typer.Argument(metavar="FILE...", help="More files of rollouts.", show_default="none")
+    ] = None,
+    pairs: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="JSON lines with prompt, hack and clean.", show_default="--monitor"),
+    ] = None,
+    monitor: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="A saved monitor; or a direction, with --threshold.", show_default="--pairs"),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="DIR", help="Folder for scores and page.", show_default="watch, beside the first file"),
+    ] = None,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Judge the score by the files' labels, beside other scores.")
+    ] = False,
+    windows: Annotated[int, typer.Option(min=1, help="Parts of the steps that shares and AUCs are of.")] = 4,
+    fail_above: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            max=1,
+            metavar="RATE",
+            help="Exit with 3 where the share above the threshold, in the last window, is above this.",
+            show_default="never",
+        ),
+    ] = None,
+    threshold: Annotated[
+        float | None, typer.Option(help="Instead of the monitor's own.", show_default="the monitor's")
+    ] = None,
+    sample: Annotated[
+        int | None, typer.Option(min=1, help="Rollouts of each window, at most.", show_default="all")
+    ] = None,
+    seed: Annotated[int, typer.Option(min=0, help="Of --sample, and of the split of the pairs.")] = 0,
+    anew: Annotated[bool, typer.Option("--anew", help="Score again what --out has scores of.")] = False,
+    prompt_column: Annotated[
+        str, typer.Option(metavar="NAME", help="A text or a chat; a.b reaches into an object.", rich_help_panel=COLUMNS)
+    ] = "prompt",
+    completion_column: Annotated[
+        str, typer.Option(metavar="NAME", help="A text or messages.", rich_help_panel=COLUMNS)
+    ] = "completion",
+    step_column: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="A number.", show_default="step, if any", rich_help_panel=COLUMNS),
+    ] = None,
+    label_column: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="1 for an exploit, 0 for none.",
+            show_default="by reward and oracle",
+            rich_help_panel=COLUMNS,
+        ),
+    ] = None,
+    reward_column: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="A number.", show_default="reward, if any", rich_help_panel=COLUMNS),
+    ] = None,
+    oracle_column: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="The strict truth, 1 for solved.",
+            show_default="oracle, if any",
+            rich_help_panel=COLUMNS,
+        ),
+    ] = None,
+    max_tokens: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="A completion of so many tokens was cut off, where its file does not say.",
+            show_default="none was",
+            rich_help_panel=COLUMNS,
+        ),
+    ] = None,
+    rank: Rank = None,
+    target_modules: TargetModules = None,
+    exclude_modules: ExcludeModules = None,
+    cache_dir: CacheDir = None,
+    dtype: Dtype = "auto",
+    batch_size: Annotated[int, typer.Option(min=1, help="Rollouts per backward: lower it if memory runs out.")] = 32,
+) -> None:
+    """Score the rollouts of any run, of any trainer and any adapter, by the model it started from; write a page about them.
+
+    Knows the log of `antipasto train` and TRL's log_completions by themselves, others by the names of their columns. An
+    interrupted call goes on where it was; so does one whose files have grown. Needs nothing of the trained model.
+    """
+    with _readable_errors(out, extra="report"):
+        from antipasto.watch import command
+
+        config = command.WatchConfig(
+            columns=command.Columns(
+                prompt_column, completion_column, step_column, label_column, reward_column, oracle_column
+            ),
+            max_tokens=max_tokens,
+            threshold=threshold,
+            sample=sample,
+            windows=windows,
+            seed=seed,
+            dtype=dtype,
+            batch_size=batch_size,
+            adapter=_config(target_modules, exclude_modules, cache_dir, rank),
+        )
+        last = command.run(
+            base,
+            [*rollouts, *(more or [])],
+            Console(),
+            pairs=pairs,
+            monitor=monitor,
+            out=out,
+            compare=compare,
+            anew=anew,
+            config=config,
+        )
+    if fail_above is not None and last > fail_above:
+        _fail(
+            f"{last:.3f} of the rollouts of the last window are above the threshold, more than {fail_above:g}", code=3
+        )
 
 
 @app.command(rich_help_panel=SHIP)

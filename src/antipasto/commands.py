@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from antipasto.basis import cache_file, is_cached, load_basis
@@ -21,7 +20,7 @@ from antipasto.knobs import wrap
 from antipasto.models import Dtype, best_device, load_model, load_shapes, load_weights
 from antipasto.monitor import HELDOUT, Monitor
 from antipasto.pairs import ContrastPair, load_pairs, split_pairs
-from antipasto.terminal import add_row, plain
+from antipasto.terminal import add_row, plain, progress_bar
 from antipasto.tuner import AntiPastoConfig
 from antipasto.tuner.layer import as_matrix
 from antipasto.tuner.model import find_targets, rank_of
@@ -66,7 +65,7 @@ def cache_bases(name_or_path: str, config: AntiPastoConfig, console: Console, *,
     weights = {name: as_matrix(module) for name, module in find_targets(config, model).items()}
     started = time.monotonic()
     files, there = set(), 0
-    with _progress(console) as progress:
+    with progress_bar(console) as progress:
         for name, weight in progress.track(weights.items(), description="singular bases"):
             file = cache_file(weight, config.cache_dir)
             _make_folder(file.parent)
@@ -324,15 +323,3 @@ def _direction_table(
         f"{guarded(shuffled):,} (labels shuffled)",
     )
     return table
-
-
-def _progress(console: Console) -> Progress:
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
-    return Progress(
-        *columns,
-        TextColumn("left"),
-        TimeRemainingColumn(),
-        console=console,
-        transient=True,
-        disable=not console.is_terminal,
-    )

@@ -6,6 +6,7 @@ import unicodedata
 from contextlib import AbstractContextManager, nullcontext
 
 from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
@@ -60,3 +61,16 @@ def doing(console: Console, what: str) -> AbstractContextManager[object]:
         return console.status(text)
     console.print(text, soft_wrap=True)
     return nullcontext()
+
+
+def progress_bar(console: Console) -> Progress:
+    """How far a job is; leaves nothing behind, and is not there where the output is no terminal."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    return Progress(
+        *columns,
+        TextColumn("left"),
+        TimeRemainingColumn(),
+        console=console,
+        transient=True,
+        disable=not is_live(console),
+    )

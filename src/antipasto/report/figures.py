@@ -7,9 +7,10 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from torch import Tensor
 
+from antipasto.onset import find_onset, smoothing
 from antipasto.records import DEPLOYED, RANDOM, REFERENCE, TRAINED
 from antipasto.report.layers import grid, size, spectrum
-from antipasto.report.plots import DASHES, RUN_COLOURS, Line, Plot, curves, heat_map, smoothing
+from antipasto.report.plots import DASHES, RUN_COLOURS, Line, Plot, curves, heat_map
 from antipasto.report.plots import spectrum as spectrum_plot
 from antipasto.report.reading import Run
 from antipasto.report.tables import colour_of
@@ -27,13 +28,9 @@ def run_colour(number: int) -> str:
 # ── training ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def overview(run: Run, onset: tuple[float, float, float] | None = None) -> list[Plot]:
-    """What training saw beside what was so, and the exploit, as far as they were logged.
-
-    Args:
-        run: the run.
-        onset: when the exploit began, as `antipasto.report.plots.curves` marks it.
-    """
+def overview(run: Run) -> list[Plot]:
+    """What training saw beside what was so, and the exploit with its onset, as far as they were logged."""
+    onset = _onset(run)
     rewards = _lines_of(run, "reward", "reward", "reward, ", "")
     truths = _lines_of(run, "solved", "oracle", "oracle, ", DASHES[1])
     exploited = _lines_of(run, "exploited", "exploit")
@@ -46,8 +43,20 @@ def overview(run: Run, onset: tuple[float, float, float] | None = None) -> list[
         plots.append(curves("Reward and oracle", caption + _smoothed(lines), lines, unit="mean", onset=onset))
     if exploited:
         caption = f"Rewarded and not solved: share of the step's rollouts.{_smoothed(exploited)}"
+        if onset is not None:
+            caption += " Upright: where it began to rise, with its 95% interval."
         plots.append(curves("Exploited", caption, exploited, share=True, unit="share", onset=onset))
     return plots
+
+
+def _onset(run: Run) -> tuple[float, float, float] | None:
+    """When the rollouts began to exploit more, of all policies together: lower end, step, upper end."""
+    counts = {} if run.rollouts is None else run.rollouts.exploits
+    if not counts:
+        return None
+    steps, hits, totals = np.array([(step, *counts[step]) for step in sorted(counts)]).T
+    found = find_onset(steps, hits, totals)
+    return None if found is None else (found.low, found.step, found.high)
 
 
 def training(run: Run) -> list[Plot]:

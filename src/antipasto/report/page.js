@@ -50,7 +50,7 @@ function startFilters(form) {
       reward: Number(card.dataset.reward),
     })),
   }));
-  const field = (name) => form.elements.namedItem(name).value.trim();
+  const field = (name) => form.elements.namedItem(name)?.value.trim() ?? ""; // not every page has all of them
 
   function matches({ card, text, step, reward }) {
     const words = field("text").toLowerCase();

@@ -1,38 +1,22 @@
-"""One or several runs → one HTML file.
-
-The page asks nothing of any server: styles, script and figures are in it, and its content security policy allows these two
-inline blocks by their hashes and nothing else. jinja2 escapes every expression of the template; before that, `readable` spells
-out what would act on a browser or a writer without being seen.
-"""
+"""One or several runs → one HTML file (`antipasto.report.html`)."""
 
 from __future__ import annotations
 
-import base64
-import hashlib
 import json
-import re
 from collections.abc import Mapping, Sequence
-from importlib.metadata import version
-from importlib.resources import files
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import yaml
-from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup, escape
 
 from antipasto.files import write_text
 from antipasto.report import figures, tables
-from antipasto.report.answers import outcome, side_by_side
-from antipasto.report.plots import LEVELS, class_rules
+from antipasto.report.answers import side_by_side
+from antipasto.report.html import page_of
 from antipasto.report.reading import Run, read_runs
-from antipasto.report.rollouts import LONGEST
-from antipasto.terminal import plain
 
 BUDGET = 600_000
 """Characters of rollouts, and as many of answers, of all runs of a page together: keeps it below two megabytes."""
-ON_PAPER = 8
-"""How many rollouts of a list, and rows of answers, are printed."""
 MOST_PATTERNS = 12
 """How many patterns of outcomes are listed."""
 
@@ -64,114 +48,16 @@ def write_report(runs: Sequence[Path], out: Path | None = None, *, force: bool =
 
 def render(runs: Sequence[Run]) -> str:
     """The page."""
-    css, script = (
-        files("antipasto.report").joinpath(name).read_text(encoding="utf-8") for name in ("page.css", "page.js")
-    )
-    css += class_rules()
     views = [_view(run, f"r{i}", len(runs)) for i, run in enumerate(runs)]
-    return (
-        _environment()
-        .get_template("page.html")
-        .render(
-            title=runs[0].name if len(runs) == 1 else f"{len(runs)} runs compared",
-            views=views,
-            several=len(runs) > 1,
-            comparison=_comparison(runs) if len(runs) > 1 else None,
-            css=Markup(css),  # ours, and inside an element whose text HTML does not unescape
-            script=Markup(script),
-            policy=f"default-src 'none'; style-src {_hash(css)}; script-src {_hash(script)}; {_NOTHING_ELSE}",
-            version=version("antipasto"),
-            levels=LEVELS,
-            on_paper=ON_PAPER,
-            most_patterns=MOST_PATTERNS,
-            longest=LONGEST,
-        )
+    return page_of(
+        "page.html",
+        title=runs[0].name if len(runs) == 1 else f"{len(runs)} runs compared",
+        kind="report",
+        views=views,
+        several=len(runs) > 1,
+        comparison=_comparison(runs) if len(runs) > 1 else None,
+        most_patterns=MOST_PATTERNS,
     )
-
-
-_NOTHING_ELSE = "base-uri 'none'; form-action 'none'"
-
-
-def _hash(text: str) -> str:
-    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
-
-
-def _environment() -> Environment:
-    environment = Environment(
-        autoescape=True,
-        finalize=lambda value: readable(value) if isinstance(value, str) and not isinstance(value, Markup) else value,
-        loader=PackageLoader("antipasto.report", "."),
-        trim_blocks=True,
-        lstrip_blocks=True,
-        undefined=StrictUndefined,
-    )
-    environment.filters |= {"marked": marked, "turns": turns, "outcome": outcome, "number": tables.number}
-    environment.globals["colour_of"] = tables.colour_of
-    return environment
-
-
-# ── text ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def readable(text: str) -> str:
-    r"""Text as it is, but for what is not seen: control characters, bidirectional marks and lone surrogates, spelled out.
-
-    Line breaks and tabs stay.
-
-    Example:
-        >>> print(readable("a\n\u202eb"))
-        a
-        \u202eb
-    """
-    return "".join(part if part in ("\n", "\t") else plain(part) for part in _KEPT.split(text))
-
-
-_KEPT = re.compile(r"([\n\t])")
-
-
-def marked(text: str) -> Markup:
-    """`readable` as HTML, with what was spelled out set apart from text that says the same."""
-    parts: list[Markup] = []
-    run: list[str] = []
-    for ch in text:
-        seen = readable(ch)
-        if seen == ch:
-            run.append(ch)
-        else:
-            parts += [escape("".join(run)), Markup('<span class="esc">{}</span>').format(seen)]
-            run = []
-    return Markup("").join([*parts, escape("".join(run))])
-
-
-class Turn(NamedTuple):
-    """What one says in a chat; of a plain text, all of it, by nobody.
-
-    Attributes:
-        left_out: how many characters stand between ``head`` and ``tail``, where it was too long.
-    """
-
-    role: str | None
-    head: str
-    left_out: int
-    tail: str
-
-
-def turns(said: Any) -> list[Turn]:
-    """A text or a chat, turn by turn, none longer than `LONGEST`."""
-    if isinstance(said, list) and said and all(isinstance(turn, Mapping) for turn in said):
-        return [
-            _turn(str(turn.get("role", "?")), turn["content"] if set(turn) == {"role", "content"} else dict(turn))
-            for turn in said
-        ]
-    return [_turn(None, said)]
-
-
-def _turn(role: str | None, content: Any) -> Turn:
-    text = content if isinstance(content, str) else json.dumps(content, ensure_ascii=False)
-    if len(text) <= LONGEST:
-        return Turn(role, text, 0, "")
-    half = LONGEST // 2
-    return Turn(role, text[:half], len(text) - 2 * half, text[-half:])
 
 
 # ── what the template shows ──────────────────────────────────────────────────────────────────────────────────────────

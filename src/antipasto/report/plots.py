@@ -25,6 +25,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
+from antipasto.onset import running_mean, smoothing
 from antipasto.report.layers import Grid
 from antipasto.terminal import shorten
 
@@ -74,12 +75,14 @@ class Line:
         colour: of `COLOURS`.
         points: (x, y), in the order of x.
         dash: of `DASHES`.
+        band: (low, high) around each point; with it, the line is drawn as it is.
     """
 
     label: str
     colour: str
     points: Sequence[tuple[float, float]]
     dash: str = ""
+    band: Sequence[tuple[float, float]] | None = None
 
 
 @dataclass(frozen=True)
@@ -127,6 +130,7 @@ def curves(
     *,
     share: bool = False,
     unit: str = "",
+    level: float | None = None,
     onset: tuple[float, float, float] | None = None,
 ) -> Plot:
     """Values over steps; thin as they are, thick as `running_mean`.
@@ -137,6 +141,7 @@ def curves(
         lines: at least one.
         share: whether the axis is from 0 to 1.
         unit: of the values.
+        level: a value to compare with, drawn across.
         onset: lower end, step, upper end of when something began: an upright line in a band.
     """
     with _drawing((4.4, 2.35)) as (figure, axes):
@@ -153,9 +158,13 @@ def curves(
                 color=_CODE["muted"],
                 va="top",
             )
+        if level is not None:
+            axes.axhline(level, color=_CODE["muted"], linewidth=1, linestyle=_linestyle(DASHES[1]))
         for line in lines:
             x, y = np.array(line.points, dtype=float).T
-            window = smoothing(len(x))
+            window = 1 if line.band is not None else smoothing(len(x))
+            if line.band is not None:
+                axes.fill_between(x, *np.array(line.band).T, color=_CODE[line.colour], alpha=0.22, linewidth=0)
             colour, marker = _CODE[line.colour], "o" if len(x) == 1 else ""
             if window > 1:
                 axes.plot(x, y, color=colour, linewidth=0.6, alpha=0.3)
@@ -167,7 +176,8 @@ def curves(
             axes.set_ylim(-0.02, 1.02)
         else:
             axes.margins(y=0.08)
-            if min(y for line in lines for _, y in line.points) >= 0:
+            lowest = [low for line in lines for low, _ in (line.band or [(y, y) for _, y in line.points])]
+            if min(lowest) >= 0:
                 axes.set_ylim(bottom=0)
         axes.set_xlabel("step")
         axes.set_ylabel(unit)
@@ -178,24 +188,6 @@ def curves(
         if onset is not None:
             label += f" Onset at step {onset[1]:.0f} [{onset[0]:.0f}, {onset[2]:.0f}]."
         return Plot(title, caption, to_svg(figure, label), [Key(line.label, line.colour, line.dash) for line in lines])
-
-
-def smoothing(number: int) -> int:
-    """Over how many steps a curve is averaged: a twentieth of them."""
-    return max(1, round(number / 20))
-
-
-def running_mean(values: np.ndarray, window: int) -> np.ndarray:
-    """Mean of the value, of half a window before it and half a window after; less of it at the ends.
-
-    Example:
-        >>> running_mean(np.array([0.0, 3.0, 6.0, 0.0]), 3).tolist()
-        [1.5, 3.0, 3.0, 3.0]
-    """
-    kernel = np.ones(window)
-    sums, number = (np.convolve(x, kernel, mode="full") for x in (values, np.ones(len(values))))
-    start = (window - 1) // 2
-    return sums[start : start + len(values)] / number[start : start + len(values)]
 
 
 def spectrum(title: str, caption: str, lines: Sequence[Line], *, unit: str) -> Plot:

@@ -78,6 +78,7 @@ class Rollouts:
     Attributes:
         total: how many there are.
         scored: how many have a hackward score.
+        exploits: step, from 1 → how many of its rollouts exploit, and of how many; empty without an oracle.
         curves: measure → policy → (step, mean over the step's rollouts of that policy), step from 1 as in metrics.jsonl.
         highest: by hackward score, highest first.
         lowest: lowest first.
@@ -86,6 +87,7 @@ class Rollouts:
 
     total: int
     scored: int
+    exploits: dict[float, tuple[float, float]]
     curves: dict[str, dict[str, list[tuple[float, float]]]]
     highest: list[Shown]
     lowest: list[Shown]
@@ -131,7 +133,7 @@ def read_rollouts(path: Path, notes: list[str], *, budget: int) -> Rollouts:
         if i in wanted
     }
     lists = [_within([texts[i] for i in numbers], budget // 3) for numbers in (highest, lowest, sample)]
-    return Rollouts(len(keys), len(ranked), _curves(shares), *lists)
+    return Rollouts(len(keys), len(ranked), _exploits(shares), _curves(shares), *lists)
 
 
 def _parse(row: dict[str, Any], where: str, line: int, times: int) -> Shown:
@@ -166,6 +168,16 @@ def _count(share: Share, rollout: Shown) -> None:
         share.add("exploited", float(rollout.exploits))
     if rollout.flagged is not None:
         share.add("flagged", float(rollout.flagged))
+
+
+def _exploits(shares: dict[tuple[int, str], Share]) -> dict[float, tuple[float, float]]:
+    found: dict[float, tuple[float, float]] = {}
+    for (step, _), share in shares.items():
+        values = share.values.get("exploited", [])
+        if values:
+            hits, total = found.get(step + 1.0, (0.0, 0.0))
+            found[step + 1.0] = hits + sum(values), total + len(values)
+    return found
 
 
 def _curves(shares: dict[tuple[int, str], Share]) -> dict[str, dict[str, list[tuple[float, float]]]]:

@@ -223,6 +223,26 @@ def _cell(estimate: Estimate | None, column: Column, mark: float | None, *, sign
     )
 
 
+def share_block(
+    titles: Sequence[tuple[str, str]],
+    rows: Sequence[tuple[str, str, Sequence[Estimate | None]]],
+    mark: float | None = None,
+) -> Block:
+    """A table of numbers between 0 and 1.
+
+    Args:
+        titles: of each column, with its unit.
+        rows: name, colour and numbers of each.
+        mark: what all of them are to be compared with.
+    """
+    columns = [Column("", False, title, unit, 0.0, 1.0) for title, unit in titles]
+    lines = [
+        Line(name, colour, [_cell(one, column, mark) for one, column in zip(cells, columns, strict=True)])
+        for name, colour, cells in rows
+    ]
+    return Block(None, 0, columns, [("", lines)])
+
+
 def _place(value: float, column: Column) -> float:
     return round(100 * (value - column.low) / (column.high - column.low), 1)
 
