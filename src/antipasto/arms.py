@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shlex
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -38,9 +39,10 @@ from antipasto.records import (
     write_answers,
     write_evaluation,
 )
+from antipasto.run_folder import RunFolder
 from antipasto.runs import LoadedRun, load_run
 from antipasto.tasks import Task, load_task
-from antipasto.terminal import add_row, plain
+from antipasto.terminal import add_row, plain, say
 
 SIZING = 64
 """Held-out prompts by which θ is shrunk to the deployed model's distance from the reference."""
@@ -61,6 +63,23 @@ def evaluate_run(
     Raises:
         ValueError: this is no run that came to its end, its task has no held-out rows, or its base model is another one now.
     """
+    with RunFolder(root).held(new=False):
+        return _evaluate(
+            root, console, prompts=prompts, temperature=temperature, seed=seed, batch_size=batch_size, margin=margin
+        )
+
+
+def _evaluate(
+    root: Path,
+    console: Console,
+    *,
+    prompts: int | None,
+    temperature: float | None,
+    seed: int,
+    batch_size: int,
+    margin: float,
+) -> Evaluation:
+    """`evaluate_run`, in a folder that is held."""
     run = load_run(root)
     task = load_task(str(run.task))
     if task.test is None:
@@ -78,7 +97,11 @@ def evaluate_run(
         shrink = _shrink(run, rows, how)
     arms = run.views(shrink=shrink)
     with Progress(
-        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn(), console=console
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeRemainingColumn(),
+        console=console,
     ) as bar:
         line = bar.add_task("asking", total=len(rows) * len(arms), completed=len(done))
 
@@ -93,7 +116,7 @@ def evaluate_run(
     write_evaluation(evaluation, root)
     (root / PARTIAL).unlink()
     show(evaluation, console)
-    console.print(f"written: {root / ANSWERS}\nnext: antipasto report {root}", highlight=False, soft_wrap=True)
+    say(console, f"written: {root / ANSWERS}", f"next: antipasto report {shlex.quote(str(root))}")
     return evaluation
 
 
@@ -121,11 +144,11 @@ def _begin(root: Path, facts: dict[str, Any], console: Console) -> list[Answer]:
         try:
             before, found = read_answers(path) if path.exists() else ({}, [])
         except ValueError as error:
-            console.print(plain(f"asked anew: {error}"), markup=False, highlight=False)
+            say(console, f"asked anew: {error}")
             continue
         if before == facts and not done:
             done = found
-            console.print(f"continuing: {len(done):,} answers are there", highlight=False)
+            say(console, f"continuing: {len(done):,} answers are there")
     write_answers(root / PARTIAL, facts, done)
     return done
 
@@ -139,7 +162,7 @@ def show(evaluation: Evaluation, console: Console) -> None:
     if first.flags or "solve" in first.measures:
         console.print(rates_table([evaluation]))
     console.print(_means_table(evaluation))
-    console.print(plain(evaluation.verdict.sentence), markup=False, highlight=False)
+    console.print(Text(plain(evaluation.verdict.sentence)))
 
 
 def rates_table(evaluations: Sequence[Evaluation]) -> Table:
@@ -151,7 +174,7 @@ def rates_table(evaluations: Sequence[Evaluation]) -> Table:
     rates = [name for name in RATES if name in first.arms[0].measures]
     flags = list(first.arms[0].flags)
     for title in ("model", *rates, *flags):
-        table.add_column(plain(title))
+        table.add_column(Text(plain(title)))
     kinds: list[str | None] = [*first.kinds] or [None]
     for kind in kinds:
         if kind is not None:

@@ -10,6 +10,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
+from rich.text import Text
 
 from antipasto.basis import cache_file, is_cached, load_basis
 from antipasto.directions import Direction, Estimator, extract_direction
@@ -18,7 +19,7 @@ from antipasto.inspection import guarded, strongest_layers
 from antipasto.knobs import wrap
 from antipasto.models import Dtype, best_device, load_model, load_shapes, load_weights
 from antipasto.pairs import ContrastPair, load_pairs, split_pairs
-from antipasto.terminal import add_row, plain
+from antipasto.terminal import add_row, plain, say
 from antipasto.tuner import AntiPastoConfig
 from antipasto.tuner.layer import as_matrix
 from antipasto.tuner.model import find_targets, rank_of
@@ -58,7 +59,7 @@ def cache_bases(name_or_path: str, config: AntiPastoConfig, console: Console, *,
         ValueError: as `load_model`; a layer that cannot be adapted; a cache folder that cannot be made or written.
     """
     assert config.cache_dir is not None
-    with console.status(f"loading {plain(name_or_path)}"):
+    with console.status(Text(f"loading {plain(name_or_path)}")):
         model = load_weights(name_or_path, dtype=dtype)
     weights = {name: as_matrix(module) for name, module in find_targets(config, model).items()}
     started = time.monotonic()
@@ -225,7 +226,7 @@ def extract(
         )
     fit, held = split_pairs(load_pairs(pairs_file), heldout, seed)
     out.parent.mkdir(parents=True, exist_ok=True)
-    with console.status(f"loading {plain(name_or_path)}"):
+    with console.status(Text(f"loading {plain(name_or_path)}")):
         model, tokenizer = load_model(name_or_path, dtype=dtype)
     wrap(model.to(best_device()), config)
     with console.status(f"extracting from {len(fit)} pairs"):
@@ -238,7 +239,7 @@ def extract(
     direction.save(out)
     console.print(_direction_table(direction, shuffled, fit, held))
     console.print(strongest_layers(direction))
-    console.print(plain(f"written: {out}"), markup=False, highlight=False)
+    say(console, f"written: {out}")
     return direction
 
 

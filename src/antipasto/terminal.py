@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import unicodedata
 
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
@@ -44,3 +45,8 @@ def shorten(text: object, width: int) -> str:
 def add_row(table: Table, *cells: object) -> None:
     """A table's row whose cells are taken literally: no markup, no control characters."""
     table.add_row(*(cell if isinstance(cell, Text) else Text(plain(cell)) for cell in cells))
+
+
+def say(console: Console, *lines: str) -> None:
+    """Print lines literally: no markup, no emoji codes, no control characters, and no line breaks but between them."""
+    console.print(Text("\n".join(map(plain, lines))), soft_wrap=True)

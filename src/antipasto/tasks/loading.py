@@ -45,6 +45,25 @@ def load_task(spec: str) -> Task:
         return reasoning.task(spec.removeprefix(reasoning.PREFIX))
     if spec in BUILT_IN:
         return BUILT_IN[spec]()
+    source, name = _place(spec)
+    module = _import_file(Path(source)) if source.endswith(".py") else _import_module(source)
+    return _named(module, name, source)
+
+
+def check_task_name(spec: str) -> None:
+    """Refuse what can be no task, without running anything.
+
+    Raises:
+        ValueError: as `load_task`, as far as its words alone say it.
+    """
+    if not spec.startswith(reasoning.PREFIX) and spec not in BUILT_IN:
+        source, _ = _place(spec)
+        if source.endswith(".py") and not Path(source).is_file():
+            raise ValueError(f"There is no file {source}.")
+
+
+def _place(spec: str) -> tuple[str, str]:
+    """The file or module of a task that is not built in, and its name there."""
     source, colon, name = spec.rpartition(":")
     if not colon:
         if spec.endswith(".py"):
@@ -55,8 +74,7 @@ def load_task(spec: str) -> Task:
         )
     if not source or not name:
         raise ValueError(f"{spec!r}: expected path/to/my_task.py:name or package.module:name.")
-    module = _import_file(Path(source)) if source.endswith(".py") else _import_module(source)
-    return _named(module, name, source)
+    return source, name
 
 
 def _import_file(path: Path) -> ModuleType:

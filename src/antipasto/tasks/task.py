@@ -357,7 +357,7 @@ class _Call:
     def values(self) -> list[float]:
         try:
             values = self._run(slice(None))
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # sys.exit(0) in a reward would end the process as if all were well
             raise self._located(error) from error
         if values is None:
             raise TaskError(f"{self.named} did not return a list, but {self._returned}, for {self._everyone}.")
@@ -375,12 +375,12 @@ class _Call:
             return None
         return list(values)
 
-    def _located(self, error: Exception) -> TaskError:
+    def _located(self, error: BaseException) -> TaskError:
         """The error on the first rollout that fails by itself."""
         for row in range(self.size):
             try:
                 self._run(slice(row, row + 1))
-            except Exception as alone:
+            except (Exception, SystemExit) as alone:
                 return TaskError(f"{self.named} raised {described(alone)} on {self._rollout(row)}.")
         return TaskError(f"{self.named} raised {described(error)} on {self._everyone}, on none of them alone.")
 

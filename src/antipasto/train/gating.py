@@ -53,6 +53,11 @@ class Gating:
             raise ValueError(
                 f"method {method} by {by} needs a direction: task {task.name!r} brings no pairs, so give --pairs."
             )
+        if self.uses_detector and task.detector is None and by == "detector" and config.by is None:
+            raise ValueError(
+                f"method {method} needs pairs, a direction or a detector to go by, and task {task.name!r} brings none: give "
+                "--pairs or --direction, or train without routing, --method plain."
+            )
         if self.uses_detector and task.detector is None:
             raise ValueError(f"method {method} needs a detector, and task {task.name!r} has none.")
         self._refuse_unused()
