@@ -164,8 +164,8 @@ def training_rows(task: Task) -> Dataset:
             Dataset.from_list([{name: row[name]} for row in task.train])
         except (ValueError, TypeError, OverflowError) as error:  # those of Arrow
             raise ValueError(
-                f"Task {task.name!r}, train: the values of column {name!r} do not go into one column of a table, which holds one "
-                f"kind of values, and whole numbers below 2^63 ({' '.join(str(error).split())}). Make them texts, say."
+                f"Task {task.name!r}, train: the values of column {name!r} do not go into one column of a table, which holds "
+                f"one kind of values, and whole numbers below 2^63 ({' '.join(str(error).split())}). Make them texts, say."
             ) from error
     return Dataset.from_list([dict(row) for row in task.train])
 
