@@ -321,13 +321,18 @@ def train(
                 raise ValueError(f"--resume takes everything from the run's folder: leave out {', '.join(words)}.")
             settings = RunFolder(resume).config_to_resume()
         else:
+            words = context.args
+            if model is not None and model.startswith("-"):  # an unknown option, which click took for the argument
+                words, model = [model, *words], (context.default_map or {}).get("model")
+                options["model"] = model
             if model is not None:
                 check_model_name(model)
             if task is not None:
                 check_task_name(task)
-            for file in (pairs, direction):
-                if file is not None and Path(file).exists():  # whether it is needed at all is said later
-                    check_file(file)
+            if pairs is not None:
+                check_file(pairs)
+            if direction is not None and Path(direction).exists():  # one that is given in vain is told so first
+                check_file(direction)
             if out is not None:
                 RunFolder(out).check_new()
             if controls.strip() in ("", "none"):
@@ -338,7 +343,7 @@ def train(
             options["controls"] = options["controls"] or ()
             options["cache_dir"] = cache_dir or "auto"
             known = [word for parameter in context.command.params for word in parameter.opts]
-            settings = {**options, "trainer": {**(context.obj or {}), **_trainer_options(context.args, known)}}
+            settings = {**options, "trainer": {**(context.obj or {}), **_trainer_options(words, known)}}
     with _readable_errors(out, extra="trl"):
         from antipasto import train as job
 

@@ -266,6 +266,8 @@ def _check_rows(rows: Any, where: str) -> _Rows:
             raise ValueError(f"{where}, row {number}: expected a mapping with 'prompt', got {type(row).__name__}.")
         if "prompt" not in row:
             raise ValueError(f"{where}, row {number}: no 'prompt'; there are {sorted(map(str, row))}.")
+        if strange := [column for column in row if not isinstance(column, str)]:
+            raise ValueError(f"{where}, row {number}: columns are called by texts, got {_short(strange[0])}.")
         found = _Rows(_prompt_kind(row["prompt"], f"{where}, row {number}"), set(row) - {"prompt"})
         first = first or found
         if found.kind != first.kind:
