@@ -41,14 +41,6 @@ CHANCE = "built-in chance"  # the book of the router's own random direction
 QUARANTINE = "quarantine"
 _TOP = 5
 _CONFIG_LINES = 24
-_RUN_PARTS = (
-    "adapter",
-    "direction.safetensors",
-    "books.safetensors",
-    "metrics.jsonl",
-    "rollouts.jsonl",
-    EVAL,
-)
 _METRICS = re.compile(r"(reward|oracle|exploit|flagged)(/\w+)?|kl|routing/.*")
 _KNOB = re.compile(r"(?:base_model\.model\.)?(?P<layer>.+)\.(?P<knob>delta_s|delta_s_hack)(?:\.weight)?")
 
@@ -343,10 +335,7 @@ def run_parts(folder: Path, config: Mapping[str, Any]) -> list[RenderableType]:
 
 def read_config(folder: Path) -> dict[str, Any]:
     """A run folder's config; refuses a folder that is none."""
-    config = RunFolder(folder).read_config()
-    if "model_type" in config and not any((folder / part).exists() for part in _RUN_PARTS):
-        raise ValueError(f"{folder} is a model, not a run: there is nothing of this library in it.")
-    return config
+    return RunFolder(folder).read_config()
 
 
 def _config_table(folder: Path, config: Mapping[str, Any]) -> Table:

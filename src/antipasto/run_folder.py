@@ -111,6 +111,13 @@ class RunFolder:
             if runs:
                 raise ValueError(f"{self.root} holds several runs: give one of {', '.join(runs[:8])}.")
             raise ValueError(f"{self.root} is no run folder: there is neither {CONFIG} nor {DEMO_CONFIG} in it.")
+        if (
+            not self.config.is_file()
+            and not self.run.exists()
+            and not self.adapter.exists()
+            and _is_model(self.demo_config)
+        ):
+            raise ValueError(f"{self.root} is a model, not a run: there is nothing of this library in it.")
 
     def read_config(self) -> dict[str, Any]:
         """The config of a run: ``config.yaml``, or the demo's ``config.json``.
@@ -181,6 +188,14 @@ class RunFolder:
                 return checkpoint
             shutil.rmtree(checkpoint)  # the process ended while it was written
         return None
+
+
+def _is_model(config: Path) -> bool:
+    """Whether a config.json is a model's, and not the demo's."""
+    try:
+        return "model_type" in json.loads(config.read_bytes())
+    except (ValueError, TypeError, RecursionError):  # whoever reads it says so
+        return False
 
 
 def step_of(checkpoint: Path) -> int:
