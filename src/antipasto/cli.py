@@ -648,17 +648,15 @@ def _said(error: BaseException, out: Path | None) -> str | None:
 
 def _is_ours(error: BaseException) -> bool:
     """Whether a ``raise`` of this package made it: then its text is for the user, and says all that there is to know."""
-    frames = list(traceback.walk_tb(error.__traceback__))
-    if not frames:
+    last = error.__traceback__
+    if last is None:
         return False
-    code, last = frames[-1][0].f_code, error.__traceback__
-    while last is not None and last.tb_next is not None:
+    while last.tb_next is not None:
         last = last.tb_next
-    assert last is not None
-    here = Path(code.co_filename).resolve().is_relative_to(Path(__file__).parent.resolve())
-    return (
-        here and code.co_code[last.tb_lasti] == dis.opmap["RAISE_VARARGS"]
-    )  # and not a function in C that failed there
+    code = last.tb_frame.f_code
+    if not Path(code.co_filename).resolve().is_relative_to(Path(__file__).parent.resolve()):
+        return False
+    return code.co_code[last.tb_lasti] == dis.opmap["RAISE_VARARGS"]  # else a function in C failed in this line
 
 
 def _traceback_file(error: BaseException) -> str:

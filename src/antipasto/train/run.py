@@ -159,15 +159,24 @@ def training_rows(task: Task) -> Dataset:
     Raises:
         ValueError: a column's values are not of one kind; names it.
     """
-    for name in ("prompt", *task.columns):
-        try:
-            Dataset.from_list([{name: row[name]} for row in task.train])
-        except (ValueError, TypeError, OverflowError) as error:  # those of Arrow
-            raise ValueError(
-                f"Task {task.name!r}, train: the values of column {name!r} do not go into one column of a table, which holds "
-                f"one kind of values, and whole numbers below 2^63 ({' '.join(str(error).split())}). Make them texts, say."
-            ) from error
-    return Dataset.from_list([dict(row) for row in task.train])
+    try:
+        return Dataset.from_list([dict(row) for row in task.train])
+    except (ValueError, TypeError, OverflowError) as error:  # those of Arrow
+        name = next(
+            column for column in ("prompt", *task.columns) if not _is_column([row[column] for row in task.train])
+        )
+        raise ValueError(
+            f"Task {task.name!r}, train: the values of column {name!r} do not go into one column of a table, which holds "
+            f"one kind of values, and whole numbers below 2^63 ({' '.join(str(error).split())}). Make them texts, say."
+        ) from error
+
+
+def _is_column(values: list[Any]) -> bool:
+    try:
+        Dataset.from_dict({"column": values})
+    except (ValueError, TypeError, OverflowError):
+        return False
+    return True
 
 
 def check_chats(tokenizer: Any, model: str, task: Task) -> None:
