@@ -281,7 +281,7 @@ def test_a_run_that_is_killed_before_its_first_step_says_what_it_is(
     def killed(**_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("antipasto.train.run.RoutedGRPOTrainer", killed)
+    monkeypatch.setattr(sys.modules["antipasto.train.run"], "RoutedGRPOTrainer", killed)
     out = tmp_path / "run"
     code, _ = run("train", MODEL, "--task", "addition", "--out", out, *SMALL)
     assert code == 130
@@ -293,7 +293,7 @@ def test_a_run_that_is_killed_before_its_first_step_says_what_it_is(
     assert run("report", out)[0] == 0
     assert words in (out / "report.html").read_text()
     # and what cannot begin leaves the folder as it was
-    monkeypatch.setattr("antipasto.train.run.RoutedGRPOTrainer", lambda **_: json.loads("{"))
+    monkeypatch.setattr(sys.modules["antipasto.train.run"], "RoutedGRPOTrainer", lambda **_: json.loads("{"))
     run("train", MODEL, "--task", "addition", "--out", tmp_path / "other", *SMALL)
     assert not list((tmp_path / "other").iterdir())
 
@@ -359,7 +359,7 @@ def test_a_base_install_does_what_it_can_and_names_the_extra_for_the_rest(stoppe
 
 def requirements() -> dict[str, Requirement]:
     text = (ROOT / "pyproject.toml").read_text()
-    found = [Requirement(line) for line in re.findall(r"\"([a-z-]+>=[\d.,<>=]+)\"", text)]
+    found = [Requirement(line) for line in re.findall(r"\"([a-z0-9-]+>=[\d.,<>=]+)\"", text)]
     return {requirement.name: requirement for requirement in found}
 
 
@@ -592,8 +592,7 @@ def test_paths_are_printed_as_they_are(finished: Path, tmp_path: Path) -> None:
     assert (code, f"report: {out / 'report.html'}\n" in text) == (0, True), text
     code, text = run("inspect", out, columns=1000)
     assert code == 0, text
-    assert "[red]x[" in text  # a title is as wide as its table
-    assert ":smile:" in text
+    assert "".join(str(out).split()) in "".join(text.split())  # a title is as wide as its table
     shipped = tmp_path / "[b]ships[/i]"
     code, text = run("export", out, "--out", shipped, "--prompts", "2", columns=1000)
     assert code == 0, text

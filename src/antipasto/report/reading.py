@@ -101,6 +101,7 @@ def short_names(paths: Sequence[Path]) -> list[str]:
 
 def _read_run(folder: Path, name: str, budget: int) -> Run:
     config = read_config(folder)
+    as_number(config, "threshold", f"{folder}, its config")
     place, missing = RunFolder(folder), list[str]()
 
     def there(path: Path, otherwise: str) -> bool:
