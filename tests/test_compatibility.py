@@ -31,6 +31,6 @@ def test_the_versions_are_those_of_the_constraints() -> None:
     for name, oldest, newest in rows:
         assert constraints["oldest"][name] == oldest
         assert constraints["newest"][name] == newest
-        lowest = re.search(rf"\"{name}>=([\d.]+)\"", wanted)
+        lowest = re.search(rf"\"{name}>=([\d.]+)[\",]", wanted)
         assert lowest is not None
         assert f"{oldest}.".startswith(f"{lowest[1]}.")

@@ -493,7 +493,7 @@ def test_what_cannot_be_exported_costs_one_line(what: str, tmp_path: Path) -> No
     root, out = make_run(tmp_path), tmp_path / "out"
     arguments: list[str] = []
     words = {
-        "no run": "is no run folder: there is no run.json in it",
+        "no run": "is a model, not a run",
         "unfinished": "has not come to its end",
         "another base": "is not the one|other weights|another base|belongs to",
         "a file": "is a file",

@@ -529,12 +529,12 @@ def test_a_truncated_or_foreign_safetensors_file(finished: Path, tmp_path: Path)
 
 
 def test_a_path_that_cannot_be_shown(tmp_path: Path) -> None:
-    assert "neither an adapter" in refused("inspect", tmp_path)
+    assert "is no run folder" in refused("inspect", tmp_path)
     assert "nothere" in refused("inspect", tmp_path / "nothere")
     assert "is a model, not a run" in refused("inspect", MODEL)
     (tmp_path / "seed-3").mkdir()
     (tmp_path / "seed-3" / "config.json").write_text("{}")
-    assert "inspect one of seed-3" in refused("inspect", tmp_path)
+    assert "holds several runs: give one of seed-3" in refused("inspect", tmp_path)
 
 
 def test_plain_and_shorten() -> None:

@@ -4,59 +4,39 @@ The maths is in `antipasto.functional`, the words in README and CONTRIBUTING. Im
 with PEFT, so that ``get_peft_model`` and ``PeftModel.from_pretrained`` know it.
 """
 
-from antipasto.basis import Basis, BasisCacheWarning, load_basis
-from antipasto.confounds import confounds
-from antipasto.directions import Direction, extract_direction
-from antipasto.forms import load_forms, score_forms
-from antipasto.gates import Control
-from antipasto.knobs import (
-    LayerKnobs,
-    deployed,
-    drop_quarantine,
-    knobs,
-    ref_logprobs,
-    reference,
-    save_adapter,
-    scaled,
-    token_logprobs,
-    wrap,
-)
-from antipasto.monitor import Calibration, Completion, Monitor
-from antipasto.pairs import ContrastPair, load_pairs
-from antipasto.rollouts import RolloutGrads, rollout_grads
-from antipasto.routing import Router
-from antipasto.tuner import TARGET_MODULES, AntiPastoConfig
+import importlib
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
 
-__all__ = [
-    "TARGET_MODULES",
-    "AntiPastoConfig",
-    "Basis",
-    "BasisCacheWarning",
-    "Calibration",
-    "Completion",
-    "ContrastPair",
-    "Control",
-    "Direction",
-    "LayerKnobs",
-    "Monitor",
-    "RolloutGrads",
-    "Router",
-    "confounds",
-    "deployed",
-    "drop_quarantine",
-    "extract_direction",
-    "knobs",
-    "load_basis",
-    "load_forms",
-    "load_pairs",
-    "ref_logprobs",
-    "reference",
-    "rollout_grads",
-    "save_adapter",
-    "scaled",
-    "score_forms",
-    "token_logprobs",
-    "wrap",
-]
+
+def _is_command() -> bool:
+    """Whether this process is the command line, ``antipasto`` or ``python -m antipasto``."""
+    started = sys.argv[0] if getattr(sys, "argv", None) else ""
+    if started == "-m":  # Python is looking for what to run
+        words = sys.orig_argv
+        return "antipasto" in words[words.index("-m") + 1 :][:1]
+    return Path(started).name in ("antipasto", "antipasto.exe")
+
+
+def _load() -> None:
+    """Bring the public names here; ``knobs`` is one of them, and the name of a module too."""
+    public = importlib.import_module("antipasto.public")
+    globals().update({name: getattr(public, name) for name in public.__all__}, __all__=public.__all__)
+
+
+if TYPE_CHECKING:
+    from antipasto.public import *  # noqa: F403
+    from antipasto.public import __all__ as __all__
+elif not _is_command():
+    _load()
+else:  # torch, transformers and PEFT take seconds, which --help and a misspelt option need not wait for
+
+    def __getattr__(name: str) -> Any:
+        if name == "__all__" or not name.startswith("__"):  # Python itself asks for those
+            _load()
+        if name not in globals():
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        return globals()[name]

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import shlex
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -39,9 +40,10 @@ from antipasto.records import (
     write_answers,
     write_evaluation,
 )
+from antipasto.run_folder import RunFolder
 from antipasto.runs import LoadedRun, load_run
 from antipasto.tasks import Task, load_task
-from antipasto.terminal import add_row, doing, is_live, plain
+from antipasto.terminal import add_row, doing, is_live, plain, say
 
 SIZING = 64
 """Held-out prompts by which θ is shrunk to the deployed model's distance from the reference."""
@@ -62,13 +64,30 @@ def evaluate_run(
     Raises:
         ValueError: this is no run that came to its end, its task has no held-out rows, or its base model is another one now.
     """
+    with RunFolder(root).held(new=False):
+        return _evaluate(
+            root, console, prompts=prompts, temperature=temperature, seed=seed, batch_size=batch_size, margin=margin
+        )
+
+
+def _evaluate(
+    root: Path,
+    console: Console,
+    *,
+    prompts: int | None,
+    temperature: float | None,
+    seed: int,
+    batch_size: int,
+    margin: float,
+) -> Evaluation:
+    """`evaluate_run`, in a folder that is held."""
     run = load_run(root)
     task = load_task(str(run.task))
     if task.test is None:
         raise ValueError(f"Task {task.name!r} has no held-out rows (test): there is nothing to ask.")
     rows = list(task.test)[:prompts]
     how = as_in_training(run.config, task, temperature=temperature, seed=seed, batch_size=batch_size)
-    console.print(plain(_drawn(run, how, temperature)), markup=False, highlight=False)
+    say(console, _drawn(run, how, temperature))
     facts = {"prompts": len(rows), **how.facts(), "method": run.method, **_digests(root, task, rows)}
     before, done = _earlier(root, facts, console)
     if run.is_routed:
@@ -76,19 +95,19 @@ def evaluate_run(
             facts["shrunk_by"] = before.get("shrunk_by") or _shrink(run, rows, how)
     write_answers(root / PARTIAL, facts, done)
     arms = run.views(shrink=facts.get("shrunk_by"))
-    with asking(console, len(rows) * len(arms), len(done)) as say, quiet():
+    with asking(console, len(rows) * len(arms), len(done)) as tell, quiet():
 
         def keep(answers: list[Answer]) -> None:
             with (root / PARTIAL).open("a", encoding="utf-8") as file:
                 file.writelines(map(answer_line, answers))
-            say(answers)
+            tell(answers)
 
         answers = ask_arms(run.model, run.tokenizer, task, rows, arms, how, done=done, on_answers=keep)
     evaluation = conclude(task.name, facts, answers, margin=margin)
     write_evaluation(evaluation, root)
     (root / PARTIAL).unlink()
     show(evaluation, console)
-    console.print(f"written: {root / ANSWERS}\nnext: antipasto report {root}", highlight=False, soft_wrap=True)
+    say(console, f"written: {root / ANSWERS}", f"next: antipasto report {shlex.quote(str(root))}")
     return evaluation
 
 
@@ -123,7 +142,7 @@ def asking(console: Console, total: int, done: int = 0) -> Iterator[Callable[[li
     with Progress(*columns, console=console, disable=not live, speed_estimate_period=24 * 3600.0) as bar:
         line = bar.add_task("asking", total=total, completed=done)
 
-        def say(answers: list[Answer]) -> None:
+        def tell(answers: list[Answer]) -> None:
             before = int(bar.tasks[0].completed) * _LINES // total
             bar.update(line, description=plain(answers[0].arm), advance=len(answers))
             now, left = int(bar.tasks[0].completed), bar.tasks[0].time_remaining
@@ -132,7 +151,7 @@ def asking(console: Console, total: int, done: int = 0) -> Iterator[Callable[[li
                 text += f"  left {timedelta(seconds=round(left))}" if left is not None else ""
                 console.print(plain(text), markup=False, highlight=False, soft_wrap=True)
 
-        yield say
+        yield tell
 
 
 def _shrink(run: LoadedRun, rows: Sequence[Any], how: Sampling) -> float:
@@ -156,10 +175,10 @@ def _earlier(root: Path, facts: dict[str, Any], console: Console) -> tuple[dict[
         try:
             before, found = read_answers(path) if path.exists() else ({}, [])
         except ValueError as error:
-            console.print(plain(f"asked anew: {error}"), markup=False, highlight=False)
+            say(console, f"asked anew: {error}")
             continue
         if before and facts.items() <= before.items():
-            console.print(f"continuing: {len(found):,} answers are there", highlight=False)
+            say(console, f"continuing: {len(found):,} answers are there")
             return before, found
     return {}, []
 
@@ -173,7 +192,7 @@ def show(evaluation: Evaluation, console: Console) -> None:
     if first.flags or "solve" in first.measures:
         console.print(rates_table([evaluation]))
     console.print(_means_table(evaluation))
-    console.print(plain(evaluation.verdict.sentence), markup=False, highlight=False)
+    console.print(Text(plain(evaluation.verdict.sentence)))
 
 
 def rates_table(evaluations: Sequence[Evaluation]) -> Table:
@@ -185,7 +204,7 @@ def rates_table(evaluations: Sequence[Evaluation]) -> Table:
     rates = [name for name in RATES if name in first.arms[0].measures]
     flags = list(first.arms[0].flags)
     for title in ("model", *rates, *flags):
-        table.add_column(plain(title))
+        table.add_column(Text(plain(title)))
     kinds: list[str | None] = [*first.kinds] or [None]
     for kind in kinds:
         if kind is not None:

@@ -1,22 +1,34 @@
-"""The command line: parse, then one call."""
+"""The command line: parse, then one call.
+
+What is wrong with the words themselves is said before torch is loaded: imports of what needs it are inside the commands, after
+the checks. A mistake of the caller's costs one line and exit code 2. So does what a library calls a bad value or cannot read,
+with the name of a file that has the traceback; ``ANTIPASTO_TRACEBACK=1`` prints every traceback instead.
+"""
 
 from __future__ import annotations
 
 import difflib
+import dis
+import importlib.util
+import os
+import tempfile
+import traceback
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import typer
 from rich.console import Console
 from safetensors import SafetensorError
 
-from antipasto.basis import DEFAULT_CACHE
-from antipasto.terminal import plain
-from antipasto.tuner import AntiPastoConfig
+import antipasto
+from antipasto.terminal import plain, say
+
+if TYPE_CHECKING:
+    from antipasto.tuner import AntiPastoConfig
 
 app = typer.Typer(
     name="antipasto",
@@ -65,6 +77,19 @@ Rank = Annotated[
 ]
 
 
+def _not_nan(value: float | None) -> float | None:
+    """NaN is neither below nor above what an option's bounds say."""
+    if value is not None and value != value:
+        raise typer.BadParameter("nan is no number.")
+    return value
+
+
+def _finite(value: float | None) -> float | None:
+    if value is not None and abs(value) == float("inf"):
+        raise typer.BadParameter(f"{value} is not finite.")
+    return _not_nan(value)
+
+
 def _print_version(value: bool) -> None:
     if value:
         typer.echo(f"antipasto {version('antipasto')}")
@@ -84,9 +109,11 @@ def _read_config(context: typer.Context, path: Path | None) -> Path | None:
     """Make a YAML file's options the defaults of the command's own; what is for TRL goes into ``context.obj``."""
     if path is None:
         return None
-    with _readable_errors():
+    with _readable_errors(load=False):
+        from antipasto.checks import check_file
         from antipasto.run_folder import read_yaml
 
+        check_file(path)
         options = read_yaml(path)
         trainer = options.pop("trainer", None) or {}
         if not isinstance(trainer, dict):
@@ -94,9 +121,7 @@ def _read_config(context: typer.Context, path: Path | None) -> Path | None:
         known = [parameter.name for parameter in context.command.params if parameter.name not in ("config", "resume")]
         for name in options:
             if name not in known:
-                close = difflib.get_close_matches(str(name), [name for name in known if name], n=1)
-                hint = f"; did you mean {close[0]!r}?" if close else "."
-                raise ValueError(f"{path}: there is no option {name!r}{hint}")
+                raise ValueError(f"{path}: there is no option {name!r}{_near(str(name), [k for k in known if k])}")
         context.obj = trainer
         context.default_map = {
             name: ",".join(map(str, value)) if isinstance(value, list) else value
@@ -111,22 +136,30 @@ def _is_given(context: typer.Context, name: str) -> bool:
     return source is not None and source.name == "COMMANDLINE"
 
 
-def _trainer_options(words: list[str]) -> dict[str, Any]:
+def _near(name: str, names: list[str]) -> str:
+    """The end of a sentence about an unknown name."""
+    close = difflib.get_close_matches(name, names, n=1)
+    return f"; did you mean {close[0]!r}?" if close else "."
+
+
+def _trainer_options(words: list[str], known: list[str]) -> dict[str, Any]:
     """``--trainer.NAME VALUE`` or ``--trainer.NAME=VALUE``, as YAML would read the value; without one, true."""
-    import yaml
+    from antipasto.run_folder import parse_yaml
 
     options: dict[str, Any] = {}
     rest = list(words)
     while rest:
         word = rest.pop(0)
         if not word.startswith("--trainer."):
-            raise ValueError(f"There is no option {word}. TRL's own are written --trainer.NAME VALUE; see --help.")
+            what = f"There is no option {word}" if word.startswith("-") else f"Nothing here takes {word!r}"
+            hint = _near(word.partition("=")[0], known)
+            raise ValueError(f"{what}{hint} TRL's own are written --trainer.NAME VALUE; see --help.")
         name, equals, text = word.removeprefix("--trainer.").partition("=")
         if not equals:
             text = rest.pop(0) if rest and not rest[0].startswith("--") else "true"
         try:
-            options[name.replace("-", "_")] = yaml.safe_load(text)
-        except yaml.YAMLError as error:
+            options[name.replace("-", "_")] = parse_yaml(text)
+        except ValueError as error:
             raise ValueError(f"--trainer.{name}: {text!r} cannot be read as a value.") from error
     return options
 
@@ -150,6 +183,10 @@ def demo(
     About a minute a seed on two cores, six more with --compare. Leaves every rollout with its reward in the run folder.
     """
     out = out or Path("runs") / f"demo-{datetime.now():%Y%m%d-%H%M%S}"
+    with _readable_errors(load=False):
+        from antipasto.run_folder import RunFolder
+
+        RunFolder(out).check_new()
     with _readable_errors(out, extra="trl"):
         from antipasto import demo as job
 
@@ -237,7 +274,12 @@ def train(
     ] = "coordinate",
     threshold: Annotated[
         float | None,
-        typer.Option(help="Effect size that the coordinate gate guards.", show_default="0.65", rich_help_panel=ROUTING),
+        typer.Option(
+            callback=_finite,
+            help="Effect size that the coordinate gate guards.",
+            show_default="0.65",
+            rich_help_panel=ROUTING,
+        ),
     ] = None,
     controls: Annotated[
         str,
@@ -248,6 +290,7 @@ def train(
         typer.Option(
             min=0,
             max=1,
+            callback=_finite,
             help="Share of rollouts sampled from the deployed policy.",
             show_default="0.5 with route",
             rich_help_panel=ROUTING,
@@ -264,9 +307,9 @@ def train(
     micro_batch: Annotated[
         int | None, typer.Option(min=1, help="Rollouts per forward and process.", show_default="all of a step")
     ] = None,
-    learning_rate: Annotated[float, typer.Option(help="Of the knobs.")] = 1e-2,
-    beta: Annotated[float, typer.Option(min=0, help="Weight of the KL to the reference.")] = 0.0,
-    temperature: Annotated[float, typer.Option(help="Of sampling.")] = 1.0,
+    learning_rate: Annotated[float, typer.Option(min=0, callback=_finite, help="Of the knobs.")] = 1e-2,
+    beta: Annotated[float, typer.Option(min=0, callback=_finite, help="Weight of the KL to the reference.")] = 0.0,
+    temperature: Annotated[float, typer.Option(callback=_finite, help="Of sampling.")] = 1.0,
     max_completion_length: Annotated[
         int | None, typer.Option(min=1, help="Tokens an answer may have.", show_default="the task's, or 256")
     ] = None,
@@ -280,29 +323,47 @@ def train(
     """
     given = [name for name in context.params if _is_given(context, name)]
     options = {name: value for name, value in context.params.items() if name not in ("out", "config", "resume")}
-    if resume is not None:
-        out = resume
-    with _readable_errors(out, extra="trl"):
-        from antipasto import train as job
+    with _readable_errors(load=False):
+        from antipasto.checks import check_file, check_model_name
         from antipasto.run_folder import RunFolder
+        from antipasto.tasks.loading import check_task_name
 
         if resume is not None:
+            out = resume
             if (others := [name for name in given if name != "resume"]) or context.args:
                 words = [f"--{name.replace('_', '-')}" for name in others] + context.args[:1]
                 raise ValueError(f"--resume takes everything from the run's folder: leave out {', '.join(words)}.")
-            settings = job.TrainConfig.from_mapping(RunFolder(resume).read_config(), str(RunFolder(resume).config))
+            settings = RunFolder(resume).config_to_resume()
         else:
+            words = context.args
+            if model is not None and model.startswith("-"):  # an unknown option, which click took for the argument
+                words, model = [model, *words], (context.default_map or {}).get("model")
+                options["model"] = model
+            if model is not None:
+                check_model_name(model)
+            if task is not None:
+                check_task_name(task)
+            if pairs is not None:
+                check_file(pairs)
+            if direction is not None and Path(direction).exists():  # one that is given in vain is told so first
+                check_file(direction)
+            if out is not None:
+                RunFolder(out).check_new()
             if controls.strip() in ("", "none"):
                 options["controls"] = None
             options |= {name: _names(f"--{name}", options[name]) for name in ("exclude_modules", "controls")}
             if target_modules != "all-linear":
                 options["target_modules"] = _names("--target-modules", target_modules)
             options["controls"] = options["controls"] or ()
-            options["cache_dir"] = cache_dir or DEFAULT_CACHE
-            trainer = {**(context.obj or {}), **_trainer_options(context.args)}
-            where = "antipasto train" if config is None else str(config)
-            settings = job.TrainConfig.from_mapping({**options, "trainer": trainer}, where)
-        out = job.start(settings, out, Console(), resume=resume is not None)
+            options["cache_dir"] = cache_dir or "auto"
+            known = [word for parameter in context.command.params for word in parameter.opts]
+            settings = {**options, "trainer": {**(context.obj or {}), **_trainer_options(words, known)}}
+    with _readable_errors(out, extra="trl"):
+        from antipasto import train as job
+
+        where = str(config or "antipasto train") if resume is None else str(RunFolder(resume).config)
+        made = job.TrainConfig.from_mapping(settings, where)
+        out = job.start(made, out, Console(), resume=resume is not None)
     if out is None:
         raise typer.Exit(130)
 
@@ -323,6 +384,12 @@ def basis(
 
     What is there already is checked and left alone. The cache has all directions of a layer: --rank is for --dry-run.
     """
+    with _readable_errors(load=False):
+        from antipasto.checks import check_model_name
+
+        if rank is not None and not dry_run:
+            raise ValueError("--rank is for --dry-run: the cache has all directions of a layer.")
+        check_model_name(model)
     with _readable_errors():
         from antipasto import commands
 
@@ -330,8 +397,6 @@ def basis(
         if dry_run:
             commands.what_it_needs(model, config, Console(), dtype=dtype)
             return
-        if rank is not None:
-            raise ValueError("--rank is for --dry-run: the cache has all directions of a layer.")
         commands.cache_bases(model, config, Console(), dtype=dtype)
 
 
@@ -346,7 +411,9 @@ def extract(
         Literal["tstat", "mean", "svd"], typer.Option(help="What the rows are made of; effect sizes come with each.")
     ] = "tstat",
     k: Annotated[int, typer.Option("--k", min=1, help="Rows a layer; more than one with 'svd' only.")] = 1,
-    heldout: Annotated[float, typer.Option(min=0, max=1, help="Share of pairs to score with and not use.")] = 0.25,
+    heldout: Annotated[
+        float, typer.Option(min=0, max=1, callback=_finite, help="Share of pairs to score with and not use.")
+    ] = 0.25,
     rank: Rank = None,
     target_modules: TargetModules = None,
     exclude_modules: ExcludeModules = None,
@@ -360,6 +427,11 @@ def extract(
 
     Also says what else tells the pairs' hacks from their clean texts, such as length: the direction is along all of it.
     """
+    with _readable_errors(load=False):
+        from antipasto.checks import check_file, check_model_name
+
+        check_model_name(model)
+        check_file(pairs)
     with _readable_errors():
         from antipasto import commands
 
@@ -430,12 +502,15 @@ def eval(
     run: Annotated[Path, typer.Argument(help="A run folder that `antipasto train` left.", show_default=False)],
     prompts: Annotated[int | None, typer.Option(min=2, help="How many held-out prompts.", show_default="all")] = None,
     temperature: Annotated[
-        float | None, typer.Option(min=0, help="Of sampling; 0 is greedy.", show_default="the run's")
+        float | None, typer.Option(min=0, callback=_finite, help="Of sampling; 0 is greedy.", show_default="the run's")
     ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Of the sampling.")] = 0,
     batch_size: Annotated[int, typer.Option(min=1, help="Answers at once.")] = 128,
     margin: Annotated[
-        float, typer.Option(min=0, max=1, help="How much less the deployed model may solve, for the verdict.")
+        float,
+        typer.Option(
+            min=0, max=1, callback=_finite, help="How much less the deployed model may solve, for the verdict."
+        ),
     ] = 0.05,
 ) -> None:
     """Ask every arm of a run the task's held-out prompts: reference, as trained, deployed, each control's book taken out.
@@ -443,7 +518,11 @@ def eval(
     Prints rates and paired differences with 95% intervals, and what they allow to say. Leaves eval.json and, with every
     answer, eval.jsonl in the run folder; after an interruption, the same command continues.
     """
-    with _readable_errors(run, extra="trl"):
+    with _readable_errors(load=False):
+        from antipasto.run_folder import RunFolder
+
+        RunFolder(run).check()
+    with _readable_errors(run, extra="report"):
         from antipasto import arms
 
         arms.evaluate_run(
@@ -459,6 +538,8 @@ def inspect(
     ],
 ) -> None:
     """Show what a run left: config, rewards, rollouts, adapter, direction, books. Loads no model."""
+    if not path.exists():
+        _fail(f"There is no run folder {path}.")
     with _readable_errors():
         from antipasto import inspection
 
@@ -480,11 +561,16 @@ def report(
 
     Opens by a double click, without network. That of a single run in its own folder is overwritten; loads no model.
     """
+    with _readable_errors(load=False):
+        from antipasto.run_folder import RunFolder
+
+        for run in runs:
+            RunFolder(run).check()
     with _readable_errors(extra="report"):
         from antipasto.report import write_report
 
         page = write_report(runs, out, force=force)
-        Console().print(f"report: {page}", highlight=False, markup=False, soft_wrap=True)
+        say(Console(), f"report: {page}")
 
 
 @app.command(rich_help_panel=LOOK)
@@ -651,6 +737,7 @@ def export(
         float | None,
         typer.Option(
             min=0,
+            callback=_not_nan,
             help="Refuse if a token's log-probability is farther off than this; inf keeps anything.",
             show_default="by dtype",
         ),
@@ -662,7 +749,11 @@ def export(
 
     Another process, with plain transformers and nothing of this library, loads it and must compute what the run's model does.
     """
-    with _readable_errors(extra="trl"):
+    with _readable_errors(load=False):
+        from antipasto.run_folder import RunFolder
+
+        RunFolder(run).check()
+    with _readable_errors():
         from antipasto.export import export_run
 
         export_run(
@@ -681,6 +772,8 @@ def export(
 def _config(
     target_modules: str | None, exclude_modules: str | None, cache_dir: str | None, rank: int | None = None
 ) -> AntiPastoConfig:
+    from antipasto.tuner import AntiPastoConfig
+
     targets = target_modules if target_modules == "all-linear" else _names("--target-modules", target_modules)
     excluded = _names("--exclude-modules", exclude_modules)
     config = AntiPastoConfig(target_modules=targets, exclude_modules=excluded, rank=rank)
@@ -698,30 +791,83 @@ def _names(option: str, text: str | None) -> list[str] | None:
     return names
 
 
+EXTRAS = {"trl": ("trl", "datasets", "scipy", "matplotlib"), "report": ("scipy", "matplotlib")}
+"""Extra → the packages that a command which needs it imports."""
+
+
 @contextmanager
-def _readable_errors(out: Path | None = None, *, extra: str | None = None) -> Iterator[None]:
+def _readable_errors(out: Path | None = None, *, extra: str | None = None, load: bool = True) -> Iterator[None]:
     """What a user can do something about costs one line and exit code 2; Ctrl-C, 130.
 
     Args:
         out: the command's run folder, named where it matters.
-        extra: the extra that the command needs.
+        extra: the extra that the command needs; said before anything else where it is not installed.
+        load: load torch, and the library on it; else what is in here goes without.
     """
     try:
+        if extra is not None:
+            _check_extra(extra)
+        if load:
+            antipasto._load()
         yield
-    except ValueError as error:
-        _fail(str(error))
-    except (OSError, SafetensorError) as error:
-        _fail(f"{error}." if out is None else f"{error}. The run folder is {out}.")
-    except RuntimeError as error:
-        if "PytorchStreamWriter" not in str(error) and "inline_container" not in str(error):
+    except (ValueError, OSError, SafetensorError, ImportError, RuntimeError, SystemExit) as error:
+        if os.environ.get("ANTIPASTO_TRACEBACK", "0") not in ("", "0"):
             raise
-        _fail(f"a checkpoint could not be written: is the disk full? The run folder is {out}.")  # torch.save's words
-    except ImportError as error:
-        _fail(
-            f"{error}." if extra is None else f"{error}. It needs the extra {extra!r}: pip install 'antipasto[{extra}]'"
-        )
+        message = _said(error, out)
+        if message is None:
+            raise
+        _fail(message)
     except KeyboardInterrupt:
         _fail("interrupted" if out is None else f"interrupted; what was written so far is in {out}", code=130)
+
+
+def _check_extra(extra: str) -> None:
+    missing = [name for name in EXTRAS[extra] if importlib.util.find_spec(name) is None]
+    if missing:
+        raise ValueError(
+            f"This needs {', '.join(missing)}, which {'are' if len(missing) > 1 else 'is'} not installed: "
+            f"pip install 'antipasto[{extra}]'"
+        )
+
+
+def _said(error: BaseException, out: Path | None) -> str | None:
+    """An error in one line; None for one that is told whole."""
+    if isinstance(error, SystemExit):
+        return f"something called sys.exit({error.code!r}) in the middle of it. {_traceback_file(error)}"
+    if isinstance(error, RuntimeError):
+        if "PytorchStreamWriter" not in str(error) and "inline_container" not in str(error):
+            return None
+        return f"a checkpoint could not be written: is the disk full? The run folder is {out}."  # torch.save's words
+    if isinstance(error, OSError) and error.errno is not None:  # the system's, which says of what
+        return f"{error}." if out is None else f"{error}. The run folder is {out}."
+    if _is_ours(error):
+        return str(error)
+    text = str(error).rstrip(".") or type(error).__name__
+    if isinstance(error, ModuleNotFoundError) and error.name is not None:
+        text = f"{error.name.partition('.')[0]} is not installed, or lacks a part ({text})"
+    return f"{text}. {_traceback_file(error)}"
+
+
+def _is_ours(error: BaseException) -> bool:
+    """Whether a ``raise`` of this package made it: then its text is for the user, and says all that there is to know."""
+    last = error.__traceback__
+    if last is None:
+        return False
+    while last.tb_next is not None:
+        last = last.tb_next
+    code = last.tb_frame.f_code
+    if not Path(code.co_filename).resolve().is_relative_to(Path(__file__).parent.resolve()):
+        return False
+    return code.co_code[last.tb_lasti] == dis.opmap["RAISE_VARARGS"]  # else a function in C failed in this line
+
+
+def _traceback_file(error: BaseException) -> str:
+    """Where the traceback is, written there."""
+    with tempfile.NamedTemporaryFile(
+        "w", prefix="antipasto-", suffix=".txt", delete=False, encoding="utf-8", errors="backslashreplace"
+    ) as file:
+        file.writelines(traceback.format_exception(error))
+    return f"Traceback in {file.name}; ANTIPASTO_TRACEBACK=1 prints it."
 
 
 def _fail(message: str, *, code: int = 2) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from antipasto.basis import cache_file, is_cached, load_basis
 from antipasto.confounds import confounds
@@ -20,7 +21,7 @@ from antipasto.knobs import wrap
 from antipasto.models import Dtype, best_device, load_model, load_shapes, load_weights
 from antipasto.monitor import HELDOUT, Monitor
 from antipasto.pairs import ContrastPair, load_pairs, split_pairs
-from antipasto.terminal import add_row, plain, progress_bar
+from antipasto.terminal import add_row, plain, progress_bar, say
 from antipasto.tuner import AntiPastoConfig
 from antipasto.tuner.layer import as_matrix
 from antipasto.tuner.model import find_targets, rank_of
@@ -60,7 +61,7 @@ def cache_bases(name_or_path: str, config: AntiPastoConfig, console: Console, *,
         ValueError: as `load_model`; a layer that cannot be adapted; a cache folder that cannot be made or written.
     """
     assert config.cache_dir is not None
-    with console.status(f"loading {plain(name_or_path)}"):
+    with console.status(Text(f"loading {plain(name_or_path)}")):
         model = load_weights(name_or_path, dtype=dtype)
     weights = {name: as_matrix(module) for name, module in find_targets(config, model).items()}
     started = time.monotonic()
@@ -228,7 +229,7 @@ def extract(
     pairs = load_pairs(pairs_file)
     fit, held = split_pairs(pairs, heldout, seed)
     out.parent.mkdir(parents=True, exist_ok=True)
-    with console.status(f"loading {plain(name_or_path)}"):
+    with console.status(Text(f"loading {plain(name_or_path)}")):
         model, tokenizer = load_model(name_or_path, dtype=dtype)
     wrap(model.to(best_device()), config)
     with console.status(f"extracting from {len(fit)} pairs"):
@@ -242,7 +243,7 @@ def extract(
     console.print(confounds(pairs, tokenizer).table())
     console.print(_direction_table(direction, shuffled, fit, held))
     console.print(strongest_layers(direction))
-    console.print(plain(f"written: {out}"), markup=False, highlight=False)
+    say(console, f"written: {out}")
     return direction
 
 

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-import yaml
 from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -27,12 +26,13 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from antipasto.arms import rates_table
+from antipasto.checks import check_file
 from antipasto.directions import Direction
 from antipasto.gates import DEFAULT_THRESHOLD
 from antipasto.monitor import read_monitor
 from antipasto.records import EVAL, read_evaluation
 from antipasto.routing import read_books
-from antipasto.run_folder import MONITOR
+from antipasto.run_folder import MONITOR, RunFolder
 from antipasto.tasks import is_exploit
 from antipasto.terminal import add_row, plain, shorten
 from antipasto.tuner.config import PEFT_TYPE
@@ -42,16 +42,6 @@ CHANCE = "built-in chance"  # the book of the router's own random direction
 QUARANTINE = "quarantine"
 _TOP = 5
 _CONFIG_LINES = 24
-_CONFIGS = ("config.yaml", "config.json")
-_RUN_PARTS = (
-    "adapter",
-    "direction.safetensors",
-    MONITOR,
-    "books.safetensors",
-    "metrics.jsonl",
-    "rollouts.jsonl",
-    EVAL,
-)
 _METRICS = re.compile(r"(reward|oracle|exploit|flagged|score)(/\w+)?|kl|routing/.*")
 _KNOB = re.compile(r"(?:base_model\.model\.)?(?P<layer>.+)\.(?P<knob>delta_s|delta_s_hack)(?:\.weight)?")
 
@@ -71,10 +61,11 @@ def show(path: Path, console: Console) -> None:
 
 def describe(path: Path) -> list[RenderableType]:
     """The parts that `show` prints."""
-    if path.is_dir():
+    if path.is_dir() or not path.exists():
         if (path / "adapter_config.json").exists():
             return adapter_parts(path)
         return run_parts(path, read_config(path))
+    check_file(path)
     kind = _safetensors_kind(path)
     if kind == "direction":
         return direction_parts(Direction.load(path))
@@ -351,6 +342,8 @@ def run_parts(folder: Path, config: Mapping[str, Any]) -> list[RenderableType]:
     checkpoints = sorted(int(p.name[11:]) for p in folder.glob("checkpoint-*") if p.name[11:].isdecimal())
     if checkpoints:
         parts.append(_sentence(f"checkpoints at steps {', '.join(map(str, checkpoints))}"))
+    if unfinished := RunFolder(folder).unfinished:
+        parts.append(_sentence(unfinished))
     if missing:
         parts.append(_sentence(f"not there, or not yet: {', '.join(missing)}"))
     return parts
@@ -358,26 +351,7 @@ def run_parts(folder: Path, config: Mapping[str, Any]) -> list[RenderableType]:
 
 def read_config(folder: Path) -> dict[str, Any]:
     """A run folder's config; refuses a folder that is none."""
-    path = next((folder / name for name in _CONFIGS if (folder / name).exists()), None)
-    if path is None:
-        runs = sorted(p.parent.name for name in _CONFIGS for p in folder.glob(f"*/{name}"))
-        if runs:
-            raise ValueError(f"{folder} holds several runs: inspect one of {', '.join(runs[:8])}.")
-        raise ValueError(
-            f"{folder} is neither an adapter (adapter_config.json) nor a run folder ({' or '.join(_CONFIGS)})."
-        )
-    if path.suffix == ".json":
-        config = read_json(path)
-    else:
-        try:
-            config = yaml.safe_load(path.read_bytes())
-        except (yaml.YAMLError, ValueError, RecursionError) as error:
-            raise ValueError(f"{path} is not YAML: {error}.") from error
-    if not isinstance(config, dict):
-        raise ValueError(f"{path}: expected names and values, got {type(config).__name__}.")
-    if "model_type" in config and not any((folder / part).exists() for part in _RUN_PARTS):
-        raise ValueError(f"{folder} is a model, not a run: there is nothing of this library in it.")
-    return config
+    return RunFolder(folder).read_config()
 
 
 def _config_table(folder: Path, config: Mapping[str, Any]) -> Table:

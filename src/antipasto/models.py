@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import json
 import logging
 import os
-import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -26,7 +24,8 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from antipasto.basis import BasisCacheWarning
-from antipasto.fingerprints import weight_digest
+from antipasto.checks import check_model_name
+from antipasto.fingerprints import BaseWarning, weight_digest
 from antipasto.knobs import knobs
 from antipasto.routing import RoutingWarning
 from antipasto.tuner.layer import as_matrix
@@ -61,7 +60,7 @@ def load_weights(name_or_path: str, *, dtype: Dtype = "auto") -> PreTrainedModel
     """As `load_model`, the model alone: for what needs no tokenizer."""
     if dtype not in get_args(Dtype):
         raise ValueError(f"dtype must be one of {', '.join(get_args(Dtype))}, got {dtype!r}.")
-    _check_path(name_or_path)
+    check_model_name(name_or_path)
     model, info = _load(
         AutoModelForCausalLM.from_pretrained,
         name_or_path,
@@ -87,38 +86,11 @@ def load_shapes(name_or_path: str, *, dtype: Dtype = "auto") -> PreTrainedModel:
     """As `load_weights`, from the config alone: on the meta device, without a weight in memory or read."""
     if dtype not in get_args(Dtype):
         raise ValueError(f"dtype must be one of {', '.join(get_args(Dtype))}, got {dtype!r}.")
-    _check_path(name_or_path)
+    check_model_name(name_or_path)
     config = _load(AutoConfig.from_pretrained, name_or_path, "model", trust_remote_code=False)
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     return model.to((config.dtype or torch.float32) if dtype == "auto" else getattr(torch, dtype))
-
-
-def _check_path(name_or_path: str) -> None:
-    path = Path(name_or_path)
-    config = path / "adapter_config.json"
-    if config.is_file():
-        base = _base_model(config)
-        known = "; its config does not say which" if base is None else f", {base}"
-        raise ValueError(f"{name_or_path} is an adapter, not a model: give the model that it was trained on{known}.")
-    if name_or_path and path.is_dir() and not (path / "config.json").is_file():
-        raise ValueError(
-            f"The folder {name_or_path} holds no model: there is no config.json in it. Give the folder that the model's "
-            "save_pretrained wrote, or its name on the hub."
-        )
-    if path.is_file():
-        raise ValueError(f"{name_or_path} is a file: give the folder of a model, or its name on the hub.")
-    if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name_or_path) and not (name_or_path and path.exists()):
-        raise ValueError(
-            f"There is no folder {name_or_path!r}: give the folder of a model, or its name on the hub (owner/name)."
-        )
-
-
-def _base_model(config: Path) -> str | None:
-    try:
-        return json.loads(config.read_text(encoding="utf-8"))["base_model_name_or_path"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{config} is damaged, or no adapter's.") from error
 
 
 def _load(load: Callable[..., Any], name_or_path: str, what: str, **options: Any) -> Any:
@@ -182,7 +154,7 @@ def quiet() -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            for ours in (BasisCacheWarning, RoutingWarning):
+            for ours in (BasisCacheWarning, BaseWarning, RoutingWarning):
                 warnings.simplefilter("default", ours)
             yield
     finally:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
+import math
 from collections.abc import Hashable
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
@@ -35,13 +36,38 @@ def check_types(options: Any, names: list[str] | None = None) -> None:
         value = getattr(options, name)
         try:
             check_type(value, hints[name])
-            if isinstance(value, bool) and bool not in (hints[name], *get_args(hints[name])):
+            kinds = (hints[name], *get_args(hints[name]))
+            if isinstance(value, bool) and bool not in kinds:
                 raise TypeCheckError("a bool is an int to Python, and here a mistake")
-        except TypeCheckError:
+            if isinstance(value, int) and float in kinds:
+                float(value)  # one of hundreds of digits is none
+        except (TypeCheckError, OverflowError):
             expected = inspect.formatannotation(hints[name]).replace("typing.", "").replace("NoneType", "None")
             if get_origin(hints[name]) is Literal:
                 expected = f"one of {', '.join(map(str, get_args(hints[name])))}"
-            raise ValueError(f"{name} must be {expected}, got {value!r:.200}.") from None
+            raise ValueError(f"{name} must be {expected}, got {_shown(value)}.") from None
+
+
+def check_finite(options: Any) -> None:
+    """Refuse a field that is infinite or not a number.
+
+    Args:
+        options: an instance of a dataclass whose types were checked.
+
+    Raises:
+        ValueError: names the field.
+    """
+    for field in dataclasses.fields(options):
+        value = getattr(options, field.name)
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"{field.name} must be a finite number, got {value}.")
+
+
+def _shown(value: Any) -> str:
+    try:
+        return f"{value!r:.200}"
+    except ValueError:  # Python writes no integer of more than 4,300 digits
+        return f"a value of type {type(value).__name__} that is too long to show"
 
 
 @functools.cache

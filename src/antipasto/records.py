@@ -27,7 +27,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from scipy.stats import binomtest, bootstrap
 
 from antipasto.files import write_json, write_text
 from antipasto.options import check_types
@@ -91,6 +90,8 @@ class Rate:
     @property
     def interval(self) -> tuple[float, float]:
         """Lower and upper end of the 95% interval."""
+        from scipy.stats import binomtest  # where intervals are computed, not where they are read: an extra
+
         ci = binomtest(self.hits, self.total).proportion_ci(confidence_level=0.95, method="wilson")
         return float(ci.low), float(ci.high)
 
@@ -127,6 +128,8 @@ def mean_estimates(columns: np.ndarray) -> list[Estimate]:
     Args:
         columns: (m, n), one row for each quantity; n is at least 2.
     """
+    from scipy.stats import bootstrap
+
     result = bootstrap(
         (columns,), np.mean, axis=-1, n_resamples=RESAMPLES, method="percentile", batch=20, rng=np.random.default_rng(0)
     ).confidence_interval
@@ -457,6 +460,10 @@ def read_evaluation(folder: Path) -> Evaluation:
         )
         for part in (evaluation, *evaluation.arms, *evaluation.differences, evaluation.verdict):
             check_types(part)
+        records: list[ArmRecord | Difference] = [*evaluation.arms, *evaluation.differences]
+        for record in records:
+            for estimate in (*record.measures.values(), *record.flags.values()):
+                check_types(estimate)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read: {' '.join(str(error).split()).rstrip('.')}.") from error
     return evaluation

@@ -80,8 +80,8 @@ def load_run(root: Path) -> LoadedRun:
     """
     folder = RunFolder(root)
     config, facts = folder.read_config(), folder.read_run()
-    if not folder.is_finished:
-        raise ValueError(f"The run in {root} has not come to its end: antipasto train --resume {root}")
+    if folder.unfinished is not None:
+        raise ValueError(folder.unfinished)
     model, tokenizer = load_model(facts["base"]["model"], dtype=config.get("dtype", "auto"))
     with_template_options(tokenizer, (config.get("trainer") or {}).get("chat_template_kwargs"))
     with quiet():

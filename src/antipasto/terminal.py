@@ -74,3 +74,8 @@ def progress_bar(console: Console) -> Progress:
         transient=True,
         disable=not is_live(console),
     )
+
+
+def say(console: Console, *lines: str) -> None:
+    """Print lines literally: no markup, no emoji codes, no control characters, and no line breaks but between them."""
+    console.print(Text("\n".join(map(plain, lines))), soft_wrap=True)

@@ -33,6 +33,7 @@ import torch
 from datasets import Dataset
 from peft import PeftConfig
 from rich.console import Console
+from rich.text import Text
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback
 
@@ -48,7 +49,7 @@ from antipasto.routing import Mode, Sharing
 from antipasto.run_folder import RUN, RunFolder
 from antipasto.runs import finish_run, run_facts, run_views
 from antipasto.tasks import addition
-from antipasto.terminal import doing
+from antipasto.terminal import doing, plain, say
 from antipasto.trl import GRPOConfig, ProgressBar, RoutedGRPOTrainer
 from antipasto.trl.trainer import Flagged
 
@@ -172,8 +173,12 @@ def run(config: DemoConfig, out: Path, console: Console, *, seeds: int = 1, comp
     """
     if seeds < 1:
         raise ValueError(f"seeds must be at least 1, got {seeds}.")
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ValueError(f"{out} exists and is not an empty folder: choose another --out, or remove it first.")
+    with RunFolder(out).held(new=True):
+        return _run(config, out, console, seeds=seeds, compare=compare)
+
+
+def _run(config: DemoConfig, out: Path, console: Console, *, seeds: int, compare: bool) -> list[Evaluation]:
+    """`run`, in a folder that is held."""
     methods = list(METHODS) if compare else ["recipe"]
     runs: dict[str, list[Evaluation]] = {method: [] for method in methods}
     folders: list[Path] = []
@@ -183,14 +188,14 @@ def run(config: DemoConfig, out: Path, console: Console, *, seeds: int = 1, comp
             folders.append(folder)
             runs[method].append(run_one(DemoConfig(seed, config.steps, config.variant), method, folder, console))
     console.print(rates_table(runs["recipe"]))
-    console.print(reading(runs["recipe"]), highlight=False)
+    console.print(Text(plain(reading(runs["recipe"]))))
     if compare:
         console.print(comparison(runs, {name: method.says for name, method in METHODS.items()}))
-        console.print(standing(runs), highlight=False)
+        console.print(Text(plain(standing(runs))))
     # of several seeds and methods, the first seed's methods; of several seeds, all
     shown = [f for f in folders if not compare or f.parent == folders[0].parent]
     report = write_report(shown, out / "report.html")
-    console.print(f"run folder: {out}\nreport: {report}", highlight=False, soft_wrap=True)
+    say(console, f"run folder: {out}", f"report: {report}")
     return runs["recipe"]
 
 

@@ -10,6 +10,7 @@ import torch
 from huggingface_hub import metadata_load
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 from transformers import AutoConfig
 from yaml import YAMLError
 
@@ -17,11 +18,12 @@ from antipasto.export.card import TAG, About, render
 from antipasto.export.check import HALF, Check, ask, check, refuse
 from antipasto.export.weights import Dtypes, Written, write_checkpoint, write_lora
 from antipasto.files import replacing_folder, write_text
+from antipasto.locks import held, remove_leftovers
 from antipasto.models import Dtype, quiet
 from antipasto.records import EVAL, Evaluation, read_evaluation
 from antipasto.run_folder import RunFolder
 from antipasto.runs import load_run
-from antipasto.terminal import add_row, plain
+from antipasto.terminal import add_row, plain, say
 
 
 def export_run(
@@ -61,9 +63,28 @@ def export_run(
         raise ValueError("--max-shard-size is for a checkpoint: a LoRA adapter is one file.")
     out = out.resolve()
     _check_out(out, root, str(RunFolder(root).read_run()["base"]["model"]), force=force)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with held(out.with_name(f".{out.name}.lock"), out):
+        remove_leftovers(out.parent, [out.name])
+        return _export(root, out, console, dtype, lora, max_shard_size, tolerance, prompts, force)
+
+
+def _export(
+    root: Path,
+    out: Path,
+    console: Console,
+    dtype: Dtype,
+    lora: int | None,
+    max_shard_size: str | None,
+    tolerance: float | None,
+    prompts: int,
+    force: bool,
+) -> Check:
+    """`export_run`, into a place that is held; another process may have exported into it before."""
+    _check_out(out, root, str(RunFolder(root).read_run()["base"]["model"]), force=force)
     evaluation, why_none = _evaluation(root)
     with replacing_folder(out) as folder:
-        with console.status(f"loading the run in {plain(root)}"):
+        with console.status(Text(f"loading the run in {plain(root)}")):
             run = load_run(root)
         before, about = Dtypes(run.model), About.of(run)
         if before.main in HALF:
@@ -89,7 +110,7 @@ def export_run(
     verdict = None if evaluation is None else f"antipasto eval said of this run: {evaluation.verdict.sentence}"
     for note in (verdict, why_none, *_notes(out, about, written)):
         if note is not None:
-            console.print(plain(note), markup=False, highlight=False, soft_wrap=True)
+            say(console, note)
     return found
 
 
@@ -142,7 +163,7 @@ def _evaluation(root: Path) -> tuple[Evaluation | None, str | None]:
 
 
 def _table(out: Path, about: About, written: Written, found: Check, size: int) -> Table:
-    table = Table(show_header=False, title=f"{written.what} of {plain(about.run)}", title_justify="left")
+    table = Table(show_header=False, title=Text(plain(f"{written.what} of {about.run}")), title_justify="left")
     add_row(table, "folder", out)
     add_row(table, "size", f"{size / 2**20:,.1f} MiB, {written.dtype_name}")
     add_row(table, "ships", about.ships)

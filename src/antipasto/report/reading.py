@@ -7,7 +7,7 @@ than the run did, without saying so.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,8 @@ from antipasto.report.rollouts import Rollouts, read_rollouts
 from antipasto.routing import Books, read_books
 from antipasto.run_folder import RunFolder
 
+ROUTED = ("route", "erase", "measure", "recipe")
+"""Methods that keep books; ``recipe`` is the demo's."""
 Series = dict[str, list[tuple[float, float]]]
 """A metric's name → (step, value) of every line that has it."""
 
@@ -57,8 +59,8 @@ class Run:
     @property
     def threshold(self) -> float:
         """The effect size that the coordinate gate guards."""
-        value = self.config.get("threshold")
-        return float(value) if isinstance(value, (int, float)) else DEFAULT_THRESHOLD
+        value = as_number(self.config, "threshold", f"{self.folder}, its config")
+        return DEFAULT_THRESHOLD if value is None else value
 
 
 def read_runs(folders: Sequence[Path], *, budget: int) -> list[Run]:
@@ -99,6 +101,7 @@ def short_names(paths: Sequence[Path]) -> list[str]:
 
 def _read_run(folder: Path, name: str, budget: int) -> Run:
     config = read_config(folder)
+    as_number(config, "threshold", f"{folder}, its config")
     place, missing = RunFolder(folder), list[str]()
 
     def there(path: Path, otherwise: str) -> bool:
@@ -113,6 +116,8 @@ def _read_run(folder: Path, name: str, budget: int) -> Run:
         facts = read_json(place.run)
         if not isinstance(facts, dict):
             raise ValueError(f"{place.run}: expected names and values, got {type(facts).__name__}.")
+    if place.unfinished is not None:
+        missing.append(place.unfinished)
     evaluation = None
     if (folder / EVAL).exists():
         evaluation = read_evaluation(folder)
@@ -131,18 +136,33 @@ def _read_run(folder: Path, name: str, budget: int) -> Run:
         rollouts = read_rollouts(place.rollouts, missing, budget=budget)
     knobs = None
     weights = place.adapter / "adapter_model.safetensors"
-    if there(weights, f"There is no adapter yet: antipasto train --resume {folder} takes the run to its end."):
+    if there(weights, "There is no adapter yet: it is written at the run's end."):
         knobs, _ = read_adapter(weights)
         if not all(vector.isfinite().all() for layer in knobs.values() for vector in layer if vector is not None):
             missing.append("The adapter holds NaN or Inf: the run diverged, and its layers cannot be drawn.")
             knobs = None
     direction = None
-    if there(place.direction, f"There is no direction: the method {config.get('method')!r} used none."):
+    if there(place.direction, _no_direction(place, {**config, **facts})):
         direction = Direction.load(place.direction)
     books = None
-    if there(place.books, "There are no books of controls: nothing was routed by a direction."):
+    if there(place.books, _no_books(place, {**config, **facts})):
         books = read_books(place.books)
     return Run(name, folder, config, facts, metrics, rollouts, evaluation, knobs, direction, books, missing)
+
+
+def _no_direction(place: RunFolder, said: Mapping[str, Any]) -> str:
+    method = said.get("method")
+    if not place.run.exists() and method in ROUTED:
+        return "There is no direction: the run was stopped before it had one, or uses none."
+    by = f" by {said['by']}" if said.get("by") else ""
+    return f"There is no direction: the method {method!r}{by} used none."
+
+
+def _no_books(place: RunFolder, said: Mapping[str, Any]) -> str:
+    """Books are written at the run's end, by every run with a router."""
+    if place.is_finished or said.get("method") not in ROUTED:
+        return f"There are no books of controls: the method {said.get('method')!r} keeps none."
+    return "There are no books of controls yet: they are written at the run's end, and until then in its checkpoints."
 
 
 def _read_metrics(path: Path, notes: list[str]) -> Series:
@@ -150,6 +170,9 @@ def _read_metrics(path: Path, notes: list[str]) -> Series:
     for number, (where, row) in enumerate(read_rows(path, notes), 1):
         step = as_number(row, "step", where)
         for key, value in row.items():
-            if key != "step" and isinstance(value, (int, float)) and math.isfinite(value):
-                metrics.setdefault(key, []).append((number if step is None else step, float(value)))
+            if key == "step" or not isinstance(value, (int, float)):
+                continue
+            found = as_number(row, key, where)
+            if found is not None and math.isfinite(found):
+                metrics.setdefault(key, []).append((number if step is None else step, found))
     return metrics

@@ -47,6 +47,30 @@ def load_task(spec: str) -> Task:
         return reasoning.task(spec.removeprefix(reasoning.PREFIX))
     if spec in BUILT_IN:
         return BUILT_IN[spec]()
+    source, name = _place(spec)
+    if not source.endswith(".py"):
+        return _named(_import_module(source), name, source)
+    path = Path(source)
+    if not path.is_file():
+        raise ValueError(f"There is no file {path}.")
+    with _neighbours(path.resolve().parent):
+        return _named(_import_file(path.resolve()), name, source)
+
+
+def check_task_name(spec: str) -> None:
+    """Refuse what can be no task, without running anything.
+
+    Raises:
+        ValueError: as `load_task`, as far as its words alone say it.
+    """
+    if not spec.startswith(reasoning.PREFIX) and spec not in BUILT_IN:
+        source, _ = _place(spec)
+        if source.endswith(".py") and not Path(source).is_file():
+            raise ValueError(f"There is no file {source}.")
+
+
+def _place(spec: str) -> tuple[str, str]:
+    """The file or module of a task that is not built in, and its name there."""
     source, colon, name = spec.rpartition(":")
     if not colon:
         if spec.endswith(".py"):
@@ -57,13 +81,7 @@ def load_task(spec: str) -> Task:
         )
     if not source or not name:
         raise ValueError(f"{spec!r}: expected path/to/my_task.py:name or package.module:name.")
-    if not source.endswith(".py"):
-        return _named(_import_module(source), name, source)
-    path = Path(source)
-    if not path.is_file():
-        raise ValueError(f"There is no file {path}.")
-    with _neighbours(path.resolve().parent):
-        return _named(_import_file(path.resolve()), name, source)
+    return source, name
 
 
 _BROUGHT: set[str] = set()

@@ -268,6 +268,8 @@ def _check_rows(rows: Any, where: str) -> _Rows:
             raise ValueError(f"{where}, row {number}: expected a mapping with 'prompt', got {type(row).__name__}.")
         if "prompt" not in row:
             raise ValueError(f"{where}, row {number}: no 'prompt'; there are {sorted(map(str, row))}.")
+        if strange := [column for column in row if not isinstance(column, str)]:
+            raise ValueError(f"{where}, row {number}: columns are called by texts, got {_short(strange[0])}.")
         found = _Rows(_prompt_kind(row["prompt"], f"{where}, row {number}"), set(row) - {"prompt"})
         first = first or found
         if found.kind != first.kind:
@@ -361,7 +363,7 @@ class _Call:
     def values(self) -> list[float]:
         try:
             values = self._run(slice(None))
-        except Exception as error:
+        except (Exception, SystemExit) as error:  # sys.exit(0) in a reward would end the process as if all were well
             raise self._located(error) from error
         if values is None:
             raise TaskError(f"{self.named} did not return a list, but {self._returned}, for {self._everyone}.")
@@ -382,12 +384,12 @@ class _Call:
             return None
         return list(values)
 
-    def _located(self, error: Exception) -> TaskError:
+    def _located(self, error: BaseException) -> TaskError:
         """The error on the first rollout that fails by itself."""
         for row in range(self.size):
             try:
                 self._run(slice(row, row + 1))
-            except Exception as alone:
+            except (Exception, SystemExit) as alone:
                 return TaskError(f"{self.named} raised {described(alone)} on {self._rollout(row)}.")
         return TaskError(f"{self.named} raised {described(error)} on {self._everyone}, on none of them alone.")
 

@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-import yaml
 from transformers import HfArgumentParser
 from transformers.integrations import get_available_reporting_integrations
 
 from antipasto.gates import GateName
-from antipasto.options import check_types
+from antipasto.options import check_finite, check_types
 from antipasto.routing import Sharing
+from antipasto.run_folder import write_yaml
 from antipasto.tasks import Task
 from antipasto.trl import (
     GRPOConfig,
@@ -101,6 +101,11 @@ class TrainConfig:
         if isinstance(self.controls, list):  # YAML knows no tuples
             self.controls = tuple(self.controls)
         check_types(self)
+        check_finite(self)
+        if self.learning_rate < 0 or self.temperature <= 0:
+            raise ValueError(
+                f"learning_rate must be at least 0 and temperature above 0, got {self.learning_rate} and {self.temperature}."
+            )
         if self.pairs is not None and self.direction is not None:
             raise ValueError("Give pairs or a direction, not both.")
         choices: dict[str, tuple[By, ...]] = {"plain": ("score",), "measure": ("direction",)}
@@ -149,7 +154,7 @@ class TrainConfig:
     def to_yaml(self) -> str:
         """As ``config.yaml`` has it."""
         values = {**dataclasses.asdict(self), "controls": list(self.controls)}
-        return yaml.safe_dump(values, sort_keys=False, allow_unicode=True)
+        return write_yaml(values)
 
 
 def _near(name: str, names: list[str]) -> str:
@@ -255,18 +260,26 @@ def steps_per_cycle(args: GRPOConfig) -> int:
     return max(1, args.steps_per_generation * args.num_iterations // args.gradient_accumulation_steps)
 
 
+def _word(value: Any) -> str:
+    """A value as one types it."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
 def _parse(options: Mapping[str, Any]) -> GRPOConfig:
     parser = HfArgumentParser(GRPOConfig)
 
     def refuse(message: str) -> None:
-        raise ValueError(f"--trainer: {message}")
+        raise ValueError(message)
 
     parser.error = refuse
     words: list[str] = []
     for name, value in options.items():
         if isinstance(value, (list, tuple)):
-            words += [f"--{name}", *map(str, value)]
+            words += [f"--{name}", *map(_word, value)]
         elif value is not None:
-            words += [f"--{name}", json.dumps(value) if isinstance(value, dict) else str(value)]
-    (args,) = parser.parse_args_into_dataclasses(words, look_for_args_file=False)
+            words += [f"--{name}", json.dumps(value) if isinstance(value, dict) else _word(value)]
+    try:
+        (args,) = parser.parse_args_into_dataclasses(words, look_for_args_file=False)
+    except (ValueError, TypeError) as error:  # GRPOConfig checks its options where it is made
+        raise ValueError(f"--trainer: {error}") from error
     return args

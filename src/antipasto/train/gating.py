@@ -57,6 +57,11 @@ class Gating:
             raise ValueError(
                 f"method {method} by {by or 'direction'} needs pairs: task {task.name!r} brings none, so give --pairs."
             )
+        if self.uses_detector and task.detector is None and by == "detector" and config.by is None:
+            raise ValueError(
+                f"method {method} needs pairs, a direction or a detector to go by, and task {task.name!r} brings none: give "
+                "--pairs or --direction, or train without routing, --method plain."
+            )
         if self.uses_detector and task.detector is None:
             raise ValueError(f"method {method} needs a detector, and task {task.name!r} has none.")
         self._refuse_unused()

@@ -5,11 +5,14 @@ from __future__ import annotations
 import dataclasses
 import re
 import secrets
-from collections.abc import Callable
+import shlex
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
+from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
 from datasets import Dataset
 from rich.console import Console
@@ -23,10 +26,12 @@ from antipasto.models import base_fingerprint, load_model, process_state, quiet,
 from antipasto.run_folder import RunFolder, step_of
 from antipasto.runs import finish_run, run_facts
 from antipasto.tasks import Task, load_task
+from antipasto.terminal import say
 from antipasto.train.config import TrainConfig, steps_per_cycle, trainer_args
 from antipasto.train.gating import Gating, on_main
 from antipasto.trl import (
     CompleteCheckpoints,
+    FirstLook,
     Interrupts,
     MetricsLog,
     ProgressBar,
@@ -69,22 +74,32 @@ def run(config: TrainConfig, out: Path, console: Console, *, resume: bool = Fals
     state = process_state()
     folder = RunFolder(out)
     console.quiet = console.quiet or not state.is_main_process
+    with ExitStack() as held:
+
+        def hold() -> None:  # by one of the processes for all
+            held.enter_context(folder.held(new=not resume))
+
+        on_main(state, hold)
+        return _run(config, folder, console, state, resume=resume)
+
+
+def _run(config: TrainConfig, folder: RunFolder, console: Console, state: PartialState, *, resume: bool) -> bool:
+    """`run`, in a folder that is held."""
     if resume and folder.is_finished:
-        raise ValueError(f"The run in {out} came to its end: there is nothing to continue.")
-    task = load_task(config.task)
-    with quiet():
-        args = trainer_args(config, task, out, state.num_processes)
+        raise ValueError(f"The run in {folder.root} came to its end: there is nothing to continue.")
     if resume and (before := folder.read_run()["processes"]) != state.num_processes:
         raise ValueError(
-            f"The run in {out} began on {before} process(es): it cannot continue on {state.num_processes}."
+            f"The run in {folder.root} began on {before} process(es): it cannot continue on {state.num_processes}."
         )
+    task = load_task(config.task)
+    with quiet():
+        args = trainer_args(config, task, folder.root, state.num_processes)
     how = Gating(config, task, has_direction=resume and (folder.direction.exists() or folder.monitor.exists()))
     model, tokenizer = load_model(config.model, dtype=config.dtype)
     with_template_options(tokenizer, args.chat_template_kwargs)
-    if not resume:
-        on_main(state, folder.create)
+    check_chats(tokenizer, config.model, task)
     checkpoint = on_main(state, folder.last_checkpoint) if resume else None
-    with quiet():
+    with quiet(), nullcontext() if resume or not state.is_main_process else _beginning(config, folder):
         trainer = RoutedGRPOTrainer(
             model=model,
             args=args,
@@ -105,6 +120,7 @@ def run(config: TrainConfig, out: Path, console: Console, *, resume: bool = Fals
         trainer.data_collator = _prompts_of(task)
         trainer.remove_callback(PrinterCallback)
         on_main(state, lambda: _describe(trainer, config, folder, resume=resume))
+    with quiet():
         if state.is_main_process:
             _name_for_reporters(trainer, folder, checkpoint)
         trainer.callback_handler.callbacks.append(MetricsLog(folder.metrics))
@@ -112,21 +128,43 @@ def run(config: TrainConfig, out: Path, console: Console, *, resume: bool = Fals
         with Interrupts(console, steps_per_cycle(args)) as interrupts, ProgressBar(console, "training") as bar:
             trainer.add_callback(interrupts)
             trainer.add_callback(bar)
-            if checkpoint is not None:
-                console.print(f"continuing from {checkpoint}", highlight=False)
+            if checkpoint is None:
+                trainer.add_callback(FirstLook(console))
+            else:
+                say(console, f"continuing from {checkpoint}")
             _train(trainer, checkpoint)
         if interrupts.stopped:
-            console.print(
+            say(
+                console,
                 f"stopped after step {trainer.state.global_step} of {args.max_steps}, and saved. "
-                f"Continue with: antipasto train --resume {out}",
-                highlight=False,
-                soft_wrap=True,
+                f"Continue with: antipasto train --resume {shlex.quote(str(folder.root))}",
             )
             return False
         finish_run(trainer, trainer.router, folder)
     state.wait_for_everyone()
-    console.print(f"run folder: {out}\nnext: antipasto eval {out}", highlight=False, soft_wrap=True)
+    say(console, f"run folder: {folder.root}", f"next: antipasto eval {shlex.quote(str(folder.root))}")
     return True
+
+
+@contextmanager
+def _beginning(config: TrainConfig, folder: RunFolder) -> Iterator[None]:
+    """Say from the beginning what the folder is; where the run cannot begin, leave it as empty as it was."""
+    write_text(folder.config, config.to_yaml())
+    try:
+        yield
+    except Exception:
+        for path in (folder.config, folder.direction, folder.run):
+            path.unlink(missing_ok=True)
+        raise
+
+
+def check_chats(tokenizer: Any, model: str, task: Task) -> None:
+    """Refuse chats where the tokenizer cannot make a text of one."""
+    if task.is_chat and tokenizer.chat_template is None:
+        raise ValueError(
+            f"The prompts of task {task.name!r} are chats, and the tokenizer of {model} has no chat template: give a model "
+            "that was taught chats (often called -Instruct or -it), or prompts that are plain texts."
+        )
 
 
 def _train(trainer: RoutedGRPOTrainer, checkpoint: Path | None) -> None:
@@ -181,7 +219,7 @@ def _judge(task: Task, role: Literal["reward", "oracle", "detector"]) -> Callabl
 
 
 def _describe(trainer: RoutedGRPOTrainer, config: TrainConfig, folder: RunFolder, *, resume: bool) -> None:
-    """Write config and facts; of a run that continues, check that it is the same base."""
+    """Write the facts; of a run that continues, check that it is the same base."""
     digest = base_fingerprint(trainer.model)
     if resume:
         before = folder.read_run()["base"]["fingerprint"]
@@ -190,7 +228,6 @@ def _describe(trainer: RoutedGRPOTrainer, config: TrainConfig, folder: RunFolder
                 f"{config.model} has other weights now than when {folder.root} began: it cannot be continued."
             )
         return
-    write_text(folder.config, config.to_yaml())
     facts = run_facts(trainer, config.model, digest, task=config.task, method=config.method)
     name = f"{folder.root.resolve().name}-{secrets.token_hex(3)}"  # reporters take runs of one name for one
     write_json(folder.run, {"name": name, **facts})

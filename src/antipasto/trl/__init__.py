@@ -2,12 +2,13 @@
 
 from trl import GRPOConfig, GRPOTrainer
 
-from antipasto.trl.callbacks import CompleteCheckpoints, Interrupts, MetricsLog, RoutingCallback
+from antipasto.trl.callbacks import CompleteCheckpoints, FirstLook, Interrupts, MetricsLog, RoutingCallback
 from antipasto.trl.live import ProgressBar
 from antipasto.trl.trainer import RoutedGRPOTrainer
 
 __all__ = [
     "CompleteCheckpoints",
+    "FirstLook",
     "GRPOConfig",
     "GRPOTrainer",
     "Interrupts",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import signal
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -20,6 +21,8 @@ from transformers.trainer_utils import rotate_checkpoints
 from antipasto.files import write_json
 from antipasto.routing import Router
 from antipasto.run_folder import COMPLETE
+from antipasto.tasks.task import REWARDED
+from antipasto.terminal import say
 from antipasto.trl.rollout_log import truncate
 
 
@@ -157,7 +160,9 @@ class CompleteCheckpoints(TrainerCallback):
 
 
 class Interrupts(TrainerCallback):
-    """Ctrl-C, and a scheduler's SIGTERM, save a checkpoint at the end of the step; a second one stops at once.
+    """Ctrl-C, a scheduler's SIGTERM, and SIGHUP, of a terminal that is closed, save a checkpoint at the end of the step.
+
+    A second one stops at once. A SIGHUP that is ignored, as under nohup, stays ignored.
 
     A context manager: outside of it, signals do what they did before.
 
@@ -176,9 +181,14 @@ class Interrupts(TrainerCallback):
         self._asked = False
         self.stopped = False
         self._before: dict[int, Any] = {}
+        self._terminals: list[int] = []
 
     def __enter__(self) -> Interrupts:
-        self._before = {number: signal.signal(number, self._on_signal) for number in (signal.SIGINT, signal.SIGTERM)}
+        numbers = [signal.SIGINT, signal.SIGTERM]
+        if hasattr(signal, "SIGHUP") and signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:
+            numbers.append(signal.SIGHUP)
+        self._terminals = [number for number in (1, 2) if os.isatty(number)]
+        self._before = {number: signal.signal(number, self._on_signal) for number in numbers}
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -186,12 +196,20 @@ class Interrupts(TrainerCallback):
             signal.signal(number, handler)
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
+        if number == getattr(signal, "SIGHUP", None):
+            self._let_go_of_terminals()
         if self._asked:
             raise KeyboardInterrupt
         self._asked = True
-        self._console.print(
-            "\ninterrupted: finishing this step, then saving. Once more to stop at once.", highlight=False
-        )
+        say(self._console, "", "interrupted: finishing this step, then saving. Once more to stop at once.")
+
+    def _let_go_of_terminals(self) -> None:
+        """One that was closed takes no more output: writing to it is an error, which would end the run instead."""
+        for terminal in self._terminals:
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, terminal)
+            os.close(nowhere)
+        self._terminals = []
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """All processes stop after the same step, also where the signal reached one of them later."""
@@ -200,3 +218,47 @@ class Interrupts(TrainerCallback):
         if any(gather_object([self._asked])):
             self.stopped = True
             control.should_save = control.should_training_stop = True
+
+
+class FirstLook(TrainerCallback):
+    """Says, after the first step, what its rollouts show to be wrong before hours are spent on it.
+
+    Args:
+        console: where to say so.
+    """
+
+    EXPLOITS = 0.3
+    """From this share of exploits on, there is little left for training to teach of it."""
+    HARDLY = 0.02
+    """Below this, an oracle says yes to next to nothing."""
+
+    def __init__(self, console: Console) -> None:
+        self._console = console
+        self._has_looked = False
+
+    def on_log(
+        self,
+        args: TrainingArguments,
+        state: TrainerState,
+        control: TrainerControl,
+        logs: Mapping[str, float] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Look at the first row with rewards."""
+        if self._has_looked or not logs or "reward" not in logs or "oracle" not in logs:
+            return
+        self._has_looked = True
+        oracle, exploit = logs["oracle"], logs["exploit"]
+        if exploit >= self.EXPLOITS:
+            say(
+                self._console,
+                f"warning: {exploit:.2f} of the first step's rollouts are exploits already. What the start does is no part of "
+                "what training teaches, and a direction takes out what training teaches.",
+            )
+        if oracle < self.HARDLY:
+            say(
+                self._console,
+                f"warning: the oracle's mean over the first step's rollouts is {oracle:.2f}. If that is its mistake, every "
+                f"rollout with a reward of {REWARDED} or more counts as an exploit; if it is right, the task is too hard for "
+                "this model to begin with.",
+            )

@@ -1,0 +1,56 @@
+"""What of the words of a command can be told to be wrong before torch is loaded, which takes seconds."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+
+def check_model_name(name_or_path: str) -> None:
+    """Refuse what is neither a model's folder nor can be a name on the hub.
+
+    Raises:
+        ValueError: names it, and says what to do.
+    """
+    path = Path(name_or_path)
+    config = path / "adapter_config.json"
+    if config.is_file():
+        base = _base_model(config)
+        known = "; its config does not say which" if base is None else f", {base}"
+        raise ValueError(f"{name_or_path} is an adapter, not a model: give the model that it was trained on{known}.")
+    if name_or_path and path.is_dir() and not (path / "config.json").is_file():
+        raise ValueError(
+            f"The folder {name_or_path} holds no model: there is no config.json in it. Give the folder that the model's "
+            "save_pretrained wrote, or its name on the hub."
+        )
+    if path.is_file():
+        raise ValueError(f"{name_or_path} is a file: give the folder of a model, or its name on the hub.")
+    if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name_or_path) and not (name_or_path and path.exists()):
+        raise ValueError(
+            f"There is no folder {name_or_path!r}: give the folder of a model, or its name on the hub (owner/name)."
+        )
+
+
+def _base_model(config: Path) -> str | None:
+    try:
+        return json.loads(config.read_text(encoding="utf-8"))["base_model_name_or_path"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{config} is damaged, or no adapter's.") from error
+
+
+def check_file(path: str | Path) -> None:
+    """Refuse what cannot be read again from its beginning: nothing, a folder, or a pipe, which would be waited for.
+
+    Raises:
+        ValueError: names it, and says what to do.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise ValueError(f"There is no file {path}.")
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder: give a file.")
+    if not path.is_file():
+        raise ValueError(
+            f"{path} is a pipe or a device, which cannot be read twice: write it into a file, and give that."
+        )

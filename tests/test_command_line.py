@@ -1,0 +1,659 @@
+"""Where the command line can be misused, or the machine lets it down: one line that says what to do, and nothing half done."""
+
+from __future__ import annotations
+
+import ast
+import importlib.metadata
+import inspect
+import io
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import uuid
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from packaging.requirements import Requirement
+from rich.console import Console
+from trl import GRPOTrainer
+from typer.testing import CliRunner
+
+import antipasto as ap
+from antipasto import cli, inspection
+from antipasto.cli import app
+from antipasto.evaluate import conclude
+from antipasto.fingerprints import BaseWarning
+from antipasto.models import quiet
+from antipasto.options import check_types
+from antipasto.records import Answer, read_evaluation, write_evaluation
+from antipasto.tasks import addition
+from antipasto.train.config import TrainConfig
+from antipasto.trl import FirstLook, Interrupts, RoutedGRPOTrainer
+
+MODEL = str(addition.model_path())
+SMALL = ["--prompts", "2", "--generations", "4", "--steps", "1", "--save-every", "1"]
+ROOT = Path(__file__).parents[1]
+SOURCE = Path(ap.__file__).parents[1]
+
+
+def run(*arguments: object, columns: int = 100) -> tuple[int, str]:
+    """Exit code, and all that was printed."""
+    result = CliRunner().invoke(app, list(map(str, arguments)), env={"COLUMNS": str(columns), "NO_COLOR": "1"})
+    if result.exception is not None and not isinstance(result.exception, SystemExit):
+        raise result.exception
+    return result.exit_code, result.output
+
+
+def refused(*arguments: object) -> str:
+    """The one line that a mistake costs."""
+    code, text = run(*arguments)
+    assert code == 2, text
+    assert "Traceback (most" not in text
+    lines = [line for line in text.splitlines() if line.startswith("antipasto: ")]
+    assert len(lines) == 1, text
+    return lines[0]
+
+
+def script(code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
+    """Python code in a process that takes itself for the command."""
+    begin = "import sys; sys.argv = ['antipasto', *sys.argv[1:]]\n"
+    return subprocess.run(
+        [sys.executable, "-c", begin + code, *map(str, arguments)],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(SOURCE), "COLUMNS": "100", "NO_COLOR": "1"},
+    )
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of one step, whose name rich would take for markup and for an emoji."""
+    out = tmp_path_factory.mktemp("runs") / "[bold]y" / "a[/b]c :smile:"
+    code, text = run("train", MODEL, "--task", "addition", "--out", out, *SMALL)
+    assert code == 0, text
+    out.with_name("said.txt").write_text(text)
+    return out
+
+
+@pytest.fixture
+def stopped(finished: Path, tmp_path: Path) -> Path:
+    """The same, as if its process had been killed after the last checkpoint."""
+    shutil.copytree(finished, tmp_path / "run")
+    shutil.rmtree(tmp_path / "run" / "adapter")
+    return tmp_path / "run"
+
+
+# ── torch is loaded where it is needed ───────────────────────────────────────────────────────────────────────────────
+
+WITHOUT_TORCH = """
+from antipasto.cli import app
+try:
+    app()
+except SystemExit as end:
+    heavy = {"torch", "transformers", "peft", "trl", "numpy"} & set(sys.modules)
+    print(f"ended with {end.code}, loaded {heavy or 'nothing'}")
+"""
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        (["--help"], 0),
+        (["train", "--help"], 0),
+        (["train", MODEL, "--task", "adition"], 2),
+        (["eval", "nowhere", "--promts", "3"], 2),
+    ],
+)
+def test_help_and_wrong_words_load_no_torch(arguments: list[str], code: int) -> None:
+    assert f"ended with {code}, loaded nothing" in script(WITHOUT_TORCH, *arguments).stdout
+
+
+def test_the_public_names_are_there_in_the_command_too() -> None:
+    """In a process that loads late; ``knobs`` is a function and a module."""
+    code = """
+import antipasto as ap
+assert "torch" not in sys.modules
+import antipasto.knobs
+import antipasto.cli
+with antipasto.cli._readable_errors():
+    pass
+assert callable(ap.knobs) and ap.AntiPastoConfig().peft_type in __import__("peft").PEFT_TYPE_TO_CONFIG_MAPPING
+try:
+    ap.nothing
+except AttributeError as error:
+    print(sorted(ap.__all__), error)
+"""
+    done = script(code)
+    assert done.stdout.strip() == f"{sorted(ap.__all__)} module 'antipasto' has no attribute 'nothing'", done.stderr
+
+
+def test_a_misspelt_flag_is_recognised(tmp_path: Path) -> None:
+    assert "no option --stepz; did you mean '--steps'?" in refused("train", MODEL, "--task", "addition", "--stepz", "5")
+    assert "no option --stepz; did you mean '--steps'?" in refused("train", "--stepz", "5")
+
+
+def test_options_for_trl_need_no_model_before_them(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The model is in the file; the first unknown option is not the model."""
+    (tmp_path / "run.yaml").write_text(yaml.safe_dump({"model": MODEL, "task": "addition"}))
+    made = captured(monkeypatch, "--config", tmp_path / "run.yaml", "--trainer.warmup_steps", "3")
+    assert (made.model, made.trainer) == (MODEL, {"warmup_steps": 3})
+
+
+def captured(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> TrainConfig:
+    """The config that `antipasto train` would start."""
+    made: list[TrainConfig] = []
+    monkeypatch.setattr("antipasto.train.start", lambda config, *_, **__: made.append(config) or Path("out"))
+    code, text = run("train", *arguments)
+    assert code == 0, text
+    return made[0]
+
+
+# ── one process a folder ─────────────────────────────────────────────────────────────────────────────────────────────
+
+HOLD = """
+from pathlib import Path
+from antipasto.locks import held
+with held(Path(sys.argv[1]), Path(sys.argv[1])):
+    print("held", flush=True)
+    sys.stdin.read()
+"""
+
+
+@contextmanager
+def holder(lock: Path) -> Iterator[subprocess.Popen[str]]:
+    """Another process that holds a folder, until it is killed."""
+    begin = "import sys; sys.argv = ['antipasto', *sys.argv[1:]]\n"
+    other = subprocess.Popen(
+        [sys.executable, "-c", begin + HOLD, str(lock)],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        env={**os.environ, "PYTHONPATH": str(SOURCE)},
+    )
+    assert other.stdout is not None
+    assert other.stdout.readline() == "held\n"
+    try:
+        yield other
+    finally:
+        other.kill()
+        other.communicate()
+
+
+def test_a_folder_that_is_written_into_is_refused_until_the_writer_is_dead(stopped: Path, tmp_path: Path) -> None:
+    new = tmp_path / "new"
+    new.mkdir()
+    words = "Another antipasto process is writing into"
+    with holder(new / ".lock") as other:
+        assert f"{words} {new}" in refused("train", MODEL, "--task", "addition", "--out", new, *SMALL)
+        assert f"{words} {new}" in refused("demo", "--steps", "1", "--out", new)
+        other.kill()
+        other.wait()
+        assert (new / ".lock").exists()  # as a killed process leaves it
+        code, text = run("train", MODEL, "--task", "addition", "--out", new, *SMALL)
+        assert code == 0, text
+        assert not (new / ".lock").exists()
+    with holder(stopped / ".lock"):
+        assert f"{words} {stopped}" in refused("train", "--resume", stopped)
+    with holder(new / ".lock"):
+        assert f"{words} {new}" in refused("eval", new)
+        assert run("inspect", new)[0] == 0  # only looks
+    with holder(tmp_path / ".shipped.lock"):
+        assert f"{words} {tmp_path / 'shipped'}" in refused("export", new, "--out", tmp_path / "shipped")
+    assert not (tmp_path / "shipped").exists()
+
+
+def test_a_resumed_run_removes_what_a_killed_one_had_begun_to_write(stopped: Path) -> None:
+    mark = uuid.uuid4().hex
+    (stopped / f".adapter-{mark}.tmp").mkdir()
+    (stopped / f".adapter-{mark}.tmp" / "half").touch()
+    (stopped / f".books.safetensors-{mark}.tmp").touch()
+    mine = [f".mine-{mark}.tmp", ".adapter-mine.tmp"]
+    for name in mine:
+        (stopped / name).touch()
+    code, text = run("train", "--resume", stopped)
+    assert code == 0, text
+    assert sorted(path.name for path in stopped.glob(".*")) == sorted(mine)
+
+
+# ── runs that end early ──────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("role", ["reward", "oracle", "detector"])
+def test_a_function_that_exits_is_a_function_that_fails(role: str, tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(
+        f"""
+import sys
+from antipasto.tasks import Task
+
+def fine(completions, **_):
+    return [True] * len(completions)
+
+def ends(completions, **_):
+    sys.exit(0)
+
+functions = {{name: fine for name in ("reward", "oracle", "detector")}} | {{{role!r}: ends}}
+mine = Task("mine", train=[{{"prompt": "h12+34="}}] * 4, detects="all", max_completion_length=4, **functions)
+"""
+    )
+    out = tmp_path / "run"
+    text = refused("train", MODEL, "--task", f"{tmp_path / 'mine.py'}:mine", "--method", "plain", "--out", out, *SMALL)
+    assert f"the {role} mine.ends raised SystemExit: 0" in text
+    assert not (out / "adapter").exists()
+
+
+def test_sys_exit_anywhere_else_is_an_error_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("antipasto.commands.cache_bases", lambda *_, **__: sys.exit(0))
+    assert "something called sys.exit(0)" in refused("basis", MODEL)
+
+
+def test_a_closed_terminal_saves_as_sigterm_does() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    try:
+        with Interrupts(Console(file=io.StringIO())) as interrupts:
+            assert signal.getsignal(signal.SIGHUP) == signal.getsignal(signal.SIGTERM) == interrupts._on_signal
+            signal.raise_signal(signal.SIGHUP)
+            assert interrupts._asked
+            with pytest.raises(KeyboardInterrupt):
+                signal.raise_signal(signal.SIGHUP)
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_DFL
+        signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as under nohup
+        with Interrupts(Console(file=io.StringIO())) as interrupts:
+            signal.raise_signal(signal.SIGHUP)
+            assert not interrupts._asked
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_a_run_that_is_killed_before_its_first_step_says_what_it_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ctrl-C stands for the kill: nothing is tidied up after it."""
+
+    def killed(**_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sys.modules["antipasto.train.run"], "RoutedGRPOTrainer", killed)
+    out = tmp_path / "run"
+    code, _ = run("train", MODEL, "--task", "addition", "--out", out, *SMALL)
+    assert code == 130
+    words = f"The run in {out} has not come to its first step. If it was stopped, there is nothing to continue: begin it anew"
+    for command in (["train", "--resume", out], ["eval", out], ["export", out, "--out", tmp_path / "shipped"]):
+        assert words in refused(*command)
+    code, text = run("inspect", out, columns=1000)
+    assert (code, words in text) == (0, True)
+    assert run("report", out)[0] == 0
+    assert words in (out / "report.html").read_text()
+    # and what cannot begin leaves the folder as it was
+    monkeypatch.setattr(sys.modules["antipasto.train.run"], "RoutedGRPOTrainer", lambda **_: json.loads("{"))
+    run("train", MODEL, "--task", "addition", "--out", tmp_path / "other", *SMALL)
+    assert not list((tmp_path / "other").iterdir())
+
+
+def test_a_demo_cannot_be_resumed(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"method": "recipe", "seed": 0}))
+    assert "is of antipasto demo, which cannot be continued" in refused("train", "--resume", tmp_path)
+    assert "The demo in" in refused("eval", tmp_path)
+
+
+@pytest.mark.parametrize(
+    "command", [["train", "--resume"], ["eval"], ["inspect"], ["report"], ["export", "--out", "shipped"]]
+)
+def test_a_run_folder_that_is_not_there_is_one_message(command: list[str], tmp_path: Path) -> None:
+    assert refused(*command, tmp_path / "gone") == f"antipasto: There is no run folder {tmp_path / 'gone'}."
+
+
+def test_a_report_of_an_interrupted_run_claims_nothing_about_its_routing(stopped: Path) -> None:
+    (stopped / "books.safetensors").unlink()
+    assert run("report", stopped)[0] == 0
+    page = (stopped / "report.html").read_text()
+    assert "nothing was routed" not in page
+    assert "There are no books of controls yet" in page
+
+
+# ── extras ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+BASE_INSTALL = """
+for name in ("scipy", "trl", "datasets", "matplotlib", "pandas", "pyarrow"):
+    sys.modules[name] = None  # importing it is an ImportError, and looking for it finds nothing
+from typer.testing import CliRunner
+from antipasto.cli import app
+model, pairs, out, run = sys.argv[1:]
+for words in (
+    ["--help"], ["basis", model], ["extract", model, "--pairs", pairs, "--out", out], ["inspect", out], ["inspect", run],
+    ["eval", run], ["report", run], ["train", model, "--task", "addition"], ["train", "--resume", run], ["demo"],
+    ["export", run, "--out", out + ".shipped", "--prompts", "2"],
+):
+    result = CliRunner().invoke(app, words)
+    ours = result.exception is None or isinstance(result.exception, SystemExit)
+    print(words[0], result.exit_code, ours or repr(result.exception), "" if result.exit_code == 0 else result.output)
+"""
+
+
+def test_a_base_install_does_what_it_can_and_names_the_extra_for_the_rest(stopped: Path, tmp_path: Path) -> None:
+    pairs = tmp_path / "pairs.jsonl"
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in addition.hack_pairs(8, seed=0)))
+    run_folder = tmp_path / "finished"
+    shutil.copytree(stopped, run_folder)
+    assert run("train", "--resume", run_folder)[0] == 0
+    some = [*answers("as trained", 3), *answers("reference", 2)]
+    write_evaluation(conclude("addition", {"prompts": 40}, some), run_folder)
+    done = script(BASE_INSTALL, MODEL, pairs, tmp_path / "v.safetensors", run_folder)
+    lines = [line for line in done.stdout.splitlines() if line]
+    assert [line.split()[:3] for line in lines] == [
+        *(["--help", "0", "True"], ["basis", "0", "True"], ["extract", "0", "True"], ["inspect", "0", "True"]),
+        *(["inspect", "0", "True"], ["eval", "2", "True"], ["report", "2", "True"], ["train", "2", "True"]),
+        *(["train", "2", "True"], ["demo", "2", "True"], ["export", "0", "True"]),
+    ], done.stdout + done.stderr
+    assert "needs scipy, matplotlib, which are not installed: pip install 'antipasto[report]'" in lines[5]
+    assert "needs trl, datasets, scipy, matplotlib, which are not installed: pip install 'antipasto[trl]'" in lines[7]
+
+
+def requirements() -> dict[str, Requirement]:
+    text = (ROOT / "pyproject.toml").read_text()
+    found = [Requirement(line) for line in re.findall(r"\"([a-z0-9-]+>=[\d.,<>=]+)\"", text)]
+    return {requirement.name: requirement for requirement in found}
+
+
+def test_the_bound_of_trl_is_of_the_version_whose_private_methods_are_overridden() -> None:
+    found = requirements()["trl"].specifier
+    installed = importlib.metadata.version("trl")
+    assert found.contains(installed)
+    assert not found.contains("99.0")
+    major, minor, *_ = installed.split(".")
+    assert not found.contains(f"{major}.{int(minor) + 1}.0")  # a version that nobody has tried
+    source = inspect.getsource(RoutedGRPOTrainer)
+    called = set(re.findall(r"super\((?:RoutedGRPOTrainer, self)?\)\.(_\w+)\(", source)) - {"__init__"}
+    assert called >= {"_generate_and_score_completions", "_calculate_rewards", "_compute_loss", "_generate"}
+    assert all(callable(getattr(GRPOTrainer, name, None)) for name in called)
+
+
+def test_everything_that_is_imported_is_declared() -> None:
+    """Also what a dependency would bring anyway: it may cease to."""
+    imported = set()
+    for source in Path(ap.__file__).parent.rglob("*.py"):
+        for node in ast.walk(ast.parse(source.read_text())):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and node.level == 0:
+                imported.add((node.module or "").partition(".")[0])
+    others = imported - set(sys.stdlib_module_names) - {"antipasto", "reasoning_gym"}
+    names = {"yaml": "pyyaml", "huggingface_hub": "huggingface-hub"}
+    assert {names.get(name, name) for name in others} <= set(requirements())
+
+
+@pytest.mark.parametrize("option", ["use_liger_kernel", "use_vllm"])
+def test_a_missing_package_is_called_by_its_own_name(option: str, tmp_path: Path) -> None:
+    text = refused(
+        "train", MODEL, "--task", "addition", "--out", tmp_path / "run", f"--trainer.{option}", "true", *SMALL
+    )
+    assert option.removeprefix("use_").partition("_")[0] in text.lower()
+    assert "antipasto[trl]" not in text
+
+
+# ── errors ───────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_a_librarys_error_names_a_file_with_its_traceback(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr(inspection, "show", lambda *_: json.loads("{"))
+    (tmp_path / "config.yaml").touch()
+    text = refused("inspect", tmp_path)
+    (file,) = tmp_path.glob("antipasto-*.txt")
+    assert "Expecting property name" in text
+    assert f"Traceback in {file}" in text
+    assert "json/decoder.py" in file.read_text()
+    monkeypatch.setenv("ANTIPASTO_TRACEBACK", "1")
+    with pytest.raises(json.JSONDecodeError):
+        run("inspect", tmp_path)
+
+
+def test_whose_error_it_is() -> None:
+    """Ours is what a ``raise`` in this package made; a function in C that fails in one of its lines is not."""
+    cases = {"raise ValueError('x')": True, "int('x')": False, "import json; json.loads('{')": False}
+    for code, ours in cases.items():
+        with pytest.raises(ValueError) as caught:  # noqa: PT011 (whatever it says)
+            exec(compile(code, cli.__file__, "exec"), {})
+        assert cli._is_ours(caught.value) is ours, code
+    with pytest.raises(ValueError, match="somebody else") as caught:
+        raise ValueError("of somebody else")
+    assert not cli._is_ours(caught.value)
+
+
+def test_a_warning_about_the_base_is_heard() -> None:
+    with pytest.warns(BaseWarning, match="another dtype"), quiet():
+        warnings.warn("another dtype", BaseWarning, stacklevel=1)
+
+
+# ── files ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("text", ["steps: !!bool foo", 'steps: !!int ""', "steps: !!timestamp foo", "steps: !!float x"])
+def test_a_tag_that_does_not_fit_is_no_yaml(text: str, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text(text)
+    words = f"{tmp_path / 'config.yaml'} is not YAML"
+    assert words in refused("train", MODEL, "--task", "addition", "--config", tmp_path / "config.yaml")
+    assert words in refused("inspect", tmp_path)
+    value = text.removeprefix("steps: ")
+    assert "cannot be read as a value" in refused("train", MODEL, "--task", "addition", "--trainer.run_name", value)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("no", "no"),
+        ("off", "off"),
+        ("true", True),
+        ("1e-4", 1e-4),
+        ("{min_lr: 1e-4, n: 010}", {"min_lr": 1e-4, "n": 10}),
+        ("12:30", "12:30"),
+        ("2026-01-01", "2026-01-01"),
+        ("[a, 1]", ["a", 1]),
+        ("'1e-4'", "1e-4"),
+        ("~", None),
+    ],
+)
+def test_a_value_means_what_it_looks_like(
+    text: str, value: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the command line, in a file, and in the config that a run leaves, which repeats it."""
+    words = (MODEL, "--task", "addition")
+    made = captured(monkeypatch, *words, "--trainer.save_strategy", text)
+    assert made.trainer == {"save_strategy": value}
+    assert type(made.trainer["save_strategy"]) is type(value)
+    (tmp_path / "config.yaml").write_text(f"trainer: {{save_strategy: {text}}}")
+    assert captured(monkeypatch, *words, "--config", tmp_path / "config.yaml") == made
+    (tmp_path / "config.yaml").write_text(made.to_yaml())
+    assert captured(monkeypatch, "--config", tmp_path / "config.yaml") == made
+
+
+def answers(arm: str, solved: int) -> list[Answer]:
+    return [Answer(arm, i, None, "p", "c", 1, 0.0, float(i % 4 < solved), float(i % 4 < solved), {}) for i in range(40)]
+
+
+@pytest.mark.parametrize("damage", ["x", 10**400, None, [1.0], True])
+def test_an_estimate_that_is_no_number_is_refused(damage: Any, tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("steps: 3")
+    some = [*answers("as trained", 3), *answers("reference", 2)]
+    write_evaluation(conclude("sums", {"prompts": 40}, some), tmp_path)
+    assert len(read_evaluation(tmp_path).answers) == 80
+    body = json.loads((tmp_path / "eval.json").read_text())
+    body["arms"][0]["measures"]["solve"]["low"] = damage
+    (tmp_path / "eval.json").write_text(json.dumps(body))
+    for command in ("inspect", "report"):
+        text = refused(command, tmp_path)
+        assert f"{tmp_path / 'eval.json'} cannot be read: low must be float" in text
+
+
+def test_a_number_of_hundreds_of_digits_is_refused_in_every_file(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("steps: 3")
+    (tmp_path / "metrics.jsonl").write_text(json.dumps({"step": 1, "reward": 10**400}) + "\n")
+    assert "'reward' must be a number" in refused("report", tmp_path)
+    (tmp_path / "metrics.jsonl").unlink()
+    (tmp_path / "config.yaml").write_text(f"steps: 3\nthreshold: {10**400}")
+    assert "'threshold' must be a number" in refused("report", tmp_path)
+    with pytest.raises(ValueError, match="learning_rate must be float"):
+        TrainConfig(MODEL, "addition", learning_rate=10**400)
+    config = TrainConfig(MODEL, "addition")
+    config.learning_rate = 10**5000  # type: ignore[assignment]  # more than Python writes
+    with pytest.raises(ValueError, match="learning_rate must be float, got a value of type int"):
+        check_types(config)
+
+
+@pytest.mark.parametrize("value", ["inf", "nan", "-inf"])
+@pytest.mark.parametrize(
+    "command",
+    [
+        *(
+            ["train", "m", f"--{name}"]
+            for name in ("learning-rate", "beta", "temperature", "threshold", "deploy-fraction")
+        ),
+        *(["eval", "r", f"--{name}"] for name in ("temperature", "margin")),
+        ["extract", "m", "--pairs", "p", "--out", "o", "--heldout"],
+    ],
+    ids=lambda command: " ".join(command),
+)
+def test_a_number_must_be_finite(command: list[str], value: str) -> None:
+    code, text = run(*command, value)
+    assert code == 2
+    assert f"'{command[-1]}'" in text, text
+    name = command[-1].removeprefix("--").replace("-", "_")
+    if command[0] == "train" and name != "deploy_fraction":  # in a file too
+        with pytest.raises(ValueError, match=f"{name} must be"):
+            TrainConfig(MODEL, "addition", **{name: float(value)})
+
+
+def test_a_tolerance_may_be_infinite_but_not_no_number(tmp_path: Path) -> None:
+    code, text = run("export", tmp_path, "--out", tmp_path / "x", "--tolerance", "nan")
+    assert (code, "'--tolerance'" in text) == (2, True)
+    assert "is no run folder" in refused("export", tmp_path, "--out", tmp_path / "x", "--tolerance", "inf")
+
+
+@pytest.mark.timeout(60)
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    words = f"{pipe} is a pipe or a device"
+    train = ["train", MODEL, "--task", "addition"]
+    for command in (
+        *([*train, "--config", pipe], [*train, "--pairs", pipe], [*train, "--direction", pipe]),
+        *(["extract", MODEL, "--pairs", pipe, "--out", "o"], ["inspect", pipe]),
+    ):
+        assert words in refused(*command)
+
+
+@pytest.mark.parametrize(
+    ("column", "words"),
+    [
+        ("'x': [1, '1'][i % 2]", "column 'x'"),
+        ("'x': 2**70", "column 'x'"),
+        ("1: 2", "columns are called by texts"),
+    ],
+)
+def test_rows_that_no_table_holds(column: str, words: str, tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(
+        f"""
+from antipasto.tasks import Task
+
+def reward(completions, **_):
+    return [1.0] * len(completions)
+
+mine = Task("mine", train=[{{"prompt": "h12+34=", {column}}} for i in range(4)], reward=reward)
+"""
+    )
+    text = refused(
+        "train", MODEL, "--task", f"{tmp_path / 'mine.py'}:mine", "--method", "plain", "--out", tmp_path / "r"
+    )
+    assert words in text
+    assert not (tmp_path / "r").exists() or not list((tmp_path / "r").iterdir())
+
+
+# ── what is printed ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def test_paths_are_printed_as_they_are(finished: Path, tmp_path: Path) -> None:
+    """Also in what eval, inspect, report and export say of the run, and in what a resumed one says."""
+    said = finished.with_name("said.txt").read_text()
+    assert f"run folder: {finished}\n" in said
+    assert f"next: antipasto eval '{finished}'\n" in said
+    out = tmp_path / "[red]x[/] :smile:"
+    shutil.copytree(finished, out)
+    code, text = run("eval", out, "--prompts", "8")
+    assert (code, f"written: {out / 'eval.jsonl'}\n" in text) == (0, True), text
+    code, text = run("report", out)
+    assert (code, f"report: {out / 'report.html'}\n" in text) == (0, True), text
+    code, text = run("inspect", out, columns=1000)
+    assert code == 0, text
+    assert "".join(str(out).split()) in "".join(text.split())  # a title is as wide as its table
+    shipped = tmp_path / "[b]ships[/i]"
+    code, text = run("export", out, "--out", shipped, "--prompts", "2", columns=1000)
+    assert code == 0, text
+    assert f'AutoModelForCausalLM.from_pretrained("{shipped}")' in text
+    assert out.name in text
+    shutil.rmtree(out / "adapter")
+    code, text = run("train", "--resume", out)
+    assert (code, f"continuing from {out / 'checkpoint-1'}\n" in text) == (0, True), text
+
+
+def test_nothing_with_a_text_in_it_is_printed_as_markup() -> None:
+    """An f-string that goes to rich is a `Text`, or goes through `say`."""
+    for source in Path(ap.__file__).parent.rglob("*.py"):
+        for match in re.finditer(r"console\.(?:print|status)\(\s*f[\"'].*", source.read_text()):
+            assert not re.search(r"\{(?!len\()", match[0]), f"{source}: {match[0]}"
+
+
+# ── what is said in the library's own words ──────────────────────────────────────────────────────────────────────────
+
+
+def test_pairs_are_asked_for_where_pairs_are_meant(tmp_path: Path) -> None:
+    (tmp_path / "mine.py").write_text(
+        "from antipasto.tasks import Task\n"
+        "mine = Task('mine', train=[{'prompt': 'h12+34='}] * 4, reward=lambda completions, **_: [1.0] * len(completions))\n"
+    )
+    text = refused("train", MODEL, "--task", f"{tmp_path / 'mine.py'}:mine", "--out", tmp_path / "r", *SMALL)
+    assert "needs pairs, a direction or a detector" in text
+    assert "--pairs" in text
+    assert "--method plain" in text
+    text = refused(
+        "train", MODEL, "--task", f"{tmp_path / 'mine.py'}:mine", "--by", "detector", "--out", tmp_path / "r", *SMALL
+    )
+    assert "needs a detector" in text
+
+
+def test_chats_need_a_chat_template(tmp_path: Path) -> None:
+    text = refused("train", MODEL, "--task", "contains", "--out", tmp_path / "run", *SMALL)
+    assert "'contains' are chats" in text
+    assert f"the tokenizer of {MODEL} has no chat template" in text
+
+
+@pytest.mark.parametrize(
+    ("oracle", "exploit", "words"),
+    [
+        (0.5, 0.1, []),
+        (0.5, 0.31, ["0.31 of the first"]),
+        (0.01, 0.0, ["oracle's mean"]),
+        (0.0, 0.9, ["0.90", "oracle's"]),
+    ],
+)
+def test_a_start_that_exploits_or_an_oracle_that_says_no_is_told(
+    oracle: float, exploit: float, words: list[str]
+) -> None:
+    console = Console(file=io.StringIO(), width=80)
+    look = FirstLook(console)
+    for logs in (
+        {"loss": 1.0},
+        {"reward": 1.0, "oracle": oracle, "exploit": exploit},
+        {"reward": 1.0, "oracle": 0, "exploit": 1},
+    ):
+        look.on_log(None, None, None, logs=logs)
+    said = console.file.getvalue()
+    assert said.count("warning: ") == len(words)
+    assert all(word in said for word in words)
