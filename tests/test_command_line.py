@@ -550,32 +550,6 @@ def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path) -> None:
         assert words in refused(*command)
 
 
-@pytest.mark.parametrize(
-    ("column", "words"),
-    [
-        ("'x': [1, '1'][i % 2]", "column 'x'"),
-        ("'x': 2**70", "column 'x'"),
-        ("1: 2", "columns are called by texts"),
-    ],
-)
-def test_rows_that_no_table_holds(column: str, words: str, tmp_path: Path) -> None:
-    (tmp_path / "mine.py").write_text(
-        f"""
-from antipasto.tasks import Task
-
-def reward(completions, **_):
-    return [1.0] * len(completions)
-
-mine = Task("mine", train=[{{"prompt": "h12+34=", {column}}} for i in range(4)], reward=reward)
-"""
-    )
-    text = refused(
-        "train", MODEL, "--task", f"{tmp_path / 'mine.py'}:mine", "--method", "plain", "--out", tmp_path / "r"
-    )
-    assert words in text
-    assert not (tmp_path / "r").exists() or not list((tmp_path / "r").iterdir())
-
-
 # ── what is printed ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 
