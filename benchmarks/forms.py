@@ -227,7 +227,7 @@ def side_by_side(found: Sequence[dict[str, dict[str, Any]]]) -> Iterator[str]:
 
 def number(value: float) -> str:
     """Two digits, no zero before the point."""
-    return f"{value:.2f}".replace("0.", ".", 1).replace("-", "−")
+    return f"{round(value, 2) + 0.0:.2f}".replace("0.", ".", 1).replace("-", "−")  # + 0.0: no minus before a zero
 
 
 def report(folders: Sequence[Path]) -> Iterator[str]:
