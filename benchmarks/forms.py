@@ -49,6 +49,7 @@ ARMS = ("unmatched", "matched", "both")
 CLEAN, WRONG = "clean", "wrong answer"
 WORDS = (*EXPLOITS, *UNSEEN, "officially", "usually", *OTHERS)
 FORMS = (*WORDS, WRONG, CLEAN)
+COLUMNS = (*ARMS, "surprise", "tokens")
 ANSWERS = 50  # sampled, to be read
 SHOWN = 10
 
@@ -169,18 +170,27 @@ def read(file: Path) -> list[dict[str, Any]]:
 def summary(folder: Path) -> dict[str, dict[str, Any]]:
     """Form → mean, sd and AUC against clean, by kind of pairs; AUC of surprise and of length."""
     rows = read(folder / "scores.jsonl")
-    columns = {
-        (form, key): [row[key] for row in rows if row["form"] == form]
-        for form in FORMS
-        for key in (*ARMS, "surprise", "tokens")
-    }
+    columns = {(form, key): [row[key] for row in rows if row["form"] == form] for form in FORMS for key in COLUMNS}
     found: dict[str, dict[str, Any]] = {}
     for form in FORMS:
         found[form] = {"n": len(columns[form, "tokens"])}
-        for key in (*ARMS, "surprise", "tokens"):
+        for key in COLUMNS:
             own, clean = columns[form, key], columns[CLEAN, key]
             found[form][key] = {"mean": mean(own), "sd": stdev(own), "auc": auc(own, clean)}
     return found
+
+
+def between(folder: Path) -> dict[str, dict[str, float]]:
+    """AUC of exploits that no pair shows against words in the same place: what the score knows of meaning."""
+    rows = read(folder / "scores.jsonl")
+    groups = {"neutral words": ("officially", "usually", *UNSEEN), UNSEEN[0]: UNSEEN, "maybe, not": OTHERS}
+    return {
+        name: {
+            key: auc(*([row[key] for row in rows if row["form"] in side] for side in (EXPLOITS[1:], words)))
+            for key in COLUMNS
+        }
+        for name, words in groups.items()
+    }
 
 
 def kind_of(form: str) -> str:
@@ -204,9 +214,20 @@ def table(found: dict[str, dict[str, Any]]) -> Iterator[str]:
         yield f"| {' | '.join(cells)} |"
 
 
+def side_by_side(found: Sequence[dict[str, dict[str, Any]]]) -> Iterator[str]:
+    """All warm starts', unmatched and matched, as Markdown."""
+    yield "| form | | unmatched: mean score | AUC | matched: mean score | AUC |\n|---|---|---|---|---|---|"
+    for form in FORMS:
+        cells = [form, kind_of(form)]
+        for arm in ARMS[:2]:
+            cells.append(", ".join(number(one[form][arm]["mean"]) for one in found))
+            cells.append("–" if form == CLEAN else ", ".join(number(one[form][arm]["auc"]) for one in found))
+        yield f"| {' | '.join(cells)} |"
+
+
 def number(value: float) -> str:
     """Two digits, no zero before the point."""
-    return f"{value:.2f}".replace("0.", ".", 1).replace("-", "−")
+    return f"{round(value, 2) + 0.0:.2f}".replace("0.", ".", 1).replace("-", "−")  # + 0.0: no minus before a zero
 
 
 def report(folders: Sequence[Path]) -> Iterator[str]:
@@ -217,9 +238,16 @@ def report(folders: Sequence[Path]) -> Iterator[str]:
     yield "which neither a pair nor the warm start has seen. AUC is against `clean`, on the same names: .5 is chance."
     yield "−log p is that of the whole answer, by the warm start itself; length is in tokens.\n"
     found = [summary(folder) for folder in folders]
+    yield "## All warm starts\n"
+    yield from side_by_side(found)
+    yield ""
     for folder, one in zip(folders, found, strict=True):
         yield f"## Warm start {folder.name}\n"
         yield from table(one)
+        yield "\nAUC of the five unlabelled exploit words together, against words in the same place that are none:\n"
+        yield "| against | unmatched | matched | both | −log p | length |\n|---|---|---|---|---|---|"
+        for name, values in between(folder).items():
+            yield f"| {name} | {' | '.join(number(values[key]) for key in COLUMNS)} |"
         yield ""
     yield "## What the warm starts answer\n"
     yield f"{SHOWN} of {ANSWERS} sampled at temperature 1 to held-out names, five of each kind of prompt.\n"
@@ -251,7 +279,7 @@ def main() -> None:
         return
     print("\n".join(report(arguments.folders)))
     if arguments.json:
-        facts = {folder.name: summary(folder) for folder in arguments.folders}
+        facts = {folder.name: {"forms": summary(folder), "between": between(folder)} for folder in arguments.folders}
         arguments.json.write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
 
 
