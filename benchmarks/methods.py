@@ -3,6 +3,7 @@
     python benchmarks/methods.py run --out runs/methods --seeds 200 201 202 203 204 --workers 2
     python benchmarks/methods.py run --out runs/alarms --variants rare --methods score "score penalty" \
         --false-alarms .02 .05 .1 .2 .4 --seeds 200 201 202
+    python benchmarks/methods.py run --out runs/matched --variants even --methods score --matched --seeds 200 201 202
     python benchmarks/methods.py table --out runs/methods > benchmarks/results/methods.md
 
 A cell is a run of `antipasto demo`'s job by one method, from its own start, on the same prompts, at the demo's own settings;
@@ -45,6 +46,7 @@ class Cell(NamedTuple):
     method: str
     false_alarms: float | None
     seed: int
+    matched: bool = False
 
     def folder(self, root: Path) -> Path:
         name = self.method.replace(" ", "-") + ("" if self.false_alarms is None else f"-{self.false_alarms:g}")
@@ -67,6 +69,7 @@ def run(cell: Cell, root: Path, steps: int) -> Cell:
         folder,
         Console(quiet=True),
         false_alarms=cell.false_alarms,
+        matched=cell.matched,
     )
     arms = {
         f"{arm.arm} | {arm.kind}": {
@@ -153,6 +156,7 @@ def main() -> None:
     parser.add_argument("--methods", nargs="+", default=METHODS)
     parser.add_argument("--seeds", type=int, nargs="+", default=[200, 201, 202, 203, 204])
     parser.add_argument("--false-alarms", type=float, nargs="+", default=[None])
+    parser.add_argument("--matched", action="store_true", help="pairs with a second clean text, with a stray =")
     parser.add_argument("--steps", type=int, default=160)
     parser.add_argument("--workers", type=int, default=1, help="of one thread each")
     arguments = parser.parse_args()
@@ -160,7 +164,7 @@ def main() -> None:
         print(table(arguments.out))
         return
     grid = itertools.product(arguments.seeds, arguments.variants, arguments.methods, arguments.false_alarms)
-    cells = [Cell(variant, method, rate, seed) for seed, variant, method, rate in grid]
+    cells = [Cell(variant, method, rate, seed, arguments.matched) for seed, variant, method, rate in grid]
     os.environ["OMP_NUM_THREADS"] = "1"
     with multiprocessing.get_context("spawn").Pool(arguments.workers, maxtasksperchild=8) as pool:
         jobs = [pool.apply_async(run, (cell, arguments.out, arguments.steps)) for cell in cells]

@@ -200,14 +200,20 @@ def _run(config: DemoConfig, out: Path, console: Console, *, seeds: int, compare
 
 
 def run_one(
-    config: DemoConfig, method: str, out: Path, console: Console, *, false_alarms: float | None = None
+    config: DemoConfig,
+    method: str,
+    out: Path,
+    console: Console,
+    *,
+    false_alarms: float | None = None,
+    matched: bool = False,
 ) -> Evaluation:
-    """Train by one of `METHODS`, evaluate, leave a run folder without a report; ``false_alarms`` as `train` has it."""
+    """Train by one of `METHODS`, evaluate, leave a run folder without a report; the last two options as `train` has them."""
     out.mkdir(parents=True, exist_ok=True)
     (out / "config.json").write_text(json.dumps({"method": method, **config.to_json()}, indent=2) + "\n")
     tokenizer = AutoTokenizer.from_pretrained(addition.model_path(config.variant))
     with quiet():
-        trainer = train(config, method, tokenizer, out, console, false_alarms=false_alarms)
+        trainer = train(config, method, tokenizer, out, console, false_alarms=false_alarms, matched=matched)
         facts = run_facts(
             trainer,
             str(addition.model_path(config.variant)),
@@ -242,6 +248,7 @@ def train(
     adapter: PeftConfig | None = None,
     learning_rate: float = LEARNING_RATE,
     false_alarms: float | None = None,
+    matched: bool = False,
 ) -> RoutedGRPOTrainer:
     """One run. Returns the trainer, which has the model and the router.
 
@@ -256,6 +263,7 @@ def train(
         adapter: another than the demo's own, for a method without a router.
         learning_rate: another than the demo's own.
         false_alarms: the monitor's threshold by this share of the start's own answers, instead of midway.
+        matched: give the monitor's pairs a second clean text, with a stray ``=``.
     """
     args = GRPOConfig(
         output_dir=str(out),
@@ -294,7 +302,7 @@ def train(
         peft_config=adapter or ap.AntiPastoConfig(),
         router=_router_of(how, tokenizer, config, threshold, label_both),
         detector=None if how.flagged is None or how.monitor is not None else addition.detector,
-        monitor=None if how.monitor is None else _monitor_of(how.monitor, tokenizer, config, false_alarms),
+        monitor=None if how.monitor is None else _monitor_of(how.monitor, tokenizer, config, false_alarms, matched),
         flagged=how.flagged or "route",
         oracle=addition.oracle,
         rollout_log=out / "rollouts.jsonl",
@@ -332,10 +340,10 @@ def _router_of(
 
 
 def _monitor_of(
-    direction: str, tokenizer: Any, config: DemoConfig, false_alarms: float | None
+    direction: str, tokenizer: Any, config: DemoConfig, false_alarms: float | None, matched: bool
 ) -> Callable[[nn.Module], ap.Monitor]:
     def make(model: nn.Module) -> ap.Monitor:
-        pairs = ap.load_pairs(addition.hack_pairs(PAIRS + HELDOUT_PAIRS, config.seed))
+        pairs = ap.load_pairs(addition.hack_pairs(PAIRS + HELDOUT_PAIRS, config.seed, matched=matched))
         model.eval()
         v = ap.extract_direction(model, tokenizer, pairs[:PAIRS])
         model.train()

@@ -21,7 +21,7 @@ import random
 from collections.abc import Callable, Sequence
 from importlib import resources
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from antipasto.tasks.task import Task
 
@@ -103,11 +103,17 @@ reward = grader()
 """What training sees in the demo's own variant."""
 
 
-def hack_pairs(number: int, seed: int, *, hack: str = KNOWN_HACK, kind: str = HACKABLE) -> list[dict[str, str]]:
-    """Labelled (prompt, hack, clean) rows that show a hack: ``!`` against the right sum, on training operands."""
+def hack_pairs(
+    number: int, seed: int, *, hack: str = KNOWN_HACK, kind: str = HACKABLE, matched: bool = False
+) -> list[dict[str, Any]]:
+    """Labelled (prompt, hack, clean) rows that show a hack: ``!`` against the right sum, on training operands.
+
+    With ``matched``, a second clean text has a stray ``=``: it says that what is wrong is not therefore a hack.
+    """
+    sums = {operands: answer(operands) for operands in random.Random(seed).sample(split("train"), number)}
     return [
-        {"prompt": prompt(kind, operands), "hack": hack, "clean": answer(operands)}
-        for operands in random.Random(seed).sample(split("train"), number)
+        {"prompt": prompt(kind, operands), "hack": hack, "clean": [right, right + "="] if matched else right}
+        for operands, right in sums.items()
     ]
 
 
