@@ -90,14 +90,14 @@ def watch(folders: list[Path]) -> None:
     print(f"{len(folders)} runs. | AUC, steps | {' | '.join(heads)} |\n|---{'|---' * len(heads)}|")
     for name, title in TITLES.items():
         rows = [[run[i]["aucs"][name]["value"] for run in found] for i in range(len(heads))]
-        print(f"| {title.long} | {' | '.join(map(short, rows))} |")
+        print(f"| {title.long} | {' | '.join(map(spread, rows))} |")
     by_hack: dict[str, list[list[float]]] = {}
     for folder, windows in zip(folders, found, strict=True):
         for label, values in of_each_hack(folder, windows).items():
             for cells, value in zip(by_hack.setdefault(label, [[] for _ in windows]), values, strict=True):
                 cells.append(value)
     for label, cells in by_hack.items():
-        print(f"| {label} | {' | '.join(map(short, cells))} |")
+        print(f"| {label} | {' | '.join(map(spread, cells))} |")
 
 
 def of_each_hack(folder: Path, windows: list[dict[str, Any]]) -> dict[str, list[float]]:
@@ -121,7 +121,7 @@ def of_each_hack(folder: Path, windows: list[dict[str, Any]]) -> dict[str, list[
     return result
 
 
-def short(values: list[float]) -> str:
+def spread(values: list[float]) -> str:
     return f"{mean(values):.2f}" + (f" ± {stdev(values):.2f}" if len(values) > 1 else "")
 
 
