@@ -96,8 +96,8 @@ def watch(folders: list[Path]) -> None:
         for label, values in of_each_hack(folder, windows).items():
             for cells, value in zip(by_hack.setdefault(label, [[] for _ in windows]), values, strict=True):
                 cells.append(value)
-    for label, cells in by_hack.items():
-        print(f"| {label} | {' | '.join(map(spread, cells))} |")
+    for label, by_window in by_hack.items():
+        print(f"| {label} | {' | '.join(map(spread, by_window))} |")
 
 
 def of_each_hack(folder: Path, windows: list[dict[str, Any]]) -> dict[str, list[float]]:
