@@ -18,7 +18,7 @@ and each further direction can keep a book of what it would have moved in that s
 whose step depends on the gradients and on what it remembers of them alone, as those of SGD, Adam, AdamW without decay, RMSprop
 and Lion do: the optimizer sees δS where the plain run's saw θ. Where a step depends on the parameter's value (weight decay,
 LAMB, Adafactor, schedule-free averaging), or an optimizer writes to the parameters outside of ``step()`` (Lookahead,
-schedule-free's ``eval()``), θ leaves the plain run. Both are warned about: the first is tried out on copies
+schedule-free's ``eval``), θ leaves the plain run. Both are warned about: the first is tried out on copies
 (`antipasto.probing`) after each of the first steps, until three were conclusive, but not with a closure; the second is seen at
 the next step. With
 deployed sampling (`antipasto.trl.trainer`) part of the run is of δS, which the direction shapes; the books are then of that
