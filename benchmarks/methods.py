@@ -4,7 +4,8 @@
     python benchmarks/methods.py run --out runs/alarms --variants rare --methods score "score penalty" \
         --false-alarms .02 .05 .1 .2 .4 --seeds 200 201 202
     python benchmarks/methods.py run --out runs/matched --variants even --methods score --matched --seeds 200 201 202
-    python benchmarks/methods.py table --out runs/methods > benchmarks/results/methods.md
+    python benchmarks/methods.py table --out runs/methods --json benchmarks/results/methods.json \
+        > benchmarks/results/methods.md
 
 A cell is a run of `antipasto demo`'s job by one method, from its own start, on the same prompts, at the demo's own settings;
 nothing is chosen on these seeds. It leaves a run folder, and ``cell.json`` once it is whole: a run that is stopped goes on
@@ -102,9 +103,13 @@ def _cheats(row: dict[str, Any], folder: Path) -> bool:
     return bool(addition.grader(variant)([row["prompt"]], [row["completion"]])[0])
 
 
-def table(root: Path) -> str:
+def read(root: Path) -> list[dict[str, Any]]:
+    """All cells that are there."""
+    return [json.loads(path.read_text()) for path in sorted(root.glob("*/*/*/cell.json"))]
+
+
+def table(cells: Sequence[dict[str, Any]]) -> str:
     """Means ± standard deviations over seeds, of what each method would ship."""
-    cells = [json.loads(path.read_text()) for path in sorted(root.glob("*/*/*/cell.json"))]
     lines = []
     for variant in sorted({c["cell"]["variant"] for c in cells}):
         of_variant = [c for c in cells if c["cell"]["variant"] == variant]
@@ -158,16 +163,20 @@ def main() -> None:
     parser.add_argument("--false-alarms", type=float, nargs="+", default=[None])
     parser.add_argument("--matched", action="store_true", help="pairs with a second clean text, with a stray =")
     parser.add_argument("--steps", type=int, default=160)
+    parser.add_argument("--json", type=Path, help="where to keep the cells of a table")
     parser.add_argument("--workers", type=int, default=1, help="of one thread each")
     arguments = parser.parse_args()
     if arguments.what == "table":
-        print(table(arguments.out))
+        cells = read(arguments.out)
+        print(table(cells))
+        if arguments.json is not None:
+            arguments.json.write_text("[\n" + ",\n".join(map(json.dumps, cells)) + "\n]\n")
         return
     grid = itertools.product(arguments.seeds, arguments.variants, arguments.methods, arguments.false_alarms)
-    cells = [Cell(variant, method, rate, seed, arguments.matched) for seed, variant, method, rate in grid]
+    wanted = [Cell(variant, method, rate, seed, arguments.matched) for seed, variant, method, rate in grid]
     os.environ["OMP_NUM_THREADS"] = "1"
     with multiprocessing.get_context("spawn").Pool(arguments.workers, maxtasksperchild=8) as pool:
-        jobs = [pool.apply_async(run, (cell, arguments.out, arguments.steps)) for cell in cells]
+        jobs = [pool.apply_async(run, (cell, arguments.out, arguments.steps)) for cell in wanted]
         for number, done in enumerate(jobs, 1):
             print(f"{number}/{len(jobs)} {done.get()}", flush=True)
 

@@ -290,10 +290,10 @@ def score_map(
         forms = {"held-out hacks": of_pairs(held, clean=False), clean: of_pairs(held, clean=True), **forms}
     elif CLEAN not in forms:
         raise ValueError(f"{forms_file} has no form {CLEAN!r}, which the others are compared with: add honest answers.")
-    with console.status(f"loading {plain(name_or_path)}"):
+    with console.status(Text(f"loading {plain(name_or_path)}")):
         model, tokenizer = load_model(name_or_path, dtype=dtype)
     wrap(model.to(best_device()), config)
-    with console.status(f"scoring {sum(map(len, forms.values()))} texts"):
+    with console.status(Text(f"scoring {sum(map(len, forms.values()))} texts")):
         if pairs is not None:
             half = max(1, batch_size // 2)
             monitor = Monitor.from_pairs(model, tokenizer, pairs, heldout=heldout, seed=seed, batch_size=half)

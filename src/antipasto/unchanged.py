@@ -20,9 +20,6 @@ from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
-
 
 @contextmanager
 def unchanged(*, draws: bool = True) -> Iterator[None]:
@@ -31,6 +28,8 @@ def unchanged(*, draws: bool = True) -> Iterator[None]:
     Args:
         draws: whether what is drawn in it from the global random generators is drawn for good.
     """
+    import torch  # here and below: a task's name is checked without loading them
+
     dtype, grad, folder = torch.get_default_dtype(), torch.is_grad_enabled(), Path.cwd()
     try:
         with nullcontext() if draws else _generators_kept():
@@ -43,6 +42,9 @@ def unchanged(*, draws: bool = True) -> Iterator[None]:
 
 @contextmanager
 def _generators_kept() -> Iterator[None]:
+    import numpy as np
+    import torch
+
     python, numpy = random.getstate(), np.random.get_state()
     devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else ()
     with torch.random.fork_rng(devices):

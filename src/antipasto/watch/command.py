@@ -8,7 +8,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from antipasto.terminal import add_row
+from antipasto.terminal import add_row, say
 from antipasto.watch.compare import comparison_table
 from antipasto.watch.job import WatchConfig, Watched, watch
 from antipasto.watch.sources import Columns
@@ -34,7 +34,7 @@ def run(base: str, rollouts: Sequence[str], console: Console, **options: Any) ->
         console.print(note, highlight=False, markup=False)
     if watched.comparison is not None:
         console.print(comparison_table(watched.comparison))
-    console.print(f"page: {watched.page}", highlight=False, markup=False, soft_wrap=True)
+    say(console, f"page: {watched.page}")
     return watched.windows[-1].above.value
 
 

@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
+from rich.text import Text
 
 from antipasto.directions import Direction
 from antipasto.files import write_json, write_text
@@ -202,7 +203,7 @@ def watch(
             "There is nothing to compare by: the files have no label. Name a column of 0 and 1 by --label-column, or reward "
             "and oracle by --reward-column and --oracle-column."
         )
-    with console.status(f"loading {plain(base)}"):
+    with console.status(Text(f"loading {plain(base)}")):
         model, tokenizer = load_model(base, dtype=config.dtype)
         wrap(model.to(best_device()), adapter)
     facts = {
