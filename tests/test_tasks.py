@@ -273,7 +273,7 @@ def _by_position(answer: object, /) -> list[float]:
         ({"train": [{"prompt": [{"role": "user"}]}]}, "must be a text or a chat"),
         ({"train": [{"prompt": 3}]}, "must be a text or a chat, .* got 3"),
         ({"train": [{"prompt": "a", "completions": 1}]}, "a column cannot be called 'completions'"),
-        ({"train": [{"prompt": "a", 3: 1}]}, "functions get columns by name, and 3 is no text"),
+        ({"train": [{"prompt": "a", 3: 1}]}, "columns are called by texts, got 3"),
         ({"test": []}, "test is empty"),
         ({"test": [{"prompt": CHAT, "answer": "4"}]}, "train has prompts that are texts, test has chats"),
         (

@@ -282,8 +282,6 @@ def _check_rows(rows: Any, where: str) -> _Rows:
                 f"those before have {sorted(map(str, first.columns))}."
             )
     assert first is not None
-    if unnamed := [column for column in first.columns if not isinstance(column, str)]:
-        raise ValueError(f"{where}: functions get columns by name, and {unnamed[0]!r} is no text.")
     if taken := sorted(first.columns & _RESERVED):
         raise ValueError(f"{where}: a column cannot be called {', '.join(map(repr, taken))}, TRL uses that name.")
     return first
