@@ -113,7 +113,9 @@ def test_without_any_hit_before_it_the_onset_is_found_and_finite() -> None:
     x = np.arange(40)
     found = find_onset(x, np.where(x < 20, 0, 64), np.full(40, 64))
     assert found is not None
-    assert 18 <= found.low <= found.step <= found.high <= 20
+    # a slope steep enough from any earlier step on tells the two halves apart as well: the lower end is open
+    assert found.low <= 18 <= found.step <= found.high <= 20
+    assert np.isfinite([found.low, found.slope]).all()
 
 
 def test_a_fall_after_the_peak_does_not_move_it() -> None:

@@ -78,7 +78,8 @@ class Gating:
                 self._pairs()
         actions: dict[str, Literal["penalty", "drop"]] = {"penalty": "penalty", "drop": "drop"}
         self.flagged: Literal["watch", "route", "penalty", "drop"] = actions.get(method, "route")
-        if (task.detector is not None and not self.uses_detector and not self.uses_monitor) or method == "plain":
+        watches = task.detector is not None and not self.uses_detector and not self.uses_monitor
+        if watches or (self.uses_monitor and method == "plain"):
             self.flagged = "watch"  # what nothing goes by is still worth a column in the logs
 
     def _refuse_unused(self) -> None:
