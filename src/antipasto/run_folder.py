@@ -26,7 +26,7 @@ import json
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -89,12 +89,17 @@ class RunFolder:
             self.root.mkdir(parents=True, exist_ok=True)
         else:
             self.check()
-        with held(self.root / LOCK, self.root):
+        try:
+            with held(self.root / LOCK, self.root):
+                if new:
+                    self.check_new()  # another process may have been faster
+                else:
+                    remove_leftovers(self.root, _WRITTEN)
+                yield
+        finally:
             if new:
-                self.check_new()  # another process may have been faster
-            else:
-                remove_leftovers(self.root, _WRITTEN)
-            yield
+                with suppress(OSError):  # there is something in it
+                    self.root.rmdir()
 
     def check(self) -> None:
         """Refuse what is no run folder.
