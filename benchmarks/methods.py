@@ -1,8 +1,8 @@
 """What every method of the demo would ship, and what its monitor saw: variants x methods x seeds.
 
     python benchmarks/methods.py run --out runs/methods --seeds 200 201 202 203 204 --workers 2
-    python benchmarks/methods.py run --out runs/alarms --variants rare --methods score "score penalty" \
-        --false-alarms .02 .05 .1 .2 .4 --seeds 200 201 202
+    python benchmarks/methods.py run --out runs/alarms --variants rare --methods "score penalty" \
+        --false-alarms .02 .1 .3 .5 .7 .9 --seeds 300
     python benchmarks/methods.py run --out runs/matched --variants even --methods score --matched --seeds 200 201 202
     python benchmarks/methods.py table --out runs/methods --json benchmarks/results/methods.json \
         > benchmarks/results/methods.md
