@@ -346,7 +346,8 @@ def test_a_log_that_grows_is_scored_from_where_it_was(monitor: Path, tmp_path: P
 # ── what can end it ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 SLOWLY = """
-import sys, time
+import signal, sys, time
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs, and their children, ignore it
 from antipasto.watch import job
 job._CHUNK = 8
 chunks = job._chunks

@@ -27,7 +27,7 @@ from antipasto.terminal import add_row
 from antipasto.watch.auc import auc
 from antipasto.watch.sources import Index
 
-_WIDE = 6  # columns that a terminal has room for
+_WIDE = 5  # columns that 80 characters have room for
 
 
 class Title(NamedTuple):
@@ -107,7 +107,7 @@ def comparison_table(comparison: Comparison) -> Table:
     if len(windows) > _WIDE:
         windows = [windows[0], *windows[-2:]]
     heads = [f"{w.first}–{w.last}" for w in windows]
-    table = Table("AUC, steps", *heads, title="exploits against the rest, AUC [95%]", title_justify="left")
+    table = Table("AUC, steps", *heads, title="exploits against the rest, AUC [95%]", title_justify="left", padding=0)
     if len(windows) < len(comparison.windows):
         table.caption = "the other windows: compare.json"
     for name, title in TITLES.items():
