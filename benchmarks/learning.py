@@ -1,17 +1,15 @@
 """Reward against steps, for adapters of different kinds: what does a trainable number learn?
 
     python benchmarks/learning.py --json demo.json                          # the demo's task, 160 steps
-    python benchmarks/learning.py --model PATH --steps 24 --json real.json  # a chat model on `contains`
-    python benchmarks/learning.py --draw demo.json real.json --to learning.svg
+    python benchmarks/learning.py --draw demo.json --to learning.svg
 
 Plain GRPO, no router, with each adapter at three learning rates and several seeds; of the learning rates, the one with the
 highest mean reward over the last window counts, averaged over seeds. Shown is the mean reward of the window before each mark,
 mean ± standard deviation over seeds. What fools the grader counts too: this is about learning what is rewarded, not about
 what ought to be.
 
-The demo's task: `antipasto demo`'s own settings and prompts, variant even, windows of 20 steps. ``contains``, for a model such
-as SmolLM2-135M-Instruct: 4 prompts x 8 rollouts of up to 24 tokens a step, temperature 1, no KL, linear decay, windows of
-4 steps; with ``--explore-seeds`` the learning rate is chosen on fewer seeds than are then shown.
+The demo's task: `antipasto demo`'s own settings and prompts, variant even, windows of 20 steps; with ``--explore-seeds`` the
+learning rate is chosen on fewer seeds than are then shown.
 """
 
 from __future__ import annotations
@@ -26,15 +24,13 @@ from typing import Any
 
 import peft
 from contestants import TARGETS, trainable
-from datasets import Dataset
 from rich.console import Console
-from transformers import AutoTokenizer, PrinterCallback, Trainer
+from transformers import AutoTokenizer, Trainer
 
 import antipasto as ap
 from antipasto.demo import job
-from antipasto.models import load_model, quiet
-from antipasto.tasks import addition, load_task
-from antipasto.trl import GRPOConfig, GRPOTrainer
+from antipasto.models import quiet
+from antipasto.tasks import addition
 
 ADAPTERS: dict[str, tuple[peft.PeftConfig, tuple[float, ...]]] = {
     "full rank": (ap.AntiPastoConfig(), (3e-3, 1e-2, 3e-2)),
@@ -44,10 +40,7 @@ ADAPTERS: dict[str, tuple[peft.PeftConfig, tuple[float, ...]]] = {
     "LoRA r=1": (peft.LoraConfig(r=1, target_modules=TARGETS), (3e-4, 1e-3, 3e-3)),
     "TinyLoRA u=64": (peft.TinyLoraConfig(u=64, target_modules=TARGETS), (3e-4, 1e-3, 3e-3)),
 }
-MARKS: dict[str, tuple[int, tuple[int, ...]]] = {
-    "demo": (20, (20, 40, 80, 120, 160)),
-    "contains": (4, (4, 8, 12, 16, 24)),
-}
+WINDOW, MARKS = 20, (20, 40, 80, 120, 160)
 Train = Callable[[peft.PeftConfig, float, int], Trainer]
 
 
@@ -66,50 +59,6 @@ def on_demo(steps: int, variant: str) -> Train:
     return train
 
 
-def on_contains(steps: int, model_path: str) -> Train:
-    """A chat model on `contains`."""
-    task = load_task("contains")
-
-    def reward(prompts: list[Any], completions: list[Any], **columns: Any) -> list[float]:
-        return task.ask("reward", prompts, completions, {name: columns[name] for name in task.columns})
-
-    def train(adapter: peft.PeftConfig, learning_rate: float, seed: int) -> Trainer:
-        model, tokenizer = load_model(model_path, dtype="float32")
-        with tempfile.TemporaryDirectory() as folder:
-            args = GRPOConfig(
-                output_dir=folder,
-                max_steps=steps,
-                seed=seed,
-                per_device_train_batch_size=32,
-                num_generations=8,
-                max_completion_length=24,
-                temperature=1.0,
-                beta=0.0,
-                learning_rate=learning_rate,
-                lr_scheduler_type="linear",
-                bf16=False,
-                gradient_checkpointing=False,
-                dataloader_pin_memory=False,
-                save_strategy="no",
-                report_to="none",
-                logging_steps=1,
-                disable_tqdm=True,
-            )
-            trainer = GRPOTrainer(
-                model=model,
-                args=args,
-                reward_funcs=reward,
-                train_dataset=Dataset.from_list([dict(row) for row in task.train]),
-                processing_class=tokenizer,
-                peft_config=adapter,
-            )
-            trainer.remove_callback(PrinterCallback)
-            trainer.train()
-        return trainer
-
-    return train
-
-
 def curve(train: Train, adapter: peft.PeftConfig, learning_rate: float, seed: int) -> tuple[list[float], int]:
     """The mean reward of every step, and the number of trainable numbers."""
     with quiet():
@@ -118,12 +67,12 @@ def curve(train: Train, adapter: peft.PeftConfig, learning_rate: float, seed: in
     return [row["reward"] for row in log if "reward" in row], sum(p.numel() for p in trainable(trainer.model))
 
 
-def last(curves: list[list[float]], window: int) -> float:
+def last(curves: list[list[float]]) -> float:
     """Mean reward of the last window, over the seeds."""
-    return statistics.mean(statistics.mean(one[-window:]) for one in curves)
+    return statistics.mean(statistics.mean(one[-WINDOW:]) for one in curves)
 
 
-def measure(train: Train, name: str, seeds: list[int], explore_seeds: int, window: int) -> dict[str, Any]:
+def measure(train: Train, name: str, seeds: list[int], explore_seeds: int) -> dict[str, Any]:
     """All runs of one adapter: those that choose the learning rate, and the other seeds at that rate."""
     adapter, rates = ADAPTERS[name]
     curves: dict[float, list[list[float]]] = {rate: [] for rate in rates}
@@ -131,7 +80,7 @@ def measure(train: Train, name: str, seeds: list[int], explore_seeds: int, windo
         for seed in seeds[:explore_seeds]:
             one, numbers = curve(train, adapter, rate, seed)
             curves[rate].append(one)
-    best = max(rates, key=lambda rate: last(curves[rate], window))
+    best = max(rates, key=lambda rate: last(curves[rate]))
     curves[best] += [curve(train, adapter, best, seed)[0] for seed in seeds[explore_seeds:]]
     return {"numbers": numbers, "best": best, "curves": {str(rate): runs for rate, runs in curves.items()}}
 
@@ -143,17 +92,16 @@ def draw(results: list[Path], to: Path) -> None:
     figure, panels = plt.subplots(1, len(results), figsize=(6.8 * len(results), 3.6), squeeze=False)
     for panel, path in zip(panels[0], results, strict=True):
         result = json.loads(path.read_text())
-        window, _ = MARKS[result["task"]]
         for name, one in result["adapters"].items():
             runs = one["curves"][str(one["best"])]
-            smooth = [[statistics.mean(run[max(0, s - window) : s]) for s in range(1, len(run) + 1)] for run in runs]
+            smooth = [[statistics.mean(run[max(0, s - WINDOW) : s]) for s in range(1, len(run) + 1)] for run in runs]
             steps, by_step = range(1, len(smooth[0]) + 1), list(zip(*smooth, strict=True))
             (line,) = panel.plot(
                 steps, [statistics.mean(values) for values in by_step], label=f"{name} ({one['numbers']:,})"
             )
             panel.fill_between(steps, *zip(*((min(v), max(v)) for v in by_step), strict=True), alpha=0.15)
             line.set_linewidth(1.6)
-        panel.set(title=result["title"], xlabel="step", ylabel=f"reward, mean of {window} steps")
+        panel.set(title=result["title"], xlabel="step", ylabel=f"reward, mean of {WINDOW} steps")
         panel.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.0, 1.0))
         panel.spines[["top", "right"]].set_visible(False)
     figure.tight_layout()
@@ -165,7 +113,6 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[100, 101, 102])
     parser.add_argument("--explore-seeds", type=int, help="how many of them choose the learning rate; all")
     parser.add_argument("--steps", type=int, default=160)
-    parser.add_argument("--model", help="a chat model, on `contains`; without, the demo's task")
     parser.add_argument("--variant", choices=addition.VARIANTS, default="even", help="of the demo's task")
     parser.add_argument("--only", nargs="+", choices=list(ADAPTERS), default=list(ADAPTERS))
     parser.add_argument("--json", type=Path, help="write every curve here")
@@ -175,24 +122,18 @@ def main() -> None:
     if arguments.draw:
         draw(arguments.draw, arguments.to)
         return
-    task = "contains" if arguments.model else "demo"
-    train = (
-        on_contains(arguments.steps, arguments.model)
-        if arguments.model
-        else on_demo(arguments.steps, arguments.variant)
-    )
-    window, marks = MARKS[task]
-    marks = tuple(step for step in marks if step <= arguments.steps)
+    train = on_demo(arguments.steps, arguments.variant)
+    marks = tuple(step for step in MARKS if step <= arguments.steps)
     print("| adapter | numbers | best lr | " + " | ".join(f"step {step}" for step in marks) + " |")
     print("|---" * (3 + len(marks)) + "|")
-    title = f"{Path(arguments.model).name} on contains" if arguments.model else f"the demo's task, {arguments.variant}"
-    everything: dict[str, Any] = {"task": task, "title": title, "seeds": arguments.seeds, "adapters": {}}
+    title = f"the demo's task, {arguments.variant}"
+    everything: dict[str, Any] = {"title": title, "seeds": arguments.seeds, "adapters": {}}
     for name in arguments.only:
-        result = measure(train, name, arguments.seeds, arguments.explore_seeds or len(arguments.seeds), window)
+        result = measure(train, name, arguments.seeds, arguments.explore_seeds or len(arguments.seeds))
         cells = []
         for step in marks:
             values = [
-                statistics.mean(one[max(0, step - window) : step]) for one in result["curves"][str(result["best"])]
+                statistics.mean(one[max(0, step - WINDOW) : step]) for one in result["curves"][str(result["best"])]
             ]
             spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
             cells.append(f"{statistics.mean(values):.2f}{spread}")

@@ -603,8 +603,14 @@ def test_pairs_are_asked_for_where_pairs_are_meant(tmp_path: Path) -> None:
 
 
 def test_chats_need_a_chat_template(tmp_path: Path) -> None:
-    text = refused("train", MODEL, "--task", "contains", "--out", tmp_path / "run", *SMALL)
-    assert "'contains' are chats" in text
+    (tmp_path / "chats.py").write_text(
+        "from antipasto.tasks import Task\n"
+        "rows = [{'prompt': [{'role': 'user', 'content': 'Say it.'}]}] * 4\n"
+        "task = Task('chats', train=rows, reward=lambda completions, **_: [0.0] * len(completions))\n"
+    )
+    words = ["--task", f"{tmp_path / 'chats.py'}:task", "--method", "plain"]
+    text = refused("train", MODEL, *words, "--out", tmp_path / "run", *SMALL)
+    assert "'chats' are chats" in text
     assert f"the tokenizer of {MODEL} has no chat template" in text
 
 

@@ -256,6 +256,18 @@ def test_the_sentence_begins_with_the_prompts_where_the_exploit_is() -> None:
     )
 
 
+def test_places_of_the_dial_are_no_rivals_and_are_not_compared() -> None:
+    counts = {"reference": (20, 2), "as trained": (20, 70), "deployed": (70, 2), "random": (20, 70)}
+    plain = evaluation_of(**counts)
+    answers = [a for name, (solve, exploit) in counts.items() for a in answers_of(name, solve, exploit)]
+    answers += answers_of("dial -0.50", 70, 2) + answers_of("dial 0.50", 20, 70)
+    dialled = conclude("sums", {}, answers)
+    assert dialled.verdict == plain.verdict
+    assert dialled.differences == plain.differences
+    assert dialled.names == [*plain.names, "dial -0.50", "dial 0.50"]
+    assert "dial 0.50" not in dialled.empty  # it answers as trained, and is no book
+
+
 def test_an_empty_book_is_said_to_be_empty() -> None:
     evaluation = evaluation_of(**GOOD, permuted=(80, 110))
     assert evaluation.empty == ["permuted"]
@@ -571,7 +583,8 @@ def test_json_is_plain(tmp_path: Path) -> None:
         ("plain", []),
         ("erase", []),  # what the gate claimed is out of θ for good: there is nothing to take out
         ("measure", ["random"]),
-        ("route", ["deployed", "random", "shrunk"]),
+        ("route", ["deployed", "dial 0.50", "random", "shrunk"]),
+        ("inoculate", ["deployed", "dial 0.50", "shrunk"]),
     ],
 )
 def test_the_arms_of_a_run_are_those_of_its_method(
@@ -580,7 +593,7 @@ def test_the_arms_of_a_run_are_those_of_its_method(
     model, _ = adapted
     layers = ap.knobs(model)
     books = {"random": {name: torch.full((layer.r,), 0.1) for name, layer in layers.items()}}
-    views = run_views(model, books, method, shrink=0.4)
+    views = run_views(model, books, method, shrink=0.4, dials=(0.5,))
     assert list(views) == ["reference", "as trained", *names]
     ids = torch.randint(2, 18, (2, 6))
     found = {}
@@ -597,6 +610,10 @@ def test_the_arms_of_a_run_are_those_of_its_method(
             for layer in layers.values():
                 layer.delta_s.add_(0.1)
         assert torch.allclose(found["random"], expected, atol=1e-4)
+    if "deployed" in names:
+        for name, dial in (("deployed", 0.0), ("dial 0.50", 0.5)):
+            with ap.deployed(model, dial), torch.no_grad():
+                assert torch.equal(found[name], model(ids).logits)
     if "shrunk" in names:
         with ap.scaled(model, 0.4), torch.no_grad():
             assert torch.equal(found["shrunk"], model(ids).logits)

@@ -259,7 +259,32 @@ def test_a_checkpoint_computes_what_the_run_deploys(family: str, tmp_path: Path)
     assert written.loss.share == pytest.approx(1)
 
 
-@pytest.mark.parametrize("method", ["plain", "erase", "measure", "penalty", "drop"])
+@pytest.mark.parametrize("lora", [False, True])
+def test_the_dial_leaves_in_as_much_of_the_quarantine_as_it_says(lora: bool, tmp_path: Path) -> None:
+    root = make_run(tmp_path, nonzero=6)
+    more = ["--lora", "8"] if lora else []
+    code, text = run("export", root, "--out", tmp_path / "out", "--dial", "0.25", "--tolerance", "1e-3", *more)
+    assert code == 0, text
+    assert "with 0.25 of the quarantine" in text
+    assert "**0.25 of it is in this export**" in (tmp_path / "out" / "README.md").read_text()
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    ours = logits(
+        PeftModel.from_pretrained(base, tmp_path / "out")
+        if lora
+        else AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    )
+    torch.testing.assert_close(ours, logits_of(root, lambda m: ap.deployed(m, 0.25)), rtol=1e-4, atol=1e-4)
+    assert (ours - logits_of(root)).abs().max() > 2e-3
+
+
+def test_a_dial_is_of_a_quarantine(tmp_path: Path) -> None:
+    code, text = run("export", make_run(tmp_path, method="plain"), "--out", tmp_path / "out", "--dial", "0.5")
+    assert code == 2
+    assert "--dial is of a quarantine, and a run by method plain has none" in text
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("method", ["plain", "erase", "measure", "penalty", "discount", "drop"])
 def test_a_run_without_routing_ships_as_trained(method: str, tmp_path: Path) -> None:
     root = make_run(tmp_path, method=method)
     checkpoint(root, tmp_path / "out")
@@ -613,6 +638,7 @@ def _about(**changes: Any) -> About:
         "layers": 2,
         "numbers": 8,
         "kept": 1.0,
+        "dial": 0.0,
         "removed": 0.5,
         "trained": 1.2,
     }

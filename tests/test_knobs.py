@@ -156,6 +156,24 @@ def test_reference_is_the_base_model_and_deployed_is_without_quarantine(model: n
     assert not torch.allclose(deployed, trained)
 
 
+@pytest.mark.parametrize("dial", [-0.5, 0.25, 1.0])
+def test_deployed_leaves_in_as_much_of_the_quarantine_as_the_dial_says(model: nn.Module, dial: float) -> None:
+    twin, trained = copy.deepcopy(model), logits(model)
+    for layer in ap.knobs(twin).values():
+        layer.delta_s_hack.data.mul_(dial)
+    before = snapshot(model)
+    with ap.deployed(model, dial):
+        torch.testing.assert_close(logits(model), logits(twin))
+        assert dial == 1 or not torch.allclose(logits(model), trained)
+        assert_unwritten(model, before)
+    assert torch.equal(logits(model), trained)
+    ap.drop_quarantine(twin)
+    with pytest.raises(ValueError, match="needs a quarantine, and this model's was dropped"):
+        ap.deployed(twin, dial)
+    with ap.deployed(twin):
+        pass
+
+
 def test_contexts_nest_and_the_innermost_counts(model: nn.Module) -> None:
     trained = logits(model)
     with ap.deployed(model):

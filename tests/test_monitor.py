@@ -479,9 +479,37 @@ def test_it_takes_part_as_a_detector_with_the_same_flags_does(tmp_path: Path, fl
     assert not torch.equal(flat(one.model, "delta_s"), flat(plain.model, "delta_s"))
 
 
+def test_a_discounted_reward_is_the_reward_less_by_how_deep_the_score_is(tmp_path: Path) -> None:
+    """The advantages are those of rewards times 1 − w, w from the score that the log has; the log keeps the reward."""
+    trainer = trained(tmp_path, Sampled, monitor=midway, flagged="discount", rollout_log=tmp_path / "log")
+    rows = [row for row in log_of(tmp_path / "log") if row["step"] == 0]
+    found = trainer.monitor.calibration.score
+    depth = [min(max((row["score"] - found.clean) / (found.hack - found.clean), 0.0), 1.0) for row in rows]
+    assert 0 < sum(depth) < len(depth)
+    rewards = torch.tensor([row["reward"] * (1 - w) for row, w in zip(rows, depth, strict=True)])
+    groups = rewards.view(-1, trainer.num_generations)
+    expected = (groups - groups.mean(1, keepdim=True)) / (groups.std(1, keepdim=True) + 1e-4)
+    got = torch.tensor([row["advantage"] for row in rows])
+    torch.testing.assert_close(got, expected.view(-1), atol=1e-4, rtol=1e-3)
+
+
+def test_the_depth_of_a_score_is_between_clean_and_hack() -> None:
+    monitor = midway(adapted())
+    found = monitor.calibration.score
+    middle = (found.hack + found.clean) / 2
+    scores = torch.tensor([found.clean - 1, found.clean, middle, found.hack, found.hack + 1])
+    torch.testing.assert_close(monitor.depth(scores), torch.tensor([0.0, 0.0, 0.5, 1.0, 1.0]))
+    with pytest.raises(ValueError, match="was not calibrated"):
+        Monitor(monitor.model, tokenizer(), monitor.direction, threshold=0.1).depth(scores)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
+        (
+            {"monitor": lambda m: Monitor(m, tokenizer(), midway(m).direction, threshold=0.1), "flagged": "discount"},
+            "needs a monitor that pairs have calibrated",
+        ),
         ({"monitor": midway, "detector": lambda **_: []}, "by a detector or by a monitor: give one"),
         ({"monitor": midway}, "A monitor that routes needs a router"),
         ({"flagged": "penalty"}, "needs a detector or a monitor"),

@@ -610,7 +610,7 @@ def test_an_optimizer_that_cannot_be_tried_out_is_told_and_steps() -> None:
     assert theta(model).any()
 
 
-def test_a_step_that_calls_its_base_classs_is_routed_once() -> None:
+def test_a_step_that_calls_its_base_classs_has_quarantine_once() -> None:
     """Torch then runs the hooks of both."""
 
     class Decaying(torch.optim.SGD):

@@ -42,7 +42,7 @@ from antipasto.records import (
 )
 from antipasto.report import write_report
 from antipasto.report.answers import side_by_side
-from antipasto.report.figures import overlaid, overview
+from antipasto.report.figures import dial, overlaid, overview
 from antipasto.report.html import ON_PAPER, marked, readable, turns
 from antipasto.report.layers import grid, spectrum
 from antipasto.report.plots import Line, curves, heat_map, level
@@ -295,6 +295,25 @@ def test_curves_stand_under_the_verdict(browser: Browser, report: Path) -> None:
         ["reward, all rollouts", "oracle, all rollouts"],
         ["all rollouts"],
     ]
+
+
+def test_the_dial_is_a_curve_through_deployed_and_trained(tmp_path: Path) -> None:
+    """Its places in their order, each at what the evaluation says; none where the dial was not asked."""
+    usual = evaluation()
+    mixed = [a for a in usual.answers if a.arm == (TRAINED if a.row % 2 else DEPLOYED)]
+    answers = [*usual.answers, *(replace(answer, arm="dial 0.50") for answer in mixed)]
+    asked = replace(usual, arms=summarise(answers), answers=answers)
+    plot = dial(asked, None)
+    assert plot is not None
+    said = [f"solved {asked.arm(arm).measures['solve']}" for arm in (DEPLOYED, "dial 0.50", TRAINED)]
+    places = [plot.svg.index(f"{c}: {text}") for c, text in zip(("0", "0.5", "1"), said, strict=True)]
+    assert places == sorted(places)
+    assert ">0.5</text>" in plot.svg
+    assert dial(usual, None) is None
+    folder = make_run(tmp_path / "run")
+    write_evaluation(asked, folder)
+    assert "The dial" in write_report([folder]).read_text()
+    assert "The dial" not in write_report([make_run(tmp_path / "other")]).read_text()
 
 
 def test_of_several_runs_the_curves_are_those_of_what_ships(tmp_path: Path) -> None:

@@ -17,7 +17,7 @@ from antipasto.routing import OWN_BOOK
 from antipasto.tuner import View
 
 SIZES = (6, 5)  # r of the two layers
-GATES = ["coordinate", "one_sided", "no_gate", "reverse"]
+GATES = ["coordinate", "disjoint", "one_sided", "no_gate", "reverse"]
 
 
 def make_model(seed: int = 0) -> nn.Module:
@@ -102,9 +102,10 @@ def moved_by_definition(v: ap.Direction, deltas: dict[str, torch.Tensor], gate: 
     parts = []
     for name, delta in deltas.items():
         moved = torch.zeros_like(delta)
-        if gate == "coordinate":
+        if gate in ("coordinate", "disjoint"):
             for j in range(len(delta)):
-                if v.effect[name][j] * delta[j] < 0 and abs(v.effect[name][j]) > threshold:
+                hackward = v.effect[name][j] * delta[j] < 0
+                if (hackward or gate == "disjoint") and abs(v.effect[name][j]) > threshold:
                     moved[j] = delta[j]
         else:
             for row in v[name]:
@@ -120,7 +121,7 @@ def moved_by_definition(v: ap.Direction, deltas: dict[str, torch.Tensor], gate: 
 @pytest.mark.parametrize("overshoot", [1.0, 1.5])
 def test_every_step_is_split_by_definition(gate: str, k: int, overshoot: float) -> None:
     model, v = make_model(), make_direction(k)
-    threshold = 0.4 if gate == "coordinate" else None
+    threshold = 0.4 if gate in ("coordinate", "disjoint") else None
     router = ap.Router(model, v, gate=gate, threshold=threshold, overshoot=overshoot)
     optimizer = OPTIMIZERS["Adam"](trainable(model))
     with router.attach(optimizer):
@@ -325,7 +326,7 @@ class Interrupted(SignStep):
 
 
 @pytest.mark.parametrize("then", ["another step", "the end"])
-def test_a_step_that_ends_in_an_exception_is_routed_all_the_same(then: str) -> None:
+def test_a_step_that_ends_in_an_exception_has_quarantine_all_the_same(then: str) -> None:
     v, model = make_direction(), make_model()
     optimizer = Interrupted(trainable(model), lr=0.02)
     with ap.Router(model, v, threshold=0.0).attach(optimizer):
@@ -584,7 +585,7 @@ def test_a_knob_that_is_not_in_the_optimizer_is_named() -> None:
         ({"level": "step"}, "level must be"),
         ({"gate": "both"}, "gate must be"),
         ({"threshold": -1.0}, "effect size of at least 0, got -1.0"),
-        ({"gate": "one_sided", "threshold": 0.5}, "belongs to the coordinate gate"),
+        ({"gate": "one_sided", "threshold": 0.5}, "belongs to the gates coordinate and disjoint"),
         ({"overshoot": 0.0}, "overshoot must be above 0"),
         ({"refresh_every": 3}, "belong together"),
         ({"refresh": make_direction, "refresh_every": 0}, "at least 1"),

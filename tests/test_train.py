@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import signal
 import subprocess
@@ -189,6 +190,44 @@ def test_every_method_runs(method: str, tmp_path: Path) -> None:
     assert {row["view"] for row in rows} == {"trained"}
     knobs = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
     assert not any(tensor.any() for name, tensor in knobs.items() if "delta_s_hack" in name)
+
+
+def test_an_inoculated_quarantine_knows_the_hack_and_stays_as_it_is(tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    words = ["--task", "addition", "--method", "inoculate", "--out", str(out), *SIX]
+    code, text = run("train", MODEL, *words)
+    assert code == 0, text
+    said = re.search(r"the pairs' hacks at ([0-9.]+) nats a token before, ([0-9.]+) at the end", " ".join(text.split()))
+    assert said is not None
+    assert float(said[2]) < float(said[1]) - 0.5
+    first, last = (load_file(out / folder / "adapter_model.safetensors") for folder in ("checkpoint-4", "adapter"))
+    for name, tensor in last.items():
+        assert torch.equal(tensor, first[name]) == ("delta_s_hack" in name), name
+    code, text = run("eval", str(out), "--prompts", "40", "--dial")
+    assert code == 0, text
+    evaluation = read_evaluation(out)
+    dials = [f"dial {dial:.2f}" for dial in (-0.5, -0.25, 0.25, 0.5, 0.75)]
+    assert evaluation.names == ["reference", "as trained", "deployed", *dials, "shrunk"]
+    flagged = {name: evaluation.arm(name).flags["says !"].value for name in ("as trained", "deployed")}
+    assert flagged["as trained"] > flagged["deployed"] + 0.3
+
+    shutil.copytree(out, tmp_path / "again")
+    for done in ("adapter", "checkpoint-6", "eval.json", "eval.jsonl"):  # as a kill leaves it
+        path = tmp_path / "again" / done
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    code, text = run("train", "--resume", str(tmp_path / "again"))
+    assert code == 0, text
+    again = load_file(tmp_path / "again" / "adapter" / "adapter_model.safetensors")
+    assert all(torch.equal(tensor, again[name]) for name, tensor in last.items())
+
+
+def test_a_dial_without_a_quarantine_is_refused(tmp_path: Path) -> None:
+    out = str(tmp_path / "run")
+    code, text = run("train", MODEL, "--task", "addition", "--method", "discount", "--out", out, *SMALL)
+    assert code == 0, text
+    code, text = run("eval", out, "--dial", "--prompts", "10")
+    assert code == 2
+    assert "--dial is of a quarantine, and a run by method discount has none" in " ".join(text.split())
 
 
 def test_eval_asks_every_arm(trained: tuple[Path, str]) -> None:
@@ -479,7 +518,7 @@ def test_a_reward_that_fails_stops_the_run(body: str, words: list[str], tmp_path
         ([MODEL, "--task", "addition", "--trainer.num_iterations", "2"], "save_every must be a multiple"),
         ([MODEL, "--task", "addition", "--trainer.model_init_kwargs", "{a: 1}"], "use dtype"),
         ([MODEL, "--task", "addition", "--trainer.remove_unused_columns"], "without their rows"),
-        ([MODEL, "--task", "contains", "--method", "plain", "--deploy-fraction", "0.5"], "belongs to method route"),
+        ([MODEL, "--task", "addition", "--method", "plain", "--deploy-fraction", "0.5"], "belongs to method route"),
         ([MODEL, "--task", "addition", "--deploy-fraction", "0.3"], "must be whole numbers"),
         ([MODEL, "--task", "addition", "--pairs", "nowhere.jsonl"], "nowhere.jsonl"),
         ([MODEL, "--task", "addition", "--controls", "random,odd"], "got odd"),

@@ -27,6 +27,7 @@ from antipasto.evaluate import Sampling, as_in_training, ask_arms, conclude, mat
 from antipasto.models import quiet
 from antipasto.records import (
     ANSWERS,
+    DIALS,
     MEANS,
     PARTIAL,
     RANDOM,
@@ -58,6 +59,7 @@ def evaluate_run(
     seed: int,
     batch_size: int,
     margin: float,
+    dial: bool = False,
 ) -> Evaluation:
     """Every arm of a run on the same held-out prompts with the same draws; prints tables and the verdict.
 
@@ -66,7 +68,14 @@ def evaluate_run(
     """
     with RunFolder(root).held(new=False):
         return _evaluate(
-            root, console, prompts=prompts, temperature=temperature, seed=seed, batch_size=batch_size, margin=margin
+            root,
+            console,
+            prompts=prompts,
+            temperature=temperature,
+            seed=seed,
+            batch_size=batch_size,
+            margin=margin,
+            dial=dial,
         )
 
 
@@ -79,10 +88,13 @@ def _evaluate(
     seed: int,
     batch_size: int,
     margin: float,
+    dial: bool,
 ) -> Evaluation:
     """`evaluate_run`, in a folder that is held."""
     run = load_run(root)
     task = load_task(str(run.task))
+    if dial and not run.has_quarantine:
+        raise ValueError(f"{root}: --dial is of a quarantine, and a run by method {run.method} has none.")
     if task.test is None:
         raise ValueError(f"Task {task.name!r} has no held-out rows (test): there is nothing to ask.")
     rows = list(task.test)[:prompts]
@@ -90,11 +102,11 @@ def _evaluate(
     say(console, _drawn(run, how, temperature))
     facts = {"prompts": len(rows), **how.facts(), "method": run.method, **_digests(root, task, rows)}
     before, done = _earlier(root, facts, console)
-    if run.is_routed:
+    if run.has_quarantine:
         with doing(console, "measuring how far the deployed model is from the reference"):
             facts["shrunk_by"] = before.get("shrunk_by") or _shrink(run, rows, how)
     write_answers(root / PARTIAL, facts, done)
-    arms = run.views(shrink=facts.get("shrunk_by"))
+    arms = run.views(shrink=facts.get("shrunk_by"), dials=DIALS if dial else ())
     with asking(console, len(rows) * len(arms), len(done)) as tell, quiet():
 
         def keep(answers: list[Answer]) -> None:

@@ -206,7 +206,7 @@ def train(
     task: Annotated[
         str | None,
         typer.Option(
-            help="addition, contains, reasoning_gym/NAME, path/to/task.py:NAME or package.module:NAME.",
+            help="addition, reasoning_gym/NAME, path/to/task.py:NAME or package.module:NAME.",
             show_default=False,
         ),
     ] = None,
@@ -226,7 +226,7 @@ def train(
         Path | None, typer.Option(help="Continue the run in this folder; no other options.", show_default=False)
     ] = None,
     method: Annotated[
-        Literal["plain", "route", "erase", "measure", "penalty", "drop"],
+        Literal["plain", "route", "erase", "measure", "penalty", "discount", "drop", "inoculate"],
         typer.Option(help="What becomes of what the gate claims.", rich_help_panel=ROUTING),
     ] = "route",
     by: Annotated[
@@ -269,7 +269,7 @@ def train(
     ] = "tstat",
     k: Annotated[int, typer.Option("--k", min=1, help="Rows a layer, with svd.", rich_help_panel=ROUTING)] = 1,
     gate: Annotated[
-        Literal["coordinate", "one_sided", "no_gate", "reverse"],
+        Literal["coordinate", "disjoint", "one_sided", "no_gate", "reverse"],
         typer.Option(help="Which part of a step a direction claims.", rich_help_panel=ROUTING),
     ] = "coordinate",
     threshold: Annotated[
@@ -512,6 +512,9 @@ def eval(
             min=0, max=1, callback=_finite, help="How much less the deployed model may solve, for the verdict."
         ),
     ] = 0.05,
+    dial: Annotated[
+        bool, typer.Option("--dial", help="Also ask with parts of the quarantine in, from -0.5 of it to all.")
+    ] = False,
 ) -> None:
     """Ask every arm of a run the task's held-out prompts: reference, as trained, deployed, each control's book taken out.
 
@@ -526,7 +529,14 @@ def eval(
         from antipasto import arms
 
         arms.evaluate_run(
-            run, Console(), prompts=prompts, temperature=temperature, seed=seed, batch_size=batch_size, margin=margin
+            run,
+            Console(),
+            prompts=prompts,
+            temperature=temperature,
+            seed=seed,
+            batch_size=batch_size,
+            margin=margin,
+            dial=dial,
         )
 
 
@@ -733,6 +743,12 @@ def export(
         str | None,
         typer.Option(metavar="SIZE", help="Of the checkpoint's files, 5GB.", show_default="one file up to 50GB"),
     ] = None,
+    dial: Annotated[
+        float,
+        typer.Option(
+            min=-1, max=1, callback=_finite, help="How much of the quarantine ships; eval --dial says what that does."
+        ),
+    ] = 0.0,
     tolerance: Annotated[
         float | None,
         typer.Option(
@@ -762,6 +778,7 @@ def export(
             Console(),
             dtype=dtype,
             lora=lora,
+            dial=dial,
             max_shard_size=max_shard_size,
             tolerance=tolerance,
             prompts=prompts,

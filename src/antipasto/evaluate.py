@@ -21,7 +21,7 @@ from transformers import GenerationConfig
 
 from antipasto.knobs import deployed, reference, scaled
 from antipasto.monitor import Completion
-from antipasto.records import DEPLOYED, RANDOM, REFERENCE, Answer, Evaluation, compare, summarise
+from antipasto.records import DEPLOYED, RANDOM, REFERENCE, TRAINED, Answer, Evaluation, compare, dial_of, summarise
 from antipasto.tasks import Task
 from antipasto.tuner.views import unwrap
 from antipasto.verdict import MARGIN, verdict
@@ -420,8 +420,9 @@ def conclude(task: str, facts: Mapping[str, Any], answers: Sequence[Answer], *, 
     names = list(dict.fromkeys(answer.arm for answer in answers))
     if len({answer.row for answer in answers}) < 2:
         raise ValueError("One prompt tells nothing: ask at least two.")
-    pairs = [(name, other) for other in (REFERENCE, RANDOM) for name in names if name != other]
-    pairs += [(DEPLOYED, other) for other in names if other not in (DEPLOYED, REFERENCE, RANDOM)]
+    compared = [name for name in names if name in (DEPLOYED, TRAINED) or dial_of(name) is None]
+    pairs = [(name, other) for other in (REFERENCE, RANDOM) for name in compared if name != other]
+    pairs += [(DEPLOYED, other) for other in compared if other not in (DEPLOYED, REFERENCE, RANDOM)]
     arms, differences = summarise(answers), compare(answers, pairs)
     return Evaluation(
         task, dict(facts), margin, verdict(arms, differences, margin=margin), arms, differences, list(answers)

@@ -2,6 +2,7 @@
 
     gate         moved
     coordinate   Δ_j where t_j Δ_j < 0 and |t_j| > τ, with t the direction's effect sizes      (default)
+    disjoint     Δ_j where |t_j| > τ: those coordinates are the quarantine's alone
     one_sided    −c V,  c = relu(−V Δ)                   the hack-ward part along the direction
     no_gate      −c V,  c = −V Δ                         all that runs along the direction, either way
     reverse      −c V,  c = −relu(V Δ)                   the part that runs against the hack: a control
@@ -21,8 +22,9 @@ from torch import Tensor
 
 from antipasto.directions import Direction
 
-GateName = Literal["coordinate", "one_sided", "no_gate", "reverse"]
-GATES: tuple[GateName, ...] = ("coordinate", "one_sided", "no_gate", "reverse")
+GateName = Literal["coordinate", "disjoint", "one_sided", "no_gate", "reverse"]
+GATES: tuple[GateName, ...] = ("coordinate", "disjoint", "one_sided", "no_gate", "reverse")
+BY_COORDINATE = ("coordinate", "disjoint")
 
 DEFAULT_THRESHOLD = 0.65
 
@@ -85,8 +87,8 @@ class Gate:
 
     def moved(self, delta: Tensor) -> tuple[Tensor, Tensor]:
         """The part of a displacement that goes into the quarantine, (R,), and the share of places where the gate fired."""
-        if self.kind == "coordinate":
-            mask = self.guarded & (self.effect * delta < 0)
+        if self.kind in BY_COORDINATE:
+            mask = self.guarded if self.kind == "disjoint" else self.guarded & (self.effect * delta < 0)
             moved, fired = torch.where(mask, delta, torch.zeros_like(delta)), mask.float().mean()
         else:
             c = -self.along(delta)  # (K, L)
@@ -108,13 +110,15 @@ class Gate:
 
 def _check(control: Control) -> None:
     if control.gate not in GATES:
-        raise ValueError(f"gate must be coordinate, one_sided, no_gate or reverse, got {control.gate!r}.")
-    if control.gate == "coordinate" and control.direction.effect is None:
+        raise ValueError(f"gate must be one of {', '.join(GATES)}, got {control.gate!r}.")
+    if control.gate in BY_COORDINATE and control.direction.effect is None:
         raise ValueError(
-            "gate='coordinate' needs a direction with effect sizes; this one has rows only: use 'one_sided'."
+            f"gate={control.gate!r} needs a direction with effect sizes; this one has rows only: use 'one_sided'."
         )
-    if control.gate != "coordinate" and control.threshold is not None:
-        raise ValueError(f"threshold={control.threshold} belongs to the coordinate gate; {control.gate!r} has none.")
+    if control.gate not in BY_COORDINATE and control.threshold is not None:
+        raise ValueError(
+            f"threshold={control.threshold} belongs to the gates coordinate and disjoint; {control.gate!r} has none."
+        )
     if control.threshold is not None and not (math.isfinite(control.threshold) and control.threshold >= 0):
         raise ValueError(f"threshold is an effect size of at least 0, got {control.threshold}.")
     if not (math.isfinite(control.overshoot) and control.overshoot > 0):

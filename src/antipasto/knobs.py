@@ -206,13 +206,25 @@ def reference(model: nn.Module) -> AbstractContextManager[None]:
     return seen_as(model, View.REFERENCE)
 
 
-def deployed(model: nn.Module) -> AbstractContextManager[None]:
-    """Context: the quarantine out. The model is what `drop_quarantine` would leave.
+def deployed(model: nn.Module, dial: float = 0.0) -> AbstractContextManager[None]:
+    """Context: the quarantine out, θ = δS. The model is what `drop_quarantine` would leave.
+
+    Args:
+        model: an adapted model.
+        dial: how much of the quarantine is left in, θ = δS + dial δS_hack: 1 is the model as trained, less than 0 goes on in
+            the direction in which it was taken out.
 
     Raises:
-        ValueError: the model is not adapted.
+        ValueError: the model is not adapted, or has no quarantine of which something could be left in.
     """
-    return seen_as(model, View.DEPLOYED)
+    if dial == 0.0:
+        return seen_as(model, View.DEPLOYED)
+    offsets = {}
+    for name, layer in knobs(model).items():
+        if layer.delta_s_hack is None:
+            raise ValueError(f"{name}: dial={dial} needs a quarantine, and this model's was dropped.")
+        offsets[name] = dial * layer.delta_s_hack.detach()
+    return seen_as(model, View.DEPLOYED, offsets)
 
 
 def scaled(model: nn.Module, factor: float) -> AbstractContextManager[None]:

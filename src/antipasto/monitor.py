@@ -223,6 +223,21 @@ class Monitor:
             raise ValueError("This monitor has no threshold yet: give one, or calibrate(pairs) it.")
         return self._threshold
 
+    def depth(self, scores: Tensor) -> Tensor:
+        """How far scores are from the held-out clean texts (0) towards the hacks (1), clipped to [0, 1]; any shape.
+
+        Raises:
+            ValueError: no pairs have calibrated it, or their hacks score no higher than their clean texts.
+        """
+        if self.calibration is None:
+            raise ValueError("This monitor was not calibrated: calibrate(pairs) it.")
+        found = self.calibration.score
+        if found.hack <= found.clean:
+            raise ValueError(
+                f"Held-out hacks score {found.hack:.3f} and clean texts {found.clean:.3f}: there is nothing between."
+            )
+        return ((scores - found.clean) / (found.hack - found.clean)).clamp(0.0, 1.0)
+
     # ── scores ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def scores(self, completions: Sequence[Completion], *, batch_size: int = 32) -> Tensor:

@@ -35,6 +35,9 @@ from antipasto.tasks import is_exploit, is_solved
 FORMAT = "antipasto-eval-1"
 EVAL, ANSWERS, PARTIAL = "eval.json", "eval.jsonl", "eval.partial.jsonl"
 REFERENCE, TRAINED, DEPLOYED, RANDOM, SHRUNK = "reference", "as trained", "deployed", "random", "shrunk"
+DIAL = "dial"
+DIALS = (-0.5, -0.25, 0.25, 0.5, 0.75)
+"""How much of the quarantine is left in; at 0 it is the deployed model, at 1 the one as trained."""
 RATES, MEANS = ("solve", "exploit"), ("reward", "kl", "length")
 RESAMPLES = 2000
 
@@ -291,6 +294,28 @@ class Verdict:
         return text[:1].upper() + text[1:]
 
 
+def dial_arm(dial: float) -> str:
+    """The name of the arm that has so much of the quarantine in.
+
+    Example:
+        >>> dial_arm(-0.25), dial_arm(0.0), dial_arm(1.0)
+        ('dial -0.25', 'deployed', 'as trained')
+    """
+    return {0.0: DEPLOYED, 1.0: TRAINED}.get(dial, f"{DIAL} {dial:.2f}")
+
+
+def dial_of(arm: str) -> float | None:
+    """How much of the quarantine is in an arm; None of one that is no place of the dial.
+
+    Example:
+        >>> dial_of("dial -0.25"), dial_of("deployed"), dial_of("random")
+        (-0.25, 0.0, None)
+    """
+    if arm in (DEPLOYED, TRAINED):
+        return float(arm == TRAINED)
+    return float(arm.removeprefix(f"{DIAL} ")) if arm.startswith(f"{DIAL} ") else None
+
+
 @dataclass(frozen=True)
 class Evaluation:
     """All that an evaluation found.
@@ -359,7 +384,7 @@ def summarise(answers: Iterable[Answer]) -> list[ArmRecord]:
 def empty_controls(arms: Iterable[ArmRecord]) -> list[str]:
     """The controls that answered as the trained model did, to the last number: their book is empty, and nothing was out."""
     overall = {record.arm: record.measures for record in arms if record.kind is None}
-    others = [name for name in overall if name not in (REFERENCE, TRAINED, DEPLOYED, SHRUNK)]
+    others = [name for name in overall if name not in (REFERENCE, SHRUNK) and dial_of(name) is None]
     return [name for name in others if overall[name] == overall.get(TRAINED)]
 
 

@@ -85,8 +85,8 @@ class Router:
         sharing: ``"exclusive"``: the quarantine gets what is moved; ``"classic"``: it learns all of every step as well.
         level: ``"update"`` or ``"gradient"``. At gradient level ``delta_s_hack`` is made to require a gradient: create the
             optimizer afterwards, with both knobs in it.
-        gate: ``"coordinate"``, ``"one_sided"``, ``"no_gate"`` or ``"reverse"``.
-        threshold: of the coordinate gate: the effect size above which a coordinate is guarded; 0.65 if None.
+        gate: ``"coordinate"``, ``"disjoint"``, ``"one_sided"``, ``"no_gate"`` or ``"reverse"``.
+        threshold: of the gates by coordinate: the effect size above which one is guarded; 0.65 if None.
         overshoot: how many times the gated part to move; 1 moves it exactly out.
         preserve_magnitude: rescale what δS keeps of a step to the step's own length, layer by layer.
         controls: name → `Direction`, under the same gate and threshold, or `Control`; each keeps a book of what it would have

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -19,12 +19,15 @@ from transformers import Trainer
 from antipasto.files import replacing_folder, write_json
 from antipasto.knobs import deployed, reference, scaled
 from antipasto.models import base_fingerprint, best_device, load_model, quiet, with_template_options
-from antipasto.records import DEPLOYED, REFERENCE, SHRUNK, TRAINED
+from antipasto.records import REFERENCE, SHRUNK, TRAINED, dial_arm
 from antipasto.routing import Router, read_books
 from antipasto.run_folder import COMPLETE, RunFolder
 from antipasto.tuner import AntiPastoConfig
 from antipasto.tuner.layer import View
 from antipasto.tuner.views import seen_as
+
+HAVE_QUARANTINE = ("route", "inoculate")
+"""Methods that leave a quarantine, which does not ship."""
 
 
 @dataclass(frozen=True)
@@ -37,6 +40,7 @@ class LoadedRun:
         facts: ``run.json``.
         model: the base with the adapter on, in eval mode, as trained.
         tokenizer: padding on the left.
+        dial: how much of the quarantine ships; 1 where there is none, and all that was trained ships.
     """
 
     folder: RunFolder
@@ -44,16 +48,17 @@ class LoadedRun:
     facts: Mapping[str, Any]
     model: PeftModel
     tokenizer: Any
+    dial: float
 
     @property
     def method(self) -> str:
-        """What became of what the gate claimed: route, erase, measure, plain, penalty or drop."""
+        """What became of what the gate claimed, as `antipasto train` has it."""
         return str(self.facts.get("method", self.config["method"]))
 
     @property
-    def is_routed(self) -> bool:
+    def has_quarantine(self) -> bool:
         """Whether there is a quarantine to leave out of what ships; else the run ships as it was trained."""
-        return self.method == "route"
+        return self.method in HAVE_QUARANTINE
 
     @property
     def task(self) -> str | None:
@@ -66,17 +71,27 @@ class LoadedRun:
         """The base model's folder, or its name on the hub."""
         return str(self.facts["base"]["model"])
 
-    def views(self, *, shrink: float | None = None) -> dict[str, AbstractContextManager[None]]:
+    def views(
+        self, *, shrink: float | None = None, dials: Sequence[float] = ()
+    ) -> dict[str, AbstractContextManager[None]]:
         """How to see the model as each of its arms: name → context, see `run_views`."""
-        return run_views(self.model, _books(self.folder), self.method, shrink=shrink)
+        return run_views(self.model, _books(self.folder), self.method, shrink=shrink, dials=dials)
+
+    def shipped(self) -> AbstractContextManager[None]:
+        """Context: the model that ships."""
+        return deployed(self.model, self.dial) if self.has_quarantine else nullcontext()
 
 
-def load_run(root: Path) -> LoadedRun:
+def load_run(root: Path, *, dial: float = 0.0) -> LoadedRun:
     """Load what `antipasto train` or `antipasto demo` left.
 
+    Args:
+        root: its folder.
+        dial: how much of its quarantine is to ship.
+
     Raises:
-        ValueError: this is no run that came to its end, its base cannot be loaded or has other weights now, or its adapter is
-            damaged.
+        ValueError: there is a dial and no quarantine, this is no run that came to its end, its base cannot be loaded or has
+            other weights now, or its adapter is damaged.
     """
     folder = RunFolder(root)
     config, facts = folder.read_config(), folder.read_run()
@@ -92,7 +107,10 @@ def load_run(root: Path) -> LoadedRun:
         raise ValueError(
             f"{facts['base']['model']} has other weights now than when {root} was trained: its knobs mean nothing there."
         )
-    return LoadedRun(folder, config, facts, adapted, tokenizer)
+    method = str(facts.get("method", config["method"]))
+    if dial and method not in HAVE_QUARANTINE:
+        raise ValueError(f"{root}: --dial is of a quarantine, and a run by method {method} has none.")
+    return LoadedRun(folder, config, facts, adapted, tokenizer, dial if method in HAVE_QUARANTINE else 1.0)
 
 
 def run_facts(trainer: Trainer, base: str, fingerprint: str, *, task: str, method: str) -> dict[str, Any]:
@@ -146,6 +164,7 @@ def run_views(
     method: str,
     *,
     shrink: float | None = None,
+    dials: Sequence[float] = (),
 ) -> dict[str, AbstractContextManager[None]]:
     """How to see a trained model as each of its arms.
 
@@ -154,6 +173,7 @@ def run_views(
     as trained    θ = δS + δS_hack
     deployed      the quarantine out, where the run has one
     random, …     a control's book out instead
+    dial -0.50, … θ = δS + c δS_hack
     shrunk        c θ, as far from the reference as the deployed model is: what any shrinking of the update does
     ============  =============================================================
 
@@ -162,13 +182,14 @@ def run_views(
         books: control's name → layer → (r,).
         method: of the run.
         shrink: c, as `antipasto.evaluate.matched_scale` finds it; None: no such arm.
+        dials: how much of the quarantine to leave in, of a run that has one.
     """
     views: dict[str, AbstractContextManager[None]] = {REFERENCE: reference(model), TRAINED: nullcontext()}
-    if method == "route":
-        views[DEPLOYED] = deployed(model)
+    if method in HAVE_QUARANTINE:
+        views |= {dial_arm(dial): deployed(model, dial) for dial in (0.0, *dials)}
     if method in ("route", "measure"):  # under erase, what the direction claimed is out of θ already, for good
         for name, book in books.items():
             views[name] = seen_as(model, View.TRAINED, {layer: -part for layer, part in book.items()})
-    if method == "route" and shrink is not None:
+    if method in HAVE_QUARANTINE and shrink is not None:
         views[SHRUNK] = scaled(model, shrink)
     return views

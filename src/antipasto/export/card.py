@@ -23,7 +23,7 @@ from yaml import YAMLError
 from antipasto.export.check import Check
 from antipasto.export.weights import Written, public_name
 from antipasto.knobs import knobs
-from antipasto.records import DEPLOYED, TRAINED, Evaluation
+from antipasto.records import Evaluation, dial_arm
 from antipasto.runs import LoadedRun
 from antipasto.terminal import shorten
 
@@ -35,7 +35,9 @@ METHODS = {
     "erase": "what the gate claimed of each step was dropped",
     "measure": "the gate only measured",
     "penalty": "flagged rollouts got reward 0",
+    "discount": "the reward of a rollout shrank as its score rose",
     "drop": "nobody learned from flagged rollouts",
+    "inoculate": "a quarantine that knew the exploit stood beside what was trained",
     "plain": "GRPO, and nothing else",
 }
 
@@ -56,7 +58,8 @@ class About:
         versions: of the packages that it was trained with.
         layers: how many have knobs.
         numbers: knobs that ship.
-        kept: ‖δS‖ over all layers.
+        kept: ‖δS + dial δS_hack‖ over all layers, where the run routed.
+        dial: how much of the quarantine ships.
         removed: ‖δS_hack‖ where the run routed; else None: all that was trained ships.
         trained: ‖δS + δS_hack‖.
     """
@@ -71,6 +74,7 @@ class About:
     layers: int
     numbers: int
     kept: float
+    dial: float
     removed: float | None
     trained: float
 
@@ -91,8 +95,9 @@ class About:
             versions=dict(run.facts.get("versions") or run.config.get("versions") or {}),
             layers=len(layers),
             numbers=ships.numel(),
-            kept=float(ships.norm()),
-            removed=float(hack.norm()) if run.is_routed else None,
+            kept=float((ships + run.dial * hack).norm()),
+            dial=run.dial,
+            removed=float(hack.norm()) if run.has_quarantine else None,
             trained=float((ships + hack).norm()),
         )
 
@@ -101,6 +106,9 @@ class About:
         """What is in the export, in a few words."""
         if self.removed is None:
             return f"as trained: method {self.method} has no quarantine"
+        if self.dial:
+            said = f"with {self.dial:g} of the quarantine, ‖δS_hack‖ = {self.removed:.3g}"
+            return f"{said}; ‖θ‖ = {self.kept:.3g} of {self.trained:.3g}"
         return f"without the quarantine, ‖δS_hack‖ = {self.removed:.3g}; ‖δS‖ = {self.kept:.3g} is left"
 
 
@@ -158,7 +166,7 @@ def _arms(evaluation: Evaluation, about: About) -> dict[str, Any]:
     """The table of arms: head and rows, with what is said of it."""
     records = evaluation.arms
     measures, flags = list(records[0].measures), list(records[0].flags)
-    this = DEPLOYED if about.removed is not None else TRAINED
+    this = dial_arm(about.dial)
     return {
         "head": ["prompts", "arm", *measures, *flags],
         "rows": [

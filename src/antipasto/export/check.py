@@ -24,7 +24,6 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,7 +32,7 @@ import torch
 
 from antipasto.export import elsewhere
 from antipasto.export.weights import Written
-from antipasto.knobs import deployed, reference
+from antipasto.knobs import reference
 from antipasto.models import quiet
 from antipasto.run_folder import ROLLOUTS
 from antipasto.runs import LoadedRun
@@ -92,7 +91,7 @@ def ask(run: LoadedRun, number: int) -> Expected:
     prompts, ids = [prompts[i] for i in there], [ids[i] for i in there]
     pad = run.tokenizer.pad_token_id or 0
     with quiet():
-        with deployed(run.model) if run.is_routed else nullcontext():
+        with run.shipped():
             answers = elsewhere.greedy(run.model, ids, pad, length)
             sequences = [prompt + answer for prompt, answer in zip(ids, answers, strict=True)]
             logprobs = elsewhere.token_logprobs(run.model, sequences)

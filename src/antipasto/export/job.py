@@ -33,6 +33,7 @@ def export_run(
     *,
     dtype: Dtype = "auto",
     lora: int | None = None,
+    dial: float = 0.0,
     max_shard_size: str | None = None,
     tolerance: float | None = None,
     prompts: int = 32,
@@ -46,6 +47,7 @@ def export_run(
         console: where to print.
         dtype: of the weights; ``"auto"``: as the base is saved, and fp32 for an adapter.
         lora: write a LoRA adapter of at most this rank instead of a checkpoint.
+        dial: how much of the quarantine to ship; `antipasto eval --dial` says what that does.
         max_shard_size: of a checkpoint's files, as ``save_pretrained`` takes it.
         tolerance: of max |Δ log p| over all tokens; the default of the dtype if None.
         prompts: how many to check with, at most.
@@ -66,7 +68,7 @@ def export_run(
     out.parent.mkdir(parents=True, exist_ok=True)
     with held(out.with_name(f".{out.name}.lock"), out):
         remove_leftovers(out.parent, [out.name])
-        return _export(root, out, console, dtype, lora, max_shard_size, tolerance, prompts, force)
+        return _export(root, out, console, dtype, lora, dial, max_shard_size, tolerance, prompts, force)
 
 
 def _export(
@@ -75,6 +77,7 @@ def _export(
     console: Console,
     dtype: Dtype,
     lora: int | None,
+    dial: float,
     max_shard_size: str | None,
     tolerance: float | None,
     prompts: int,
@@ -85,7 +88,7 @@ def _export(
     evaluation, why_none = _evaluation(root)
     with replacing_folder(out) as folder:
         with console.status(Text(f"loading the run in {plain(root)}")):
-            run = load_run(root)
+            run = load_run(root, dial=dial)
         before, about = Dtypes(run.model), About.of(run)
         if before.main in HALF:
             run.model.float()  # what its knobs mean, without the rounding of a forward in half precision

@@ -79,10 +79,10 @@ class Loss:
         return self.kept / self.update if self.update else 1.0
 
 
-def shipped(layer: LayerKnobs, *, routed: bool) -> Tensor:
-    """θ (r,) that ships, in fp64: δS, and δS_hack as well unless the run routed into it."""
+def shipped(layer: LayerKnobs, dial: float) -> Tensor:
+    """θ = δS + dial δS_hack (r,), in fp64: what ships."""
     theta = layer.delta_s.detach().double()
-    return theta if routed or layer.delta_s_hack is None else theta + layer.delta_s_hack.detach().double()
+    return theta if layer.delta_s_hack is None else theta + dial * layer.delta_s_hack.detach().double()
 
 
 def merged(layer: LayerKnobs, theta: Tensor, dtype: torch.dtype) -> tuple[Tensor, Loss]:
@@ -191,7 +191,7 @@ def write_checkpoint(run: LoadedRun, folder: Path, dtype: torch.dtype, before: D
     losses = {}
     for name, layer in knobs(run.model).items():
         try:
-            out, losses[name] = merged(layer, shipped(layer, routed=run.is_routed), dtype)
+            out, losses[name] = merged(layer, shipped(layer, run.dial), dtype)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
         reason = layer.layer.why_not_mergeable()
@@ -264,7 +264,7 @@ def write_lora(run: LoadedRun, folder: Path, rank: int, dtype: torch.dtype) -> W
     if whole := run.model.peft_config["default"].modules_to_save:
         raise ValueError(f"This run trained {', '.join(whole)} as a whole, which LoRA cannot hold: leave out --lora.")
     layers = knobs(run.model)
-    thetas = {name: shipped(layer, routed=run.is_routed) for name, layer in layers.items()}
+    thetas = {name: shipped(layer, run.dial) for name, layer in layers.items()}
     rank = min(rank, max(1, *(int(theta.count_nonzero()) for theta in thetas.values())))
     losses: dict[str, Loss] = {}
     tensors: dict[str, Tensor] = {}

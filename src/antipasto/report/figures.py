@@ -8,9 +8,9 @@ import numpy as np
 from torch import Tensor
 
 from antipasto.onset import find_onset, smoothing
-from antipasto.records import DEPLOYED, RANDOM, REFERENCE, TRAINED
+from antipasto.records import DEPLOYED, RANDOM, REFERENCE, TRAINED, Evaluation, dial_of
 from antipasto.report.layers import grid, size, spectrum
-from antipasto.report.plots import DASHES, RUN_COLOURS, Line, Plot, curves, heat_map
+from antipasto.report.plots import DASHES, RUN_COLOURS, Line, Plot, curves, heat_map, trade
 from antipasto.report.plots import spectrum as spectrum_plot
 from antipasto.report.reading import Run
 from antipasto.report.tables import colour_of
@@ -57,6 +57,24 @@ def _onset(run: Run) -> tuple[float, float, float] | None:
     steps, hits, totals = np.array([(step, *counts[step]) for step in sorted(counts)]).T
     found = find_onset(steps, hits, totals)
     return None if found is None else (found.low, found.step, found.high)
+
+
+def dial(evaluation: Evaluation, kind: str | None) -> Plot | None:
+    """Exploit against solve as the quarantine is put back in; None where that was not asked."""
+    found = [(c, r) for r in evaluation.arms if r.kind == kind and (c := dial_of(r.arm)) is not None]
+    if len(found) < 3 or not {"solve", "exploit"} <= found[0][1].measures.keys():
+        return None
+    where = "all prompts" if kind is None else f"{kind} prompts"
+    points = [
+        (f"{c:g}", r.measures["solve"], r.measures["exploit"]) for c, r in sorted(found, key=lambda pair: pair[0])
+    ]
+    return trade(
+        "The dial",
+        f"Answers to {where}, with so much of the quarantine in: 0 is deployed, 1 as trained. Bars: 95% intervals. "
+        "antipasto export --dial ships a point of this curve.",
+        points,
+        _DEPLOYED,
+    )
 
 
 def training(run: Run) -> list[Plot]:

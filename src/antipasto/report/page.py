@@ -14,6 +14,7 @@ from antipasto.report import figures, tables
 from antipasto.report.answers import side_by_side
 from antipasto.report.html import page_of
 from antipasto.report.reading import Run, read_runs
+from antipasto.verdict import where_the_exploit_is
 
 BUDGET = 600_000
 """Characters of rollouts, and as many of answers, of all runs of a page together: keeps it below two megabytes."""
@@ -73,6 +74,7 @@ def _view(run: Run, slug: str, number: int) -> dict[str, Any]:
         "arms": [] if evaluation is None else tables.arm_blocks(evaluation),
         "differences": [] if evaluation is None else tables.difference_blocks(evaluation),
         "rows": None if evaluation is None else side_by_side(evaluation, budget=BUDGET // number),
+        "dial": None if evaluation is None else figures.dial(evaluation, where_the_exploit_is(evaluation.arms)),
         "overview": figures.overview(run),
         "asked": [] if evaluation is None else _asked(evaluation.facts),
         "training": figures.training(run),

@@ -26,6 +26,7 @@ from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
 from antipasto.onset import running_mean, smoothing
+from antipasto.records import Estimate
 from antipasto.report.layers import Grid
 from antipasto.terminal import shorten
 
@@ -188,6 +189,38 @@ def curves(
         if onset is not None:
             label += f" Onset at step {onset[1]:.0f} [{onset[0]:.0f}, {onset[2]:.0f}]."
         return Plot(title, caption, to_svg(figure, label), [Key(line.label, line.colour, line.dash) for line in lines])
+
+
+def trade(title: str, caption: str, points: Sequence[tuple[str, Estimate, Estimate]], colour: str) -> Plot:
+    """One measure against another along a path, with the intervals of both.
+
+    Args:
+        title: what is drawn.
+        caption: how to read it.
+        points: label, solve and exploit of each place of the path, in its order.
+        colour: of `COLOURS`.
+    """
+    with _drawing((4.4, 2.9)) as (figure, axes):
+        x, y = (np.array([(e.value, e.low, e.high) for e in of]).T for of in zip(*(p[1:] for p in points), strict=True))
+        axes.errorbar(
+            x[0],
+            y[0],
+            xerr=np.abs(x[1:] - x[0]),
+            yerr=np.abs(y[1:] - y[0]),
+            color=_CODE[colour],
+            ecolor=_CODE["rule"],
+            marker="o",
+            markersize=4,
+            elinewidth=1,
+        )
+        for (label, *_), *at in zip(points, x[0], y[0], strict=True):
+            axes.annotate(label, tuple(at), (5, 4), textcoords="offset points", color=_CODE["ink"])
+        axes.set_xlabel("solved")
+        axes.set_ylabel("exploited")
+        axes.grid()
+        axes.margins(0.12)
+        said = "; ".join(f"{label}: solved {solve}, exploited {exploit}" for label, solve, exploit in points)
+        return Plot(title, caption, to_svg(figure, f"{title}. {said}."))
 
 
 def spectrum(title: str, caption: str, lines: Sequence[Line], *, unit: str) -> Plot:

@@ -415,7 +415,7 @@ class _Call:
 
 
 def near(name: str, names: Iterable[str]) -> str:
-    """The end of a sentence about an unknown name: ``; did you mean 'contains'?``, or a full stop."""
+    """The end of a sentence about an unknown name: ``; did you mean 'addition'?``, or a full stop."""
     found = difflib.get_close_matches(name, list(names), n=3)
     return f"; did you mean {' or '.join(map(repr, found))}?" if found else "."
 

@@ -22,7 +22,7 @@ from antipasto.trl import (
     GRPOConfig,
 )
 
-Method = Literal["plain", "route", "erase", "measure", "penalty", "drop"]
+Method = Literal["plain", "route", "erase", "measure", "penalty", "discount", "drop", "inoculate"]
 By = Literal["direction", "detector", "both", "score"]
 CONTROLS = ("random", "permuted")
 
@@ -108,11 +108,12 @@ class TrainConfig:
             )
         if self.pairs is not None and self.direction is not None:
             raise ValueError("Give pairs or a direction, not both.")
-        choices: dict[str, tuple[By, ...]] = {"plain": ("score",), "measure": ("direction",)}
+        choices: dict[str, tuple[By, ...]] = {"plain": ("score",), "measure": ("direction",), "discount": ("score",)}
+        choices["inoculate"] = ()
         choices |= dict.fromkeys(("penalty", "drop"), ("detector", "score"))
         possible = choices.get(self.method, get_args(By))
         if self.by is not None and self.by not in possible:
-            raise ValueError(f"method {self.method} goes by {' or '.join(possible)}, not by {self.by}.")
+            raise ValueError(f"method {self.method} goes by {' or '.join(possible) or 'nothing'}, not by {self.by}.")
         if self.by == "score" and self.direction is not None:
             raise ValueError(
                 "by=score makes its monitor from pairs, which calibrate it too: give pairs, not a direction."

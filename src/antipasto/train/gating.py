@@ -6,7 +6,9 @@ route     it fills the quarantine, which is deleted at deployment      direction
 erase     it is dropped                                                direction, detector, both or score
 measure   nothing is moved, books are kept                             direction
 penalty   flagged rollouts get reward 0                                detector or score
+discount  rewards shrink as scores rise from clean to hack             score
 drop      nobody learns from flagged rollouts                          detector or score
+inoculate nothing is claimed: the quarantine knows the pairs' hacks from the start, and stays as it is
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import math
 import random
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 from accelerate import PartialState
 from accelerate.utils import broadcast_object_list
@@ -25,13 +27,15 @@ from torch import nn
 
 import antipasto as ap
 from antipasto.evaluate import Sampling, own_answers
+from antipasto.inoculation import inoculate
 from antipasto.monitor import HELDOUT
 from antipasto.pairs import split_pairs
 from antipasto.run_folder import RunFolder
 from antipasto.tasks import Task
+from antipasto.terminal import doing
 from antipasto.train.config import TrainConfig
 from antipasto.trl.advantages import deployed_positions
-from antipasto.trl.trainer import DEPLOY_FRACTION
+from antipasto.trl.trainer import DEPLOY_FRACTION, Flagged
 
 T = TypeVar("T")
 OWN_ANSWERS = 64  # of the start, which say what a monitor's threshold means
@@ -48,15 +52,16 @@ class Gating:
         self.config, self.task = config, task
         method, by = config.method, config.by
         has_pairs = bool(config.pairs or config.direction or task.pairs)
+        if method == "discount":
+            by = "score"
         if method in ("route", "erase") and by is None:
             by = "direction" if has_pairs else "detector"
         self.uses_direction = method == "measure" or (method in ("route", "erase") and by in ("direction", "both"))
         self.uses_monitor = by == "score"
         self.uses_detector = (method in ("penalty", "drop") and by != "score") or by in ("detector", "both")
-        if (self.uses_direction or self.uses_monitor) and not has_pairs:
-            raise ValueError(
-                f"method {method} by {by or 'direction'} needs pairs: task {task.name!r} brings none, so give --pairs."
-            )
+        self.uses_pairs = self.uses_direction or self.uses_monitor or method == "inoculate"
+        if self.uses_pairs and not has_pairs:
+            raise ValueError(f"method {method} needs pairs: task {task.name!r} brings none, so give --pairs.")
         if self.uses_detector and task.detector is None and by == "detector" and config.by is None:
             raise ValueError(
                 f"method {method} needs pairs, a direction or a detector to go by, and task {task.name!r} brings none: give "
@@ -69,15 +74,13 @@ class Gating:
         if fraction is None:
             fraction = DEPLOY_FRACTION if method == "route" else 0.0
         deployed_positions(config.generations, fraction)
-        if (
-            self.uses_direction or self.uses_monitor
-        ) and not has_direction:  # a bad file is better known of before the model is loaded
+        if self.uses_pairs and not has_direction:  # a bad file is better known of before the model is loaded
             if config.direction is not None:
                 ap.Direction.load(config.direction)
             else:
                 self._pairs()
-        actions: dict[str, Literal["penalty", "drop"]] = {"penalty": "penalty", "drop": "drop"}
-        self.flagged: Literal["watch", "route", "penalty", "drop"] = actions.get(method, "route")
+        actions: dict[str, Flagged] = {"penalty": "penalty", "discount": "discount", "drop": "drop"}
+        self.flagged: Flagged = actions.get(method, "route")
         watches = task.detector is not None and not self.uses_detector and not self.uses_monitor
         if watches or (self.uses_monitor and method == "plain"):
             self.flagged = "watch"  # what nothing goes by is still worth a column in the logs
@@ -88,11 +91,23 @@ class Gating:
         names: tuple[str, ...] = ("estimator", "k") if self.config.direction is not None else ()
         if not self.uses_direction:
             names = ("direction", "threshold", "gate", "estimator", "k")
-            names += () if self.uses_monitor else ("pairs",)
+            names += () if self.uses_pairs else ("pairs",)
         for name in names:
             if getattr(self.config, name) != defaults[name]:
                 why = "a direction's file is given" if self.uses_direction else "this run goes by no direction"
                 raise ValueError(f"{name}={getattr(self.config, name)} does nothing here: {why}.")
+
+    def prepare(self, model: nn.Module, tokenizer: Any, console: Console) -> None:
+        """What comes before the first step: the quarantine of `inoculate`, the same on all processes."""
+        if self.config.method != "inoculate":
+            return
+        model.eval()
+        with doing(console, "teaching the quarantine what the pairs show"):
+            losses = inoculate(model, tokenizer, self._pairs()[0], seed=self.config.seed)
+        model.train()
+        console.print(
+            f"quarantine: the pairs' hacks at {losses[0]:.2f} nats a token before, {losses[-1]:.2f} at the end"
+        )
 
     def _pairs(self) -> tuple[list[ap.ContrastPair], list[ap.ContrastPair]]:
         """To fit, and to hold out."""

@@ -129,6 +129,7 @@ def _run(config: TrainConfig, folder: RunFolder, console: Console, state: Partia
             trainer.add_callback(interrupts)
             trainer.add_callback(bar)
             if checkpoint is None:
+                how.prepare(trainer.model, tokenizer, console)
                 trainer.add_callback(FirstLook(console))
             else:
                 say(console, f"continuing from {checkpoint}")

@@ -46,7 +46,7 @@ from antipasto.tuner.rows import RowViews
 from antipasto.tuner.views import adapted_layers, mixed, seen_as
 from antipasto.unchanged import unchanged
 
-Flagged = Literal["route", "penalty", "drop", "watch"]
+Flagged = Literal["route", "penalty", "discount", "drop", "watch"]
 DEPLOY_FRACTION = 0.5
 
 
@@ -91,9 +91,10 @@ class RoutedGRPOTrainer(GRPOTrainer):
             model, or a function that makes one of it, called once it is adapted and before the router is made.
         flagged: what becomes of flagged rollouts. ``"route"``: they teach the quarantine alone, whatever the direction says;
             a router that erases drops that part instead. ``"penalty"``: their reward, all reward functions with their weights
-            together, is 0, or less if it was. ``"drop"``:
-            nobody learns from them, and the others' advantages are taken without them. ``"watch"``: they are counted and
-            logged, and that is all.
+            together, is 0, or less if it was. ``"discount"``: the reward of every rollout, flagged or not, is multiplied by
+            1 − w, w being how far its score is from the clean texts to the hacks (`Monitor.depth`), so that advantages go down
+            as the score goes up (as in Wu and Tang 2026, arXiv:2604.01476). ``"drop"``: nobody learns from them, and the
+            others' advantages are taken without them. ``"watch"``: they are counted and logged, and that is all.
         oracle: the strict truth, called the same way: one number in [0, 1] each, or None or NaN where it abstains, and such a
             rollout counts neither as an exploit nor as solved. Logged, never trained on.
         deploy_fraction: share of each prompt's rollouts that is sampled from the deployed policy; if None, .5 where the router
@@ -151,6 +152,8 @@ class RoutedGRPOTrainer(GRPOTrainer):
             raise ValueError(f"flagged must be one of {', '.join(get_args(Flagged))}, got {self.flagged!r}.")
         if self.detector is not None and self.monitor is not None:
             raise ValueError("Rollouts are flagged by a detector or by a monitor: give one of them.")
+        if self.flagged == "discount" and (self.monitor is None or self.monitor.calibration is None):
+            raise ValueError("flagged='discount' needs a monitor that pairs have calibrated: Monitor.from_pairs.")
         if self.flagged != "route" and not self._flags_rollouts:
             raise ValueError(f"flagged={self.flagged!r} needs a detector or a monitor.")
         what = "detector" if self.monitor is None else "monitor"
@@ -262,6 +265,10 @@ class RoutedGRPOTrainer(GRPOTrainer):
         if self.flagged == "penalty":
             paid = self._all_flags & ((rewards * weights).nansum(1) > 0)  # less than 0 is no reward
             rewards = torch.where(paid[:, None] & ~rewards.isnan(), 0.0, rewards)
+        if self.flagged == "discount":
+            assert self.monitor is not None
+            depth = self.monitor.depth(torch.tensor(self._scores, device=rewards.device))
+            rewards = _discounted(rewards, self.accelerator.gather(depth), weights)
         nobody_scored = rewards.isnan().all(1)
         self._all_rewards = (rewards * weights).nansum(1).masked_fill(nobody_scored, torch.nan)
         return rewards
@@ -523,6 +530,12 @@ class RoutedGRPOTrainer(GRPOTrainer):
                     self._routing.detach()
         self._flush()  # a generation that the run's end cut short
         return result
+
+
+def _discounted(rewards: Tensor, depth: Tensor, weights: Tensor) -> Tensor:
+    """(b, functions) times 1 − depth where all functions together reward a rollout; less than nothing stays as it is."""
+    paid = (rewards * weights).nansum(1) > 0
+    return rewards * (1 - depth * paid)[:, None]
 
 
 def _with_gradient(loss: Tensor, outputs: list[Tensor], gradients: list[Tensor]) -> Tensor:
