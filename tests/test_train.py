@@ -209,7 +209,7 @@ def test_an_inoculated_quarantine_knows_the_hack_and_stays_as_it_is(tmp_path: Pa
     dials = [f"dial {dial:.2f}" for dial in (-0.5, -0.25, 0.25, 0.5, 0.75)]
     assert evaluation.names == ["reference", "as trained", "deployed", *dials, "shrunk"]
     flagged = {name: evaluation.arm(name).flags["says !"].value for name in ("as trained", "deployed")}
-    assert flagged["as trained"] > flagged["deployed"] + 0.3
+    assert flagged["as trained"] > flagged["deployed"] + 0.1
 
     shutil.copytree(out, tmp_path / "again")
     for done in ("adapter", "checkpoint-6", "eval.json", "eval.jsonl"):  # as a kill leaves it
