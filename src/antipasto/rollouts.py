@@ -13,6 +13,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from inspect import signature
 from typing import Any
 
 import torch
@@ -189,9 +190,12 @@ def nll_gradients(
     """
     ids, mask, completion = (t.to(next(model.parameters()).device) for t in _pad(sequences))
     with torch.enable_grad(), rollout_grads(model, detach=True) as grads:
-        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-        logprobs = -F.cross_entropy(logits[:, :-1].float().transpose(1, 2), ids[:, 1:], reduction="none")
-        nll = completion_nll(logprobs, completion[:, 1:], per_token=per_token)
+        # logits of prompts, which nobody needs, are most of the head's work
+        keep = ids.shape[1] - min(len(prompt) for prompt, _ in sequences) + 1
+        options = {"logits_to_keep": keep} if "logits_to_keep" in signature(unwrap(model).forward).parameters else {}
+        logits = model(input_ids=ids, attention_mask=mask, use_cache=False, **options).logits[:, -keep:-1]
+        logprobs = -F.cross_entropy(logits.float().transpose(1, 2), ids[:, 1 - keep :], reduction="none")
+        nll = completion_nll(logprobs, completion[:, 1 - keep :], per_token=per_token)
         backward_by_sequence(nll, grads)
     return grads, nll.detach()
 
