@@ -300,7 +300,7 @@ def test_the_sum_is_rounded_once(family: str, tmp_path: Path) -> None:
         W = layer.layer.get_base_layer().weight.double()
         W = W.T if family == "gpt2" else W
         delta = layer.U.double() @ torch.diag(layer.delta_s.double()) @ layer.Vh.double()
-        out, loss = merged(layer, weights.shipped(layer, routed=True), torch.bfloat16)
+        out, loss = merged(layer, weights.shipped(layer, 0.0), torch.bfloat16)
         assert torch.equal(out, (W + delta).bfloat16())
         rounding = out.double() - (W + delta)
         assert loss.relative == pytest.approx(float(rounding.norm() / delta.norm()), rel=1e-6)
@@ -398,7 +398,7 @@ def test_a_truncated_lora_is_the_best_of_its_rank(tmp_path: Path) -> None:
     """‖ΔW − BA‖² = Σ θ_j² over what is left out, and no matrix of that rank is nearer."""
     loaded = load_run(make_run(tmp_path))
     for layer in ap.knobs(loaded.model).values():
-        theta = weights.shipped(layer, routed=True)
+        theta = weights.shipped(layer, 0.0)
         A, B, loss = lora_factors(layer, theta, 5, torch.float32)
         assert (A.shape[0], B.shape[1]) == (5, 5)
         kept = theta.abs().sort(descending=True).values.square()

@@ -32,7 +32,7 @@ from antipasto.monitor import HELDOUT
 from antipasto.pairs import split_pairs
 from antipasto.run_folder import RunFolder
 from antipasto.tasks import Task
-from antipasto.terminal import doing
+from antipasto.terminal import doing, say
 from antipasto.train.config import TrainConfig
 from antipasto.trl.advantages import deployed_positions
 from antipasto.trl.trainer import DEPLOY_FRACTION, Flagged
@@ -105,9 +105,7 @@ class Gating:
         with doing(console, "teaching the quarantine what the pairs show"):
             losses = inoculate(model, tokenizer, self._pairs()[0], seed=self.config.seed)
         model.train()
-        console.print(
-            f"quarantine: the pairs' hacks at {losses[0]:.2f} nats a token before, {losses[-1]:.2f} at the end"
-        )
+        say(console, f"quarantine: the pairs' hacks at {losses[0]:.2f} nats a token before, {losses[-1]:.2f} at the end")
 
     def _pairs(self) -> tuple[list[ap.ContrastPair], list[ap.ContrastPair]]:
         """To fit, and to hold out."""
