@@ -876,7 +876,7 @@ def by_gradient(model: nn.Module) -> ap.Router:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"flagged": "ignore"}, "flagged must be one of route, penalty, drop, watch, got 'ignore'"),
+        ({"flagged": "ignore"}, "flagged must be one of route, penalty, discount, drop, watch, got 'ignore'"),
         ({"flagged": "drop"}, "flagged='drop' needs a detector"),
         ({"flagged": "watch"}, "flagged='watch' needs a detector"),
         ({"detector": nobody}, "A detector that routes needs a router"),
