@@ -105,7 +105,9 @@ class Gating:
         with doing(console, "teaching the quarantine what the pairs show"):
             losses = inoculate(model, tokenizer, self._pairs()[0], seed=self.config.seed)
         model.train()
-        say(console, f"quarantine: the pairs' hacks at {losses[0]:.2f} nats a token before, {losses[-1]:.2f} at the end")
+        say(
+            console, f"quarantine: the pairs' hacks at {losses[0]:.2f} nats a token before, {losses[-1]:.2f} at the end"
+        )
 
     def _pairs(self) -> tuple[list[ap.ContrastPair], list[ap.ContrastPair]]:
         """To fit, and to hold out."""
