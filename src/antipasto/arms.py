@@ -67,60 +67,36 @@ def evaluate_run(
         ValueError: this is no run that came to its end, its task has no held-out rows, or its base model is another one now.
     """
     with RunFolder(root).held(new=False):
-        return _evaluate(
-            root,
-            console,
-            prompts=prompts,
-            temperature=temperature,
-            seed=seed,
-            batch_size=batch_size,
-            margin=margin,
-            dial=dial,
-        )
+        run = load_run(root)
+        task = load_task(str(run.task))
+        if dial and not run.has_quarantine:
+            raise ValueError(f"{root}: --dial is of a quarantine, and a run by method {run.method} has none.")
+        if task.test is None:
+            raise ValueError(f"Task {task.name!r} has no held-out rows (test): there is nothing to ask.")
+        rows = list(task.test)[:prompts]
+        how = as_in_training(run.config, task, temperature=temperature, seed=seed, batch_size=batch_size)
+        say(console, _drawn(run, how, temperature))
+        facts = {"prompts": len(rows), **how.facts(), "method": run.method, **_digests(root, task, rows)}
+        before, done = _earlier(root, facts, console)
+        if run.has_quarantine:
+            with doing(console, "measuring how far the deployed model is from the reference"):
+                facts["shrunk_by"] = before.get("shrunk_by") or _shrink(run, rows, how)
+        write_answers(root / PARTIAL, facts, done)
+        arms = run.views(shrink=facts.get("shrunk_by"), dials=DIALS if dial else ())
+        with asking(console, len(rows) * len(arms), len(done)) as tell, quiet():
 
+            def keep(answers: list[Answer]) -> None:
+                with (root / PARTIAL).open("a", encoding="utf-8") as file:
+                    file.writelines(map(answer_line, answers))
+                tell(answers)
 
-def _evaluate(
-    root: Path,
-    console: Console,
-    *,
-    prompts: int | None,
-    temperature: float | None,
-    seed: int,
-    batch_size: int,
-    margin: float,
-    dial: bool,
-) -> Evaluation:
-    """`evaluate_run`, in a folder that is held."""
-    run = load_run(root)
-    task = load_task(str(run.task))
-    if dial and not run.has_quarantine:
-        raise ValueError(f"{root}: --dial is of a quarantine, and a run by method {run.method} has none.")
-    if task.test is None:
-        raise ValueError(f"Task {task.name!r} has no held-out rows (test): there is nothing to ask.")
-    rows = list(task.test)[:prompts]
-    how = as_in_training(run.config, task, temperature=temperature, seed=seed, batch_size=batch_size)
-    say(console, _drawn(run, how, temperature))
-    facts = {"prompts": len(rows), **how.facts(), "method": run.method, **_digests(root, task, rows)}
-    before, done = _earlier(root, facts, console)
-    if run.has_quarantine:
-        with doing(console, "measuring how far the deployed model is from the reference"):
-            facts["shrunk_by"] = before.get("shrunk_by") or _shrink(run, rows, how)
-    write_answers(root / PARTIAL, facts, done)
-    arms = run.views(shrink=facts.get("shrunk_by"), dials=DIALS if dial else ())
-    with asking(console, len(rows) * len(arms), len(done)) as tell, quiet():
-
-        def keep(answers: list[Answer]) -> None:
-            with (root / PARTIAL).open("a", encoding="utf-8") as file:
-                file.writelines(map(answer_line, answers))
-            tell(answers)
-
-        answers = ask_arms(run.model, run.tokenizer, task, rows, arms, how, done=done, on_answers=keep)
-    evaluation = conclude(task.name, facts, answers, margin=margin)
-    write_evaluation(evaluation, root)
-    (root / PARTIAL).unlink()
-    show(evaluation, console)
-    say(console, f"written: {root / ANSWERS}", f"next: antipasto report {shlex.quote(str(root))}")
-    return evaluation
+            answers = ask_arms(run.model, run.tokenizer, task, rows, arms, how, done=done, on_answers=keep)
+        evaluation = conclude(task.name, facts, answers, margin=margin)
+        write_evaluation(evaluation, root)
+        (root / PARTIAL).unlink()
+        show(evaluation, console)
+        say(console, f"written: {root / ANSWERS}", f"next: antipasto report {shlex.quote(str(root))}")
+        return evaluation
 
 
 def _drawn(run: LoadedRun, how: Sampling, temperature: float | None) -> str:
