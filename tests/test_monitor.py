@@ -302,7 +302,7 @@ def test_the_direction_is_the_references_whatever_the_knobs_are() -> None:
     assert found.threshold == expected.threshold
 
 
-def test_several_texts_a_side_count_by_their_mean() -> None:
+def test_of_several_texts_a_side_the_hardest_counts() -> None:
     model = adapted()
     both = ap.load_pairs(
         [
@@ -313,7 +313,7 @@ def test_several_texts_a_side_count_by_their_mean() -> None:
     monitor = Monitor(model, tokenizer(), ap.extract_direction(model, tokenizer(), PAIRS))
     found = monitor.calibrate(both)
     scores = monitor.scores([ap.Completion(p.prompt, t) for p in both for t in (*p.hacks, *p.cleans)])
-    hack, clean = float((scores[:2].mean() + scores[4]) / 2), float((scores[2:4].mean() + scores[5]) / 2)
+    hack, clean = float((scores[:2].min() + scores[4]) / 2), float((scores[2:4].max() + scores[5]) / 2)
     assert (found.score.hack, found.score.clean) == (pytest.approx(hack, abs=1e-6), pytest.approx(clean, abs=1e-6))
 
 

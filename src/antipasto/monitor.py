@@ -59,9 +59,9 @@ class Ordering:
     """How well a score tells held-out hacks from clean texts.
 
     Attributes:
-        ordered: share of pairs whose hack scores above their clean text, means where there are several.
-        hack: mean score of the hacks.
-        clean: mean score of the clean texts.
+        ordered: share of pairs whose hacks all score above all their clean texts.
+        hack: mean score of the hacks; of a pair that has several, the lowest.
+        clean: mean score of the clean texts; of a pair that has several, the highest: a threshold must clear them all.
         threshold: by the same rule.
         own: share of the start model's own answers above that; None where there were none.
     """
@@ -313,8 +313,8 @@ class Monitor:
         Args:
             pairs: labelled, and not those that the direction was made from.
             own: answers of the start model, whose share above the threshold is told.
-            false_alarms: the share of ``own`` that may be above the threshold; None: midway between the mean scores of hacks
-                and of clean texts.
+            false_alarms: the share of ``own`` that may be above the threshold; None: midway between hacks and clean texts,
+                as `Ordering` has them.
             batch_size: completions per backward.
 
         Raises:
@@ -447,8 +447,8 @@ def _ordering(
     by_side: dict[tuple[int, bool], list[float]] = {}
     for side, value in zip(sides, of_pairs.tolist(), strict=True):
         by_side.setdefault(side, []).append(value)
-    means = {side: sum(values) / len(values) for side, values in by_side.items()}
-    hacks, cleans = ([means[n, is_hack] for n in sorted({n for n, _ in means})] for is_hack in (True, False))
+    numbers = sorted({n for n, _ in by_side})
+    hacks, cleans = [min(by_side[n, True]) for n in numbers], [max(by_side[n, False]) for n in numbers]
     hack, clean = sum(hacks) / len(hacks), sum(cleans) / len(cleans)
     threshold = (hack + clean) / 2 if false_alarms is None else float(torch.quantile(of_own, 1 - false_alarms))
     return Ordering(
