@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import antipasto as ap
-from antipasto.routing import Level
+from antipasto.names import Level
 from antipasto.tasks import addition
 
 if TYPE_CHECKING:  # the extra `plots`; what the pictures show can be computed without it

@@ -151,7 +151,7 @@ def test_options_for_trl_need_no_model_before_them(tmp_path: Path, monkeypatch: 
 def captured(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> TrainConfig:
     """The config that `antipasto train` would start."""
     made: list[TrainConfig] = []
-    monkeypatch.setattr("antipasto.train.start", lambda config, *_, **__: made.append(config) or Path("out"))
+    monkeypatch.setattr("antipasto.train.run.start", lambda config, *_, **__: made.append(config) or Path("out"))
     code, text = run("train", *arguments)
     assert code == 0, text
     return made[0]

@@ -13,7 +13,7 @@ from transformers.pytorch_utils import Conv1D
 
 import antipasto as ap
 from antipasto.functional import delta_weight, spectral_delta, spectral_linear_reference
-from antipasto.plans import PlanName
+from antipasto.names import PlanName
 from antipasto.tuner.layer import as_matrix
 
 O, I = 7, 5  # noqa: E741

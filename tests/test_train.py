@@ -542,7 +542,7 @@ def test_wrong_words_cost_a_line_and_exit_code_2(arguments: list[str], message: 
     ("text", "message"),
     [
         ("stepz: 3", "no option 'stepz'; did you mean 'steps'?"),
-        ("steps: many", "Invalid value for '--steps'"),
+        ("steps: many", "steps must be int, got 'many'"),
         ("- steps", "must hold options"),
         ("steps: [", "is not YAML"),
         ("trainer: 3", "trainer must hold options by name"),

@@ -7,25 +7,33 @@ with the name of a file that has the traceback; ``ANTIPASTO_TRACEBACK=1`` prints
 
 from __future__ import annotations
 
-import difflib
+import dataclasses
 import dis
 import importlib.util
+import inspect as introspection
 import os
 import tempfile
 import traceback
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_type_hints
 
 import typer
 from rich.console import Console
 from safetensors import SafetensorError
 
 import antipasto
+from antipasto.checks import check_file, check_model_name
+from antipasto.names import Dtype as DtypeName
+from antipasto.names import Estimator
+from antipasto.options import near
+from antipasto.run_folder import RunFolder, parse_yaml, read_yaml
+from antipasto.tasks.loading import check_task_name
 from antipasto.terminal import plain, say
+from antipasto.train.config import ADAPTER, TrainConfig, names_of, targets_of
 
 if TYPE_CHECKING:
     from antipasto.tuner import AntiPastoConfig
@@ -39,7 +47,7 @@ app = typer.Typer(
 )
 
 TRAIN, PREPARE, LOOK, SHIP = "Train", "Prepare", "Look", "Ship"
-ROUTING, ADAPTER, COLUMNS = "Routing", "Adapter", "What the files say"
+COLUMNS = "What the files say"
 
 # options that several commands have
 Model = Annotated[
@@ -49,7 +57,7 @@ TargetModules = Annotated[
     str | None,
     typer.Option(
         metavar="NAMES",
-        help="Layers to adapt: names with commas between, or 'all-linear'.",
+        help="Layers to adapt: names with commas between, 'all-linear', or a pattern.",
         show_default="known names",
         rich_help_panel=ADAPTER,
     ),
@@ -68,7 +76,7 @@ CacheDir = Annotated[
     ),
 ]
 Dtype = Annotated[
-    Literal["auto", "float32", "bfloat16", "float16"],
+    DtypeName,
     typer.Option(help="Of the weights; 'auto' as saved. Each dtype has its own bases.", rich_help_panel=ADAPTER),
 ]
 Rank = Annotated[
@@ -105,30 +113,33 @@ def main(
     """RL post-training in the singular basis of the weights, with a quarantine for what should not ship."""
 
 
-def _read_config(context: typer.Context, path: Path | None) -> Path | None:
-    """Make a YAML file's options the defaults of the command's own; what is for TRL goes into ``context.obj``."""
-    if path is None:
-        return None
-    with _readable_errors(load=False):
-        from antipasto.checks import check_file
-        from antipasto.run_folder import read_yaml
+def _with_options(config: type[Any], but: tuple[str, ...]) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command an option for each field of a dataclass, in place of its ``**options``; ``but`` names those left out."""
 
-        check_file(path)
-        options = read_yaml(path)
-        trainer = options.pop("trainer", None) or {}
-        if not isinstance(trainer, dict):
-            raise ValueError(f"{path}: trainer must hold options by name, got {type(trainer).__name__}.")
-        known = [parameter.name for parameter in context.command.params if parameter.name not in ("config", "resume")]
-        for name in options:
-            if name not in known:
-                raise ValueError(f"{path}: there is no option {name!r}{_near(str(name), [k for k in known if k])}")
-        context.obj = trainer
-        context.default_map = {
-            name: ",".join(map(str, value)) if isinstance(value, list) else value
-            for name, value in options.items()
-            if value is not None
-        }
-    return path
+    def decorate(command: Callable[..., None]) -> Callable[..., None]:
+        own = introspection.signature(command, eval_str=True).parameters.values()
+        hints = get_type_hints(config)
+        given = [p.replace(kind=p.KEYWORD_ONLY) for p in own if p.kind is not p.VAR_KEYWORD]
+        given += [_parameter(field, hints[field.name]) for field in dataclasses.fields(config) if field.name not in but]
+        command.__signature__ = introspection.Signature(given)  # type: ignore[attr-defined]
+        command.__annotations__ = {parameter.name: parameter.annotation for parameter in given}
+        return command
+
+    return decorate
+
+
+def _parameter(field: dataclasses.Field[Any], hint: Any) -> introspection.Parameter:
+    """A field as typer has it."""
+    said = {"show_default": field.default is not None, **field.metadata}
+    hint = said.pop("type", hint)
+    default = ",".join(field.default) if isinstance(field.default, tuple) else field.default
+    if float in (hint, *get_args(hint)):
+        said["callback"] = _finite
+    words = [f"--{field.name.replace('_', '-')}"] if len(field.name) == 1 else []  # typer would make -k of it
+    annotation = Annotated[hint, typer.Option(*words, **said)]
+    return introspection.Parameter(
+        field.name, introspection.Parameter.KEYWORD_ONLY, default=default, annotation=annotation
+    )
 
 
 def _is_given(context: typer.Context, name: str) -> bool:
@@ -136,23 +147,15 @@ def _is_given(context: typer.Context, name: str) -> bool:
     return source is not None and source.name == "COMMANDLINE"
 
 
-def _near(name: str, names: list[str]) -> str:
-    """The end of a sentence about an unknown name."""
-    close = difflib.get_close_matches(name, names, n=1)
-    return f"; did you mean {close[0]!r}?" if close else "."
-
-
 def _trainer_options(words: list[str], known: list[str]) -> dict[str, Any]:
     """``--trainer.NAME VALUE`` or ``--trainer.NAME=VALUE``, as YAML would read the value; without one, true."""
-    from antipasto.run_folder import parse_yaml
-
     options: dict[str, Any] = {}
     rest = list(words)
     while rest:
         word = rest.pop(0)
         if not word.startswith("--trainer."):
             what = f"There is no option {word}" if word.startswith("-") else f"Nothing here takes {word!r}"
-            hint = _near(word.partition("=")[0], known)
+            hint = near(word.partition("=")[0], known)
             raise ValueError(f"{what}{hint} TRL's own are written --trainer.NAME VALUE; see --help.")
         name, equals, text = word.removeprefix("--trainer.").partition("=")
         if not equals:
@@ -184,8 +187,6 @@ def demo(
     """
     out = out or Path("runs") / f"demo-{datetime.now():%Y%m%d-%H%M%S}"
     with _readable_errors(load=False):
-        from antipasto.run_folder import RunFolder
-
         RunFolder(out).check_new()
     with _readable_errors(out, extra="trl"):
         from antipasto import demo as job
@@ -198,6 +199,7 @@ def demo(
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
     no_args_is_help=True,
 )
+@_with_options(TrainConfig, but=("model", "task", "trainer"))
 def train(
     context: typer.Context,
     model: Annotated[
@@ -216,8 +218,6 @@ def train(
     config: Annotated[
         Path | None,
         typer.Option(
-            is_eager=True,
-            callback=_read_config,
             help="YAML file with any of these options; those on the command line win.",
             show_default=False,
         ),
@@ -225,147 +225,63 @@ def train(
     resume: Annotated[
         Path | None, typer.Option(help="Continue the run in this folder; no other options.", show_default=False)
     ] = None,
-    method: Annotated[
-        Literal["plain", "route", "erase", "measure", "penalty", "discount", "drop", "inoculate"],
-        typer.Option(help="What becomes of what the gate claims.", rich_help_panel=ROUTING),
-    ] = "route",
-    by: Annotated[
-        Literal["direction", "detector", "both", "score"] | None,
-        typer.Option(
-            help="What the gate goes by; score: a monitor's, at the reference.",
-            show_default="direction if there are pairs",
-            rich_help_panel=ROUTING,
-        ),
-    ] = None,
-    false_alarms: Annotated[
-        float | None,
-        typer.Option(
-            help="With --by score: share of the start's own answers that may be flagged.",
-            show_default="midway between held-out hacks and clean texts",
-            rich_help_panel=ROUTING,
-        ),
-    ] = None,
-    sharing: Annotated[
-        Literal["exclusive", "classic"],
-        typer.Option(help="Whether unflagged rollouts teach δS alone, or both vectors.", rich_help_panel=ROUTING),
-    ] = "exclusive",
-    pairs: Annotated[
-        str | None,
-        typer.Option(
-            metavar="FILE",
-            help="Pairs to extract the direction from.",
-            show_default="the task's",
-            rich_help_panel=ROUTING,
-        ),
-    ] = None,
-    direction: Annotated[
-        str | None,
-        typer.Option(
-            metavar="FILE", help="A direction, instead of pairs.", show_default=False, rich_help_panel=ROUTING
-        ),
-    ] = None,
-    estimator: Annotated[
-        Literal["tstat", "mean", "svd"], typer.Option(help="Of the direction's rows.", rich_help_panel=ROUTING)
-    ] = "tstat",
-    k: Annotated[int, typer.Option("--k", min=1, help="Rows a layer, with svd.", rich_help_panel=ROUTING)] = 1,
-    gate: Annotated[
-        Literal["coordinate", "disjoint", "one_sided", "no_gate", "reverse"],
-        typer.Option(help="Which part of a step a direction claims.", rich_help_panel=ROUTING),
-    ] = "coordinate",
-    threshold: Annotated[
-        float | None,
-        typer.Option(
-            callback=_finite,
-            help="Effect size that the coordinate gate guards.",
-            show_default="0.65",
-            rich_help_panel=ROUTING,
-        ),
-    ] = None,
-    controls: Annotated[
-        str,
-        typer.Option(metavar="NAMES", help="Directions that keep books beside it, or none.", rich_help_panel=ROUTING),
-    ] = "random,permuted",
-    deploy_fraction: Annotated[
-        float | None,
-        typer.Option(
-            min=0,
-            max=1,
-            callback=_finite,
-            help="Share of rollouts sampled from the deployed policy.",
-            show_default="0.5 with route",
-            rich_help_panel=ROUTING,
-        ),
-    ] = None,
-    rank: Rank = None,
-    target_modules: TargetModules = None,
-    exclude_modules: ExcludeModules = None,
-    cache_dir: CacheDir = None,
-    dtype: Dtype = "auto",
-    steps: Annotated[int, typer.Option(min=1, help="Optimizer steps.")] = 100,
-    prompts: Annotated[int, typer.Option(min=1, help="Prompts a step.")] = 4,
-    generations: Annotated[int, typer.Option(min=2, help="Rollouts of each prompt.")] = 8,
-    micro_batch: Annotated[
-        int | None, typer.Option(min=1, help="Rollouts per forward and process.", show_default="all of a step")
-    ] = None,
-    learning_rate: Annotated[float, typer.Option(min=0, callback=_finite, help="Of the knobs.")] = 1e-2,
-    beta: Annotated[float, typer.Option(min=0, callback=_finite, help="Weight of the KL to the reference.")] = 0.0,
-    temperature: Annotated[float, typer.Option(callback=_finite, help="Of sampling.")] = 1.0,
-    max_completion_length: Annotated[
-        int | None, typer.Option(min=1, help="Tokens an answer may have.", show_default="the task's, or 256")
-    ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of everything.")] = 0,
-    save_every: Annotated[int, typer.Option(min=1, help="Steps between checkpoints.")] = 25,
+    **options: Any,
 ) -> None:
     """Train any causal LM with GRPO on any task, routed. Leaves a run folder; Ctrl-C saves, and --resume continues.
 
     Everything else of TRL's GRPOConfig goes through by name: --trainer.scale_rewards none --trainer.report_to trackio.
     Runs under `accelerate launch -m antipasto train …` on several processes.
     """
-    given = [name for name in context.params if _is_given(context, name)]
-    options = {name: value for name, value in context.params.items() if name not in ("out", "config", "resume")}
+    typed = {name: value for name, value in context.params.items() if _is_given(context, name)}
     with _readable_errors(load=False):
-        from antipasto.checks import check_file, check_model_name
-        from antipasto.run_folder import RunFolder
-        from antipasto.tasks.loading import check_task_name
-
         if resume is not None:
-            out = resume
-            if (others := [name for name in given if name != "resume"]) or context.args:
+            if (others := [name for name in typed if name != "resume"]) or context.args:
                 words = [f"--{name.replace('_', '-')}" for name in others] + context.args[:1]
                 raise ValueError(f"--resume takes everything from the run's folder: leave out {', '.join(words)}.")
-            settings = RunFolder(resume).config_to_resume()
+            settings, out = RunFolder(resume).config_to_resume(), resume
         else:
-            words = context.args
-            if model is not None and model.startswith("-"):  # an unknown option, which click took for the argument
-                words, model = [model, *words], (context.default_map or {}).get("model")
-                options["model"] = model
-            if model is not None:
-                check_model_name(model)
-            if task is not None:
-                check_task_name(task)
-            if pairs is not None:
-                check_file(pairs)
-            if direction is not None and Path(direction).exists():  # one that is given in vain is told so first
-                check_file(direction)
-            if out is not None:
-                RunFolder(out).check_new()
-            if controls.strip() in ("", "none"):
-                options["controls"] = None
-            options |= {name: _names(f"--{name}", options[name]) for name in ("exclude_modules", "controls")}
-            if target_modules != "all-linear":
-                options["target_modules"] = _names("--target-modules", target_modules)
-            options["controls"] = options["controls"] or ()
-            options["cache_dir"] = cache_dir or "auto"
-            known = [word for parameter in context.command.params for word in parameter.opts]
-            settings = {**options, "trainer": {**(context.obj or {}), **_trainer_options(words, known)}}
+            settings, out = _settings(context, typed, config)
     with _readable_errors(out, extra="trl"):
-        from antipasto import train as job
+        from antipasto.train.run import start
 
         where = str(config or "antipasto train") if resume is None else str(RunFolder(resume).config)
-        made = job.TrainConfig.from_mapping(settings, where)
-        out = job.start(made, out, Console(), resume=resume is not None)
+        out = start(TrainConfig.from_mapping(settings, where), out, Console(), resume=resume is not None)
     if out is None:
         raise typer.Exit(130)
+
+
+def _settings(context: typer.Context, typed: dict[str, Any], config: Path | None) -> tuple[dict[str, Any], Path | None]:
+    """A new run's options: those of a file, and over them those that were typed; and where it is to be."""
+    settings, words = _from_file(config), list(context.args)
+    if str(typed.get("model", "")).startswith("-"):  # an unknown option, which click took for the argument
+        words.insert(0, typed.pop("model"))
+    settings |= {name: value for name, value in typed.items() if name != "config"}
+    out = settings.pop("out", None)
+    known = [word for parameter in context.command.params for word in parameter.opts]
+    settings["trainer"] = {**settings.get("trainer", {}), **_trainer_options(words, known)}
+    for name, check in (("model", check_model_name), ("task", check_task_name), ("pairs", check_file)):
+        if settings.get(name) is not None:
+            check(settings[name])
+    if settings.get("direction") is not None and Path(settings["direction"]).exists():  # one in vain is told so first
+        check_file(settings["direction"])
+    if out is not None:
+        RunFolder(Path(out)).check_new()
+    return settings, None if out is None else Path(out)
+
+
+def _from_file(path: Path | None) -> dict[str, Any]:
+    """A YAML file's options; none are left out where nothing is said of them."""
+    if path is None:
+        return {}
+    check_file(path)
+    options = {name: value for name, value in read_yaml(path).items() if value is not None or name == "cache_dir"}
+    known = ["out", *(field.name for field in dataclasses.fields(TrainConfig))]
+    for name in options:
+        if name not in known:
+            raise ValueError(f"{path}: there is no option {name!r}{near(str(name), known)}")
+    if not isinstance(options.get("trainer", {}), dict):
+        raise ValueError(f"{path}: trainer must hold options by name, got {type(options['trainer']).__name__}.")
+    return options
 
 
 @app.command(rich_help_panel=PREPARE)
@@ -385,8 +301,6 @@ def basis(
     What is there already is checked and left alone. The cache has all directions of a layer: --rank is for --dry-run.
     """
     with _readable_errors(load=False):
-        from antipasto.checks import check_model_name
-
         if rank is not None and not dry_run:
             raise ValueError("--rank is for --dry-run: the cache has all directions of a layer.")
         check_model_name(model)
@@ -408,7 +322,7 @@ def extract(
     ],
     out: Annotated[Path, typer.Option(metavar="FILE", help="The direction, a safetensors file.", show_default=False)],
     estimator: Annotated[
-        Literal["tstat", "mean", "svd"], typer.Option(help="What the rows are made of; effect sizes come with each.")
+        Estimator, typer.Option(help="What the rows are made of; effect sizes come with each.")
     ] = "tstat",
     k: Annotated[int, typer.Option("--k", min=1, help="Rows a layer; more than one with 'svd' only.")] = 1,
     heldout: Annotated[
@@ -428,8 +342,6 @@ def extract(
     Also says what else tells the pairs' hacks from their clean texts, such as length: the direction is along all of it.
     """
     with _readable_errors(load=False):
-        from antipasto.checks import check_file, check_model_name
-
         check_model_name(model)
         check_file(pairs)
     with _readable_errors():
@@ -522,8 +434,6 @@ def eval(
     answer, eval.jsonl in the run folder; after an interruption, the same command continues.
     """
     with _readable_errors(load=False):
-        from antipasto.run_folder import RunFolder
-
         RunFolder(run).check()
     with _readable_errors(run, extra="report"):
         from antipasto import arms
@@ -572,8 +482,6 @@ def report(
     Opens by a double click, without network. That of a single run in its own folder is overwritten; loads no model.
     """
     with _readable_errors(load=False):
-        from antipasto.run_folder import RunFolder
-
         for run in runs:
             RunFolder(run).check()
     with _readable_errors(extra="report"):
@@ -727,7 +635,7 @@ def export(
     run: Annotated[Path, typer.Argument(help="A run folder of `antipasto train` or `demo`.", show_default=False)],
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder to write, new or empty.", show_default=False)],
     dtype: Annotated[
-        Literal["auto", "float32", "bfloat16", "float16"],
+        DtypeName,
         typer.Option(help="Of the weights; 'auto' as the base is saved, float32 with --lora."),
     ] = "auto",
     lora: Annotated[
@@ -766,8 +674,6 @@ def export(
     Another process, with plain transformers and nothing of this library, loads it and must compute what the run's model does.
     """
     with _readable_errors(load=False):
-        from antipasto.run_folder import RunFolder
-
         RunFolder(run).check()
     with _readable_errors():
         from antipasto.export import export_run
@@ -791,21 +697,12 @@ def _config(
 ) -> AntiPastoConfig:
     from antipasto.tuner import AntiPastoConfig
 
-    targets = target_modules if target_modules == "all-linear" else _names("--target-modules", target_modules)
-    excluded = _names("--exclude-modules", exclude_modules)
+    targets = None if target_modules is None else targets_of(target_modules)
+    excluded = None if exclude_modules is None else names_of("exclude_modules", exclude_modules)
     config = AntiPastoConfig(target_modules=targets, exclude_modules=excluded, rank=rank)
     if cache_dir is not None:
         config.cache_dir = cache_dir
     return config
-
-
-def _names(option: str, text: str | None) -> list[str] | None:
-    if text is None:
-        return None
-    names = [name.strip() for name in text.split(",")]
-    if not all(names):
-        raise ValueError(f"{option} takes names with commas between, got {text!r}.")
-    return names
 
 
 EXTRAS = {"trl": ("trl", "datasets", "scipy", "matplotlib"), "report": ("scipy", "matplotlib")}

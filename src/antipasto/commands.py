@@ -13,13 +13,14 @@ from rich.text import Text
 
 from antipasto.basis import cache_file, is_cached, load_basis
 from antipasto.confounds import confounds
-from antipasto.directions import Direction, Estimator, extract_direction
+from antipasto.directions import Direction, extract_direction
 from antipasto.forms import CLEAN, FormScores, load_forms, of_pairs, score_forms
 from antipasto.gates import DEFAULT_THRESHOLD
 from antipasto.inspection import guarded, strongest_layers
 from antipasto.knobs import wrap
-from antipasto.models import Dtype, best_device, load_model, load_shapes, load_weights
+from antipasto.models import best_device, load_model, load_shapes, load_weights
 from antipasto.monitor import HELDOUT, Monitor
+from antipasto.names import Dtype, Estimator
 from antipasto.pairs import ContrastPair, load_pairs, split_pairs
 from antipasto.terminal import add_row, plain, progress_bar, say
 from antipasto.tuner import AntiPastoConfig

@@ -21,7 +21,7 @@ import json
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple, get_args
 
 import torch
 import torch.nn.functional as F
@@ -30,11 +30,11 @@ from torch import Tensor, nn
 from antipasto.files import read_tensors, write_tensors
 from antipasto.fingerprints import Fingerprint, check_same_base, fingerprints_from_json, fingerprints_to_json
 from antipasto.knobs import current_fingerprints, knobs
+from antipasto.names import Estimator
 from antipasto.pairs import ContrastPair
 from antipasto.rollouts import TokenIds, nll_gradients, tokenize
 
-Estimator = Literal["tstat", "mean", "svd"]
-ESTIMATORS: tuple[Estimator, ...] = ("tstat", "mean", "svd")
+ESTIMATORS: tuple[Estimator, ...] = get_args(Estimator)
 _FORMAT = "antipasto-direction-2"
 _RANDOM_DRAWS = 20  # random directions that a held-out score is compared with
 

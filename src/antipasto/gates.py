@@ -15,15 +15,15 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import get_args
 
 import torch
 from torch import Tensor
 
 from antipasto.directions import Direction
+from antipasto.names import GateName
 
-GateName = Literal["coordinate", "disjoint", "one_sided", "no_gate", "reverse"]
-GATES: tuple[GateName, ...] = ("coordinate", "disjoint", "one_sided", "no_gate", "reverse")
+GATES: tuple[GateName, ...] = get_args(GateName)
 BY_COORDINATE = ("coordinate", "disjoint")
 
 DEFAULT_THRESHOLD = 0.65

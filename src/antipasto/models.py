@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 import transformers
@@ -27,10 +27,9 @@ from antipasto.basis import BasisCacheWarning
 from antipasto.checks import check_model_name
 from antipasto.fingerprints import BaseWarning, weight_digest
 from antipasto.knobs import knobs
+from antipasto.names import Dtype
 from antipasto.routing import RoutingWarning
 from antipasto.tuner.layer import as_matrix
-
-Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 
 
 def load_model(name_or_path: str, *, dtype: Dtype = "auto") -> tuple[PreTrainedModel, Any]:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import functools
 import inspect
 import math
-from collections.abc import Hashable
+from collections.abc import Hashable, Iterable
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from typeguard import TypeCheckError, check_type
@@ -61,6 +62,35 @@ def check_finite(options: Any) -> None:
         value = getattr(options, field.name)
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"{field.name} must be a finite number, got {value}.")
+
+
+def check_bounds(options: Any) -> None:
+    """Refuse a field below the ``min`` or above the ``max`` of its metadata.
+
+    Args:
+        options: an instance of a dataclass whose types were checked.
+
+    Raises:
+        ValueError: names the field, and what was given.
+    """
+    for field in dataclasses.fields(options):
+        value = getattr(options, field.name)
+        low, high = field.metadata.get("min"), field.metadata.get("max")
+        if value is not None and low is not None and value < low:
+            raise ValueError(f"{field.name} must be at least {low}, got {value}.")
+        if value is not None and high is not None and value > high:
+            raise ValueError(f"{field.name} must be at most {high}, got {value}.")
+
+
+def near(name: str, names: Iterable[str]) -> str:
+    """The end of a sentence about an unknown name.
+
+    Example:
+        >>> "There is no option stepz" + near("stepz", ["steps", "seed"])
+        "There is no option stepz; did you mean 'steps'?"
+    """
+    close = difflib.get_close_matches(name, names, n=1)
+    return f"; did you mean {close[0]!r}?" if close else "."
 
 
 def _shown(value: Any) -> str:

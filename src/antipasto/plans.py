@@ -25,15 +25,12 @@ import enum
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
 
 import torch
 from torch import Tensor
 
 from antipasto.functional import Route
-
-PlanName = Literal["auto", "factored", "merged", "spectral"]
-"""``auto`` takes the cheapest of the others at every call; these themselves wherever they are possible, else ``factored``."""
+from antipasto.names import PlanName
 
 
 class Execution(enum.Enum):

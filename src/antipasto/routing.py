@@ -43,7 +43,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
-from typing import Any, Literal, NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -51,16 +51,13 @@ from torch import Tensor, nn
 from antipasto.directions import Direction
 from antipasto.files import read_tensors, write_tensors
 from antipasto.fingerprints import Fingerprint, check_same_base, fingerprints_from_json, fingerprints_to_json
-from antipasto.gates import Control, Gate, GateName
+from antipasto.gates import Control, Gate
 from antipasto.knobs import current_fingerprints, knobs, require_finite_gradients
 from antipasto.momentum import GradientParts, MomentumSplit
+from antipasto.names import GateName, Level, Mode, Sharing
 from antipasto.probing import reads_values
 from antipasto.tuner.layer import View
 from antipasto.tuner.views import seen_as
-
-Mode = Literal["route", "erase", "measure"]
-Level = Literal["update", "gradient"]
-Sharing = Literal["exclusive", "classic"]
 
 OWN_BOOK = "direction"
 """Name of the direction's own book in ``measure`` mode; in ``route`` mode ``delta_s_hack`` is that book."""

@@ -43,15 +43,14 @@ from antipasto.demo.story import comparison, reading, standing
 from antipasto.evaluate import Chunk, Sampling, ask_arms, conclude, matched_scale, own_answers
 from antipasto.files import write_json
 from antipasto.models import base_fingerprint, quiet
+from antipasto.names import Flagged, Mode, Sharing
 from antipasto.records import Evaluation, write_evaluation
 from antipasto.report import write_report
-from antipasto.routing import Mode, Sharing
 from antipasto.run_folder import RUN, RunFolder
 from antipasto.runs import finish_run, run_facts, run_views
 from antipasto.tasks import addition
 from antipasto.terminal import doing, plain, say
 from antipasto.trl import GRPOConfig, ProgressBar, RoutedGRPOTrainer
-from antipasto.trl.trainer import Flagged
 
 PROMPTS_PER_STEP = 16
 ROLLOUTS_PER_PROMPT = 16

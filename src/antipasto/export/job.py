@@ -19,7 +19,8 @@ from antipasto.export.check import HALF, Check, ask, check, refuse
 from antipasto.export.weights import Dtypes, Written, write_checkpoint, write_lora
 from antipasto.files import replacing_folder, write_text
 from antipasto.locks import held, remove_leftovers
-from antipasto.models import Dtype, quiet
+from antipasto.models import quiet
+from antipasto.names import Dtype
 from antipasto.records import EVAL, Evaluation, read_evaluation
 from antipasto.run_folder import RunFolder
 from antipasto.runs import load_run

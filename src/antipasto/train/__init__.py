@@ -1,6 +1,1 @@
-"""`antipasto train`: options → config → one run in a folder of its own."""
-
-from antipasto.train.config import TrainConfig
-from antipasto.train.run import run, start
-
-__all__ = ["TrainConfig", "run", "start"]
+"""`antipasto train`: options (`config`) → TRL's (`trl_args`), what the gate goes by (`gating`) → one run (`run`)."""

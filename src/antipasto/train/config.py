@@ -1,100 +1,112 @@
-"""What a run is made of: options by name → `TrainConfig` → TRL's config."""
+"""What a run is made of. The one place where an option of `antipasto train` is defined; nothing here needs torch."""
 
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import json
+import re
 from collections.abc import Mapping
-from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
-import torch
-from transformers import HfArgumentParser
-from transformers.integrations import get_available_reporting_integrations
-
-from antipasto.gates import GateName
-from antipasto.options import check_finite, check_types
-from antipasto.routing import Sharing
+from antipasto.names import By, Dtype, Estimator, GateName, Method, Sharing
+from antipasto.options import check_bounds, check_finite, check_types, near
 from antipasto.run_folder import write_yaml
-from antipasto.tasks import Task
-from antipasto.trl import (
-    GRPOConfig,
-)
 
-Method = Literal["plain", "route", "erase", "measure", "penalty", "discount", "drop", "inoculate"]
-By = Literal["direction", "detector", "both", "score"]
 CONTROLS = ("random", "permuted")
+ROUTING, ADAPTER = "Routing", "Adapter"
+"""Groups of options in ``--help``."""
+
+
+def _option(default: Any, said: str, **typed: Any) -> Any:
+    """A field, and what the command line says of it.
+
+    Args:
+        default: its value if left out.
+        said: what it is.
+        typed: ``min`` and ``max``, which hold wherever the value comes from; ``type``, as it is typed, where that is
+            another one; ``metavar``, ``show_default`` and ``rich_help_panel`` of `typer.Option`.
+    """
+    return dataclasses.field(default=default, metadata={"help": said, **typed})
+
+
+def _routing(default: Any, said: str, **typed: Any) -> Any:
+    return _option(default, said, rich_help_panel=ROUTING, **typed)
+
+
+def _adapter(default: Any, said: str, **typed: Any) -> Any:
+    return _option(default, said, rich_help_panel=ADAPTER, **typed)
 
 
 @dataclasses.dataclass
 class TrainConfig:
-    """All that a run is made of; the options of `antipasto train`, and ``config.yaml``.
+    """All that a run is made of: the options of `antipasto train`, and ``config.yaml``.
 
-    Attributes:
-        model: folder or hub name.
-        task: as `antipasto.tasks.load_task` takes it.
-        method: what becomes of what the gate claims.
-        by: what the gate goes by; if None, the direction where there are pairs or a direction, else the detector. ``"score"``:
-            a monitor made from the pairs flags rollouts by their score at the reference; under ``plain`` it only watches.
-        false_alarms: with ``by="score"``, the share of the start's own answers that may be flagged; if None, the threshold is
-            midway between held-out hacks and clean texts.
-        sharing: ``"exclusive"``: flagged rollouts teach the quarantine, the others δS; ``"classic"``: the others teach both.
-        pairs: JSON lines to extract the direction from; the task's own if None.
-        direction: a direction's file, instead of pairs.
-        estimator: of the direction.
-        k: rows a layer of the direction.
-        gate: of the direction.
-        threshold: of the coordinate gate; 0.65 if None.
-        controls: directions that keep books: ``random``, ``permuted``.
-        deploy_fraction: share of rollouts of the deployed policy; if None, .5 where the method routes, else 0.
-        rank: top singular directions of each layer; all if None.
-        target_modules: layers to adapt; the known names if None.
-        exclude_modules: layers to leave out of those.
-        cache_dir: where bases are kept; ``"auto"``: the user's cache.
-        dtype: of the base weights.
-        steps: optimizer steps.
-        prompts: prompts a step.
-        generations: rollouts of each prompt.
-        micro_batch: rollouts per forward and process; all of a step at once if None.
-        learning_rate: of the knobs.
-        beta: weight of the KL term.
-        temperature: of sampling.
-        max_completion_length: tokens; the task's own if None, else 256.
-        seed: of everything.
-        save_every: steps between checkpoints.
-        trainer: anything else of `trl.GRPOConfig`, by name.
+    ``antipasto train --help`` and docs/cli.md say what each is. ``trainer`` has anything else of `trl.GRPOConfig`, by name.
+
+    Raises:
+        ValueError: an option of another type, out of its bounds, or one that does not go with the others.
+
+    Example:
+        >>> TrainConfig("smollm2", "addition", steps=0)
+        Traceback (most recent call last):
+        ...
+        ValueError: steps must be at least 1, got 0.
     """
 
     model: str
     task: str
-    method: Method = "route"
-    by: By | None = None
-    false_alarms: float | None = None
-    sharing: Sharing = "exclusive"
-    pairs: str | None = None
-    direction: str | None = None
-    estimator: Literal["tstat", "mean", "svd"] = "tstat"
-    k: int = 1
-    gate: GateName = "coordinate"
-    threshold: float | None = None
-    controls: tuple[str, ...] = CONTROLS
-    deploy_fraction: float | None = None
-    rank: int | None = None
-    target_modules: list[str] | str | None = None
-    exclude_modules: list[str] | None = None
-    cache_dir: str | None = "auto"
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    steps: int = 100
-    prompts: int = 4
-    generations: int = 8
-    micro_batch: int | None = None
-    learning_rate: float = 1e-2
-    beta: float = 0.0
-    temperature: float = 1.0
-    max_completion_length: int | None = None
-    seed: int = 0
-    save_every: int = 25
+    method: Method = _routing("route", "What becomes of what the gate claims.")
+    by: By | None = _routing(
+        None,
+        "What the gate goes by; score: a monitor's, at the reference.",
+        show_default="direction if there are pairs",
+    )
+    false_alarms: float | None = _routing(
+        None,
+        "With --by score: share of the start's own answers that may be flagged.",
+        show_default="midway between held-out hacks and clean texts",
+    )
+    sharing: Sharing = _routing("exclusive", "Whether unflagged rollouts teach δS alone, or both vectors.")
+    pairs: str | None = _routing(
+        None, "Pairs to extract the direction from.", metavar="FILE", show_default="the task's"
+    )
+    direction: str | None = _routing(None, "A direction, instead of pairs.", metavar="FILE")
+    estimator: Estimator = _routing("tstat", "Of the direction's rows.")
+    k: int = _routing(1, "Rows a layer, with svd.", min=1)
+    gate: GateName = _routing("coordinate", "Which part of a step a direction claims.")
+    threshold: float | None = _routing(None, "Effect size that the coordinate gate guards.", show_default="0.65")
+    controls: tuple[str, ...] = _routing(
+        CONTROLS, "Directions that keep books beside it, or none.", type=str, metavar="NAMES"
+    )
+    deploy_fraction: float | None = _routing(
+        None, "Share of rollouts sampled from the deployed policy.", min=0, max=1, show_default="0.5 with route"
+    )
+    rank: int | None = _adapter(None, "Top singular directions of each layer.", min=1, show_default="all")
+    target_modules: list[str] | str | None = _adapter(
+        None,
+        "Layers to adapt: names with commas between, 'all-linear', or a pattern.",
+        type=str,
+        metavar="NAMES",
+        show_default="known names",
+    )
+    exclude_modules: list[str] | None = _adapter(
+        None, "Layers to leave out of those.", type=str, metavar="NAMES", show_default="none"
+    )
+    cache_dir: str | None = _adapter(
+        "auto", "Where singular bases are kept.", metavar="DIR", show_default="$ANTIPASTO_CACHE or the user's"
+    )
+    dtype: Dtype = _adapter("auto", "Of the weights; 'auto' as saved. Each dtype has its own bases.")
+    steps: int = _option(100, "Optimizer steps.", min=1)
+    prompts: int = _option(4, "Prompts a step.", min=1)
+    generations: int = _option(8, "Rollouts of each prompt.", min=2)
+    micro_batch: int | None = _option(None, "Rollouts per forward and process.", min=1, show_default="all of a step")
+    learning_rate: float = _option(1e-2, "Of the knobs.", min=0)
+    beta: float = _option(0.0, "Weight of the KL to the reference.", min=0)
+    temperature: float = _option(1.0, "Of sampling.")
+    max_completion_length: int | None = _option(
+        None, "Tokens an answer may have.", min=1, show_default="the task's, or 256"
+    )
+    seed: int = _option(0, "Of everything.", min=0)
+    save_every: int = _option(25, "Steps between checkpoints.", min=1)
     trainer: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -102,12 +114,17 @@ class TrainConfig:
             self.controls = tuple(self.controls)
         check_types(self)
         check_finite(self)
-        if self.learning_rate < 0 or self.temperature <= 0:
-            raise ValueError(
-                f"learning_rate must be at least 0 and temperature above 0, got {self.learning_rate} and {self.temperature}."
-            )
+        check_bounds(self)
+        if self.temperature <= 0:
+            raise ValueError(f"temperature must be above 0, got {self.temperature}.")
         if self.pairs is not None and self.direction is not None:
             raise ValueError("Give pairs or a direction, not both.")
+        if unknown := sorted(set(self.controls) - set(CONTROLS)):
+            raise ValueError(f"controls are {' and '.join(CONTROLS)}, got {', '.join(unknown)}.")
+        self._check_gate()
+
+    def _check_gate(self) -> None:
+        """What goes by what."""
         choices: dict[str, tuple[By, ...]] = {"plain": ("score",), "measure": ("direction",), "discount": ("score",)}
         choices["inoculate"] = ()
         choices |= dict.fromkeys(("penalty", "drop"), ("detector", "score"))
@@ -126,29 +143,33 @@ class TrainConfig:
             raise ValueError("sharing=classic belongs to method route by score, detector or both.")
         if self.method != "route" and self.deploy_fraction:
             raise ValueError(f"deploy_fraction belongs to method route: under {self.method} there is no quarantine.")
-        if unknown := sorted(set(self.controls) - set(CONTROLS)):
-            raise ValueError(f"controls are {' and '.join(CONTROLS)}, got {', '.join(unknown)}.")
-        for name in ("steps", "prompts", "generations", "save_every", "micro_batch"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}.")
 
     @classmethod
     def from_mapping(cls, options: Mapping[str, Any], where: str) -> TrainConfig:
-        """A config from options by name.
+        """A config from options by name, as a command line or a file has them: a list may be a text with commas.
+
+        Args:
+            options: their values.
+            where: they come from, for errors.
 
         Raises:
             ValueError: an option that does not exist, or does not fit, or one that is missing.
+
+        Example:
+            >>> options = {"model": "m", "task": "addition", "controls": "none", "target_modules": "q_proj, v_proj"}
+            >>> made = TrainConfig.from_mapping(options, "here")
+            >>> made.controls, made.target_modules
+            ((), ['q_proj', 'v_proj'])
         """
         names = [field.name for field in dataclasses.fields(cls)]
         for name in options:
             if name not in names:
-                raise ValueError(f"{where}: there is no option {name!r}{_near(str(name), names)}")
+                raise ValueError(f"{where}: there is no option {name!r}{near(str(name), names)}")
         for name in ("model", "task"):
             if options.get(name) is None:
                 raise ValueError(f"{where}: {name} is missing.")
         try:
-            return cls(**options)
+            return cls(**{name: _read(name, value) for name, value in options.items()})
         except ValueError as error:
             raise ValueError(f"{where}: {error}") from error
 
@@ -158,129 +179,36 @@ class TrainConfig:
         return write_yaml(values)
 
 
-def _near(name: str, names: list[str]) -> str:
-    close = difflib.get_close_matches(name, names, n=1)
-    return f"; did you mean {close[0]!r}?" if close else "."
+def _read(name: str, value: Any) -> Any:
+    """An option that holds several names, from a text."""
+    if not isinstance(value, str):
+        return value
+    if name == "controls":
+        return () if value.strip() in ("", "none") else tuple(names_of(name, value))
+    if name == "target_modules":
+        return targets_of(value)
+    return names_of(name, value) if name == "exclude_modules" else value
 
 
-# ── config → TRL ─────────────────────────────────────────────────────────────────────────────────────────────────────
-
-_OURS = {  # GRPOConfig's name → ours, where they are the same thing
-    "output_dir": "out",
-    "max_steps": "steps",
-    "per_device_train_batch_size": "prompts, generations and micro_batch",
-    "gradient_accumulation_steps": "prompts, generations and micro_batch",
-    "num_generations": "generations",
-    "learning_rate": "learning_rate",
-    "beta": "beta",
-    "temperature": "temperature",
-    "max_completion_length": "max_completion_length",
-    "seed": "seed",
-    "save_steps": "save_every",
-    "resume_from_checkpoint": "resume",
-    "model_init_kwargs": "dtype",
-    "trust_remote_code": "a model that transformers knows: code that comes with one is never run",
-}
-
-
-def trainer_args(config: TrainConfig, task: Task, out: Path, processes: int) -> GRPOConfig:
-    """TRL's config of a run.
+def names_of(option: str, text: str) -> list[str]:
+    """Names with commas between.
 
     Raises:
-        ValueError: a name or value that GRPOConfig does not know, one that has an option of its own, or a batch that does not
-            divide among processes and micro-batches.
+        ValueError: there is nothing between two of them.
     """
-    names = [field.name for field in dataclasses.fields(GRPOConfig) if field.init]
-    for name in config.trainer:
-        if name in _OURS:
-            raise ValueError(f"--trainer.{name} has an option of its own here: use {_OURS[name]}.")
-        if name not in names:
-            raise ValueError(f"--trainer.{name}: TRL's GRPOConfig has no {name!r}{_near(name, names)}")
-    rollouts = config.prompts * config.generations
-    micro_batch = config.micro_batch or max(1, rollouts // processes)
-    if rollouts % (micro_batch * processes):
-        raise ValueError(
-            f"A step of {config.prompts} prompts x {config.generations} rollouts is {rollouts}, which does not divide into "
-            f"micro-batches of {micro_batch} on {processes} process(es)."
-        )
-    options = {
-        "output_dir": str(out),
-        "max_steps": config.steps,
-        "per_device_train_batch_size": micro_batch,
-        "gradient_accumulation_steps": rollouts // (micro_batch * processes),
-        "num_generations": config.generations,
-        "learning_rate": config.learning_rate,
-        "beta": config.beta,
-        "temperature": config.temperature,
-        "max_completion_length": config.max_completion_length or task.max_completion_length or 256,
-        "seed": config.seed,
-        "save_strategy": "steps",
-        "save_steps": config.save_every,
-        "save_total_limit": 2,
-        "logging_steps": 1,
-        "report_to": "none",
-        "project": "antipasto",
-        "disable_tqdm": True,
-        "use_cpu": not torch.accelerator.is_available(),
-        "bf16": torch.cuda.is_available(),
-        "ddp_find_unused_parameters": False,
-        "dataloader_pin_memory": torch.cuda.is_available(),
-        **config.trainer,
-    }
-    reporters = options["report_to"]
-    if isinstance(reporters, list):  # the parser would take the first of them
-        options["report_to"] = "none"
-    args = _parse(options)
-    if isinstance(reporters, list):
-        args.report_to = reporters
-    if args.remove_unused_columns:
-        raise ValueError("--trainer.remove_unused_columns true would leave the task's functions without their rows.")
-    _check_reporters(args.report_to)
-    if config.save_every % steps_per_cycle(args):
-        raise ValueError(
-            f"{steps_per_cycle(args)} steps learn from one generation (num_iterations, steps_per_generation), and a run can "
-            f"be continued only between generations: save_every must be a multiple of that, not {config.save_every}."
-        )
-    if len(task.train) < config.prompts * steps_per_cycle(args):
-        raise ValueError(f"Task {task.name!r} has {len(task.train)} training rows, fewer than one generation takes.")
-    return args
+    names = [name.strip() for name in text.split(",")]
+    if not all(names):
+        raise ValueError(f"{option} takes names with commas between, got {text!r}.")
+    return names
 
 
-def _check_reporters(names: list[str]) -> None:
-    there = get_available_reporting_integrations()
-    for name in names:
-        if name not in there:
-            raise ValueError(
-                f"--trainer.report_to {name}: transformers has no such reporter, or its package is not installed. Here there "
-                f"is {', '.join(there) or 'none'}; pip install 'antipasto[monitor]' brings tensorboard and trackio."
-            )
+def targets_of(text: str) -> list[str] | str:
+    """The layers to adapt: names, or what PEFT takes as it is, ``all-linear`` or a pattern.
 
-
-def steps_per_cycle(args: GRPOConfig) -> int:
-    """Optimizer steps that learn from one generation."""
-    return max(1, args.steps_per_generation * args.num_iterations // args.gradient_accumulation_steps)
-
-
-def _word(value: Any) -> str:
-    """A value as one types it."""
-    return str(value).lower() if isinstance(value, bool) else str(value)
-
-
-def _parse(options: Mapping[str, Any]) -> GRPOConfig:
-    parser = HfArgumentParser(GRPOConfig)
-
-    def refuse(message: str) -> None:
-        raise ValueError(message)
-
-    parser.error = refuse
-    words: list[str] = []
-    for name, value in options.items():
-        if isinstance(value, (list, tuple)):
-            words += [f"--{name}", *map(_word, value)]
-        elif value is not None:
-            words += [f"--{name}", json.dumps(value) if isinstance(value, dict) else _word(value)]
-    try:
-        (args,) = parser.parse_args_into_dataclasses(words, look_for_args_file=False)
-    except (ValueError, TypeError) as error:  # GRPOConfig checks its options where it is made
-        raise ValueError(f"--trainer: {error}") from error
-    return args
+    Example:
+        >>> targets_of("q_proj,v_proj"), targets_of("all-linear"), targets_of(".*(q|v)_proj")
+        (['q_proj', 'v_proj'], 'all-linear', '.*(q|v)_proj')
+    """
+    if text == "all-linear" or re.search(r"[^\w., -]", text):
+        return text
+    return names_of("target_modules", text)

@@ -29,13 +29,14 @@ import antipasto as ap
 from antipasto.evaluate import Sampling, own_answers
 from antipasto.inoculation import inoculate
 from antipasto.monitor import HELDOUT
+from antipasto.names import Flagged
 from antipasto.pairs import split_pairs
 from antipasto.run_folder import RunFolder
 from antipasto.tasks import Task
 from antipasto.terminal import doing, say
 from antipasto.train.config import TrainConfig
 from antipasto.trl.advantages import deployed_positions
-from antipasto.trl.trainer import DEPLOY_FRACTION, Flagged
+from antipasto.trl.trainer import DEPLOY_FRACTION
 
 T = TypeVar("T")
 OWN_ANSWERS = 64  # of the start, which say what a monitor's threshold means

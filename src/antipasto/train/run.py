@@ -27,8 +27,9 @@ from antipasto.run_folder import RunFolder, step_of
 from antipasto.runs import finish_run, run_facts
 from antipasto.tasks import Task, load_task
 from antipasto.terminal import say
-from antipasto.train.config import TrainConfig, steps_per_cycle, trainer_args
+from antipasto.train.config import TrainConfig
 from antipasto.train.gating import Gating, on_main
+from antipasto.train.trl_args import steps_per_cycle, trainer_args
 from antipasto.trl import (
     CompleteCheckpoints,
     FirstLook,

@@ -23,7 +23,7 @@ from collections import defaultdict
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from accelerate.utils import gather_object
@@ -33,6 +33,7 @@ from trl import GRPOTrainer
 
 from antipasto.knobs import knobs, require_finite_gradients
 from antipasto.monitor import Monitor, at_origin
+from antipasto.names import Flagged
 from antipasto.rollouts import RolloutGrads, TokenIds, backward_by_sequence, completion_nll, rollout_grads
 from antipasto.routing import Router
 from antipasto.tasks import completion_text, is_exploit
@@ -46,7 +47,6 @@ from antipasto.tuner.rows import RowViews
 from antipasto.tuner.views import adapted_layers, mixed, seen_as
 from antipasto.unchanged import unchanged
 
-Flagged = Literal["route", "penalty", "discount", "drop", "watch"]
 DEPLOY_FRACTION = 0.5
 
 

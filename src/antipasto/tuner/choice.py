@@ -13,7 +13,8 @@ from torch._C._functorch import is_functorch_wrapped_tensor
 
 from antipasto.basis import Basis
 from antipasto.functional import Route, merged_weight
-from antipasto.plans import Call, Execution, PlanName, cheapest, is_well_conditioned
+from antipasto.names import PlanName
+from antipasto.plans import Call, Execution, cheapest, is_well_conditioned
 from antipasto.tuner.held import HeldWeights, source
 from antipasto.tuner.rows import RowViews, per_token
 

@@ -13,8 +13,8 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from antipasto.basis import DEFAULT_CACHE
 from antipasto.files import write_json
 from antipasto.fingerprints import Fingerprint
+from antipasto.names import PlanName
 from antipasto.options import check_types
-from antipasto.plans import PlanName
 
 
 def _peft_type(name: str) -> PeftType:

@@ -26,7 +26,8 @@ from transformers.pytorch_utils import Conv1D
 from antipasto.basis import Basis
 from antipasto.fingerprints import Fingerprint
 from antipasto.functional import delta_weight, merged_linear, spectral_delta
-from antipasto.plans import Execution, PlanName
+from antipasto.names import PlanName
+from antipasto.plans import Execution
 from antipasto.tuner.choice import Asked, Choice, does_nothing_but
 from antipasto.tuner.rows import RowViews, per_token
 

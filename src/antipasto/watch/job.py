@@ -29,8 +29,9 @@ from antipasto.directions import Direction
 from antipasto.files import write_json, write_text
 from antipasto.inspection import as_number, read_json, read_rows
 from antipasto.knobs import wrap
-from antipasto.models import Dtype, base_fingerprint, best_device, load_model, quiet
+from antipasto.models import base_fingerprint, best_device, load_model, quiet
 from antipasto.monitor import Completion, Monitor
+from antipasto.names import Dtype
 from antipasto.onset import Onset, find_onset
 from antipasto.pairs import load_pairs
 from antipasto.records import Rate

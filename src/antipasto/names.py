@@ -1,0 +1,24 @@
+"""What options are called that several modules take. No torch: the command line reads them before it loads anything."""
+
+from typing import Literal
+
+Dtype = Literal["auto", "float32", "bfloat16", "float16"]
+"""Of a model's weights; ``"auto"``: as its checkpoint says."""
+PlanName = Literal["auto", "factored", "merged", "spectral"]
+"""How an adapted layer computes (`antipasto.plans`); ``auto`` takes the cheapest of the others at every call."""
+Estimator = Literal["tstat", "mean", "svd"]
+"""Of a direction's rows (`antipasto.extract_direction`)."""
+GateName = Literal["coordinate", "disjoint", "one_sided", "no_gate", "reverse"]
+"""Which part of a step a direction claims (`antipasto.gates`)."""
+Mode = Literal["route", "erase", "measure"]
+"""What becomes of what the gate claims (`antipasto.Router`)."""
+Level = Literal["update", "gradient"]
+"""Whether a gate splits the optimizer's step or the gradient before it (`antipasto.Router`)."""
+Sharing = Literal["exclusive", "classic"]
+"""Whether unflagged rollouts teach δS alone, or both vectors (`antipasto.Router`)."""
+Flagged = Literal["route", "penalty", "discount", "drop", "watch"]
+"""What becomes of flagged rollouts (`antipasto.trl.RoutedGRPOTrainer`)."""
+Method = Literal["plain", "route", "erase", "measure", "penalty", "discount", "drop", "inoculate"]
+"""What `antipasto train` makes of what its gate claims; `antipasto.train.gating` has a line on each."""
+By = Literal["direction", "detector", "both", "score"]
+"""What that gate goes by."""
