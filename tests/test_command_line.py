@@ -148,6 +148,36 @@ def test_options_for_trl_need_no_model_before_them(tmp_path: Path, monkeypatch: 
     assert (made.model, made.trainer) == (MODEL, {"warmup_steps": 3})
 
 
+@pytest.mark.parametrize(
+    ("typed", "meant"),
+    [
+        ("q_proj, v_proj", ["q_proj", "v_proj"]),
+        ("all-linear", "all-linear"),
+        (r".*\.layers\.(0|1)\..*_proj", r".*\.layers\.(0|1)\..*_proj"),
+    ],
+)
+def test_layers_by_name_or_by_pattern(typed: str, meant: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Typed, in a file, and in the config that a run leaves, which repeats it."""
+    words = (MODEL, "--task", "addition")
+    made = captured(monkeypatch, *words, "--target-modules", typed)
+    assert made.target_modules == meant
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({"target_modules": typed}))
+    assert captured(monkeypatch, *words, "--config", tmp_path / "config.yaml") == made
+    (tmp_path / "config.yaml").write_text(made.to_yaml())
+    assert captured(monkeypatch, "--config", tmp_path / "config.yaml") == made
+
+
+def test_an_option_has_its_bounds_wherever_it_comes_from(tmp_path: Path) -> None:
+    (tmp_path / "config.yaml").write_text("generations: 1")
+    words = ("train", MODEL, "--task", "addition")
+    code, text = run(*words, "--generations", "1")
+    assert code == 2
+    assert "greater than or equal to 2" in text
+    assert "generations must be at least 2, got 1" in refused(*words, "--config", tmp_path / "config.yaml")
+    with pytest.raises(ValueError, match="deploy_fraction must be at most 1, got 1.5"):
+        TrainConfig(MODEL, "addition", deploy_fraction=1.5)
+
+
 def captured(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> TrainConfig:
     """The config that `antipasto train` would start."""
     made: list[TrainConfig] = []
