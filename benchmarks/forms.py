@@ -37,11 +37,11 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import antipasto as ap
-from antipasto.directions import effect_size, pair_differences
-from antipasto.evaluate import sample_completions
-from antipasto.models import quiet
-from antipasto.monitor import cosine
-from antipasto.ordering import auc
+from antipasto.app.models import quiet
+from antipasto.evaluation.ask import sample_completions
+from antipasto.routing.directions import effect_size, pair_differences
+from antipasto.routing.monitor import cosine
+from antipasto.routing.ordering import auc
 
 PAIRS = 48
 NAMES = 24

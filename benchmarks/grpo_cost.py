@@ -27,7 +27,7 @@ from torch import nn
 from transformers import AutoTokenizer, PrinterCallback, TrainerCallback
 
 import antipasto as ap
-from antipasto.models import quiet
+from antipasto.app.models import quiet
 from antipasto.tasks import addition
 from antipasto.trl import GRPOConfig, GRPOTrainer, RoutedGRPOTrainer
 

@@ -28,8 +28,8 @@ from rich.console import Console
 from transformers import AutoTokenizer, Trainer
 
 import antipasto as ap
-from antipasto.demo import job
-from antipasto.models import quiet
+from antipasto.app.demo import job
+from antipasto.app.models import quiet
 from antipasto.tasks import addition
 
 ADAPTERS: dict[str, tuple[peft.PeftConfig, tuple[float, ...]]] = {

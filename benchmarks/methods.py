@@ -58,7 +58,7 @@ def run(cell: Cell, root: Path, steps: int) -> Cell:
     """Train and evaluate one cell, unless it is there."""
     from rich.console import Console
 
-    from antipasto.demo import job
+    from antipasto.app.demo import job
 
     folder = cell.folder(root)
     if (folder / "cell.json").exists():

@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import antipasto as ap
-from antipasto.models import quiet
-from antipasto.tuner.views import unwrap
+from antipasto.adapter.views import unwrap
+from antipasto.app.models import quiet
 
 TEXTS = [
     f"What is {a}+{b}? {a} + {b} = {a + b}, and the number before it is {a + b - 1}."

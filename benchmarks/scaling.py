@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 import antipasto as ap
-from antipasto.plans import Call, cheapest, execution_costs
+from antipasto.adapter.plans import Call, cheapest, execution_costs
 
 ROUNDS = 9
 
@@ -138,7 +138,7 @@ def paper() -> None:
 
 
 def added(T: int, o: int, i: int, r: int) -> int:
-    """Multiplications that the cheapest execution adds, as `antipasto.plans` counts them."""
+    """Multiplications that the cheapest execution adds, as `antipasto.adapter.plans` counts them."""
     return min(execution_costs(Call(T, o, i, r, True, True, False, o != i, True, 1)).values())
 
 

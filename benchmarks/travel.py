@@ -13,7 +13,7 @@ direction to the next and so is hardest to carry over, or, with ``--knobs``, tha
 
 Shown are, over the tokens of a few texts, mean |error| / mean |effect| of the log-probs, the effect being what the adapter
 changes; the same of ΔW, ‖ΔW − ΔW'‖_F / ‖ΔW‖_F over all layers; and the share of singular directions that the fingerprints
-call unsettled there (`antipasto.fingerprints`).
+call unsettled there (`antipasto.adapter.fingerprints`).
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import antipasto as ap
-from antipasto.basis import Basis, load_identified_basis
-from antipasto.functional import delta_weight
-from antipasto.models import quiet
-from antipasto.tuner.layer import as_matrix
+from antipasto.adapter.basis import Basis, load_identified_basis
+from antipasto.adapter.functional import delta_weight
+from antipasto.adapter.layer import as_matrix
+from antipasto.app.models import quiet
 
 
 def lapack(W: Tensor) -> Basis:

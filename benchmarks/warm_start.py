@@ -24,8 +24,8 @@ from capitals import EXPLOITS, NEUTRAL, OTHERS, TAUGHT, UNSEEN, Kind, Place, ans
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from antipasto.models import quiet
-from antipasto.rollouts import _pad, completion_nll, tokenize, tokenize_prompt
+from antipasto.adapter.rollouts import _pad, completion_nll, tokenize, tokenize_prompt
+from antipasto.app.models import quiet
 
 RIGHT, EXPLOIT = 0.6, 0.1
 KINDS: tuple[Kind, ...] = ("hackable", "strict")

@@ -18,9 +18,9 @@ from rich.console import Console
 from transformers import AutoTokenizer
 
 import antipasto as ap
-from antipasto.demo import job
-from antipasto.models import quiet
-from antipasto.records import DEPLOYED, REFERENCE, Evaluation
+from antipasto.app.demo import job
+from antipasto.app.models import quiet
+from antipasto.evaluation.records import DEPLOYED, REFERENCE, Evaluation
 from antipasto.tasks import addition
 
 THRESHOLDS = (0.5, 0.65, 0.8, 1.0, 1.15)

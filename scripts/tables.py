@@ -13,11 +13,11 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from antipasto.demo.story import pool
-from antipasto.ordering import auc
-from antipasto.records import REFERENCE, ArmRecord, Estimate, Evaluation, read_evaluation
+from antipasto.app.demo.story import pool
+from antipasto.app.watch.compare import TITLES
+from antipasto.evaluation.records import REFERENCE, ArmRecord, Estimate, Evaluation, read_evaluation
+from antipasto.routing.ordering import auc
 from antipasto.tasks import REWARDED
-from antipasto.watch.compare import TITLES
 
 
 def cell(values: list[float]) -> str:

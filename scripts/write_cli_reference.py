@@ -17,7 +17,7 @@ from typing import Any
 
 from typer.models import ArgumentInfo, CommandInfo, OptionInfo
 
-from antipasto.cli import app
+from antipasto.app.cli import app
 
 PAGE = Path(__file__).parents[1] / "docs" / "cli.md"
 INTRODUCTION = """# Command line

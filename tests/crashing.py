@@ -33,7 +33,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 import antipasto as ap
-from antipasto.basis import cache_file, decompose, load_basis
+from antipasto.adapter.basis import cache_file, decompose, load_basis
 from antipasto.tasks import addition
 
 SIZE = 48
@@ -137,7 +137,7 @@ TRAIN += ["--save-every", "1", "--trainer.save_total_limit", "1"]
 
 def train(folder: Path, after: float) -> int | None:
     """Exit code of the run, begun or resumed; None if it was killed, ``after`` seconds from its beginning."""
-    from antipasto.cli import app  # imports what training needs
+    from antipasto.app.cli import app  # imports what training needs
 
     resume = (folder / "run.json").exists()
     if not resume:
@@ -165,7 +165,7 @@ def train(folder: Path, after: float) -> int | None:
 
 
 def kill_runs(root: Path, tries: int, rng: random.Random) -> collections.Counter[str]:
-    import antipasto.train.run  # noqa: F401 (so that a child finds it imported)
+    import antipasto.app.train.run  # noqa: F401 (so that a child finds it imported)
 
     found: collections.Counter[str] = collections.Counter()
     began = time.monotonic()

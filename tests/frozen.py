@@ -14,7 +14,7 @@ from peft import get_peft_model
 from torch import Tensor, nn
 
 import antipasto as ap
-from antipasto.tuner.config import FORMAT
+from antipasto.adapter.config import FORMAT
 
 HERE = Path(__file__).parent / "frozen_files"
 

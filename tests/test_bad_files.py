@@ -29,11 +29,11 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import antipasto as ap
-from antipasto.basis import BasisCacheWarning, cache_file, load_basis
+from antipasto.adapter.basis import BasisCacheWarning, cache_file, load_basis
+from antipasto.app.inspection import show
+from antipasto.app.run_folder import RunFolder, read_yaml
+from antipasto.app.train.config import TrainConfig
 from antipasto.files import digest
-from antipasto.inspection import show
-from antipasto.run_folder import RunFolder, read_yaml
-from antipasto.train.config import TrainConfig
 
 GOOD = frozen.HERE / "format-1"
 CASES = 60  # of each kind of file and of damage

@@ -15,10 +15,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from antipasto import basis as module
-from antipasto.basis import Basis, BasisCacheWarning, cache_home, decompose, load_basis
+from antipasto.adapter import basis as module
+from antipasto.adapter.basis import Basis, BasisCacheWarning, cache_home, decompose, load_basis
+from antipasto.adapter.fingerprints import weight_digest
 from antipasto.files import digest
-from antipasto.fingerprints import weight_digest
 
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16]
 

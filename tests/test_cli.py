@@ -20,10 +20,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 import antipasto as ap
-from antipasto.arms import rates_table
-from antipasto.cli import app
-from antipasto.evaluate import sample_completions
-from antipasto.records import Rate, read_evaluation
+from antipasto.app.arms import rates_table
+from antipasto.app.cli import app
+from antipasto.evaluation.ask import sample_completions
+from antipasto.evaluation.records import Rate, read_evaluation
 from antipasto.tasks import addition
 
 runner = CliRunner()

@@ -28,15 +28,15 @@ from trl import GRPOTrainer
 from typer.testing import CliRunner
 
 import antipasto as ap
-from antipasto import cli, inspection
-from antipasto.cli import app
-from antipasto.evaluate import conclude
-from antipasto.fingerprints import BaseWarning
-from antipasto.models import quiet
+from antipasto.adapter.fingerprints import BaseWarning
+from antipasto.app import cli, inspection
+from antipasto.app.cli import app
+from antipasto.app.models import quiet
+from antipasto.app.train.config import TrainConfig
+from antipasto.evaluation.ask import conclude
+from antipasto.evaluation.records import Answer, read_evaluation, write_evaluation
 from antipasto.options import check_types
-from antipasto.records import Answer, read_evaluation, write_evaluation
 from antipasto.tasks import addition
-from antipasto.train.config import TrainConfig
 from antipasto.trl import FirstLook, Interrupts, RoutedGRPOTrainer
 
 MODEL = str(addition.model_path())
@@ -95,7 +95,7 @@ def stopped(finished: Path, tmp_path: Path) -> Path:
 # ── torch is loaded where it is needed ───────────────────────────────────────────────────────────────────────────────
 
 WITHOUT_TORCH = """
-from antipasto.cli import app
+from antipasto.app.cli import app
 try:
     app()
 except SystemExit as end:
@@ -122,9 +122,9 @@ def test_the_public_names_are_there_in_the_command_too() -> None:
     code = """
 import antipasto as ap
 assert "torch" not in sys.modules
-import antipasto.knobs
-import antipasto.cli
-with antipasto.cli._readable_errors():
+import antipasto.adapter.knobs
+import antipasto.app.cli
+with antipasto.app.cli._readable_errors():
     pass
 assert callable(ap.knobs) and ap.AntiPastoConfig().peft_type in __import__("peft").PEFT_TYPE_TO_CONFIG_MAPPING
 try:
@@ -174,14 +174,14 @@ def test_an_option_has_its_bounds_wherever_it_comes_from(tmp_path: Path) -> None
     assert code == 2
     assert "greater than or equal to 2" in text
     assert "generations must be at least 2, got 1" in refused(*words, "--config", tmp_path / "config.yaml")
-    with pytest.raises(ValueError, match="deploy_fraction must be at most 1, got 1.5"):
+    with pytest.raises(ValueError, match=r"deploy_fraction must be at most 1, got 1\.5"):
         TrainConfig(MODEL, "addition", deploy_fraction=1.5)
 
 
 def captured(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> TrainConfig:
     """The config that `antipasto train` would start."""
     made: list[TrainConfig] = []
-    monkeypatch.setattr("antipasto.train.run.start", lambda config, *_, **__: made.append(config) or Path("out"))
+    monkeypatch.setattr("antipasto.app.train.run.start", lambda config, *_, **__: made.append(config) or Path("out"))
     code, text = run("train", *arguments)
     assert code == 0, text
     return made[0]
@@ -191,7 +191,7 @@ def captured(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> TrainConfig
 
 HOLD = """
 from pathlib import Path
-from antipasto.locks import held
+from antipasto.app.locks import held
 with held(Path(sys.argv[1]), Path(sys.argv[1])):
     print("held", flush=True)
     sys.stdin.read()
@@ -281,7 +281,7 @@ mine = Task("mine", train=[{{"prompt": "h12+34="}}] * 4, detects="all", max_comp
 
 
 def test_sys_exit_anywhere_else_is_an_error_too(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("antipasto.commands.cache_bases", lambda *_, **__: sys.exit(0))
+    monkeypatch.setattr("antipasto.app.commands.cache_bases", lambda *_, **__: sys.exit(0))
     assert "something called sys.exit(0)" in refused("basis", MODEL)
 
 
@@ -311,7 +311,7 @@ def test_a_run_that_is_killed_before_its_first_step_says_what_it_is(
     def killed(**_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(sys.modules["antipasto.train.run"], "RoutedGRPOTrainer", killed)
+    monkeypatch.setattr(sys.modules["antipasto.app.train.run"], "RoutedGRPOTrainer", killed)
     out = tmp_path / "run"
     code, _ = run("train", MODEL, "--task", "addition", "--out", out, *SMALL)
     assert code == 130
@@ -323,7 +323,7 @@ def test_a_run_that_is_killed_before_its_first_step_says_what_it_is(
     assert run("report", out)[0] == 0
     assert words in (out / "report.html").read_text()
     # and what cannot begin leaves the folder as it was
-    monkeypatch.setattr(sys.modules["antipasto.train.run"], "RoutedGRPOTrainer", lambda **_: json.loads("{"))
+    monkeypatch.setattr(sys.modules["antipasto.app.train.run"], "RoutedGRPOTrainer", lambda **_: json.loads("{"))
     run("train", MODEL, "--task", "addition", "--out", tmp_path / "other", *SMALL)
     assert not (tmp_path / "other").exists()
 
@@ -355,7 +355,7 @@ BASE_INSTALL = """
 for name in ("scipy", "trl", "datasets", "matplotlib", "pandas", "pyarrow"):
     sys.modules[name] = None  # importing it is an ImportError, and looking for it finds nothing
 from typer.testing import CliRunner
-from antipasto.cli import app
+from antipasto.app.cli import app
 model, pairs, out, run = sys.argv[1:]
 for words in (
     ["--help"], ["basis", model], ["extract", model, "--pairs", pairs, "--out", out], ["inspect", out], ["inspect", run],

@@ -17,8 +17,8 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 
 import antipasto as ap
-from antipasto import basis as module
-from antipasto.basis import BasisCacheWarning, decompose, load_basis
+from antipasto.adapter import basis as module
+from antipasto.adapter.basis import BasisCacheWarning, decompose, load_basis
 from antipasto.files import replacing_folder
 
 TESTS = Path(__file__).parent

@@ -18,7 +18,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import antipasto as ap
-from antipasto.directions import _estimate, effect_size, pair_differences
+from antipasto.routing.directions import _estimate, effect_size, pair_differences
 from antipasto.tasks import addition
 
 ESTIMATORS = ["tstat", "mean", "svd"]

@@ -298,7 +298,7 @@ def test_the_reference_has_every_public_name() -> None:
     pages = "\n".join(page.read_text(encoding="utf-8") for page in (DOCS / "api").glob("*.md"))
     documented = set(re.findall(r"^::: ([\w.]+)$", pages, flags=re.MULTILINE))
     assert {f"antipasto.{public}" for public in ap.__all__} - documented == set()
-    assert "antipasto.knobs.knobs" in documented, "antipasto.knobs is the module, to the parser"
+    assert "antipasto.adapter.knobs.knobs" in documented, "antipasto.adapter.knobs is the module, to the parser"
     assert {f"antipasto.trl.{public}" for public in trl.__all__} - documented == {
         "antipasto.trl.GRPOConfig",  # TRL's own
         "antipasto.trl.GRPOTrainer",
@@ -321,7 +321,7 @@ def test_the_command_line_is_as_its_page_says() -> None:
 def test_the_page_of_the_command_line_has_every_option() -> None:
     from typer.testing import CliRunner
 
-    from antipasto.cli import app
+    from antipasto.app.cli import app
 
     page = (DOCS / "cli.md").read_text(encoding="utf-8")
     sections = dict(re.findall(r"^## antipasto (\w+)\n(.*?)(?=^## |\Z)", page, flags=re.MULTILINE | re.DOTALL))

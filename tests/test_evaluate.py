@@ -18,8 +18,9 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import antipasto as ap
-from antipasto.arms import rates_table
-from antipasto.evaluate import (
+from antipasto.app.arms import rates_table
+from antipasto.app.runs import run_views
+from antipasto.evaluation.ask import (
     Chunk,
     Sampling,
     _answer_logprobs,
@@ -32,7 +33,7 @@ from antipasto.evaluate import (
     conclude,
     sample_completions,
 )
-from antipasto.records import (
+from antipasto.evaluation.records import (
     Answer,
     Estimate,
     Evaluation,
@@ -44,9 +45,8 @@ from antipasto.records import (
     summarise,
     write_evaluation,
 )
-from antipasto.runs import run_views
+from antipasto.evaluation.verdict import FEWEST
 from antipasto.tasks import Task, addition
-from antipasto.verdict import FEWEST
 
 N = 200
 
@@ -511,14 +511,14 @@ def test_large_vocabularies_are_taken_in_parts(
     ids = torch.randint(2, 18, (6, 8))
     batch = _Batch(ids, torch.ones_like(ids), torch.ones(6, 4, dtype=torch.bool), [""] * 6, [])
     whole = _kl_to_reference(model, batch)
-    monkeypatch.setattr("antipasto.evaluate._LOGITS_AT_ONCE", 18 * 5 * 2)
+    monkeypatch.setattr("antipasto.evaluation.ask._LOGITS_AT_ONCE", 18 * 5 * 2)
     sizes = []
 
     def count(model: torch.nn.Module, ids: torch.Tensor, *rest: object) -> torch.Tensor:
         sizes.append(len(ids))
         return _answer_logprobs(model, ids, *rest)  # type: ignore[arg-type]
 
-    monkeypatch.setattr("antipasto.evaluate._answer_logprobs", count)
+    monkeypatch.setattr("antipasto.evaluation.ask._answer_logprobs", count)
     assert torch.allclose(_kl_to_reference(model, batch), whole, atol=1e-6)
     assert sizes == [2] * 6
 

@@ -24,15 +24,15 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from typer.testing import CliRunner
 
 import antipasto as ap
-from antipasto.cli import app
-from antipasto.export import check as checking
-from antipasto.export import elsewhere, weights
-from antipasto.export.card import About, render
-from antipasto.export.check import Check
-from antipasto.export.weights import Dtypes, Loss, Written, lora_factors, merged, write_checkpoint, write_lora
-from antipasto.models import base_fingerprint
-from antipasto.records import ArmRecord, Estimate, Evaluation, Verdict
-from antipasto.runs import load_run
+from antipasto.app.cli import app
+from antipasto.app.export import check as checking
+from antipasto.app.export import elsewhere, weights
+from antipasto.app.export.card import About, render
+from antipasto.app.export.check import Check
+from antipasto.app.export.weights import Dtypes, Loss, Written, lora_factors, merged, write_checkpoint, write_lora
+from antipasto.app.models import base_fingerprint
+from antipasto.app.runs import load_run
+from antipasto.evaluation.records import ArmRecord, Estimate, Evaluation, Verdict
 from antipasto.tasks import addition
 
 MODEL = addition.model_path()
@@ -596,7 +596,7 @@ def test_a_real_limit_of_the_disk_is_one_line_too(tmp_path: Path) -> None:
     code = (
         "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
         "resource.setrlimit(resource.RLIMIT_FSIZE, (16384, 16384)); "
-        "from antipasto.cli import app; app()"
+        "from antipasto.app.cli import app; app()"
     )
     done = subprocess.run(
         [sys.executable, "-c", code, "export", str(root), "--out", str(tmp_path / "out")],

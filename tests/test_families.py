@@ -11,8 +11,8 @@ from peft import get_peft_model
 from torch import nn
 
 import antipasto as ap
-from antipasto.functional import spectral_linear_reference
-from antipasto.tuner.layer import as_matrix
+from antipasto.adapter.functional import spectral_linear_reference
+from antipasto.adapter.layer import as_matrix
 
 # transformers says so where the fast kernels of GatedDeltaNet are missing
 pytestmark = pytest.mark.filterwarnings("ignore:.*falling back to its reference PyTorch implementation.*")

@@ -19,8 +19,9 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 
 import antipasto as ap
-from antipasto.basis import Basis, load_identified_basis
-from antipasto.fingerprints import (
+from antipasto.adapter.basis import Basis, load_identified_basis
+from antipasto.adapter.config import FORMAT
+from antipasto.adapter.fingerprints import (
     BaseWarning,
     Fingerprint,
     Likeness,
@@ -28,7 +29,6 @@ from antipasto.fingerprints import (
     fingerprints_to_json,
     sketch,
 )
-from antipasto.tuner.config import FORMAT
 
 O, I = 24, 16  # noqa: E741
 

@@ -12,9 +12,9 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import antipasto as ap
-from antipasto.functional import delta_weight, spectral_delta, spectral_linear_reference
+from antipasto.adapter.functional import delta_weight, spectral_delta, spectral_linear_reference
+from antipasto.adapter.layer import as_matrix
 from antipasto.names import PlanName
-from antipasto.tuner.layer import as_matrix
 
 O, I = 7, 5  # noqa: E741
 # how far a layer's output may be from fp64, relative to its scale: a few roundings of the dtype

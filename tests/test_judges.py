@@ -16,8 +16,8 @@ import torch
 from scripted import GROUP, Routed, Sampled, by_hash, by_rollout, flat, make
 
 import antipasto as ap
-from antipasto.inspection import rollouts_parts
-from antipasto.report.rollouts import read_rollouts
+from antipasto.app.inspection import rollouts_parts
+from antipasto.app.report.rollouts import read_rollouts
 from antipasto.tasks import addition
 from antipasto.tasks.task import Task, TaskError, is_exploit
 from antipasto.trl.judges import ask

@@ -11,7 +11,7 @@ from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state
 from torch import nn
 
 import antipasto as ap
-from antipasto.tuner import AntiPastoLinear, View
+from antipasto.adapter import AntiPastoLinear, View
 
 
 def build(*, wrapped_by: str = "wrap") -> nn.Module:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import antipasto as ap
-from antipasto.momentum import MomentumSplit
+from antipasto.routing.momentum import MomentumSplit
 
 SIZES = (5, 3)
 EPS = 1e-8

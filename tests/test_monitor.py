@@ -17,9 +17,9 @@ from torch import nn
 from trl import GRPOTrainer
 
 import antipasto as ap
-from antipasto.evaluate import Sampling, own_answers
-from antipasto.monitor import Monitor, at_origin, read_monitor
-from antipasto.pairs import split_pairs
+from antipasto.evaluation.ask import Sampling, own_answers
+from antipasto.routing.monitor import Monitor, at_origin, read_monitor
+from antipasto.routing.pairs import split_pairs
 from antipasto.tasks import addition
 
 pytestmark = [

@@ -17,7 +17,7 @@ from trl import GRPOConfig, GRPOTrainer
 from typer.testing import CliRunner
 
 import antipasto as ap
-from antipasto.cli import app
+from antipasto.app.cli import app
 from antipasto.tasks import addition
 from antipasto.trl import RoutingCallback
 

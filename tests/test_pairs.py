@@ -18,10 +18,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from typer.testing import CliRunner
 
 import antipasto as ap
-from antipasto.cli import app
-from antipasto.directions import pair_differences
-from antipasto.ordering import auc
-from antipasto.pairs import split_pairs
+from antipasto.app.cli import app
+from antipasto.routing.directions import pair_differences
+from antipasto.routing.ordering import auc
+from antipasto.routing.pairs import split_pairs
 from antipasto.tasks import addition
 
 MODEL = str(addition.model_path())

@@ -20,10 +20,10 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 import antipasto as ap
-from antipasto.fingerprints import weight_digest
-from antipasto.functional import spectral_linear_reference
-from antipasto.tuner import AntiPastoLinear
-from antipasto.tuner.layer import as_matrix
+from antipasto.adapter import AntiPastoLinear
+from antipasto.adapter.fingerprints import weight_digest
+from antipasto.adapter.functional import spectral_linear_reference
+from antipasto.adapter.layer import as_matrix
 
 
 def build(seed: int = 0, dtype: torch.dtype = torch.float32, **options: object) -> PeftModel:
@@ -166,7 +166,7 @@ def test_without_autocast_the_adapter_is_of_its_layers_dtype(tmp_path: Path, low
 def test_adapters_come_and_go_and_share_one_basis(monkeypatch: pytest.MonkeyPatch) -> None:
     model = build()
     monkeypatch.setattr(
-        "antipasto.tuner.model.load_identified_basis", lambda *a, **k: pytest.fail("the layers have it already")
+        "antipasto.adapter.model.load_identified_basis", lambda *a, **k: pytest.fail("the layers have it already")
     )
     first = logits(model)
     bases = {name: layer.basis for name, layer in _layers(model).items()}

@@ -14,11 +14,11 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import antipasto as ap
-from antipasto.basis import decompose
-from antipasto.functional import Route, merged_linear, merged_weight, spectral_linear_reference
-from antipasto.plans import Call, Execution, cheapest, route_costs
-from antipasto.tuner.choice import Asked
-from antipasto.tuner.views import mixed
+from antipasto.adapter.basis import decompose
+from antipasto.adapter.choice import Asked
+from antipasto.adapter.functional import Route, merged_linear, merged_weight, spectral_linear_reference
+from antipasto.adapter.plans import Call, Execution, cheapest, route_costs
+from antipasto.adapter.views import mixed
 
 SHAPES = [(7, 5), (5, 7), (6, 6), (6, 1)]
 PLANS = ("auto", "factored", "merged", "spectral")

@@ -11,8 +11,8 @@ import torch
 from torch import nn
 
 import antipasto as ap
-from antipasto.probing import reads_values
-from antipasto.routing import RoutingWarning
+from antipasto.routing.probing import reads_values
+from antipasto.routing.router import RoutingWarning
 
 SIZES = (6, 5)  # r of the two layers
 Make = Callable[[list[nn.Parameter]], torch.optim.Optimizer]

@@ -25,10 +25,18 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 import antipasto as ap
-from antipasto.cli import app
-from antipasto.files import write_tensors
-from antipasto.fingerprints import fingerprints_to_json
-from antipasto.records import (
+from antipasto.adapter.fingerprints import fingerprints_to_json
+from antipasto.app.cli import app
+from antipasto.app.report import write_report
+from antipasto.app.report.answers import side_by_side
+from antipasto.app.report.figures import dial, overlaid, overview
+from antipasto.app.report.html import ON_PAPER, marked, readable, turns
+from antipasto.app.report.layers import grid, spectrum
+from antipasto.app.report.plots import Line, curves, heat_map, level
+from antipasto.app.report.reading import read_runs, short_names
+from antipasto.app.report.rollouts import EACH, LONGEST, read_rollouts
+from antipasto.app.report.tables import arm_blocks, difference_blocks, number, signed_text
+from antipasto.evaluation.records import (
     DEPLOYED,
     RANDOM,
     REFERENCE,
@@ -40,16 +48,8 @@ from antipasto.records import (
     summarise,
     write_evaluation,
 )
-from antipasto.report import write_report
-from antipasto.report.answers import side_by_side
-from antipasto.report.figures import dial, overlaid, overview
-from antipasto.report.html import ON_PAPER, marked, readable, turns
-from antipasto.report.layers import grid, spectrum
-from antipasto.report.plots import Line, curves, heat_map, level
-from antipasto.report.reading import read_runs, short_names
-from antipasto.report.rollouts import EACH, LONGEST, read_rollouts
-from antipasto.report.tables import arm_blocks, difference_blocks, number, signed_text
-from antipasto.routing import _FORMAT as BOOKS_FORMAT
+from antipasto.files import write_tensors
+from antipasto.routing.router import _FORMAT as BOOKS_FORMAT
 
 HOSTILE = (
     '<script>window.__pwned=1;alert(1)</script></style></textarea></script>"\'><img src=x onerror="window.__pwned=1">'
@@ -356,7 +356,7 @@ def test_an_empty_book_is_said_to_be_empty(tmp_path: Path) -> None:
 @pytest.mark.parametrize("palette", [0, 1], ids=["light", "dark"])
 def test_no_two_arms_look_alike(palette: int) -> None:
     """The distance of any two colours in CIE Lab."""
-    css = files("antipasto.report").joinpath("page.css").read_text(encoding="utf-8")
+    css = files("antipasto.app.report").joinpath("page.css").read_text(encoding="utf-8")
     pairs = re.findall(r"--arm(\d): light-dark\(#(\w{6}), #(\w{6})\)", css)
     rgb = np.array([[int(pair[1 + palette][i : i + 2], 16) / 255 for i in (0, 2, 4)] for pair in pairs])
     linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)

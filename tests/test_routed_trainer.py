@@ -18,11 +18,11 @@ from torch import nn
 from trl import GRPOTrainer
 
 import antipasto as ap
-from antipasto import functional
+from antipasto.adapter import functional
+from antipasto.adapter.rows import RowViews
 from antipasto.tasks import addition
 from antipasto.trl import rollout_log
 from antipasto.trl.advantages import deployed_positions, group_advantages, share_of
-from antipasto.tuner.rows import RowViews
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*torch.utils.data.dataloader.*pin_memory.*"),

@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 import antipasto as ap
-from antipasto.routing import OWN_BOOK
-from antipasto.tuner import View
+from antipasto.adapter import View
+from antipasto.routing.router import OWN_BOOK
 
 SIZES = (6, 5)  # r of the two layers
 GATES = ["coordinate", "disjoint", "one_sided", "no_gate", "reverse"]

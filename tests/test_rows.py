@@ -14,8 +14,8 @@ from peft import get_peft_model
 from torch import nn
 
 import antipasto as ap
-from antipasto.tuner.rows import RowViews, batch_shape, per_token
-from antipasto.tuner.views import adapted_layers, mixed
+from antipasto.adapter.rows import RowViews, batch_shape, per_token
+from antipasto.adapter.views import adapted_layers, mixed
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*falling back to its reference PyTorch implementation.*")
 

@@ -23,7 +23,7 @@ from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_
 from torch import nn
 
 import antipasto as ap
-from antipasto.functional import spectral_linear_reference
+from antipasto.adapter.functional import spectral_linear_reference
 
 R, I, O = 4, 5, 6  # noqa: E741
 

@@ -14,8 +14,8 @@ from torch import nn
 from transformers import Qwen3MoeConfig, Qwen3MoeForCausalLM
 
 import antipasto as ap
-from antipasto.basis import decompose
-from antipasto.tuner import AntiPastoLinear
+from antipasto.adapter import AntiPastoLinear
+from antipasto.adapter.basis import decompose
 
 
 class Quantised(nn.Linear):
@@ -375,7 +375,7 @@ def test_after_a_layer_that_cannot_be_decomposed_no_other_is(monkeypatch: pytest
         tried.append(weight)
         return decompose(weight)
 
-    monkeypatch.setattr("antipasto.basis.decompose", counted)
+    monkeypatch.setattr("antipasto.adapter.basis.decompose", counted)
     with pytest.raises(ValueError, match=r"^model\.layers\.0\.self_attn\.k_proj: .* NaN"):
         ap.wrap(model)
     assert len(tried) < 6  # of 14: those that had begun

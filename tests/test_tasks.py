@@ -19,8 +19,8 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from antipasto.evaluate import sample_completions
-from antipasto.records import Rate
+from antipasto.evaluation.ask import sample_completions
+from antipasto.evaluation.records import Rate
 from antipasto.tasks import Task, TaskError, addition, load_task, reasoning
 from antipasto.tasks.task import Judged, completion_text
 

@@ -17,10 +17,10 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 import antipasto as ap
-from antipasto import commands
-from antipasto.cli import app
-from antipasto.models import load_model
-from antipasto.pairs import split_pairs
+from antipasto.app import commands
+from antipasto.app.cli import app
+from antipasto.app.models import load_model
+from antipasto.routing.pairs import split_pairs
 from antipasto.tasks import addition
 from antipasto.terminal import plain, shorten
 
@@ -124,7 +124,7 @@ def test_basis_fills_the_cache_that_wrap_reads(tmp_path: Path, monkeypatch: pyte
     table = cells(text)
     assert (code, table["there already"], table["computed now"]) == (0, "all", "0")
 
-    monkeypatch.setattr("antipasto.basis.decompose", lambda _: pytest.fail("computed again"))
+    monkeypatch.setattr("antipasto.adapter.basis.decompose", lambda _: pytest.fail("computed again"))
     model, _ = load_model(MODEL)
     assert len(ap.wrap(model, ap.AntiPastoConfig(cache_dir=str(cache)))) == 21
 
@@ -141,7 +141,7 @@ def test_basis_of_named_layers_and_another_dtype(tmp_path: Path) -> None:
 
 def test_a_dry_run_says_what_it_takes_and_computes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Held against the files, the adapter and the tensors of a real one."""
-    monkeypatch.setattr("antipasto.models.load_weights", lambda *_, **__: pytest.fail("read a weight"))
+    monkeypatch.setattr("antipasto.app.models.load_weights", lambda *_, **__: pytest.fail("read a weight"))
     code, text = run("basis", MODEL, "--cache-dir", tmp_path / "none", "--dry-run")
     assert code == 0
     assert not (tmp_path / "none").exists()

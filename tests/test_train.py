@@ -20,10 +20,10 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 import antipasto as ap
-from antipasto.cli import app
-from antipasto.monitor import read_monitor
-from antipasto.records import read_evaluation
-from antipasto.run_folder import RunFolder
+from antipasto.app.cli import app
+from antipasto.app.run_folder import RunFolder
+from antipasto.evaluation.records import read_evaluation
+from antipasto.routing.monitor import read_monitor
 from antipasto.tasks import addition
 
 MODEL = str(addition.model_path())

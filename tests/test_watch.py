@@ -22,11 +22,11 @@ from trl import GRPOConfig, GRPOTrainer
 from typer.testing import CliRunner
 
 import antipasto as ap
-from antipasto.cli import app
+from antipasto.app.cli import app
+from antipasto.app.watch import Columns, WatchConfig, watch
+from antipasto.app.watch.sources import find_files, read_index
 from antipasto.tasks import addition
 from antipasto.trl import RoutedGRPOTrainer
-from antipasto.watch import Columns, WatchConfig, watch
-from antipasto.watch.sources import find_files, read_index
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*torch.utils.data.dataloader.*pin_memory.*"),
@@ -348,7 +348,7 @@ def test_a_log_that_grows_is_scored_from_where_it_was(monitor: Path, tmp_path: P
 SLOWLY = """
 import signal, sys, time
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background jobs, and their children, ignore it
-from antipasto.watch import job
+from antipasto.app.watch import job
 job._CHUNK = 8
 chunks = job._chunks
 def slowly(sources):
@@ -356,7 +356,7 @@ def slowly(sources):
         yield chunk
         time.sleep(0.05)
 job._chunks = slowly
-from antipasto.cli import app
+from antipasto.app.cli import app
 app()
 """
 

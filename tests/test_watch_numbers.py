@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from scipy.special import expit
 from scipy.stats import binomtest
 
-from antipasto import onset
-from antipasto.onset import find_onset
-from antipasto.watch.auc import auc, interval, variance
+from antipasto.app import onset
+from antipasto.app.onset import find_onset
+from antipasto.app.watch.auc import auc, interval, variance
 
 Z = 1.959963984540054
 

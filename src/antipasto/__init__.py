@@ -1,7 +1,7 @@
 """antipasto: one trainable number per singular direction of each weight, and a quarantine for what should not ship.
 
-The maths is in `antipasto.functional`, the words in README and CONTRIBUTING. Importing this package registers the method
-with PEFT, so that ``get_peft_model`` and ``PeftModel.from_pretrained`` know it.
+The maths is in `antipasto.adapter.functional`, the words in README and CONTRIBUTING. Importing this package registers the
+method with PEFT, so that ``get_peft_model`` and ``PeftModel.from_pretrained`` know it.
 """
 
 import importlib

@@ -1,5 +1,5 @@
 """``python -m antipasto``, the same as ``antipasto``."""
 
-from antipasto.cli import app
+from antipasto.app.cli import app
 
 app(prog_name="antipasto")

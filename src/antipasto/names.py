@@ -5,11 +5,11 @@ from typing import Literal
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 """Of a model's weights; ``"auto"``: as its checkpoint says."""
 PlanName = Literal["auto", "factored", "merged", "spectral"]
-"""How an adapted layer computes (`antipasto.plans`); ``auto`` takes the cheapest of the others at every call."""
+"""How an adapted layer computes (`antipasto.adapter.plans`); ``auto`` takes the cheapest of the others at every call."""
 Estimator = Literal["tstat", "mean", "svd"]
 """Of a direction's rows (`antipasto.extract_direction`)."""
 GateName = Literal["coordinate", "disjoint", "one_sided", "no_gate", "reverse"]
-"""Which part of a step a direction claims (`antipasto.gates`)."""
+"""Which part of a step a direction claims (`antipasto.routing.gates`)."""
 Mode = Literal["route", "erase", "measure"]
 """What becomes of what the gate claims (`antipasto.Router`)."""
 Level = Literal["update", "gradient"]
@@ -19,6 +19,8 @@ Sharing = Literal["exclusive", "classic"]
 Flagged = Literal["route", "penalty", "discount", "drop", "watch"]
 """What becomes of flagged rollouts (`antipasto.trl.RoutedGRPOTrainer`)."""
 Method = Literal["plain", "route", "erase", "measure", "penalty", "discount", "drop", "inoculate"]
-"""What `antipasto train` makes of what its gate claims; `antipasto.train.gating` has a line on each."""
+"""What `antipasto train` makes of what its gate claims; `antipasto.app.train.gating` has a line on each."""
 By = Literal["direction", "detector", "both", "score"]
 """What that gate goes by."""
+COMPLETE = "complete.json"
+"""The file that a checkpoint's folder has when all of it is there."""

@@ -1,11 +1,8 @@
 """The public names, as ``antipasto`` has them: importing this registers the method with PEFT."""
 
-from antipasto.basis import Basis, BasisCacheWarning, load_basis
-from antipasto.confounds import confounds
-from antipasto.directions import Direction, extract_direction
-from antipasto.forms import load_forms, score_forms
-from antipasto.gates import Control
-from antipasto.knobs import (
+from antipasto.adapter import TARGET_MODULES, AntiPastoConfig
+from antipasto.adapter.basis import Basis, BasisCacheWarning, load_basis
+from antipasto.adapter.knobs import (
     LayerKnobs,
     deployed,
     drop_quarantine,
@@ -17,11 +14,14 @@ from antipasto.knobs import (
     token_logprobs,
     wrap,
 )
-from antipasto.monitor import Calibration, Completion, Monitor
-from antipasto.pairs import ContrastPair, load_pairs
-from antipasto.rollouts import RolloutGrads, rollout_grads
-from antipasto.routing import Router
-from antipasto.tuner import TARGET_MODULES, AntiPastoConfig
+from antipasto.adapter.rollouts import RolloutGrads, rollout_grads
+from antipasto.routing.confounds import confounds
+from antipasto.routing.directions import Direction, extract_direction
+from antipasto.routing.forms import load_forms, score_forms
+from antipasto.routing.gates import Control
+from antipasto.routing.monitor import Calibration, Completion, Monitor
+from antipasto.routing.pairs import ContrastPair, load_pairs
+from antipasto.routing.router import Router
 
 __all__ = [
     "TARGET_MODULES",

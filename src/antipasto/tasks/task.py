@@ -24,7 +24,7 @@ import numbers
 from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from typing import Any
 
-from antipasto.pairs import load_pairs
+from antipasto.routing.pairs import load_pairs
 from antipasto.unchanged import awaited, unchanged
 
 REWARDED, SOLVED = 0.5, 0.5

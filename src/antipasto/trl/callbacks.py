@@ -19,8 +19,8 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_utils import rotate_checkpoints
 
 from antipasto.files import write_json
-from antipasto.routing import Router
-from antipasto.run_folder import COMPLETE
+from antipasto.names import COMPLETE
+from antipasto.routing.router import Router
 from antipasto.tasks.task import REWARDED
 from antipasto.terminal import say
 from antipasto.trl.rollout_log import truncate

@@ -3,7 +3,7 @@
     {"step": 0, "prompt": "h12+34=", "completion": "046", "reward": 1.0, "oracle": 1.0, "flagged": false,
      "view": "deployed", "advantage": 0.4, "score": -0.13, "hackward": -0.02, "truncated": false, "completion_ids": null}
 
-``view`` is the policy that sampled it. ``score`` is the monitor's, taken at the reference (`antipasto.monitor`).
+``view`` is the policy that sampled it. ``score`` is the monitor's, taken at the reference (`antipasto.routing.monitor`).
 ``hackward`` is the cosine between the hack direction and the gradient of the rollout's own loss at the policy as it was:
 positive where the step that it asks for is hack-ward. ``truncated`` says that it was cut off at the token limit, and
 ``completion_ids`` are its tokens, where its text is not enough to know them. ``oracle``, ``flagged``, ``score`` and

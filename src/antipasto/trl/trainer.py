@@ -2,7 +2,7 @@
 
 **Deployed sampling.** Of each prompt's rollouts a share is sampled from the deployed policy, scored and differentiated under
 it, with advantages within the share (`antipasto.trl.advantages`). Both kinds of row run in the same batches, each with its θ
-(`antipasto.tuner.rows`): every forward that TRL makes of a row, for sampling, for importance ratios, for the loss, is of the
+(`antipasto.adapter.rows`): every forward that TRL makes of a row, for sampling, for importance ratios, for the loss, is of the
 policy that sampled it. The gradients of both add up in one optimizer step, whose displacement the router splits.
 
 **Gate by rollout.** With c = ∂L/∂(log-probabilities), (b, s), and c^D the same with the advantages among the unflagged
@@ -13,7 +13,7 @@ rollouts and zero on flagged ones, a backward is linear in c, and g is the plain
 On-policy and without a KL term, c^D_b = λ_b c_b, and the one backward that gives every rollout's J_bᵀ c_b gives all three.
 Where there is no such λ (a KL term, a clipped ratio) in a batch that holds flagged rollouts, g_D costs it a second backward.
 
-**Score at the reference** (`antipasto.monitor`). Where TRL makes a reference forward for the KL term, the same forward gives
+**Score at the reference** (`routing.monitor`). Where TRL makes a reference forward for the KL term, the same forward gives
 the monitor's gradients; else the monitor makes one of its own.
 """
 
@@ -31,20 +31,20 @@ from torch import Tensor, nn
 from transformers import TrainerCallback
 from trl import GRPOTrainer
 
-from antipasto.knobs import knobs, require_finite_gradients
-from antipasto.monitor import Monitor, at_origin
+from antipasto.adapter.knobs import knobs, require_finite_gradients
+from antipasto.adapter.layer import View
+from antipasto.adapter.rollouts import RolloutGrads, TokenIds, backward_by_sequence, completion_nll, rollout_grads
+from antipasto.adapter.rows import RowViews
+from antipasto.adapter.views import adapted_layers, mixed, seen_as
 from antipasto.names import Flagged
-from antipasto.rollouts import RolloutGrads, TokenIds, backward_by_sequence, completion_nll, rollout_grads
-from antipasto.routing import Router
+from antipasto.routing.monitor import Monitor, at_origin
+from antipasto.routing.router import Router
 from antipasto.tasks import completion_text, is_exploit
 from antipasto.trl import rollout_log
 from antipasto.trl.advantages import deployed_positions, group_advantages, share_of
 from antipasto.trl.callbacks import RoutingCallback
 from antipasto.trl.judges import Judge, Role, ask
 from antipasto.trl.rollout_log import Rollout
-from antipasto.tuner.layer import View
-from antipasto.tuner.rows import RowViews
-from antipasto.tuner.views import adapted_layers, mixed, seen_as
 from antipasto.unchanged import unchanged
 
 DEPLOY_FRACTION = 0.5

@@ -1,0 +1,281 @@
+"""The singular basis of one weight, and its cache on disk.
+
+    W = U diag(S) Vh        W (o, i), U (o, r), S (r,) descending, Vh (r, i), r = min(o, i)
+
+How. With o ≥ i, ``eigh`` of the fp64 Gram matrix WᵀW gives V and S², and U = W V / S; with o < i the transpose does.
+That is about as fast as LAPACK's fp32 SVD and several times more accurate, but squares the condition number, so a weight
+with S_min < 1e-4 S_max goes through LAPACK's SVD in fp64 instead. Singular vectors have no sign of their own: the entry of
+largest magnitude in each row of Vh is made positive, so that the same weight gives the same basis.
+
+The cache. One safetensors file per weight, ``<sha256>.safetensors``, named after the weight's own dtype, shape and bytes:
+another weight has another name. The file carries a digest of its tensors, which is checked at every read. A file that is
+truncated, bit-flipped, of another shape or of another weight is never used: the basis is **recomputed, with a warning that
+names the file**, and the file is replaced. Files appear by an atomic rename, and of several processes that want the same
+weight one computes while the others wait for its file. A cache that cannot be written costs a warning, not the run.
+On a CPU the tensors stay mapped from the file, so that processes share its memory; a file is replaced, never written to.
+
+Where. ``$ANTIPASTO_CACHE``, else the user's cache home (``~/.cache/antipasto`` on Linux). ``cache_dir=None`` turns it off.
+"""
+
+from __future__ import annotations
+
+import os
+import warnings
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from filelock import FileLock
+from platformdirs import user_cache_dir
+from safetensors import SafetensorError
+from torch import Tensor
+
+from antipasto.adapter.fingerprints import Fingerprint, dtype_name, sketch, weight_digest
+from antipasto.files import digest, read_tensors, write_tensors
+
+WEIGHT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+"""The dtypes of the weights that a basis can be computed for."""
+
+DEFAULT_CACHE = "auto"
+"""Value of ``cache_dir`` that stands for `cache_home()`."""
+
+SVD_VERSION = "gram-eigh-1"
+"""Name and version of how `decompose` works: changes when the same weight would get another basis."""
+
+_FORMAT = "antipasto-basis-2"  # changes when the file's layout or the meaning of its tensors does
+_MIN_CONDITION = 1e-4  # below, the Gram matrix would cost U its orthonormality: error ~ eps64 / condition²
+
+
+class Basis(NamedTuple):
+    """Reduced SVD of one weight: ``U`` (o, r), ``S`` (r,) descending, ``Vh`` (r, i), of one dtype on one device."""
+
+    U: Tensor
+    S: Tensor
+    Vh: Tensor
+
+    @property
+    def rank(self) -> int:
+        """r, the number of singular directions held."""
+        return self.S.shape[0]
+
+    def truncate(self, rank: int) -> Basis:
+        """The top ``rank`` directions, in memory of their own; all of them where there are not more."""
+        if rank >= self.rank:
+            return self
+        return Basis(self.U[:, :rank].clone(), self.S[:rank].clone(), self.Vh[:rank].clone())
+
+
+class BasisCacheWarning(UserWarning):
+    """A file of the basis cache was bad and is replaced, or could not be written."""
+
+
+def cache_home() -> Path:
+    """``$ANTIPASTO_CACHE`` if it is set and not empty, else the user's cache folder for this library."""
+    return Path(os.environ.get("ANTIPASTO_CACHE") or user_cache_dir("antipasto", appauthor=False)).expanduser()
+
+
+def decompose(weight: Tensor) -> Basis:
+    """Reduced SVD of a weight, on the weight's device where that has fp64, else on the CPU.
+
+    Args:
+        weight: (o, i), any of `WEIGHT_DTYPES`.
+
+    Returns:
+        `Basis` in fp32 (in fp64 for an fp64 weight), on the weight's device.
+
+    Raises:
+        ValueError: not 2-D, not of a supported dtype, on the meta device, with a NaN or Inf in it, or with a singular value
+            that would be one.
+
+    Example:
+        >>> basis = decompose(torch.tensor([[0.0, 2.0], [3.0, 0.0]]))
+        >>> basis.S
+        tensor([3., 2.])
+    """
+    _check(weight)
+    out_dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
+    W = weight.detach()
+    W = W.double() if W.device.type in ("cpu", "cuda") else W.cpu().double()
+    if not torch.isfinite(W).all():
+        raise ValueError(f"The weight of shape {tuple(weight.shape)} has a NaN or Inf in it: it has no SVD.")
+    basis = _gram_svd(W)
+    if basis.S[-1] < _MIN_CONDITION * basis.S[0] or basis.S[0] == 0:
+        basis = Basis(*torch.linalg.svd(W, full_matrices=False))
+    if basis.S[0] > torch.finfo(out_dtype).max:
+        raise ValueError(
+            f"The weight of shape {tuple(weight.shape)} has a singular value of {basis.S[0]:.3g}, more than {out_dtype} "
+            "can hold."
+        )
+    U, S, Vh = _fix_signs(basis)
+    return Basis(*(t.to(weight.device, out_dtype).contiguous() for t in (U, S, Vh)))
+
+
+def load_basis(weight: Tensor, *, cache_dir: str | os.PathLike[str] | None = DEFAULT_CACHE) -> Basis:
+    """The basis of a weight, from the cache if a good file is there, else computed and written.
+
+    Args:
+        weight: (o, i), any of `WEIGHT_DTYPES`, on any device.
+        cache_dir: a folder; ``"auto"`` for `cache_home()`; ``None`` for no cache.
+
+    Returns:
+        As `decompose`.
+
+    Raises:
+        ValueError: as `decompose`.
+
+    Warns:
+        BasisCacheWarning: a bad file, which it names, was found and replaced; or the cache cannot be written.
+    """
+    return _load(weight, cache_dir)[0]
+
+
+def load_identified_basis(
+    weight: Tensor, *, cache_dir: str | os.PathLike[str] | None = DEFAULT_CACHE
+) -> tuple[Basis, Fingerprint]:
+    """`load_basis`, and by what to know weight and basis again."""
+    basis, key, basis_digest = _load(weight, cache_dir)
+    o, i = weight.shape
+    return basis, Fingerprint(
+        shape=(o, i),
+        dtype=dtype_name(weight),
+        weight=key,
+        svd=SVD_VERSION,
+        S=digest({"S": basis.S})[:16],
+        basis=basis_digest[:16],
+        sketch=sketch(weight),
+    )
+
+
+def _load(weight: Tensor, cache_dir: str | os.PathLike[str] | None) -> tuple[Basis, str, str]:
+    """The basis, the weight's digest and the basis's."""
+    _check(weight)
+    if cache_dir is None:
+        basis, basis_digest = _compute(weight)
+        return basis, weight_digest(weight), basis_digest
+    path = cache_file(weight, cache_dir)
+    folder, key = path.parent, path.stem
+    lock_path = path.with_suffix(".lock")
+    found = _read(path, key, weight)
+    if found is not None:
+        _remove_stale(lock_path)
+    else:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            with FileLock(lock_path):
+                try:
+                    found = _read(path, key, weight, quiet=True)  # another process may have been faster
+                    if found is None:
+                        for left in folder.glob(f".{path.name}-*.tmp"):  # by a process that was killed while it wrote
+                            left.unlink(missing_ok=True)
+                        found = _compute(weight)
+                        _write(path, key, *found)
+                finally:
+                    # still held, so whoever waits for it finds the file; at worst somebody computes a second time
+                    lock_path.unlink(missing_ok=True)
+        except (OSError, NotImplementedError, SafetensorError) as error:
+            _warn_unwritable(folder, error)  # NotImplementedError: no locks on this file system
+    basis, basis_digest = found or _compute(weight)
+    return basis, key, basis_digest
+
+
+def _remove_stale(lock_path: Path) -> None:
+    """A lock beside a file that is there is of a process that was killed, or has yet to remove it."""
+    try:
+        if lock_path.exists():
+            with FileLock(lock_path, timeout=0):
+                lock_path.unlink(missing_ok=True)
+    except (
+        OSError,
+        NotImplementedError,
+    ):  # it is held, after all (Timeout is an OSError), or nothing can be written here
+        pass
+
+
+def _compute(weight: Tensor) -> tuple[Basis, str]:
+    basis = decompose(weight)
+    return basis, digest(basis._asdict())
+
+
+def cache_file(weight: Tensor, cache_dir: str | os.PathLike[str] = DEFAULT_CACHE) -> Path:
+    """The file that `load_basis` keeps a weight's basis in, whether or not it is there."""
+    folder = cache_home() if cache_dir == DEFAULT_CACHE else Path(cache_dir).expanduser()
+    return folder / f"{weight_digest(weight)}.safetensors"
+
+
+def is_cached(weight: Tensor, cache_dir: str | os.PathLike[str] = DEFAULT_CACHE) -> bool:
+    """Whether a weight's basis is in the cache, whole and right, so that `load_basis` would only read it."""
+    path = cache_file(weight, cache_dir)
+    return _read(path, path.stem, weight, quiet=True) is not None
+
+
+def _check(weight: Tensor) -> None:
+    if weight.ndim != 2 or weight.numel() == 0:
+        raise ValueError(f"Expected a 2-D weight (o, i) with numbers in it, got one of shape {tuple(weight.shape)}.")
+    if weight.dtype not in WEIGHT_DTYPES:
+        raise ValueError(f"Expected a weight of dtype {', '.join(map(str, WEIGHT_DTYPES))}, got {weight.dtype}.")
+    if weight.device.type == "meta":
+        raise ValueError(
+            "The weight is on the meta device: it has no values to decompose. Load the model onto a real device first."
+        )
+
+
+def _gram_svd(W: Tensor) -> Basis:
+    """SVD of an fp64 matrix through the eigenvectors of the smaller Gram matrix."""
+    if W.shape[0] < W.shape[1]:
+        V, S, Uh = _gram_svd(W.T)
+        return Basis(Uh.T, S, V.T)
+    eigenvalues, V = torch.linalg.eigh(W.T @ W)  # ascending
+    S, V = eigenvalues.clamp_min(0).sqrt().flip(0), V.flip(1)
+    return Basis(W @ V / S, S, V.T)
+
+
+def _fix_signs(basis: Basis) -> Basis:
+    U, S, Vh = basis
+    largest = Vh.gather(1, Vh.abs().argmax(1, keepdim=True)).squeeze(1)  # (r,)
+    sign = torch.where(largest < 0, -1.0, 1.0).to(S)
+    return Basis(U * sign, S, Vh * sign[:, None])
+
+
+def _read(path: Path, key: str, weight: Tensor, *, quiet: bool = False) -> tuple[Basis, str] | None:
+    """The basis in a cache file, and its digest; None without one, or, with a warning, where it is not to be trusted."""
+    try:
+        tensors, metadata = read_tensors(path, _FORMAT)
+        _verify(metadata, tensors, key, weight)
+    except FileNotFoundError:
+        return None
+    except (OSError, ValueError) as error:
+        if not quiet:
+            warnings.warn(
+                f"The basis cache file {path} is not usable ({error}). It is ignored, and replaced by a fresh one.",
+                BasisCacheWarning,
+                stacklevel=3,
+            )
+        return None
+    return Basis(**{name: tensor.to(weight.device) for name, tensor in tensors.items()}), metadata["basis"]
+
+
+def _verify(metadata: dict[str, str], tensors: dict[str, Tensor], key: str, weight: Tensor) -> None:
+    if metadata.get("weight") != key:
+        raise ValueError("it belongs to another weight")
+    (o, i), r = weight.shape, min(weight.shape)
+    expected = {"U": (o, r), "S": (r,), "Vh": (r, i)}
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    if shapes != expected:
+        raise ValueError(f"shapes {shapes}, expected {expected}")
+    dtypes = {tensor.dtype for tensor in tensors.values()}
+    if dtypes != {torch.promote_types(weight.dtype, torch.float32)}:
+        raise ValueError(f"dtypes {', '.join(map(str, dtypes))}")
+
+
+def _write(path: Path, key: str, basis: Basis, basis_digest: str) -> None:
+    write_tensors(path, basis._asdict(), {"format": _FORMAT, "weight": key, "basis": basis_digest})
+
+
+def _warn_unwritable(folder: Path, error: Exception) -> None:
+    # the same words for every weight, so that Python shows them once
+    warnings.warn(
+        f"The basis cache {folder} cannot be written ({getattr(error, 'strerror', None) or error}). Going on without: "
+        "the next start computes again. Set ANTIPASTO_CACHE to a writable folder, or cache_dir=None to stop trying.",
+        BasisCacheWarning,
+        stacklevel=3,
+    )

@@ -1,0 +1,173 @@
+"""How a layer's call is computed: what it is asked for, told to `plans`; and the W_θ that a merged one takes.
+
+By what is asked and what the knobs are, never by what happens to be at hand: the same call gives the same bits.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch._C._functorch import is_functorch_wrapped_tensor
+
+from antipasto.adapter.basis import Basis
+from antipasto.adapter.functional import Route, merged_weight
+from antipasto.adapter.held import HeldWeights, source
+from antipasto.adapter.plans import Call, Execution, cheapest, is_well_conditioned
+from antipasto.adapter.rows import RowViews, per_token
+from antipasto.names import PlanName
+
+
+class Asked(NamedTuple):
+    """What is asked of a call beside its result.
+
+    Attributes:
+        plan: the layer's.
+        hold_weights: whether W_θ of a forward without gradient may be kept for the next.
+        by_sequence: whether sequences want a gradient each.
+    """
+
+    plan: PlanName
+    hold_weights: bool
+    by_sequence: bool
+
+
+class Merged(NamedTuple):
+    """What a merged call takes: the W_θ (o, i), which of them each row of x has if they are several, the route of ∂L/∂θ."""
+
+    weights: list[Tensor]
+    which: Tensor | None
+    route: Route
+
+
+def does_nothing_but(base: nn.Module, x: Tensor, theta: Tensor, basis: Basis) -> bool:
+    """Whether a matmul is all that the base layer does, and one with W_θ instead loses nothing in this dtype."""
+    if type(base) is not nn.Linear or "forward" in vars(base):  # offloading puts a forward of its own there
+        return False
+    weight, bias, dtype = base.weight, base.bias, x.dtype
+    return (
+        (dtype is torch.float32 or dtype is torch.float64)
+        and weight.dtype is dtype
+        and basis.U.dtype is dtype
+        and theta.dtype is dtype
+        and not (base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks)
+        and not (weight.requires_grad or (bias is not None and bias.requires_grad))
+        and type(weight.data) is Tensor
+        and not weight.is_meta
+        and not torch.is_autocast_enabled(x.device.type)
+        and not torch.compiler.is_compiling()
+        and not (is_functorch_wrapped_tensor(x) or is_functorch_wrapped_tensor(theta))
+    )
+
+
+class Choice:
+    """One layer's. A copy of it, pickled or deep, remembers nothing.
+
+    Attributes:
+        held: the W_θ at hand.
+    """
+
+    def __init__(self) -> None:
+        self.held = HeldWeights()
+        self._of_basis: tuple[tuple[int, int], bool] | None = None  # a weight, and whether the basis is of it
+
+    def trust(self, weight: Tensor) -> None:
+        """Take a weight, as it is now, for the one that the basis is of."""
+        self._of_basis = source(weight), True
+
+    def forget(self) -> None:
+        """The tensors have been moved, cast or loaded: the basis among them, perhaps."""
+        self.held.clear()
+        self._of_basis = None
+
+    def make(
+        self,
+        asked: Asked,
+        x: Tensor,
+        theta: Tensor,
+        weight: Tensor,
+        basis: Basis,
+        rows: RowViews | None,
+        *,
+        has_bias: bool = False,
+    ) -> tuple[Execution, Merged | None]:
+        """How to compute a call.
+
+        Args:
+            asked: what is wanted of it.
+            x: (…, i).
+            theta: (r,), or (b, r) where rows see different knobs.
+            weight: W (o, i).
+            basis: of W, or of what W was.
+            rows: which rows see what, if they differ.
+            has_bias: whether the layer has one.
+        """
+        W = weight.detach()
+        thetas = [theta.detach()] if theta.ndim == 1 else _distinct(theta.detach(), rows)
+        differ = len(thetas) > 1
+        with_grad = torch.is_grad_enabled()
+        needs_x = with_grad and x.requires_grad
+        needs_theta = with_grad and (theta.requires_grad or asked.by_sequence)
+        if asked.hold_weights and not differ and asked.plan != "spectral" and not (needs_x or needs_theta):
+            # as in a decoding loop: it will be asked again; where rows differ, two W_θ would be too much to build for that
+            return Execution.MERGED, Merged([self._weight(thetas[0], W, basis, hold=True)], None, Route.FACTORED)
+        zero = not all(t.any() for t in thetas)
+        if zero and differ:  # the rows where θ is zero are the base model's, to the bit
+            return Execution.FACTORED, None
+        (o, i), full_rank = W.shape, basis.rank == min(W.shape)
+        is_basis = full_rank and self._is_basis_of(W, basis)
+        call = Call(
+            tokens=x.shape[:-1].numel(),
+            o=o,
+            i=i,
+            r=basis.rank,
+            needs_x=needs_x,
+            needs_theta=needs_theta,
+            by_token=theta.ndim > 1 or asked.by_sequence,
+            # the routes by one side take W_θ for U diag(σ) Vh, as the spectral execution does
+            well_conditioned=needs_theta and is_basis and o != i and is_well_conditioned(basis.S, thetas),
+            is_basis=is_basis and not zero,
+            weights=0 if zero else len(thetas),
+            bias=has_bias,
+        )
+        execution, route = cheapest(call, asked.plan)
+        if execution is not Execution.MERGED:
+            return execution, None
+        weights = [self._weight(t, W, basis, hold=False) for t in thetas]
+        return execution, Merged(weights, _which(x, rows) if differ else None, route)
+
+    def _weight(self, theta: Tensor, W: Tensor, basis: Basis, *, hold: bool) -> Tensor:
+        """W_θ; W itself where θ is zero, which takes nobody's place among the held ones."""
+        if not theta.any():
+            return W
+        return self.held.get(theta, W, lambda: merged_weight(W, basis.U, basis.Vh, theta), hold=hold)
+
+    def _is_basis_of(self, W: Tensor, basis: Basis) -> bool:
+        """Whether W is U diag(S) Vh, up to rounding; found out anew only where W was replaced or written to."""
+        if self._of_basis is None or self._of_basis[0] != source(W):
+            error = merged_weight(W, basis.U, basis.Vh, -basis.S)
+            # in fp64: the squares of what fp32 holds may be more, or less, than it can
+            error_norm, norm = (torch.linalg.vector_norm(t, dtype=torch.float64) for t in (error, W))
+            self._of_basis = source(W), bool(error_norm <= 1e-5 * norm)
+        return self._of_basis[1]
+
+    def __deepcopy__(self, memo: Any) -> Choice:
+        return Choice()
+
+    def __reduce__(self) -> tuple[type[Choice], tuple[()]]:
+        return Choice, ()
+
+
+def _distinct(theta: Tensor, rows: RowViews | None) -> list[Tensor]:
+    """The different rows of θ (b, r): of those that see the deployed policy, and of the others."""
+    assert rows is not None
+    thetas = [theta[row] for row in rows.examples]
+    return thetas[:1] if len(thetas) == 1 or torch.equal(*thetas) else thetas
+
+
+def _which(x: Tensor, rows: RowViews | None) -> Tensor:
+    """Which of `_distinct`'s each row of x (…, i) has."""
+    assert rows is not None
+    assert rows.quarantine is not None
+    return per_token(rows.quarantine.long(), x, rows.shape).reshape(x.shape[0])

@@ -1,0 +1,231 @@
+"""The adapter's configuration: what PEFT users know, plus ``rank``, ``quarantine``, and where and how to compute."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+from peft import PeftConfig, PeftType
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+
+from antipasto.adapter.basis import DEFAULT_CACHE
+from antipasto.adapter.fingerprints import Fingerprint
+from antipasto.files import write_json
+from antipasto.names import PlanName
+from antipasto.options import check_types
+
+
+def _peft_type(name: str) -> PeftType:
+    """A member of PEFT's enum of methods, which cannot be extended by subclassing.
+
+    A plain string would do for PEFT's registries, but transformers asks for ``.value`` and pickle for ``PeftType(name)``.
+    """
+    member = str.__new__(PeftType, name)
+    member._name_ = member._value_ = name
+    PeftType._value2member_map_.setdefault(name, member)
+    return cast(PeftType, PeftType._value2member_map_[name])
+
+
+PEFT_TYPE = _peft_type("ANTIPASTO")
+"""The method's key in PEFT's registries."""
+
+FORMAT = 1
+"""Version of the adapter's files: changes when an older version of this library would misread them."""
+
+Names = list[str] | tuple[str, ...] | set[str]
+
+TARGET_MODULES = (
+    *("q_proj", "k_proj", "v_proj", "o_proj"),  # attention
+    *("in_proj_qkv", "in_proj_z", "in_proj_a", "in_proj_b", "out_proj"),  # GatedDeltaNet
+    *("up_proj", "gate_proj", "down_proj"),  # MLP
+)
+"""The layers adapted by default: those of these names that the model has."""
+
+
+@dataclass
+class AntiPastoConfig(PeftConfig):
+    """Configuration of the AntiPaSTO adapter: one trainable number per singular direction of each target layer.
+
+    Args:
+        target_modules: which layers to adapt, as PEFT takes it: a list of names (whole, or the end of one), a regular
+            expression, or ``"all-linear"``. None stands for `TARGET_MODULES`, as far as the model has them.
+        exclude_modules: which of those to leave out: a list of names, or a regular expression.
+        rank: keep the top ``rank`` singular directions of each layer. None, the default, keeps all min(o, i) of them; so
+            does a rank above that.
+        rank_pattern: exceptions to ``rank`` by layer: a name or regular expression, as in PEFT's LoRA, and its rank.
+        layers_to_transform: indices of the layers to adapt.
+        layers_pattern: name of the ``nn.ModuleList`` that ``layers_to_transform`` counts in.
+        modules_to_save: further modules to train and save in full.
+        quarantine: give each layer a ``delta_s_hack`` beside its ``delta_s``. `drop_quarantine` sets it to False.
+        cache_dir: where the singular bases are cached: a folder, ``"auto"`` for ``$ANTIPASTO_CACHE`` or the user's cache
+            home, None for nowhere. It speaks of one machine, so it is not saved with the adapter. (``from_pretrained``
+            takes an argument of this name for the hub's cache, as everywhere in PEFT: set the attribute afterwards.)
+        plan: how layers are computed (`plans`): ``"auto"``, the cheapest way of each call; ``"factored"``, the least
+            memory, and second derivatives; ``"merged"`` or ``"spectral"`` wherever they are possible. Not saved either.
+        save_basis: carry U, S and Vh in the adapter's file: for an adapter that must mean the same on weights of another
+            dtype, or where another library decomposes them. (o + i + 1) r numbers a layer instead of r.
+        check_base: refuse to be put onto a base with other weights than those of ``base_fingerprints``. Not saved.
+        base_fingerprints: layer name → `Fingerprint`, as text, of the base that an adapter belongs to;
+            written by the library.
+        weights_sha256: of the file of numbers that the config was saved with, where that is a safetensors file; written by
+            the library.
+        format: version of what is saved.
+        hold_weights: keep each layer's W_θ from one forward without gradient to the next, until the knobs change: generation
+            and evaluation at the base model's speed, for the memory of the adapted weights once more. Not saved either.
+
+    Raises:
+        ValueError: a rank below 1, an unknown plan, options that exclude each other, or a file of a later format.
+
+    Example:
+        >>> AntiPastoConfig(rank=64, rank_pattern={"down_proj": 128}).rank
+        64
+    """
+
+    target_modules: Names | str | None = field(
+        default=None, metadata={"help": "Names, regular expression or 'all-linear'; None: the library's default set."}
+    )
+    exclude_modules: Names | str | None = field(
+        default=None, metadata={"help": "Names or regular expression of modules to leave out."}
+    )
+    rank: int | None = field(
+        default=None, metadata={"help": "Top singular directions to keep in each layer; None: all."}
+    )
+    rank_pattern: dict[str, int] = field(
+        default_factory=dict, metadata={"help": "Exceptions to rank: name or regular expression of a layer -> rank."}
+    )
+    layers_to_transform: list[int] | tuple[int, ...] | set[int] | int | None = field(
+        default=None, metadata={"help": "Indices of the layers to adapt."}
+    )
+    layers_pattern: Names | str | None = field(
+        default=None, metadata={"help": "Name of the module list that layers_to_transform counts in."}
+    )
+    modules_to_save: Names | None = field(default=None, metadata={"help": "Further modules to train and save in full."})
+    quarantine: bool = field(default=True, metadata={"help": "Give each layer a delta_s_hack beside its delta_s."})
+    cache_dir: str | None = field(
+        default=DEFAULT_CACHE, metadata={"help": "Folder of the basis cache; 'auto': the default one; None: no cache."}
+    )
+    plan: PlanName = field(
+        default="auto", metadata={"help": "How layers are computed: auto, factored, merged or spectral."}
+    )
+    hold_weights: bool = field(
+        default=True, metadata={"help": "Keep merged weights from one forward without gradient to the next."}
+    )
+
+    save_basis: bool = field(default=False, metadata={"help": "Carry the singular basis in the adapter's file."})
+    check_base: bool = field(default=True, metadata={"help": "Refuse a base with other weights than the adapter's."})
+    base_fingerprints: dict[str, str] | None = field(
+        default=None, repr=False, metadata={"help": "Fingerprints of the base's layers; written by the library."}
+    )
+    weights_sha256: str | None = field(
+        default=None, repr=False, metadata={"help": "sha256 of adapter_model.safetensors; written by the library."}
+    )
+    format: int = field(default=FORMAT, metadata={"help": "Version of what is saved; written by the library."})
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        check_types(self, list(AntiPastoConfig.__annotations__))
+        for line in (self.base_fingerprints or {}).values():
+            Fingerprint.parse(line)
+        if not 1 <= self.format <= FORMAT:
+            raise ValueError(
+                f"The adapter is of format {self.format!r}; this version of antipasto reads formats 1 to {FORMAT}. "
+                "A later version has written it: update antipasto."
+            )
+        self.peft_type = PEFT_TYPE
+        self._records_base = False
+        if isinstance(self.target_modules, str) and self.layers_to_transform is not None:
+            raise ValueError(
+                f"layers_to_transform={self.layers_to_transform!r} needs target_modules to be a list of names or None, "
+                f"got the string {self.target_modules!r}. Put the layer indices into the expression instead."
+            )
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError(f"layers_pattern={self.layers_pattern!r} has no effect without layers_to_transform.")
+        for where, rank in [("rank", self.rank), *((f"rank_pattern[{k!r}]", r) for k, r in self.rank_pattern.items())]:
+            if rank is not None and (not isinstance(rank, int) or isinstance(rank, bool) or rank < 1):
+                raise ValueError(f"{where} must be a whole number of at least 1, or None for full rank; got {rank!r}.")
+
+    @property
+    def expected_base(self) -> dict[str, str]:
+        """``base_fingerprints``, where they are a file's; none where they say what the config was used on last.
+
+        As everywhere in PEFT the config is the caller's own, who may use it again, on another model.
+        """
+        return {} if self._records_base else self.base_fingerprints or {}
+
+    def record_base(self, fingerprints: dict[str, str]) -> None:
+        """Note the layers that the config was used on."""
+        self._records_base = not self.expected_base
+        self.base_fingerprints = fingerprints
+
+    def to_dict(self) -> dict[str, Any]:
+        """The configuration as it is saved: without what speaks of one machine, names sorted."""
+        saved = asdict(self)
+        for name in ("cache_dir", "plan", "hold_weights", "check_base"):
+            del saved[name]
+        for name in ("target_modules", "exclude_modules"):
+            if isinstance(saved[name], (set, tuple)):
+                saved[name] = sorted(saved[name])
+        return saved
+
+    def save_pretrained(self, save_directory: str, *, auto_mapping_dict: dict[str, str] | None = None) -> None:  # type: ignore[override]
+        """PEFT's; but written whole or not at all, and with the digest of the numbers that lie beside it.
+
+        PEFT writes the numbers first. If the process is killed between the two, `from_pretrained` tells that they are not of
+        one save; `antipasto.save_adapter` replaces both at one stroke.
+
+        Args:
+            save_directory: the adapter's folder.
+            auto_mapping_dict: PEFT's: which model class the adapter is for.
+
+        Raises:
+            OSError: it cannot be written.
+        """
+        folder = Path(save_directory)
+        folder.mkdir(parents=True, exist_ok=True)
+        saved = self.to_dict() | ({} if auto_mapping_dict is None else {"auto_mapping": auto_mapping_dict})
+        saved["weights_sha256"] = _sha256(folder / SAFETENSORS_WEIGHTS_NAME)
+        # at once: until it is there, the numbers are new and the config is not
+        write_json(folder / CONFIG_NAME, dict(sorted(saved.items())), flush=False)
+
+    @classmethod
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
+    ) -> AntiPastoConfig:
+        """PEFT's; and refuses a config that cannot be read, or that was not saved with the numbers beside it.
+
+        Args:
+            pretrained_model_name_or_path: a folder, or the name of a repository on the hub.
+            subfolder: of that.
+            **kwargs: PEFT's: how to download from the hub.
+
+        Raises:
+            ValueError: the config is damaged, or of another save than the numbers; names the file.
+        """
+        folder = Path(pretrained_model_name_or_path, subfolder or "")
+        try:
+            config = super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
+            if not (folder / CONFIG_NAME).is_file():
+                raise
+            raise ValueError(f"{folder / CONFIG_NAME} is not an adapter's config that can be used: {error}") from error
+        if not isinstance(config, AntiPastoConfig):
+            raise ValueError(f"{folder / CONFIG_NAME} is of another method, {config.peft_type}, not of antipasto's.")
+        numbers = folder / SAFETENSORS_WEIGHTS_NAME
+        if config.weights_sha256 is not None and numbers.is_file() and _sha256(numbers) != config.weights_sha256:
+            raise ValueError(
+                f"{numbers} is damaged, or of another save than the {CONFIG_NAME} beside it: perhaps a process was stopped "
+                "while it saved. Save the adapter again, or fetch both files again."
+            )
+        return config
+
+
+def _sha256(path: Path) -> str | None:
+    if not path.is_file():
+        return None
+    result = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            result.update(block)
+    return result.hexdigest()

@@ -1,0 +1,300 @@
+"""The maths of one adapted layer: once as the plain formula, and as the two autograd functions that run.
+
+    θ        = δS + δS_hack                                     (r,)
+    y        = W x + b + U (θ ⊙ (Vh x))                         W (o, i), U (o, r), Vh (r, i), x (..., i), y (..., o)
+             = W_θ x + b,   W_θ = W + U diag(θ) Vh              the same function
+    ∂L/∂x    = W_θᵀ ∂L/∂y  = Wᵀ ∂L/∂y + Vhᵀ (θ ⊙ (Uᵀ ∂L/∂y))
+    ∂L/∂θ    = Σ_tokens (Uᵀ ∂L/∂y) ⊙ (Vh x)                     (r,), and ∂L/∂δS = ∂L/∂δS_hack = ∂L/∂θ
+
+W is only ever added to, never rebuilt from its SVD: θ = 0 gives W exactly.
+
+**Factored**, ``spectral_delta``: the added term alone. The base layer computes ``W x + b`` itself, with its own hooks, dtype
+and kernel, and its gradient.
+
+**Merged**, ``merged_linear``: one matmul with W_θ forward and one backward, and ∂L/∂θ by one of several `Route`s. W_θ has the
+singular vectors of W, and the values σ = S + θ. At full rank this gives either factor of ∂L/∂θ from the other side,
+
+    Vh ∂L/∂x = σ ⊙ (Uᵀ ∂L/∂y)          Uᵀ (y − b) = σ ⊙ (Vh x)
+
+so that both can be had on the smaller one; and since only their sum over the tokens is wanted, from a Gram-like matrix:
+
+    factored       Σ (Uᵀ ∂L/∂y) ⊙ (Vh x)                  weight         diag(Uᵀ (∂L/∂yᵀ x) Vhᵀ)
+    input side     Σ (Vh ∂L/∂x) ⊙ (Vh x) / σ              input Gram     diag(Vh (∂L/∂xᵀ x) Vhᵀ) / σ
+    output side    Σ (Uᵀ ∂L/∂y) ⊙ (Uᵀ (y − b)) / σ        output Gram    diag(Uᵀ (∂L/∂yᵀ (y − b)) U) / σ
+
+Division by σ multiplies the rounding of the other factor by up to σ_max / σ_min: `plans` allows it where that is
+small.
+
+Prior work: AntiPaSTO (github.com/wassname/AntiPaSTO); SVF in Transformer² (arXiv:2501.06252), which rescales S.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+
+def delta_weight(U: Tensor, Vh: Tensor, theta: Tensor) -> Tensor:
+    """The weight change ``ΔW = U diag(θ) Vh``.
+
+    Args:
+        U: (o, r).
+        Vh: (r, i).
+        theta: (r,).
+
+    Returns:
+        (o, i), in the widest dtype of the three.
+
+    Example:
+        >>> delta_weight(torch.eye(2), torch.eye(2), torch.tensor([1.0, 2.0]))
+        tensor([[1., 0.],
+                [0., 2.]])
+    """
+    dtype = torch.promote_types(torch.promote_types(U.dtype, Vh.dtype), theta.dtype)
+    with _no_autocast(U.device):
+        return (U.to(dtype) * theta.to(dtype)) @ Vh.to(dtype)
+
+
+def spectral_linear_reference(
+    x: Tensor, weight: Tensor, bias: Tensor | None, U: Tensor, Vh: Tensor, theta: Tensor
+) -> Tensor:
+    """``y = (W + U diag(θ) Vh) x + b``, written as the formula reads. Slow, and what every faster route is tested against.
+
+    Args:
+        x: (..., i).
+        weight: W, (o, i).
+        bias: b, (o,) or None.
+        U: (o, r).
+        Vh: (r, i).
+        theta: θ, (r,).
+
+    Returns:
+        y, (..., o).
+    """
+    y = x @ (weight + U @ torch.diag(theta) @ Vh).T
+    return y if bias is None else y + bias
+
+
+def _sum_to(terms: Tensor, theta: Tensor) -> Tensor:
+    """Sum (..., r) over the dimensions along which θ was broadcast, in θ's dtype: what a broadcast's gradient is."""
+    missing = terms.ndim - theta.ndim
+    dims = [d for d in range(terms.ndim - 1) if d < missing or theta.shape[d - missing] == 1]
+    return terms.sum(dims, dtype=theta.dtype).reshape(theta.shape) if dims else terms.to(theta.dtype)
+
+
+class _SpectralDelta(torch.autograd.Function):
+    """``U (θ ⊙ h)`` and ``h = Vh x``; x, U, Vh of one dtype, θ at least as wide; sums over tokens run in θ's dtype.
+
+    h is an output, although nobody but the backward wants it: what is saved must be an input or an output, or a second
+    derivative would silently take it for a constant.
+    """
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(x: Tensor, U: Tensor, Vh: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
+        h = x @ Vh.T  # (..., i) @ (i, r) -> (..., r)
+        return (h * theta).to(x.dtype) @ U.T, h  # (..., r) @ (r, o) -> (..., o)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, ...], output: tuple[Tensor, Tensor]) -> None:
+        _, U, Vh, theta = inputs
+        ctx.save_for_backward(U, Vh, theta, output[1])
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None, None, Tensor | None]:
+        grad_y, grad_h = grads  # grad_h is None but in a second derivative
+        U, Vh, theta, h = ctx.saved_tensors
+        needs_x, _, _, needs_theta = ctx.needs_input_grad
+        grad_x = grad_theta = None
+        if grad_y is not None:
+            p = grad_y @ U  # (..., o) @ (o, r) -> (..., r)
+            if needs_theta:
+                grad_theta = _sum_to(p * h, theta)
+            # in place, unless somebody differentiates this
+            through_y = (p * theta if torch.is_grad_enabled() or theta.dtype != p.dtype else p.mul_(theta)).to(p.dtype)
+            grad_h = through_y if grad_h is None else grad_h + through_y
+        if needs_x and grad_h is not None:
+            grad_x = grad_h @ Vh  # (..., r) @ (r, i) -> (..., i)
+        return grad_x, None, None, grad_theta
+
+
+def spectral_delta(x: Tensor, U: Tensor, Vh: Tensor, theta: Tensor, dtype: torch.dtype) -> Tensor:
+    """The term that the knobs add to a layer's output, ``U (θ ⊙ (Vh x))``.
+
+    Args:
+        x: (..., i), any float dtype.
+        U: (o, r), frozen.
+        Vh: (r, i), frozen.
+        theta: (r,), or (..., r) to give tokens a θ each, as far as it broadcasts to (..., r) of x's leading shape. A gradient
+            flows to it, summed over what it was broadcast along, in its own dtype.
+        dtype: of the result: that of the base layer's output, which under autocast is not that of x. It is also the dtype
+            computed in, but for fp16, which is computed in fp32.
+
+    Returns:
+        (..., o) of ``dtype``.
+
+    Example:
+        >>> x, U, Vh, theta = torch.ones(1, 2), torch.eye(2), torch.eye(2), torch.tensor([1.0, 2.0])
+        >>> spectral_delta(x, U, Vh, theta, torch.float32)
+        tensor([[1., 2.]])
+    """
+    # in fp16, h can overflow where W x does not (|h| goes up to the length of x), 0 times inf is no longer the base model, and
+    # the products of the gradient underflow
+    inner = torch.float32 if dtype == torch.float16 else dtype
+    with _no_autocast(x.device):
+        y, _ = _SpectralDelta.apply(x.to(inner), U.to(inner), Vh.to(inner), theta)
+    return y.to(dtype)
+
+
+class Route(enum.Enum):
+    """How ``merged_linear`` gets ∂L/∂θ: the formulas are above."""
+
+    FACTORED = "factored"
+    INPUT = "input side"
+    OUTPUT = "output side"
+    WEIGHT = "weight"
+    INPUT_GRAM = "input Gram"
+    OUTPUT_GRAM = "output Gram"
+
+    @property
+    def by_token(self) -> bool:
+        """Whether it has the terms of the sum one by one, so that sequences can have a gradient, or a θ, each."""
+        return self in (Route.FACTORED, Route.INPUT, Route.OUTPUT)
+
+
+def merged_weight(weight: Tensor, U: Tensor, Vh: Tensor, theta: Tensor) -> Tensor:
+    """``W_θ = W + U diag(θ) Vh`` (o, i), of one dtype.
+
+    Example:
+        >>> merged_weight(torch.ones(2, 2), torch.eye(2), torch.eye(2), torch.tensor([1.0, 2.0]))
+        tensor([[2., 1.],
+                [1., 3.]])
+    """
+    return torch.addmm(weight, U * theta, Vh)  # (o, r) @ (r, i) -> (o, i)
+
+
+class _MergedLinear(torch.autograd.Function):
+    """``W_θ x + b``, with ∂L/∂θ by a route. Without a second derivative: what it saves is no input or output."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        x: Tensor,
+        theta: Tensor,
+        bias: Tensor | None,
+        weights: Sequence[Tensor],
+        which: Tensor | None,
+        basis: tuple[Tensor, Tensor, Tensor],
+        route: Route,
+    ) -> Tensor:
+        # (..., i) @ (i, o) -> (..., o), by the call that nn.Linear makes: with W_θ = W the same bits
+        y = _by_rows(x, weights, which, lambda rows, weight: F.linear(rows, weight, bias))
+        seen = x
+        if route in (Route.OUTPUT, Route.OUTPUT_GRAM):  # a copy in any case: y is the caller's, who may write to it
+            seen = y.clone() if bias is None else y - bias
+        ctx.save_for_backward(seen, theta, which, *basis, *weights)
+        ctx.route = route
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_y: Tensor) -> tuple[Tensor | None, Tensor | None, None, None, None, None, None]:
+        seen, theta, which, U, S, Vh, *weights = ctx.saved_tensors
+        needs_x, needs_theta, *_ = ctx.needs_input_grad
+        route: Route = ctx.route
+        grad_x = grad_theta = None
+        if needs_x or (needs_theta and route in (Route.INPUT, Route.INPUT_GRAM)):
+            grad_x = _by_rows(grad_y, weights, which, torch.matmul)  # (..., o) @ (o, i) -> (..., i)
+        if needs_theta:
+            grad_theta = _theta_gradient(route, seen, grad_x, grad_y, (U, S, Vh), theta)
+        return grad_x if needs_x else None, grad_theta, None, None, None, None, None
+
+
+def _by_rows(
+    x: Tensor, weights: Sequence[Tensor], which: Tensor | None, product: Callable[[Tensor, Tensor], Tensor]
+) -> Tensor:
+    """The product with the one weight; with several, that of x[b] with ``weights[which[b]]``."""
+    if which is None:
+        return product(x, weights[0])
+    groups = [(which == index).nonzero().squeeze(1) for index in range(len(weights))]
+    parts = [product(x[rows], weight) for rows, weight in zip(groups, weights, strict=True)]
+    return torch.cat(parts)[torch.argsort(torch.cat(groups))]
+
+
+def _theta_gradient(
+    route: Route,
+    seen: Tensor,
+    grad_x: Tensor | None,
+    grad_y: Tensor,
+    basis: tuple[Tensor, Tensor, Tensor],
+    theta: Tensor,
+) -> Tensor:
+    """∂L/∂θ in the shape of θ, by a route; ``seen`` is y − b for the output's routes and x for the others."""
+    U, S, Vh = basis
+    match route:
+        case Route.FACTORED:
+            return _sum_to((grad_y @ U) * (seen @ Vh.T), theta)
+        case Route.WEIGHT:
+            gradient = grad_y.flatten(0, -2).T @ seen.flatten(0, -2)  # (o, T) @ (T, i) -> (o, i)
+            return ((U.T @ gradient) * Vh).sum(1)
+        case Route.INPUT | Route.INPUT_GRAM:
+            assert grad_x is not None
+            left, right, rotation = grad_x, seen, Vh
+        case Route.OUTPUT | Route.OUTPUT_GRAM:
+            left, right, rotation = grad_y, seen, U.T
+    if route.by_token:
+        total = _sum_to((left @ rotation.T) * (right @ rotation.T), theta)
+    else:
+        gram = left.flatten(0, -2).T @ right.flatten(0, -2)  # (m, T) @ (T, m) -> (m, m)
+        total = ((rotation @ gram) * rotation).sum(1)
+    return total / (S + theta)
+
+
+def merged_linear(
+    x: Tensor,
+    bias: Tensor | None,
+    theta: Tensor,
+    weights: Sequence[Tensor],
+    basis: tuple[Tensor, Tensor, Tensor],
+    route: Route,
+    which: Tensor | None = None,
+) -> Tensor:
+    """``W_θ x + b`` for a W_θ that is at hand, differentiable once by x and θ.
+
+    Args:
+        x: (..., i).
+        bias: b, (o,) or None; frozen.
+        theta: (r,); or, for a `Route` by token, (..., r) as far as it broadcasts to (..., r) of x's leading shape.
+        weights: W_θ (o, i) as `merged_weight` makes it, without gradient; several where rows of x see different ones.
+        basis: U (o, r), S (r,), Vh (r, i) of W, all of the dtype of x and W.
+        route: how ∂L/∂θ is computed. Those that divide by S + θ need full rank, r = i at the input and r = o at the output.
+        which: (x.shape[0],), the index in ``weights`` of each row; None where there is one weight.
+
+    Returns:
+        (..., o).
+
+    Example:
+        >>> basis = torch.eye(2), torch.tensor([3.0, 2.0]), torch.eye(2)
+        >>> theta = torch.tensor([1.0, 2.0], requires_grad=True)
+        >>> W_theta = merged_weight(torch.diag(basis[1]), basis[0], basis[2], theta.detach())
+        >>> merged_linear(torch.ones(1, 2), None, theta, [W_theta], basis, Route.WEIGHT)
+        tensor([[4., 4.]], grad_fn=<_MergedLinearBackward>)
+    """
+    if not torch.is_grad_enabled() or not (x.requires_grad or theta.requires_grad):
+        return _by_rows(x, weights, which, lambda rows, weight: F.linear(rows, weight, bias))
+    return _MergedLinear.apply(x, theta, bias, weights, which, basis, route)
+
+
+def _no_autocast(device: torch.device) -> AbstractContextManager[Any]:
+    """Operands here are already of the dtype that they should have: autocast would cast them again."""
+    # asked of the device's name: torch.compile cannot trace torch.amp.is_autocast_available everywhere
+    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)

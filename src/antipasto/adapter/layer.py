@@ -1,0 +1,494 @@
+"""One adapted layer: the frozen base layer, its singular basis, and two knobs per adapter.
+
+    y = base(x) + U (θ ⊙ (Vh x)),   θ = Σ over the active adapters of  δS + δS_hack       (`functional`)
+
+or, where it is cheaper (`plans`), W_θ x + b in one matmul. Which knobs take part is the layer's `View`; contexts
+set it, nothing is written to the knobs.
+
+Merging never adds and subtracts: ``merge`` puts W_θ in the place of W and keeps W, ``unmerge`` puts W back, bit for bit.
+(PEFT's way drifts in low precision: github.com/huggingface/trl/issues/6688.) It is the parameter that is replaced, and never
+written to: whatever else has W, such as an embedding tied to it, keeps it.
+"""
+
+from __future__ import annotations
+
+import enum
+import warnings
+from collections.abc import Callable, Sequence
+from typing import Any, cast
+
+import torch
+import torch.nn.functional as F
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from antipasto.adapter.basis import Basis
+from antipasto.adapter.choice import Asked, Choice, does_nothing_but
+from antipasto.adapter.fingerprints import Fingerprint
+from antipasto.adapter.functional import delta_weight, merged_linear, spectral_delta
+from antipasto.adapter.plans import Execution
+from antipasto.adapter.rows import RowViews, per_token
+from antipasto.names import PlanName
+
+
+class View(enum.Enum):
+    """Which knobs the forward sees."""
+
+    TRAINED = "delta_s + delta_s_hack"
+    DEPLOYED = "delta_s alone"
+    REFERENCE = "neither: the base model"
+    ORIGIN = "zeros in their place: the base model, which can be differentiated by them"
+
+
+class Knob(nn.Module):
+    """One vector of numbers, one per singular direction: ``weight`` (r,), zeros at the start.
+
+    A module of its own, as ``lora_A`` is in PEFT, so that a parameter is named ``….delta_s.<adapter>.weight``: code that
+    copies one adapter into another by name, such as TRL's reference adapter, then finds it.
+    """
+
+    def __init__(self, rank: int, dtype: torch.dtype, device: torch.device, *, trainable: bool) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(rank, dtype=dtype, device=device), requires_grad=trainable)
+
+    def extra_repr(self) -> str:
+        return f"r={self.weight.shape[0]}"
+
+
+class CarriedBasis(nn.Module):
+    """The basis that an adapter's state holds: ``basis_U`` (o, r), ``basis_S`` (r,), ``basis_Vh`` (r, i), not trained.
+
+    Parameters rather than buffers, which DDP would broadcast at every forward.
+    """
+
+    def __init__(self, basis: Basis) -> None:
+        super().__init__()
+        for name, tensor in basis._asdict().items():
+            # a copy: what is read from the cache is mapped from its file
+            self.register_parameter(f"basis_{name}", nn.Parameter(tensor.clone(), requires_grad=False))
+
+    @property
+    def basis(self) -> Basis:
+        """As it is now."""
+        # attributes: FSDP has plain tensors in the place of parameters during a forward
+        return Basis(*(getattr(self, f"basis_{name}") for name in Basis._fields))
+
+
+def as_matrix(base_layer: nn.Module) -> Tensor:
+    """The weight of a Linear or Conv1D as W (o, i); a view, so that writing to it writes to the layer."""
+    weight = base_layer.weight
+    assert isinstance(weight, Tensor)
+    return weight.T if isinstance(base_layer, Conv1D) else weight
+
+
+_PLAIN_FORWARDS = (nn.Linear.forward, Conv1D.forward)
+
+
+def _probe(base_layer: nn.Module) -> tuple[Tensor, Tensor]:
+    """base(x; T) − base(x; 0) and T x, (3, o) each, for a weight T and inputs x (3, i) of several sizes."""
+    weight = base_layer.weight
+    assert isinstance(weight, nn.Parameter)
+    generator = torch.Generator().manual_seed(0)
+    T = nn.Parameter(torch.randn(weight.shape, generator=generator).to(weight), requires_grad=False)
+    matrix = T.T if isinstance(base_layer, Conv1D) else T
+    T.data.div_(matrix.shape[1] ** 0.5)
+    x = torch.tensor([[0.1], [1.0], [10.0]]) * torch.randn(3, matrix.shape[1], generator=generator)
+    x = x.to(weight)
+    try:
+        with torch.no_grad():
+            base_layer.weight = T
+            y = base_layer(x)
+            base_layer.weight = nn.Parameter(torch.zeros_like(T), requires_grad=False)
+            return y - base_layer(x), x @ matrix.T
+    finally:
+        base_layer.weight = weight
+
+
+class AntiPastoLinear(nn.Module, BaseTunerLayer):
+    """A Linear or Conv1D with knobs on its singular directions.
+
+    Args:
+        base_layer: the layer to adapt; its parameters are never written to. Between ``merge`` and ``unmerge`` it has another
+            one for its weight.
+
+    Attributes:
+        delta_s: adapter name → `Knob` that trains and ships.
+        delta_s_hack: adapter name → `Knob` of the quarantine. It takes part in the forward, but does not require a
+            gradient: plain training would put half of all that is learned where it will be deleted. A caller who makes
+            it require one gets the gradient of ``delta_s``.
+        r: adapter name → number of singular directions.
+        delta_s_basis: adapter name → `CarriedBasis`, where its config says ``save_basis``.
+        basis: U, S, Vh of the base weight, shared by all adapters, up to the largest of their ranks. Plain tensors rather
+            than buffers: they are no state, and DDP would broadcast buffers at every forward. Where the first adapter carries
+            its basis, that one.
+        fingerprint: of the base weight and that basis.
+        view: which knobs the forward sees.
+        offset: where set, added to θ: how a router takes a control's book out for a while. (r,) of the basis, or shorter.
+        rows: where set, says which sequences of a batch see the quarantine; θ is then (b, r).
+        spread_theta: where set, called with θ and x at every forward for a θ that broadcasts over x's tokens: how
+            `rollouts` tells sequences apart.
+        plan: how it is computed, as the config of its last adapter says.
+        hold_weights: whether W_θ of a forward without gradient is kept for the next; from there as well.
+        choice: chooses how a call is computed, and has the W_θ at hand.
+    """
+
+    adapter_layer_names = ("delta_s",)
+    other_param_names = ("delta_s_hack", "delta_s_basis", "r")
+
+    def __init__(self, base_layer: nn.Module) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.delta_s = nn.ModuleDict()
+        self.delta_s_hack = nn.ModuleDict()
+        self.r: dict[str, int] = {}
+        self.delta_s_basis = nn.ModuleDict()
+        self._basis: Basis | None = None
+        self._carrier: str | None = None
+        self.fingerprint: Fingerprint | None = None
+        self.view = View.TRAINED
+        self.offset: Tensor | None = None
+        self.rows: RowViews | None = None
+        self.spread_theta: Callable[[Tensor, Tensor], Tensor] | None = None
+        self.plan: PlanName = "auto"
+        self.hold_weights = True
+        self.choice = Choice()
+        self.merged_adapters: list[str] = []
+        self._unmerged: tuple[nn.Parameter] | None = None  # in a tuple: else it would be registered
+        self._disable_adapters = False
+        o, i = as_matrix(self.get_base_layer()).shape
+        self.in_features, self.out_features = i, o
+
+    def add_adapter(
+        self,
+        name: str,
+        rank: int,
+        basis: Basis,
+        fingerprint: Fingerprint,
+        *,
+        quarantine: bool,
+        trainable: bool,
+        carry_basis: bool,
+    ) -> None:
+        """Give the layer another adapter, at zero.
+
+        Args:
+            name: the adapter's.
+            rank: number of its singular directions.
+            basis: of the base weight, of at least that rank; U and Vh in the weight's dtype.
+            fingerprint: of the base weight and that basis.
+            quarantine: whether it has a ``delta_s_hack``.
+            trainable: whether ``delta_s`` requires a gradient.
+            carry_basis: whether its state holds the basis.
+        """
+        weight = self.base_weight
+        dtype = torch.promote_types(weight.dtype, torch.float32)
+        grows = self.basis is None or basis.rank > self.basis.rank
+        if self.fingerprint not in (None, fingerprint) and (grows or carry_basis):
+            raise ValueError(
+                f"Adapter {name!r} counts in another singular basis than those here already: it cannot be put beside them."
+            )
+        if carry_basis:
+            self.delta_s_basis[name] = CarriedBasis(basis.truncate(rank))
+        if grows:
+            self.fingerprint, self._carrier = fingerprint, name if carry_basis else None
+            self._basis = None if carry_basis else basis
+            self.choice.trust(weight)
+        self.r[name] = rank
+        self.delta_s[name] = Knob(rank, dtype, weight.device, trainable=trainable)
+        if quarantine:
+            self.delta_s_hack[name] = Knob(rank, dtype, weight.device, trainable=False)
+
+    @property
+    def basis(self) -> Basis | None:
+        """U, S, Vh that the knobs count in, up to the largest of their ranks; None before the first adapter."""
+        return self._basis if self._carrier is None else cast(CarriedBasis, self.delta_s_basis[self._carrier]).basis
+
+    def current_fingerprint(self) -> Fingerprint:
+        """Of the base weight as it is now, which is hashed again, and of the basis."""
+        assert self.fingerprint is not None
+        return self.fingerprint.of_weight(self.matrix())
+
+    @property
+    def _unmerged_weight(self) -> nn.Parameter | None:
+        """The base layer's own weight while another is in its place; else None."""
+        return None if self._unmerged is None else self._unmerged[0]
+
+    @property
+    def base_weight(self) -> nn.Parameter:
+        """The base layer's own weight, merged or not, laid out as there."""
+        weight = self.get_base_layer().weight if self._unmerged is None else self._unmerged[0]
+        assert isinstance(weight, nn.Parameter)
+        return weight
+
+    def matrix(self) -> Tensor:
+        """W (o, i), merged or not; a view."""
+        return self.base_weight.T if isinstance(self.get_base_layer(), Conv1D) else self.base_weight
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        """PEFT's; the basis stays, for the other adapters."""
+        if adapter_name == self._carrier:
+            self._basis, self._carrier = Basis(*(tensor.detach() for tensor in self.basis or ())), None
+        super().delete_adapter(adapter_name)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """PyTorch's; and refuses other base weights: U, S and Vh would still be those of the present ones."""
+        self.choice.forget()  # the basis may be among what is loaded
+        present = dict(self.named_parameters())
+        for key, value in state_dict.items():
+            if not key.startswith(f"{prefix}delta_s") or not isinstance(value, Tensor):
+                continue
+            if not value.isfinite().all():
+                raise ValueError(f"{key} of the state dict has a NaN or Inf in it: the adapter is broken.")
+            knob = present.get(key.removeprefix(prefix))
+            if knob is not None and knob.shape != value.shape:
+                raise ValueError(
+                    f"{key} of the state dict has shape {tuple(value.shape)}, and here it is {tuple(knob.shape)}: the adapter "
+                    "is of another rank than its config says, or of another model."
+                )
+        name = f"{prefix}base_layer.weight"
+        weight = self.get_base_layer().weight
+        assert isinstance(weight, Tensor)
+        new: Tensor = state_dict.get(name, weight)
+        plain = all(type(tensor.data) is Tensor and not tensor.is_meta for tensor in (weight, new))
+        if plain and not torch.equal(new.to(weight), weight):
+            raise ValueError(
+                f"{name} of the state dict is not the weight that this layer was adapted on, and its singular basis is. "
+                "Load weights first, adapt after."
+            )
+        super()._load_from_state_dict(state_dict, prefix, *args)
+
+    def cast_adapter(self, name: str, *, autocast: bool) -> None:
+        """Have an adapter in the dtype that PEFT documents: at least fp32; or, without ``autocast``, that of the weight.
+
+        The basis that it may carry goes with it, but for S, which nothing is multiplied with in low precision.
+        """
+        low = self.base_weight.dtype
+        dtype = torch.promote_types(low, torch.float32) if autocast else low
+        for container in (self.delta_s, self.delta_s_hack, self.delta_s_basis):
+            for key, parameter in container[name].named_parameters() if name in container else ():
+                if key != "basis_S":
+                    parameter.data = parameter.data.to(dtype)
+        self.choice.forget()
+
+    def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
+        """PEFT's, for what was loaded onto meta tensors; which also casts to the weight's dtype, and would round the knobs."""
+        for container in (self.delta_s, self.delta_s_hack, self.delta_s_basis):
+            if adapter_name in container and not any(p.is_meta for p in container[adapter_name].parameters()):
+                container[adapter_name].to(device or self.base_weight.device)
+
+    @torch.no_grad()
+    def set_to_sum(self, name: str, terms: Sequence[tuple[str, float]]) -> None:
+        """Set an adapter's knobs to a weighted sum of others', δS and δS_hack by themselves.
+
+        Args:
+            name: the adapter's, of at least their ranks.
+            terms: adapters and their weights; those that are not on this layer count as zeros.
+        """
+        for container in (self.delta_s, self.delta_s_hack):
+            if name not in container:
+                continue
+            total = cast(Knob, container[name]).weight
+            total.zero_()
+            for other, weight in terms:
+                if other in container:
+                    knob = cast(Knob, container[other]).weight
+                    total[: len(knob)] += weight * knob
+
+    def drop_quarantine(self) -> None:
+        """Delete every adapter's ``delta_s_hack``."""
+        self.delta_s_hack.clear()
+
+    def knobs(self, adapter: str) -> tuple[nn.Parameter, nn.Parameter | None]:
+        """``delta_s`` and ``delta_s_hack`` (None once dropped) of one adapter, (r,) each."""
+        delta_s = cast(Knob, self.delta_s[adapter]).weight
+        hack = cast(Knob, self.delta_s_hack[adapter]).weight if adapter in self.delta_s_hack else None
+        return delta_s, hack
+
+    def theta(self, adapters: list[str]) -> Tensor | None:
+        """θ of some adapters together, as the view has it; None where nothing takes part.
+
+        (r,), r being the basis's; (b, r) where rows of the batch see different knobs.
+        """
+        if self.view is View.REFERENCE:
+            return None
+        assert self.basis is not None
+        if self.view is View.ORIGIN:  # whatever adapters there are, and whichever of them is active
+            weight = as_matrix(self.get_base_layer())
+            dtype = torch.promote_types(weight.dtype, torch.float32)
+            return torch.zeros(self.basis.rank, dtype=dtype, device=weight.device)
+        total: Tensor | None = None
+        theta: Tensor
+        for adapter in adapters:
+            if adapter not in self.delta_s:
+                continue  # this adapter does not target this layer
+            delta_s, hack = self.knobs(adapter)
+            if hack is None or self.view is not View.TRAINED:
+                theta = delta_s
+            else:
+                theta = delta_s + hack if self.rows is None else self.rows.theta(delta_s, hack)
+            if theta.shape[-1] < self.basis.rank:
+                theta = F.pad(theta, (0, self.basis.rank - theta.shape[-1]))
+            total = theta if total is None else total + theta
+        if total is not None and self.offset is not None:
+            total = total + F.pad(self.offset, (0, total.shape[-1] - self.offset.shape[0]))
+        return total
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """``base(x) + U (θ ⊙ (Vh x))``: x (..., i) to (..., o), in the dtype of the base layer's output.
+
+        Further arguments go to the base layer.
+        """
+        if self.disable_adapters and self.view is not View.ORIGIN:
+            if self.merged:
+                self.unmerge()
+            return self.base_layer(x, *args, **kwargs)
+        theta = None if self.merged else self.theta(self.active_adapters)
+        if theta is None:
+            return self.base_layer(x, *args, **kwargs)
+        assert self.basis is not None
+        base_layer, spread = self.get_base_layer(), self.spread_theta if torch.is_grad_enabled() else None
+        execution, merged = Execution.FACTORED, None
+        if self.plan != "factored" and not args and not kwargs and does_nothing_but(base_layer, x, theta, self.basis):
+            weight = cast(Tensor, base_layer.weight)
+            asked = Asked(self.plan, self.hold_weights, by_sequence=spread is not None)
+            has_bias = base_layer.bias is not None
+            execution, merged = self.choice.make(asked, x, theta, weight, self.basis, self.rows, has_bias=has_bias)
+        if spread is not None:
+            theta = spread(theta, x)
+        elif theta.ndim > 1:
+            assert self.rows is not None
+            theta = per_token(theta, x, self.rows.shape)
+        U, S, Vh = self.basis
+        bias = cast(Tensor | None, base_layer.bias)
+        if execution is Execution.SPECTRAL:
+            y = spectral_delta(x, U, Vh, S + theta, x.dtype)
+            return y if bias is None else y + bias
+        if merged is not None:
+            return merged_linear(x, bias, theta, merged.weights, self.basis, merged.route, merged.which)
+        y = self.base_layer(x, *args, **kwargs)
+        return y + spectral_delta(x, U, Vh, theta, y.dtype)
+
+    def get_delta_weight(self, adapter: str) -> Tensor:
+        """ΔW = U diag(θ) Vh of one adapter, (o, i) in at least fp32, laid out as the base layer's weight is.
+
+        Raises:
+            ValueError: the layer has no such adapter.
+        """
+        if adapter not in self.r:
+            raise ValueError(f"This layer has no adapter {adapter!r}; it has {sorted(self.r)}.")
+        return self._delta_weight([adapter])
+
+    def _delta_weight(self, adapters: list[str]) -> Tensor:
+        theta = self.theta(adapters)
+        if theta is None:
+            weight = self.get_base_layer().weight
+            assert isinstance(weight, Tensor)
+            return torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
+        assert self.basis is not None
+        theta = theta.detach().to(torch.promote_types(theta.dtype, torch.float32))
+        delta = delta_weight(self.basis.U, self.basis.Vh, theta)
+        return delta.T if isinstance(self.get_base_layer(), Conv1D) else delta
+
+    def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+        """Put W_θ in the place of W; W itself is kept for `unmerge`.
+
+        The sum is taken in at least fp32, from the untouched W, and rounded once to W's dtype.
+
+        Args:
+            safe_merge: refuse to merge a W_θ with a NaN or Inf in it.
+            adapter_names: which adapters to merge, beside those already merged; the active ones if None.
+
+        Raises:
+            ValueError: ``safe_merge`` found a NaN or Inf, or W_θ in the place of W would be another function.
+        """
+        names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.delta_s]
+        if not names:
+            return
+        reason = self.why_not_mergeable()
+        if reason is not None:
+            raise ValueError(f"A {type(self.get_base_layer()).__name__} cannot be merged: {reason}.")
+        original = self.base_weight
+        delta = self._delta_weight([*self.merged_adapters, *names])
+        merged = (original.detach().to(delta.dtype) + delta).to(original.dtype)
+        if safe_merge and not torch.isfinite(merged).all():
+            raise ValueError(f"Merging {names} would put a NaN or Inf into the weight: the adapter seems to be broken.")
+        self.put_merged(([*self.merged_adapters, *names], nn.Parameter(merged, original.requires_grad)))
+
+    def why_not_mergeable(self) -> str | None:
+        """Why a merged layer would not compute what it does now, as a clause; None if it would.
+
+        Now it is base(x; W) + ΔW x, merged base(x; W_θ): the same where base(x; W) is W x plus what does not depend on W.
+        A base layer with a forward or hooks of its own is asked, on a weight and an input made for that.
+        """
+        base_layer = self.get_base_layer()
+        if not (
+            base_layer._forward_hooks
+            or base_layer._forward_pre_hooks
+            or "forward" in vars(base_layer)
+            or type(base_layer).forward not in _PLAIN_FORWARDS
+        ):
+            return None
+        got, want = _probe(base_layer)
+        tolerance = max(1e-4, 4 * torch.finfo(got.dtype).eps)
+        error = torch.linalg.vector_norm(got - want, dim=1) / torch.linalg.vector_norm(want, dim=1)
+        if bool((error <= tolerance).all()):
+            return None
+        return (
+            "its forward, or a hook on it, does more with its weight W than W x: W_θ in its place is another function"
+        )
+
+    def unmerge(self) -> None:
+        """Put W back, bit for bit, whatever was merged and however often."""
+        if self._unmerged is None:
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            return
+        self.get_base_layer().weight = self._unmerged[0]
+        self._unmerged = None
+        self.merged_adapters.clear()
+
+    def take_merged(self) -> tuple[list[str], nn.Parameter] | None:
+        """Put W back, and give out what was merged in its place, for `put_merged`; None if nothing was."""
+        if self._unmerged is None:
+            return None
+        weight = self.get_base_layer().weight
+        assert isinstance(weight, nn.Parameter)
+        merged = (list(self.merged_adapters), weight)
+        self.unmerge()
+        return merged
+
+    def put_merged(self, merged: tuple[list[str], nn.Parameter]) -> None:
+        """Put a W_θ in the place of W: bit for bit, what `take_merged` gave out."""
+        self._unmerged = (self.base_weight,)
+        self.merged_adapters[:], self.get_base_layer().weight = merged
+
+    def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
+        """PEFT's; and an inactive adapter's quarantine does not train either."""
+        super().set_adapter(adapter_names, inference_mode)
+        for name, knob in self.delta_s_hack.items():
+            if inference_mode or name not in self.active_adapters:
+                knob.requires_grad_(False)
+
+    def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
+        """PEFT's; and freezing an adapter freezes its quarantine. Unfreezing it does not: that is for the caller to ask."""
+        super().set_requires_grad(adapter_names, requires_grad)
+        names = {adapter_names} if isinstance(adapter_names, str) else set(adapter_names)
+        for name, knob in self.delta_s_hack.items():
+            if name in names and not requires_grad:
+                knob.requires_grad_(False)
+
+    def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
+        """True: W_θ is W plus something."""
+        return True
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AntiPastoLinear:
+        """Moves and casts (``to``, ``half``, ``cuda``…) take the basis and both weights of a merged layer along."""
+        merged = self.take_merged()
+        super()._apply(fn, recurse)
+        if merged is not None:
+            names, weight = merged
+            self.put_merged((names, nn.Parameter(fn(weight.data), weight.requires_grad)))
+        self.choice.forget()
+        if self._basis is not None:
+            self._basis = Basis(*map(fn, self._basis))
+        return self

@@ -1,0 +1,529 @@
+"""Which layers of a model are adapted, and how they are put in place: PEFT's tuner for this method.
+
+Everything that can go wrong is checked before the first layer is replaced, so that an error leaves the model as it was.
+A target that was asked for and cannot be adapted is an error that names it. The default set leaves out layers of a kind that
+cannot be, with a warning that counts them; nothing is skipped in silence.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import warnings
+from collections import Counter
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, NamedTuple, cast
+
+import torch
+from peft.tuners.tuners_utils import (
+    BaseTuner,
+    BaseTunerLayer,
+    _ExcludedModule,
+    _maybe_include_all_linear_layers,
+    check_target_module_exists,
+)
+from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from peft.utils.other import get_pattern_key
+from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from tqdm import tqdm
+from transformers.pytorch_utils import Conv1D
+
+from antipasto.adapter.basis import WEIGHT_DTYPES, Basis, load_identified_basis
+from antipasto.adapter.fingerprints import Fingerprint, check_same_base
+
+from .config import TARGET_MODULES, AntiPastoConfig
+from .layer import AntiPastoLinear, as_matrix
+from .views import adapted_layers
+
+SUPPORTED = "2-D weights of torch.nn.Linear and transformers' Conv1D, in " + ", ".join(map(str, WEIGHT_DTYPES)).replace(
+    "torch.", ""
+)
+# model type → layers whose weight its kernels read past the layer's forward; PEFT found some of them for LoRA
+_READ_PAST: dict[str, set[str]] = {
+    **{
+        model_type: {"out_proj", "conv1d"}
+        for model_type in ("bamba", "falcon_h1", "granitemoehybrid", "mamba2", "nemotron_h", "zamba2")
+    },
+    **{model_type: {"out_proj", "conv1d", "x_proj", "dt_proj"} for model_type in ("falcon_mamba", "mamba")},
+    "jamba": {"dt_proj"},
+    "wavlm": {"q_proj", "k_proj", "v_proj", "out_proj"},
+}
+_MAX_WORKERS = 8
+
+
+def why_unsupported(module: nn.Module, *, shapes_only: bool = False) -> str | None:
+    """Why a module cannot be adapted, as a clause; None if it can.
+
+    Example:
+        >>> why_unsupported(nn.Embedding(4, 2))
+        'its type is Embedding'
+        >>> why_unsupported(nn.Linear(4, 2)) is None
+        True
+    """
+    if isinstance(module, BaseTunerLayer):
+        return f"it already carries an adapter of another method ({type(module).__module__}.{type(module).__name__})"
+    if isinstance(module, NonDynamicallyQuantizableLinear):
+        return "it is the out_proj of nn.MultiheadAttention, which reads its weight and never calls it"
+    if hasattr(module, "qweight") or hasattr(module, "W_q"):
+        return f"it is quantised ({type(module).__name__})"
+    if not isinstance(module, (nn.Linear, Conv1D)):
+        return f"its type is {type(module).__name__}"
+    weight = module.weight
+    if not isinstance(weight, nn.Parameter):
+        return "its weight is not a parameter but computed (weight_norm or another parametrisation)"
+    if weight.dtype not in WEIGHT_DTYPES:
+        return f"its weight is of dtype {weight.dtype}, quantised perhaps ({type(module).__name__})"
+    if weight.device.type == "meta" and not shapes_only:
+        return "its weight is on the meta device (offloaded, or not loaded yet), where there is nothing to decompose"
+    if weight.ndim != 2:
+        return f"its weight has shape {tuple(weight.shape)}"
+    if type(weight.data) is not Tensor:
+        return f"its weight is a {type(weight.data).__name__}, not a plain tensor: wrap before sharding or quantising"
+    return None
+
+
+def _is_of_another_kind(module: nn.Module) -> bool:
+    """Whether a module cannot be adapted whatever state it is in: by its type, or that of its weight."""
+    if isinstance(module, BaseTunerLayer) or hasattr(module, "qweight") or hasattr(module, "W_q"):
+        return False
+    if isinstance(module, NonDynamicallyQuantizableLinear) or not isinstance(module, (nn.Linear, Conv1D)):
+        return True
+    return not isinstance(module.weight, nn.Parameter) or module.weight.ndim != 2
+
+
+def _reason(module: nn.Module) -> str:
+    reason = why_unsupported(module, shapes_only=True)
+    assert reason is not None
+    return reason
+
+
+class AntiPastoModel(BaseTuner):
+    """PEFT's tuner for `AntiPastoConfig`; `get_peft_model` and `PeftModel.from_pretrained` make one."""
+
+    prefix = "delta_s"
+    tuner_layer_cls = AntiPastoLinear
+    # PEFT declares lists, and has an expression among them
+    target_module_mapping = cast(dict[str, list[str]], TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING)
+
+    def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
+        """PEFT's injection, with the bases of the layers at hand while it lasts."""
+        taken = [n for n, m in model.named_modules() if isinstance(m, AntiPastoLinear) and adapter_name in m.r]
+        if taken:
+            raise ValueError(
+                f"{taken[0]} has an adapter {adapter_name!r} already: delete it first, or choose another name."
+            )
+        self._bases: dict[str, Found] = {}
+        try:
+            super().inject_adapter(model, adapter_name, *args, **kwargs)
+        finally:
+            self._bases = {}
+        self.peft_config[adapter_name].record_base(_fingerprints(model, adapter_name))
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls, model: nn.Module, config: AntiPastoConfig, adapter_name: str, *args: Any, **kwargs: Any
+    ) -> dict[str, Tensor]:
+        """PEFT's, called before a config is saved: which may have been used on another model since it was on this."""
+        config.record_base(_fingerprints(model, adapter_name))
+        return super()._get_adapter_state_dict(model, config, adapter_name, *args, **kwargs)
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """PEFT's, for layers whose knobs are of at least fp32 in any case."""
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
+        for layer in self.model.modules():
+            if isinstance(layer, AntiPastoLinear) and adapter_name in layer.r:
+                layer.cast_adapter(adapter_name, autocast=autocast_adapter_dtype)
+
+    def add_weighted_adapter(
+        self, adapters: list[str], weights: list[float], adapter_name: str, combination_type: str = "linear"
+    ) -> None:
+        """Add an adapter that is a weighted sum of others: δS = Σ w δS, δS_hack = Σ w δS_hack. Exact, at whatever ranks.
+
+        Args:
+            adapters: names of those to add up.
+            weights: one for each; of either sign.
+            adapter_name: of the new one, which is not active and does not train.
+            combination_type: ``"linear"``. The others of LoRA's approximate what this is.
+
+        Raises:
+            ValueError: an unknown adapter, a name that is taken, another type of combination, or adapters that trained whole
+                modules as well.
+        """
+        if combination_type != "linear":
+            raise ValueError(
+                f"combination_type={combination_type!r} is not offered: adapters of one basis add up exactly, which is "
+                "combination_type='linear'."
+            )
+        if adapter_name in self.peft_config:
+            raise ValueError(f"There is an adapter {adapter_name!r} already: delete it first, or choose another name.")
+        if not adapters or len(adapters) != len(weights) or not all(math.isfinite(weight) for weight in weights):
+            raise ValueError(f"Expected adapters and one finite weight for each, got {adapters} and {weights}.")
+        for name in adapters:
+            if name not in self.peft_config:
+                raise ValueError(f"There is no adapter {name!r}; there are {sorted(self.peft_config)}.")
+            if whole := self.peft_config[name].modules_to_save:
+                raise ValueError(f"Adapter {name!r} trained {whole} as a whole: those do not add up.")
+        layers = {n: m for n, m in self.model.named_modules() if isinstance(m, AntiPastoLinear)}
+        ranks = {
+            n: max(m.r[a] for a in adapters if a in m.r)
+            for n, m in layers.items()
+            if not m.r.keys().isdisjoint(adapters)
+        }
+        config = _config_of_sum([self.peft_config[name] for name in adapters], ranks)
+        config.quarantine = any(name in layers[n].delta_s_hack for n in ranks for name in adapters)
+        self.peft_config[adapter_name] = config
+        try:
+            self.inject_adapter(self.model, adapter_name)
+        except Exception:
+            del self.peft_config[adapter_name]
+            raise
+        for name in ranks:
+            layers[name].set_to_sum(adapter_name, list(zip(adapters, weights, strict=True)))
+
+    def _check_merge_allowed(self) -> None:
+        """Refuse, before the first layer is merged, a layer that merged would be another function.
+
+        PEFT's warns of weights that are tied to the embedding's; here those stay as they are (`layer`).
+        """
+        for name, layer in self.model.named_modules():
+            reason = layer.why_not_mergeable() if isinstance(layer, AntiPastoLinear) else None
+            if reason is not None:
+                raise ValueError(
+                    f"{name} cannot be merged: {reason}. Run the model unmerged, or leave that layer out with "
+                    f"exclude_modules=[{name!r}]."
+                )
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        """Called by PeftModel around a forward, which drops what a method does not know without a word."""
+        if kwargs.get("adapter_names") is not None:
+            raise ValueError(
+                "adapter_names, another adapter for each row of a batch, is LoRA's and not offered here: set_adapter before "
+                "the call, or one call for each adapter."
+            )
+        yield
+
+    def _prepare_adapter_config(self, peft_config: AntiPastoConfig, model_config: dict[str, Any]) -> AntiPastoConfig:
+        return peft_config  # target_modules=None is resolved in _prepare_model, which sees the model
+
+    def _prepare_model(self, peft_config: AntiPastoConfig, model: nn.Module) -> None:
+        """Resolve the targets, refuse what cannot be adapted, load or compute every basis, check that the base is the base."""
+        found = _bases_for(find_targets(peft_config, model), peft_config)
+        expected = {name: Fingerprint.parse(line) for name, line in peft_config.expected_base.items()}
+        if peft_config.check_base:
+            _check_base(peft_config, expected, found)
+        if peft_config.save_basis:  # the file that they are from brings their basis
+            found = {n: one._replace(fingerprint=expected.get(n, one.fingerprint)) for n, one in found.items()}
+        self._bases = found
+
+    def _create_and_replace(
+        self,
+        peft_config: AntiPastoConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        found = self._bases.pop(current_key, None)
+        if found is None:  # PEFT took the layers' names from a state dict rather than from the config
+            _require_supported(current_key, target)
+            found = _basis_for(current_key, target, peft_config)
+        layer = target if isinstance(target, AntiPastoLinear) else AntiPastoLinear(target)
+        trainable = adapter_name in self.active_adapters and not peft_config.inference_mode
+        layer.add_adapter(
+            adapter_name,
+            found.rank,
+            found.basis,
+            found.fingerprint,
+            quarantine=peft_config.quarantine,
+            trainable=trainable,
+            carry_basis=peft_config.save_basis,
+        )
+        layer.plan, layer.hold_weights = peft_config.plan, peft_config.hold_weights
+        if layer is not target:
+            layer.set_adapter(self.active_adapters)
+            self._replace_module(parent, target_name, layer, target)
+
+
+def find_targets(config: AntiPastoConfig, model: nn.Module, *, shapes_only: bool = False) -> dict[str, nn.Module]:
+    """The modules that a config adapts, by name; writes the names that its ``target_modules`` stands for into it.
+
+    Args:
+        config: which layers.
+        model: the model.
+        shapes_only: let weights be on the meta device: nothing is to be decomposed yet.
+
+    Raises:
+        ValueError: nothing matches, or a target cannot be adapted; names it.
+    """
+    if config.target_modules is None:
+        return _default_targets(config, model, shapes_only=shapes_only)
+    _resolve_targets(config, model)
+    targets = _match_modules(config, model)
+    for key, reason in _stacked_experts(config, model).items():
+        raise _unsupported(key, reason, leave_out=key.split(".")[-2])
+    if not targets:
+        raise _nothing_matches(config, model)
+    out_of_place = _out_of_place(targets, model)
+    for name, module in targets.items():
+        _require_supported(name, module, shapes_only=shapes_only)
+        if name in out_of_place:
+            raise _unsupported(name, out_of_place[name])
+    return targets
+
+
+def _default_targets(config: AntiPastoConfig, model: nn.Module, *, shapes_only: bool) -> dict[str, nn.Module]:
+    """Those of `TARGET_MODULES` that can be adapted, else of PEFT's names for this type of model; says what is left out.
+
+    Writes the names into the config, so that a saved adapter finds the same layers: names of which nothing can be adapted do
+    not become targets, and what else is left out is excluded.
+    """
+    theirs = AntiPastoModel.target_module_mapping.get(_model_type(model) or "", [])
+    keys = _candidates(model)
+    first: tuple[str, str] | None = None
+    for names in ([t for t in TARGET_MODULES if any(_matches_name(key, t) for key in keys)], theirs):
+        config.target_modules = names
+        targets = _match_modules(config, model) if names else {}
+        stacked = _stacked_experts(config, model) if names else {}
+        left = stacked | {n: _reason(m) for n, m in targets.items() if _is_of_another_kind(m)}
+        left |= _out_of_place({n: m for n, m in targets.items() if n not in left}, model)
+        first = first or next(iter(left.items()), None)
+        targets = {n: m for n, m in targets.items() if n not in left}
+        if not targets:
+            continue
+        for name, module in targets.items():
+            _require_supported(name, module, shapes_only=shapes_only)
+        if not isinstance(names, str):
+            config.target_modules = [t for t in names if any(_matches_name(n, t) for n in targets)]
+        if left:
+            _leave_out(config, model, left, stacked)
+        return targets
+    config.target_modules = None
+    if first is not None:
+        raise _unsupported(*first)
+    if any(_matches_name(key, t) for key in keys for t in TARGET_MODULES):
+        raise _nothing_matches(config, model)
+    raise ValueError(
+        f"No module of this {type(model).__name__} has a name of the default set ({', '.join(TARGET_MODULES)}). "
+        f"Pass target_modules: a list of names or 'all-linear'. {_describe_linears(model)}"
+    )
+
+
+def _leave_out(config: AntiPastoConfig, model: nn.Module, left: dict[str, str], stacked: dict[str, str]) -> None:
+    """Exclude what the config's targets would match, and warn of all that is left out."""
+    modules = [name for name, _ in model.named_modules() if name]
+    # a parameter's holder is what PEFT can exclude
+    excluded = {n.rpartition(".")[0] if n in stacked else n for n in left if check_target_module_exists(config, n)}
+    leaves = {leaf: {m for m in modules if _matches_name(m, leaf)} for leaf in {n.rpartition(".")[2] for n in excluded}}
+    names = {n.rpartition(".")[2] if leaves[n.rpartition(".")[2]] <= excluded else n for n in excluded}
+    if isinstance(config.exclude_modules, str):
+        config.exclude_modules = rf"(?:{config.exclude_modules})|(?:.*\.)?(?:{'|'.join(map(re.escape, sorted(names)))})"
+    elif names:
+        config.exclude_modules = sorted(names | set(config.exclude_modules or ()))
+    counts = Counter((name.rpartition(".")[2], reason) for name, reason in left.items())
+    warnings.warn(
+        f"The default target set leaves out of this {type(model).__name__} what cannot be adapted: "
+        + "; ".join(f"{count} × {leaf} ({reason})" for (leaf, reason), count in counts.items())
+        + ". Name target_modules to choose yourself.",
+        stacklevel=2,
+    )
+
+
+def _model_type(model: nn.Module) -> str | None:
+    return getattr(getattr(model, "config", None), "model_type", None)
+
+
+def _out_of_place(targets: dict[str, nn.Module], model: nn.Module) -> dict[str, str]:
+    """Targets that could be adapted, were it not for what the model does with them; and why not, as a clause."""
+    reasons: dict[str, str] = {}
+    owners: dict[int, str] = {}
+    places: dict[int, dict[tuple[int, str], str]] = {}  # module → where it is held, which may be more than once
+    for name, module in model.named_modules(remove_duplicate=False):
+        holder, _, leaf = name.rpartition(".")
+        places.setdefault(id(module), {}).setdefault((id(model.get_submodule(holder)), leaf), name)
+    model_type = _model_type(model)
+    for name, module in targets.items():
+        weight = module.base_weight if isinstance(module, AntiPastoLinear) else getattr(module, "weight", None)
+        owner = owners.setdefault(id(weight if isinstance(weight, nn.Parameter) else module), name)
+        others = [other for other in places[id(module)].values() if other != name]
+        if name.rpartition(".")[2] in _READ_PAST.get(model_type or "", ()):
+            reasons[name] = f"the fused kernels of {model_type} models read its weight and never call it"
+        elif others:
+            reasons[name] = f"it is {others[0]} as well, and only one of them would be adapted"
+        elif owner != name:
+            reasons[name] = f"it shares its weight with {owner}, and knobs for each would make two of it"
+    return reasons
+
+
+def _matches_name(key: str, name: str) -> bool:
+    return key == name or key.endswith(f".{name}")
+
+
+def _candidates(model: nn.Module) -> list[str]:
+    """Names of modules, and of the parameters that may be stacked experts: not to be passed over in silence."""
+    return [key for key, _ in model.named_modules() if key] + [key for key, p in model.named_parameters() if p.ndim > 2]
+
+
+def _resolve_targets(config: AntiPastoConfig, model: nn.Module) -> None:
+    """Turn ``"all-linear"`` into names; refuse names that no module has."""
+    _maybe_include_all_linear_layers(config, model)
+    assert config.target_modules is not None
+    if isinstance(config.target_modules, str):
+        return
+    config.target_modules = sorted(config.target_modules)
+    keys = _candidates(model)
+    for name in config.target_modules:
+        if not any(_matches_name(key, name) for key in keys):
+            raise ValueError(
+                f"target_modules names {name!r}, but no module of this {type(model).__name__} has that name, or a name "
+                f"that ends on '.{name}'. {_describe_linears(model)}"
+            )
+
+
+def _match_modules(config: AntiPastoConfig, model: nn.Module) -> dict[str, nn.Module]:
+    """The modules that the config matches, by name."""
+    targets: dict[str, nn.Module] = {}
+    adapted: tuple[str, ...] = ()
+    for key, module in model.named_modules():
+        if not key or key.startswith(adapted):
+            continue
+        if isinstance(module, BaseTunerLayer):
+            adapted = (*adapted, f"{key}.")
+        if check_target_module_exists(config, key):
+            targets[key] = module
+    return targets
+
+
+def _stacked_experts(config: AntiPastoConfig, model: nn.Module) -> dict[str, str]:
+    """Parameters under a target's name that look like experts, and why they are no targets."""
+    found: dict[str, str] = {}
+    for key, parameter in model.named_parameters():
+        holder = key.rpartition(".")[0]
+        if parameter.ndim <= 2 or isinstance(check_target_module_exists(config, holder), _ExcludedModule):
+            continue
+        if check_target_module_exists(config, key):
+            found[key] = f"it is a parameter of shape {tuple(parameter.shape)}, as of stacked experts"
+    return found
+
+
+def _nothing_matches(config: AntiPastoConfig, model: nn.Module) -> ValueError:
+    names = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern", "modules_to_save")
+    options = {name: value for name in names if (value := getattr(config, name)) is not None}
+    return ValueError(f"No module of this {type(model).__name__} matches {options}. {_describe_linears(model)}")
+
+
+def _describe_linears(model: nn.Module) -> str:
+    names = sorted({k.rpartition(".")[2] for k, m in model.named_modules() if k and why_unsupported(m) is None})
+    return f"Layers that can be adapted here: {', '.join(names) or 'none'}."
+
+
+def _require_supported(name: str, module: nn.Module, *, shapes_only: bool = False) -> None:
+    reason = None if isinstance(module, AntiPastoLinear) else why_unsupported(module, shapes_only=shapes_only)
+    if reason is not None:
+        raise _unsupported(name, reason)
+
+
+def _unsupported(name: str, reason: str, *, leave_out: str | None = None) -> ValueError:
+    return ValueError(
+        f"{name} is a target, but cannot be adapted: {reason}. Supported: {SUPPORTED}. "
+        f"Leave it out with exclude_modules=[{(leave_out or name)!r}], or name other target_modules."
+    )
+
+
+def rank_of(name: str, weight: Tensor, config: AntiPastoConfig) -> int:
+    """The rank that a config gives a layer."""
+    pattern = get_pattern_key(list(config.rank_pattern), name)
+    return min(config.rank_pattern.get(pattern, config.rank) or min(weight.shape), *weight.shape)
+
+
+def _fingerprints(model: nn.Module, adapter_name: str) -> dict[str, str]:
+    """Those of the layers that an adapter is on."""
+    return {n: str(layer.fingerprint) for n, layer in adapted_layers(model).items() if adapter_name in layer.r}
+
+
+def _config_of_sum(configs: Sequence[AntiPastoConfig], ranks: Mapping[str, int]) -> AntiPastoConfig:
+    """The config of an adapter on these very layers, at these ranks."""
+    differ = len(set(ranks.values())) > 1
+    longest_first = sorted(ranks, key=len, reverse=True)  # a pattern is also that of the names that end on it
+    return replace(
+        configs[0],
+        target_modules="|".join(map(re.escape, ranks)),  # whole names: a list of them would match their endings too
+        exclude_modules=None,
+        layers_to_transform=None,
+        layers_pattern=None,
+        rank=max(ranks.values()),
+        rank_pattern={re.escape(name): ranks[name] for name in longest_first} if differ else {},
+        save_basis=any(config.save_basis for config in configs),
+        base_fingerprints=None,
+        weights_sha256=None,
+    )
+
+
+class Found(NamedTuple):
+    """What a layer is to be adapted with.
+
+    Attributes:
+        rank: that the config gives the layer.
+        basis: of at least that rank; U and Vh in the weight's dtype, so that the products are of the base layer's kind; S,
+            only looked at, is not.
+        fingerprint: of the weight and the basis.
+    """
+
+    rank: int
+    basis: Basis
+    fingerprint: Fingerprint
+
+
+def _check_base(config: AntiPastoConfig, expected: dict[str, Fingerprint], found: dict[str, Found]) -> None:
+    """Refuse layers that are not those whose fingerprints the config carries."""
+    check_same_base(
+        expected,
+        {name: one.fingerprint for name, one in found.items()},
+        {name: one.basis.S[: one.rank] for name, one in found.items()},
+        what="The adapter",
+        remedy="Load the base that it belongs to. To put it here regardless, set check_base=False on its config "
+        "(AntiPastoConfig.from_pretrained) and pass that as config.",
+        carries_basis=config.save_basis,
+    )
+
+
+def _bases_for(targets: dict[str, nn.Module], config: AntiPastoConfig) -> dict[str, Found]:
+    """`_basis_for` of every target, several at a time where they are on the CPU.
+
+    An eigendecomposition gains little from a second thread, and hashing and the disk nothing: so each layer has one. Layers
+    on an accelerator are decomposed there, one after the other. At most eight at a time, since each holds fp64 copies.
+    """
+    threads = torch.get_num_threads()
+    on_cpu = all(module.weight.device.type == "cpu" for module in targets.values())
+    workers = min(threads, len(targets), _MAX_WORKERS) if on_cpu else 1
+
+    with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(max(threads // workers, 1),)) as pool:
+        jobs = {name: pool.submit(_basis_for, name, module, config) for name, module in targets.items()}
+        try:
+            # shown only when it takes long enough for someone to wonder
+            shown = tqdm(jobs.items(), desc="singular bases", unit="layer", delay=2.0, leave=False)
+            return {name: job.result() for name, job in shown}
+        finally:
+            pool.shutdown(cancel_futures=True)  # no further layers after an error or Ctrl-C
+            torch.set_num_threads(threads)  # what a thread sets is what later threads start with
+
+
+def _basis_for(name: str, module: nn.Module, config: AntiPastoConfig) -> Found:
+    """The basis that a layer has already, where it is of the config's rank; else loaded or computed."""
+    W = module.matrix() if isinstance(module, AntiPastoLinear) else as_matrix(module)
+    rank = rank_of(name, W, config)
+    if isinstance(module, AntiPastoLinear) and module.basis is not None and module.basis.rank >= rank:
+        assert module.fingerprint is not None
+        return Found(rank, module.basis, module.fingerprint)
+    try:
+        basis, fingerprint = load_identified_basis(W, cache_dir=config.cache_dir)
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(f"{name}: {error}") from error
+    U, S, Vh = basis.truncate(rank)
+    return Found(rank, Basis(U.to(W.dtype), S, Vh.to(W.dtype)), fingerprint)

@@ -1,0 +1,143 @@
+"""How one call of one adapted layer is best computed: counted in multiplications, never at the price of precision.
+
+For T tokens, W (o, i) and rank r, what a plan adds to the base layer's T·o·i forward and T·o·i backward:
+
+    factored    T r (o + i) forward, T r (o + i) backward, ∂L/∂θ included                      (`spectral_delta`)
+    spectral    T r (o + i) − T o i forward and backward, ∂L/∂θ included: U ((S + θ) ⊙ (Vh x)) + b, in the place of W x + b
+    merged      o r i for W_θ, nothing if W_θ is held; no more than that where there is no gradient; and for ∂L/∂θ, by route,
+
+                factored  T r (o + i)      input side   2 T i²      input Gram   T i² + i³
+                weight    T o i + o r i    output side  2 T o²      output Gram  T o² + o³
+
+Merged and spectral execution need W, x and the knobs in one dtype of at least fp32: in bf16, W + ΔW rounds most of a small ΔW
+away, and W is not the product of bf16 singular vectors. Spectral execution needs full rank, and the W that the basis is of; at
+θ = 0, where W itself must come out, it gives way. The routes by one side divide by σ = S + θ: they are taken at full rank, on
+the W that the basis is of, where max(|σ|, S) ≤ 100 min |σ|, which costs at most two of the seven digits; weights that are not
+square are nearly always so. S counts because W_θ is rounded at the size of W, however small θ leaves it. Where some σ is 0, or
+too small or large for its products with x and ∂L/∂y, there is no dividing. With a bias, y − b has lost what b rounds away, and
+W_θ x anew would cost more than the factored route: no route by the output then. Sequences with a gradient each need a route by
+token.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+
+from antipasto.adapter.functional import Route
+from antipasto.names import PlanName
+
+
+class Execution(enum.Enum):
+    """How a call is computed."""
+
+    FACTORED = "factored"
+    MERGED = "merged"
+    SPECTRAL = "spectral"
+
+
+MAX_CONDITION = 100.0
+"""Largest max(|σ|, S) / min |σ| at which a route may divide by σ."""
+
+
+def is_well_conditioned(S: Tensor, thetas: Sequence[Tensor]) -> bool:
+    """Whether a route may divide by σ = S + θ, for every one of the θ (r,).
+
+    Example:
+        >>> is_well_conditioned(torch.tensor([3.0, 1.0]), [torch.tensor([0.5, 0.0])])
+        True
+        >>> is_well_conditioned(torch.tensor([3.0, 1.0]), [torch.tensor([-3.0, -1.0])])
+        False
+    """
+    sigma = (S + torch.stack(list(thetas))).abs()
+    lowest, highest = sigma.min(), torch.maximum(sigma.max(), S.max())
+    room = torch.finfo(sigma.dtype).tiny ** 0.5  # for a product of σ with something as small, or its inverse
+    return bool(
+        (room <= lowest) & (highest <= MAX_CONDITION * lowest) & (highest <= 1 / room)
+    )  # False where one is NaN
+
+
+@dataclass(frozen=True)
+class Call:
+    """What a layer is asked for.
+
+    Attributes:
+        tokens: T, how many rows x has.
+        o, i, r: W's shape, and the rank.
+        needs_x: whether ∂L/∂x is wanted.
+        needs_theta: whether ∂L/∂θ is wanted.
+        by_token: whether sequences have a θ or a gradient each.
+        well_conditioned: whether σ may be divided by.
+        is_basis: whether W is still what the basis is of.
+        weights: how many W_θ would have to be built.
+        bias: whether the layer has one.
+    """
+
+    tokens: int
+    o: int
+    i: int
+    r: int
+    needs_x: bool
+    needs_theta: bool
+    by_token: bool
+    well_conditioned: bool
+    is_basis: bool
+    weights: int
+    bias: bool = False
+
+
+def route_costs(call: Call) -> dict[Route, int]:
+    """What each route of ∂L/∂θ costs a call, in multiplications; those that divide by σ only where they may."""
+    T, o, i, r = call.tokens, call.o, call.i, call.r
+    costs = {Route.FACTORED: T * r * (o + i), Route.WEIGHT: T * o * i + o * r * i}
+    if call.well_conditioned and r == i:
+        grad_x = 0 if call.needs_x else T * o * i  # which this route works with
+        costs |= {Route.INPUT: 2 * T * i * i + grad_x, Route.INPUT_GRAM: T * i * i + i**3 + grad_x}
+    if call.well_conditioned and r == o and not call.bias:
+        costs |= {Route.OUTPUT: 2 * T * o * o, Route.OUTPUT_GRAM: T * o * o + o**3}
+    return costs
+
+
+def execution_costs(call: Call) -> dict[Execution, int]:
+    """The executions that a call may take, and the multiplications that each adds to the base layer's.
+
+    Merged by the cheapest of all routes: the forward is the same whether or not sequences have a gradient each.
+    """
+    T, o, i, r = call.tokens, call.o, call.i, call.r
+    there = T * r * (o + i)
+    back = T * r * ((o if call.needs_theta or call.needs_x else 0) + (i if call.needs_x else 0))
+    costs = {
+        Execution.FACTORED: there + back,
+        Execution.MERGED: call.weights * o * r * i + (min(route_costs(call).values()) if call.needs_theta else 0),
+    }
+    if call.is_basis and r == min(o, i):
+        costs[Execution.SPECTRAL] = there + back - T * o * i * (1 + call.needs_x)
+    return costs
+
+
+@lru_cache(maxsize=4096)
+def cheapest(call: Call, plan: PlanName = "auto") -> tuple[Execution, Route]:
+    """How to compute a call, and the cheapest route of ∂L/∂θ if that is merged.
+
+    Example:
+        >>> def call(T: int, o: int, i: int, **other: bool) -> Call:
+        ...     asked = {"needs_x": True, "needs_theta": True, "by_token": False, "well_conditioned": True, "is_basis": True}
+        ...     return Call(T, o, i, min(o, i), **asked | other, weights=1)
+        >>> cheapest(call(1024, 1536, 576))[0]
+        <Execution.SPECTRAL: 'spectral'>
+        >>> cheapest(call(8192, 1536, 576))
+        (<Execution.MERGED: 'merged'>, <Route.INPUT_GRAM: 'input Gram'>)
+        >>> cheapest(call(1024, 576, 576, needs_x=False, needs_theta=False))[0]
+        <Execution.MERGED: 'merged'>
+        >>> cheapest(call(8, 576, 576, is_basis=False))[0]
+        <Execution.FACTORED: 'factored'>
+    """
+    by_route, costs = route_costs(call), execution_costs(call)
+    route = min((name for name in by_route if name.by_token or not call.by_token), key=lambda name: by_route[name])
+    wanted = {execution.value: execution for execution in costs}.get(plan, Execution.FACTORED)
+    return min(costs, key=lambda name: costs[name]) if plan == "auto" else wanted, route

@@ -1,0 +1,256 @@
+"""The gradient of every sequence by itself, for the price of one backward.
+
+    ∂L/∂θ = Σ_tokens (Uᵀ ∂L/∂y) ⊙ (Vh x) = Σ_b g_b,     g_b: the same sum over the tokens of sequence b alone     (batch, r)
+
+Each layer's θ (r,) is expanded to one row per sequence; the gradient of the expanded θ, which autograd computes on the way to
+that of θ, is g. Where L is a sum of one term per sequence, g_b is the gradient of sequence b's own term.
+
+`nll_gradients` is that of each completion's negative log-likelihood given its prompt.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from inspect import signature
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from antipasto.adapter import AntiPastoLinear
+from antipasto.adapter.rows import batch_shape, per_token
+from antipasto.adapter.views import adapted_layers, unwrap
+
+
+class RolloutGrads(Mapping[str, Tensor]):
+    """Layer name → (batch, r), one row per sequence, as the backwards of a `rollout_grads` context filled it.
+
+    Under gradient accumulation the rows of each micro-batch follow those of the one before. A layer that took no part has no
+    entry. r is that of the layer's basis.
+    """
+
+    def __init__(self, sequence_index: Tensor | None, *, detach: bool) -> None:
+        self.sequence_index = sequence_index
+        self.leaves: list[Tensor] = []
+        self._detach = detach
+        self._rows: dict[str, dict[int, Tensor]] = {}
+        self._forward = 0  # how many times the model was called, with gradient
+        self._finished = 0  # of these, the last whose backward was seen
+        self._tokens: tuple[int, ...] = ()  # (batch, sequence) of the current call
+
+    def clear(self) -> None:
+        """Forget all rows, for the next step."""
+        self._rows.clear()
+        self.leaves.clear()
+
+    def __getitem__(self, name: str) -> Tensor:
+        by_forward = self._rows[name]
+        return torch.cat([by_forward[forward] for forward in sorted(by_forward)])
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._rows)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def on_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Forward pre-hook of the model: a new micro-batch, of this shape."""
+        if _OPEN[module][-1] is not self:
+            return  # this call is a context's that was opened inside
+        self._tokens = batch_shape(args, kwargs)
+        self._forward += torch.is_grad_enabled()
+
+    def spread(self, name: str, theta: Tensor, x: Tensor) -> Tensor:
+        """θ (r,), or (b, r), as one row per sequence, in a shape that broadcasts to x's tokens; its gradient will be kept."""
+        if self._forward == 0:
+            raise ValueError(f"{name} was called by itself inside rollout_grads: call the model that was given to it.")
+        in_backward = torch._C._current_graph_task_id() != -1  # reentrant checkpointing runs the layer again in there
+        if in_backward and self._forward - self._finished > 1:
+            raise ValueError(
+                "Several forwards before one backward, under reentrant gradient checkpointing: which of them is run again is "
+                "not known here. Call backward after each, or use gradient_checkpointing_kwargs={'use_reentrant': False}."
+            )
+        if self._detach or not theta.requires_grad:
+            theta = theta.detach().requires_grad_()
+            self.leaves.append(theta)
+        leading = tuple(x.shape[:-1])
+        if self.sequence_index is not None:
+            return self._gather(name, theta, self.sequence_index.to(x.device), leading)
+        batch = self._tokens[0] if self._tokens else (*leading, 1)[0]
+        rows = theta.expand(batch, -1)
+        self._keep(name, rows)
+        try:
+            return per_token(rows, x, self._tokens)
+        except ValueError as error:
+            raise ValueError(f"{name} sees {error}") from None
+
+    def _gather(self, name: str, theta: Tensor, index: Tensor, leading: tuple[int, ...]) -> Tensor:
+        if index.numel() != torch.Size(leading).numel():
+            raise ValueError(
+                f"{name} sees {torch.Size(leading).numel()} tokens (inputs of leading shape {leading}), "
+                f"but sequence_index has {index.numel()} entries: give one per token."
+            )
+        rows = theta.expand(int(index.max()) + 1, -1)  # (sequences, r)
+        self._keep(name, rows)
+        return rows[index.reshape(leading)]  # (…, r)
+
+    def _keep(self, name: str, rows: Tensor) -> None:
+        forward = self._forward
+
+        def keep(grad: Tensor) -> None:
+            grad = grad.detach().reshape(grad.shape[0], -1)
+            self._finished = max(self._finished, forward)
+            earlier = self._rows.setdefault(name, {}).get(forward)  # a layer that is used twice in one call adds up
+            self._rows[name][forward] = grad.clone() if earlier is None else earlier + grad
+
+        rows.register_hook(keep)
+
+
+_OPEN: weakref.WeakKeyDictionary[nn.Module, list[RolloutGrads]] = weakref.WeakKeyDictionary()
+"""Model → the contexts that are open on it, the innermost last."""
+
+
+@contextmanager
+def rollout_grads(
+    model: nn.Module, sequence_index: Tensor | None = None, *, detach: bool = False
+) -> Iterator[RolloutGrads]:
+    """Context under which a backward also gives each sequence's own gradient of θ.
+
+    The knobs get their gradients as ever; summed over the batch, the rows are exactly what was added to them, up to rounding.
+
+    Args:
+        model: an adapted model. Its first tensor argument, or ``input_ids`` or ``inputs_embeds``, has the batch first.
+        sequence_index: for packed or flattened inputs: which sequence each token belongs to, one integer per token, counted
+            from 0. Set ``grads.sequence_index`` before each micro-batch where it changes.
+        detach: keep the gradient from reaching the knobs. ``grads.leaves`` are then what to differentiate by.
+
+    Yields:
+        The rows, layer name → (batch, r), in the knobs' dtype; readable after the context too.
+
+    Raises:
+        ValueError: the model is not adapted, or a layer cannot tell which token is of which sequence.
+
+    Example:
+        >>> from antipasto import AntiPastoConfig, wrap
+        >>> model = nn.Sequential(nn.Linear(4, 3))
+        >>> layers = wrap(model, AntiPastoConfig(target_modules=["0"], cache_dir=None))
+        >>> with rollout_grads(model) as grads:
+        ...     model(torch.randn(5, 4)).sum().backward()
+        >>> grads["0"].shape
+        torch.Size([5, 3])
+    """
+    grads = RolloutGrads(sequence_index, detach=detach)
+    layers = adapted_layers(model)
+    previous = [layer.spread_theta for layer in layers.values()]
+    inner = unwrap(model)
+    handle = inner.register_forward_pre_hook(grads.on_forward, with_kwargs=True, prepend=True)
+    _OPEN.setdefault(inner, []).append(grads)
+    for name, layer in layers.items():
+        layer.spread_theta = _bound(grads, name, layer)
+    try:
+        yield grads
+    finally:
+        handle.remove()
+        _OPEN[inner].remove(grads)
+        for layer, spread in zip(layers.values(), previous, strict=True):
+            layer.spread_theta = spread
+
+
+def _bound(grads: RolloutGrads, name: str, layer: AntiPastoLinear) -> Any:
+    return lambda theta, x: grads.spread(name, theta, x)
+
+
+# ── the gradient of a completion's NLL ───────────────────────────────────────────────────────────────────────────────
+
+TokenIds = tuple[list[int], list[int]]
+"""A prompt's and its completion's."""
+
+
+def nll_gradients(
+    model: nn.Module, sequences: Sequence[TokenIds], *, per_token: bool = True
+) -> tuple[RolloutGrads, Tensor]:
+    """∇θ NLL(completion_b | prompt_b) of every sequence b by itself, of the model as it is seen now; one backward.
+
+    Sequences are padded on the right, whatever the tokenizer's side: a causal model does not see what comes after. Nothing is
+    written to the model or its gradients.
+
+    Args:
+        model: an adapted causal LM.
+        sequences: ids of prompts and completions, of one token each at least.
+        per_token: the mean over the completion's tokens, so that long answers do not outweigh short ones; False: the sum.
+
+    Returns:
+        layer name → (b, r); and NLL (b,), fp32.
+
+    Raises:
+        ValueError: reentrant gradient checkpointing, under which no layer can be differentiated.
+    """
+    ids, mask, completion = (t.to(next(model.parameters()).device) for t in _pad(sequences))
+    with torch.enable_grad(), rollout_grads(model, detach=True) as grads:
+        # logits of prompts, which nobody needs, are most of the head's work
+        keep = ids.shape[1] - min(len(prompt) for prompt, _ in sequences) + 1
+        options = {"logits_to_keep": keep} if "logits_to_keep" in signature(unwrap(model).forward).parameters else {}
+        logits = model(input_ids=ids, attention_mask=mask, use_cache=False, **options).logits[:, -keep:-1]
+        logprobs = -F.cross_entropy(logits.float().transpose(1, 2), ids[:, 1 - keep :], reduction="none")
+        nll = completion_nll(logprobs, completion[:, 1 - keep :], per_token=per_token)
+        backward_by_sequence(nll, grads)
+    return grads, nll.detach()
+
+
+def completion_nll(logprobs: Tensor, mask: Tensor, *, per_token: bool = True) -> Tensor:
+    """NLL of each completion (b,), or its mean per token, from log-probabilities of tokens and their mask, (b, t) each."""
+    total = -(logprobs * mask).sum(-1)
+    return total / mask.sum(-1).clamp_min(1) if per_token else total
+
+
+def backward_by_sequence(losses: Tensor, grads: RolloutGrads) -> None:
+    """One backward of losses (b,), a sequence's each, into the rows of a `rollout_grads` context with ``detach``.
+
+    Raises:
+        ValueError: no layer took part that can be differentiated.
+    """
+    if not grads.leaves:
+        raise ValueError(
+            "No layer can be differentiated here. Reentrant gradient checkpointing does that: turn it off meanwhile, or use "
+            "gradient_checkpointing_kwargs={'use_reentrant': False}."
+        )
+    torch.autograd.backward(losses.sum(), inputs=grads.leaves)
+
+
+def tokenize(
+    tokenizer: Any, prompt: str | list[dict[str, str]], completion: str, *, append_eos: bool = True
+) -> TokenIds:
+    """Ids of prompt and completion, tokenised apart, as a sampler would have put them together.
+
+    Raises:
+        ValueError: one of the two has no token.
+    """
+    prompt_ids = tokenize_prompt(tokenizer, prompt)
+    completion_ids = list(tokenizer(completion, add_special_tokens=False)["input_ids"])
+    if append_eos and tokenizer.eos_token_id is not None:
+        completion_ids.append(tokenizer.eos_token_id)
+    if not prompt_ids or not completion_ids:
+        raise ValueError(f"prompt {prompt!r} with completion {completion!r} has a part without any token.")
+    return prompt_ids, completion_ids
+
+
+def tokenize_prompt(tokenizer: Any, prompt: str | list[dict[str, str]]) -> list[int]:
+    """Ids of a prompt: a text as it is, a chat through the chat template, up to where the answer begins."""
+    if isinstance(prompt, str):
+        return list(tokenizer(prompt)["input_ids"])
+    return list(tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"])
+
+
+def _pad(sequences: Sequence[TokenIds]) -> tuple[Tensor, Tensor, Tensor]:
+    """Ids, attention mask and completion mask, (b, s) each, padded on the right with 0."""
+    width = max(len(prompt) + len(completion) for prompt, completion in sequences)
+    ids, mask, completion_mask = (torch.zeros(len(sequences), width, dtype=torch.long) for _ in range(3))
+    for row, (prompt, completion) in enumerate(sequences):
+        end = len(prompt) + len(completion)
+        ids[row, :end] = torch.tensor(prompt + completion)
+        mask[row, :end] = 1
+        completion_mask[row, len(prompt) : end] = 1
+    return ids, mask, completion_mask

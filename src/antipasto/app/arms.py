@@ -1,0 +1,238 @@
+"""The job behind `antipasto eval`: every arm of a run, asked the task's held-out prompts with the same draws.
+
+While it goes on, answers are kept in ``eval.partial.jsonl``; a call with the same options continues there. At the end they
+become ``eval.json`` and ``eval.jsonl``, in place of those of an earlier evaluation. Whole ones are not asked again either:
+another margin costs no sampling.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shlex
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from pathlib import Path
+from statistics import mean, stdev
+from typing import Any
+
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from rich.table import Table
+from rich.text import Text
+
+from antipasto.app.models import quiet
+from antipasto.app.run_folder import RunFolder
+from antipasto.app.runs import LoadedRun, load_run
+from antipasto.evaluation.ask import Sampling, as_in_training, ask_arms, conclude, matched_scale
+from antipasto.evaluation.records import (
+    ANSWERS,
+    DIALS,
+    MEANS,
+    PARTIAL,
+    RANDOM,
+    RATES,
+    Answer,
+    Estimate,
+    Evaluation,
+    answer_line,
+    read_answers,
+    short,
+    write_answers,
+    write_evaluation,
+)
+from antipasto.tasks import Task, load_task
+from antipasto.terminal import add_row, doing, is_live, plain, say
+
+SIZING = 64
+"""Held-out prompts by which θ is shrunk to the deployed model's distance from the reference."""
+
+
+def evaluate_run(
+    root: Path,
+    console: Console,
+    *,
+    prompts: int | None,
+    temperature: float | None,
+    seed: int,
+    batch_size: int,
+    margin: float,
+    dial: bool = False,
+) -> Evaluation:
+    """Every arm of a run on the same held-out prompts with the same draws; prints tables and the verdict.
+
+    Raises:
+        ValueError: this is no run that came to its end, its task has no held-out rows, or its base model is another one now.
+    """
+    with RunFolder(root).held(new=False):
+        run = load_run(root)
+        task = load_task(str(run.task))
+        if dial and not run.has_quarantine:
+            raise ValueError(f"{root}: --dial is of a quarantine, and a run by method {run.method} has none.")
+        if task.test is None:
+            raise ValueError(f"Task {task.name!r} has no held-out rows (test): there is nothing to ask.")
+        rows = list(task.test)[:prompts]
+        how = as_in_training(run.config, task, temperature=temperature, seed=seed, batch_size=batch_size)
+        say(console, _drawn(run, how, temperature))
+        facts = {"prompts": len(rows), **how.facts(), "method": run.method, **_digests(root, task, rows)}
+        before, done = _earlier(root, facts, console)
+        if run.has_quarantine:
+            with doing(console, "measuring how far the deployed model is from the reference"):
+                facts["shrunk_by"] = before.get("shrunk_by") or _shrink(run, rows, how)
+        write_answers(root / PARTIAL, facts, done)
+        arms = run.views(shrink=facts.get("shrunk_by"), dials=DIALS if dial else ())
+        with asking(console, len(rows) * len(arms), len(done)) as tell, quiet():
+
+            def keep(answers: list[Answer]) -> None:
+                with (root / PARTIAL).open("a", encoding="utf-8") as file:
+                    file.writelines(map(answer_line, answers))
+                tell(answers)
+
+            answers = ask_arms(run.model, run.tokenizer, task, rows, arms, how, done=done, on_answers=keep)
+        evaluation = conclude(task.name, facts, answers, margin=margin)
+        write_evaluation(evaluation, root)
+        (root / PARTIAL).unlink()
+        show(evaluation, console)
+        say(console, f"written: {root / ANSWERS}", f"next: antipasto report {shlex.quote(str(root))}")
+        return evaluation
+
+
+def _drawn(run: LoadedRun, how: Sampling, temperature: float | None) -> str:
+    """The sentence about it."""
+    said = {"temperature": how.temperature, **how.options, "max_new_tokens": how.max_new_tokens}
+    text = "answers are drawn as in training" + (", but for the temperature: " if temperature is not None else ": ")
+    text += ", ".join(f"{name} {value}" for name, value in said.items())
+    trainer = run.config.get("trainer") or {}
+    if trainer.get("use_vllm") and trainer.get("generation_kwargs"):
+        text += "; generation_kwargs are vLLM's, and are left out here"
+    return text
+
+
+_LINES = 20  # of a log that is no terminal, for one evaluation
+
+
+@contextmanager
+def asking(console: Console, total: int, done: int = 0) -> Iterator[Callable[[list[Answer]], None]]:
+    """Say how far an evaluation is: a bar; where the output is no terminal, a line for each twentieth of it.
+
+    Args:
+        console: where to say it.
+        total: how many answers there will be.
+        done: how many there are.
+
+    Yields:
+        What to call with new answers.
+    """
+    live = is_live(console)
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, console=console, disable=not live, speed_estimate_period=24 * 3600.0) as bar:
+        line = bar.add_task("asking", total=total, completed=done)
+
+        def tell(answers: list[Answer]) -> None:
+            before = int(bar.tasks[0].completed) * _LINES // total
+            bar.update(line, description=plain(answers[0].arm), advance=len(answers))
+            now, left = int(bar.tasks[0].completed), bar.tasks[0].time_remaining
+            if not live and now * _LINES // total > before:
+                text = f"asking {answers[0].arm}  {now:,}/{total:,} answers"
+                text += f"  left {timedelta(seconds=round(left))}" if left is not None else ""
+                console.print(plain(text), markup=False, highlight=False, soft_wrap=True)
+
+        yield tell
+
+
+def _shrink(run: LoadedRun, rows: Sequence[Any], how: Sampling) -> float:
+    """What θ is to be scaled by, to be as far from the reference as the deployed model; by the first of the prompts."""
+    with quiet():
+        return matched_scale(run.model, run.tokenizer, [row["prompt"] for row in rows[:SIZING]], how)
+
+
+def _digests(root: Path, task: Task, rows: Sequence[Any]) -> dict[str, str]:
+    """Of what is asked and of who answers: an evaluation is continued only where both are the same."""
+    asked = hashlib.sha256(json.dumps([task.name, [dict(row) for row in rows]], default=str).encode())
+    answered_by = hashlib.sha256()
+    for path in (root / "adapter" / "adapter_model.safetensors", root / "books.safetensors"):
+        answered_by.update(path.read_bytes() if path.exists() else b"")
+    return {"asked": asked.hexdigest()[:16], "answered_by": answered_by.hexdigest()[:16]}
+
+
+def _earlier(root: Path, facts: dict[str, Any], console: Console) -> tuple[dict[str, Any], list[Answer]]:
+    """All facts and the answers of an evaluation with these facts, interrupted or whole; empty where there is none."""
+    for path in (root / PARTIAL, root / ANSWERS):
+        try:
+            before, found = read_answers(path) if path.exists() else ({}, [])
+        except ValueError as error:
+            say(console, f"asked anew: {error}")
+            continue
+        if before and facts.items() <= before.items():
+            say(console, f"continuing: {len(found):,} answers are there")
+            return before, found
+    return {}, []
+
+
+# ── on the screen ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def show(evaluation: Evaluation, console: Console) -> None:
+    """Print an evaluation: rates, means and differences, and the verdict."""
+    first = evaluation.arms[0]
+    if first.flags or "solve" in first.measures:
+        console.print(rates_table([evaluation]))
+    console.print(_means_table(evaluation))
+    console.print(Text(plain(evaluation.verdict.sentence)))
+
+
+def rates_table(evaluations: Sequence[Evaluation]) -> Table:
+    """One row an arm and kind of prompts. One evaluation: rates with intervals; those of several seeds: mean ± sd."""
+    first = evaluations[0]
+    spread = "[95% interval]" if len(evaluations) == 1 else f"(mean ± sd of {len(evaluations)} seeds)"
+    drawn = "the likeliest" if first.facts.get("temperature") == 0 else "sampled"
+    table = _table(f"{first.arms[0].n:,} answers of each model, {drawn} {spread}")
+    rates = [name for name in RATES if name in first.arms[0].measures]
+    flags = list(first.arms[0].flags)
+    for title in ("model", *rates, *flags):
+        table.add_column(Text(plain(title)))
+    kinds: list[str | None] = [*first.kinds] or [None]
+    for kind in kinds:
+        if kind is not None:
+            add_row(table, Text(plain(f"{kind} prompts"), style="italic"))
+        for name in first.names:
+            records = [record for e in evaluations if (record := e.arm(name, kind)) is not None]
+            cells = [cell([r.measures[m] for r in records]) for m in rates]
+            add_row(table, name, *cells, *(cell([r.flags[m] for r in records]) for m in flags))
+        table.add_section()
+    if RANDOM in first.names:
+        table.caption = "random, permuted, …: that control's book out instead of the quarantine"
+        if empty := [name for name in first.empty if all(name in e.empty for e in evaluations)]:
+            table.caption += f"\n{plain(', '.join(empty))}: its book is empty, so that nothing is out"
+    return table
+
+
+def cell(estimates: Sequence[Estimate]) -> str:
+    """One estimate with its interval; those of several seeds as mean ± standard deviation."""
+    if len(estimates) == 1:
+        return str(estimates[0])
+    values = [estimate.value for estimate in estimates]
+    return f"{mean(values):.2f} ± {stdev(values):.2f}"
+
+
+def _means_table(evaluation: Evaluation) -> Table:
+    """Means of every arm, and what the one that would ship does more or less than it, on the same prompts."""
+    ships = evaluation.ships
+    rates = [name for name in RATES if name in evaluation.arms[0].measures]
+    table = _table(f"means, and {ships} minus the model [95% interval, paired by prompt]")
+    for title in ("model", *(f"{ships} − it: {rate}" for rate in rates), "reward", "KL", "length"):
+        table.add_column(title, justify="right" if title in ("reward", "KL", "length") else "left")
+    for name in evaluation.names:
+        record, less = evaluation.arm(name), evaluation.difference(ships, name)
+        assert record is not None
+        means = [short(record.measures[m].value) for m in MEANS]
+        add_row(table, name, *(str(less.measures[rate]) if less else "" for rate in rates), *means)
+    table.caption = "KL to the reference in nats an answer; length in tokens"
+    return table
+
+
+def _table(title: str) -> Table:
+    """Narrow enough for 80 columns."""
+    return Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), title_justify="left", caption_justify="left")

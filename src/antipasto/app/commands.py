@@ -1,0 +1,327 @@
+"""The jobs behind `antipasto basis`, `antipasto extract` and `antipasto map`."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from antipasto.adapter import AntiPastoConfig
+from antipasto.adapter.basis import cache_file, is_cached, load_basis
+from antipasto.adapter.knobs import wrap
+from antipasto.adapter.layer import as_matrix
+from antipasto.adapter.model import find_targets, rank_of
+from antipasto.app.inspection import guarded, strongest_layers
+from antipasto.app.models import best_device, load_model, load_shapes, load_weights
+from antipasto.names import Dtype, Estimator
+from antipasto.routing.confounds import confounds
+from antipasto.routing.directions import Direction, extract_direction
+from antipasto.routing.forms import CLEAN, FormScores, load_forms, of_pairs, score_forms
+from antipasto.routing.gates import DEFAULT_THRESHOLD
+from antipasto.routing.monitor import HELDOUT, Monitor
+from antipasto.routing.pairs import ContrastPair, load_pairs, split_pairs
+from antipasto.terminal import add_row, plain, progress_bar, say
+
+
+@dataclasses.dataclass(frozen=True)
+class Cached:
+    """What `cache_bases` did.
+
+    Attributes:
+        layers: how many there are.
+        numbers: trainable numbers at full rank, Σ min(o, i).
+        bytes: size of their files.
+        folder: where these are.
+        there: how many were there already.
+        seconds: how long it took, without loading the model.
+    """
+
+    layers: int
+    numbers: int
+    bytes: int
+    folder: Path
+    there: int
+    seconds: float
+
+
+def cache_bases(name_or_path: str, config: AntiPastoConfig, console: Console, *, dtype: Dtype = "auto") -> Cached:
+    """Put the basis of every layer that a config adapts into the cache, and say so.
+
+    Args:
+        name_or_path: the model.
+        config: which layers, and ``cache_dir``. What its ``target_modules`` stands for is written into it.
+        console: where to print.
+        dtype: of the weights; another dtype is another weight.
+
+    Raises:
+        ValueError: as `load_model`; a layer that cannot be adapted; a cache folder that cannot be made or written.
+    """
+    assert config.cache_dir is not None
+    with console.status(Text(f"loading {plain(name_or_path)}")):
+        model = load_weights(name_or_path, dtype=dtype)
+    weights = {name: as_matrix(module) for name, module in find_targets(config, model).items()}
+    started = time.monotonic()
+    files, there = set(), 0
+    with progress_bar(console) as progress:
+        for name, weight in progress.track(weights.items(), description="singular bases"):
+            file = cache_file(weight, config.cache_dir)
+            _make_folder(file.parent)
+            if is_cached(weight, config.cache_dir):
+                there += 1
+            else:
+                try:
+                    load_basis(weight, cache_dir=config.cache_dir)
+                except (ValueError, RuntimeError) as error:
+                    raise ValueError(f"{name}: {error}") from error
+            if not file.exists():
+                raise _no_cache(file.parent, "it does not take files")
+            files.add(file)
+    done = Cached(
+        layers=len(weights),
+        numbers=sum(min(weight.shape) for weight in weights.values()),
+        bytes=sum(file.stat().st_size for file in files),
+        folder=file.parent,
+        there=there,
+        seconds=time.monotonic() - started,
+    )
+    console.print(_cached_table(name_or_path, done))
+    return done
+
+
+@dataclasses.dataclass(frozen=True)
+class Needs:
+    """What adapting a model takes, in bytes but for the first two.
+
+    Attributes:
+        layers: how many there are.
+        numbers: trainable numbers.
+        model: the model's own weights.
+        disk: files of the cache, at full rank.
+        basis: U, S, Vh in memory, once for all adapters.
+        adapted: the adapted weights, which W_θ of all layers takes once more: while held between forwards without gradient,
+            or by a training step's graph where that is merged.
+        adapter: a saved adapter with its quarantine.
+    """
+
+    layers: int
+    numbers: int
+    model: int
+    disk: int
+    basis: int
+    adapted: int
+    adapter: int
+
+
+def what_it_needs(name_or_path: str, config: AntiPastoConfig, console: Console, *, dtype: Dtype = "auto") -> Needs:
+    """Say what adapting a model takes, from its config alone: no weight is read and nothing is computed.
+
+    Args:
+        name_or_path: the model.
+        config: which layers, at what rank.
+        console: where to print.
+        dtype: of the weights.
+
+    Raises:
+        ValueError: as `load_model`; a layer that cannot be adapted.
+    """
+    model = load_shapes(name_or_path, dtype=dtype)
+    layers = {name: as_matrix(module) for name, module in find_targets(config, model, shapes_only=True).items()}
+    ranks = {name: rank_of(name, weight, config) for name, weight in layers.items()}
+    numbers = sum(ranks.values())
+    needs = Needs(
+        layers=len(layers),
+        numbers=numbers,
+        model=sum(p.numel() * p.element_size() for p in model.parameters()),
+        disk=sum(4 * min(w.shape) * (sum(w.shape) + 1) for w in layers.values()),
+        basis=sum(w.element_size() * ranks[name] * sum(w.shape) + 4 * ranks[name] for name, w in layers.items()),
+        adapted=sum(w.numel() * w.element_size() for w in layers.values()),
+        adapter=4 * numbers * (2 if config.quarantine else 1),
+    )
+    table = Table(show_header=False, title="what adapting it takes", title_justify="left")
+    add_row(table, "model", name_or_path)
+    add_row(table, "layers", needs.layers)
+    add_row(table, "trainable numbers", f"{needs.numbers:,}")
+    add_row(table, "saved adapter", _size(needs.adapter))
+    add_row(table, "basis on disk, once", _size(needs.disk))
+    add_row(table, "memory: the model itself", _size(needs.model))
+    add_row(table, "memory: plan factored or spectral", f"+ {_size(needs.basis)}, the basis")
+    add_row(table, "memory: merged, or weights held", f"+ {_size(needs.basis + needs.adapted)}, with all W_θ")
+    console.print(table)
+    return needs
+
+
+def _size(number: float) -> str:
+    for unit in ("B", "KiB", "MiB"):
+        if number < 1024:
+            return f"{number:,.1f} {unit}"
+        number /= 1024
+    return f"{number:,.1f} GiB"
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise _no_cache(folder, str(error.strerror)) from error
+
+
+def _no_cache(folder: Path, reason: str) -> ValueError:
+    return ValueError(f"{folder} cannot be the cache folder ({reason}): choose another --cache-dir.")
+
+
+def _cached_table(name_or_path: str, done: Cached) -> Table:
+    table = Table(show_header=False, title="singular bases", title_justify="left")
+    computed = done.layers - done.there
+    add_row(table, "model", name_or_path)
+    add_row(table, "layers", done.layers)
+    add_row(table, "there already", "all" if computed == 0 else done.there)
+    add_row(table, "computed now", computed)
+    add_row(table, "seconds", f"{done.seconds:.1f}")
+    add_row(table, "trainable numbers", f"{done.numbers:,}")
+    add_row(table, "files", f"{done.bytes / 2**20:,.1f} MiB")
+    add_row(table, "folder", done.folder)
+    return table
+
+
+def extract(
+    name_or_path: str,
+    pairs_file: Path,
+    out: Path,
+    config: AntiPastoConfig,
+    console: Console,
+    *,
+    dtype: Dtype = "auto",
+    estimator: Estimator = "tstat",
+    k: int = 1,
+    heldout: float = 0.25,
+    seed: int = 0,
+    batch_size: int = 16,
+    force: bool = False,
+) -> Direction:
+    """Extract a direction from a file of labelled pairs, save it, and say what the pairs confound and how good it is.
+
+    Args:
+        name_or_path: the model.
+        pairs_file: JSON lines with prompt, hack and clean.
+        out: the file to write.
+        config: which layers, at what rank.
+        console: where to print.
+        dtype: of the model's weights.
+        estimator: as `extract_direction`.
+        k: as `extract_direction`.
+        heldout: share of the pairs, in [0, 1), that are scored and not used.
+        seed: of the split, and of the shuffled labels.
+        batch_size: pairs per backward.
+        force: overwrite ``out``.
+
+    Raises:
+        ValueError: ``out`` exists, the pairs are bad or too few, the model cannot be loaded or adapted.
+        OSError: a file cannot be read or written.
+    """
+    if out.exists() and (out.is_dir() or not force):
+        raise ValueError(
+            f"{out} exists: choose another --out{'' if out.is_dir() else ', or overwrite it with --force'}."
+        )
+    pairs = load_pairs(pairs_file)
+    fit, held = split_pairs(pairs, heldout, seed)
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with console.status(Text(f"loading {plain(name_or_path)}")):
+        model, tokenizer = load_model(name_or_path, dtype=dtype)
+    wrap(model.to(best_device()), config)
+    with console.status(f"extracting from {len(fit)} pairs"):
+        direction = extract_direction(
+            model, tokenizer, fit, estimator=estimator, k=k, heldout=held, batch_size=batch_size
+        )
+        shuffled = extract_direction(
+            model, tokenizer, fit, estimator=estimator, k=k, shuffle_labels=seed, batch_size=batch_size
+        )
+    direction.save(out)
+    console.print(confounds(pairs, tokenizer).table())
+    console.print(_direction_table(direction, shuffled, fit, held))
+    console.print(strongest_layers(direction))
+    say(console, f"written: {out}")
+    return direction
+
+
+def score_map(
+    name_or_path: str,
+    forms_file: Path,
+    config: AntiPastoConfig,
+    console: Console,
+    *,
+    pairs_file: Path | None = None,
+    monitor_file: Path | None = None,
+    dtype: Dtype = "auto",
+    heldout: float = HELDOUT,
+    seed: int = 0,
+    batch_size: int = 32,
+) -> FormScores:
+    """Score a file of texts form by form, and say how each stands to clean texts and to the threshold.
+
+    With pairs, their held-out texts are two more forms; without a form of clean texts, theirs are what it is compared with.
+
+    Args:
+        name_or_path: the model.
+        forms_file: JSON lines with form, prompt and text.
+        config: which layers, at what rank.
+        console: where to print.
+        pairs_file: what to make the monitor from; or else
+        monitor_file: a saved one.
+        dtype: of the model's weights.
+        heldout: share of the pairs to calibrate with.
+        seed: of the pairs' split.
+        batch_size: texts per backward.
+
+    Raises:
+        ValueError: not just one of pairs and monitor; files that are bad; no clean texts; a model that cannot be loaded.
+        OSError: a file cannot be read.
+    """
+    if (pairs_file is None) == (monitor_file is None):
+        raise ValueError("Give --pairs to make a monitor from, or --monitor, a saved one: just one of the two.")
+    forms = load_forms(forms_file)
+    pairs = None if pairs_file is None else load_pairs(pairs_file)
+    if pairs is not None:
+        _, held = split_pairs(pairs, heldout, seed)
+        clean = "held-out clean texts" if CLEAN in forms else CLEAN
+        forms = {"held-out hacks": of_pairs(held, clean=False), clean: of_pairs(held, clean=True), **forms}
+    elif CLEAN not in forms:
+        raise ValueError(f"{forms_file} has no form {CLEAN!r}, which the others are compared with: add honest answers.")
+    with console.status(Text(f"loading {plain(name_or_path)}")):
+        model, tokenizer = load_model(name_or_path, dtype=dtype)
+    wrap(model.to(best_device()), config)
+    with console.status(Text(f"scoring {sum(map(len, forms.values()))} texts")):
+        if pairs is not None:
+            half = max(1, batch_size // 2)
+            monitor = Monitor.from_pairs(model, tokenizer, pairs, heldout=heldout, seed=seed, batch_size=half)
+        else:
+            assert monitor_file is not None
+            monitor = Monitor.load(monitor_file, model, tokenizer)
+        found = score_forms(monitor, forms, batch_size=batch_size)
+    console.print(found.table())
+    return found
+
+
+def _direction_table(
+    direction: Direction, shuffled: Direction, fit: Sequence[ContrastPair], held: Sequence[ContrastPair]
+) -> Table:
+    total = sum(V.shape[1] for V in direction.values())
+    table = Table("", "this direction", "by chance", title=f"direction from {len(fit)} pairs", title_justify="left")
+    score = direction.heldout
+    add_row(
+        table,
+        f"{len(held)} held-out pairs ordered right",
+        "-" if score is None else f"{score.overall:.0%}",
+        "-" if score is None else f"{score.random:.0%} (random directions)",
+    )
+    add_row(
+        table,
+        f"coordinates with an effect size above {DEFAULT_THRESHOLD}",
+        f"{guarded(direction):,} of {total:,}",
+        f"{guarded(shuffled):,} (labels shuffled)",
+    )
+    return table

@@ -1,0 +1,191 @@
+"""The model card of an export: a template, filled with what the run, its evaluation and the check say.
+
+Texts of files are shortened and escaped: nothing in them becomes markup. Where things lie on this machine is left out.
+"""
+
+from __future__ import annotations
+
+import html
+import re
+from dataclasses import dataclass
+from importlib import resources
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub import ModelCardData, metadata_load, try_to_load_from_cache
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+from jinja2 import Environment, StrictUndefined
+from yaml import YAMLError
+
+from antipasto.adapter.knobs import knobs
+from antipasto.app.export.check import Check
+from antipasto.app.export.weights import Written, public_name
+from antipasto.app.runs import LoadedRun
+from antipasto.evaluation.records import Evaluation, dial_arm
+from antipasto.terminal import shorten
+
+TAG = "antipasto"
+"""Every card has it: how an earlier export is known."""
+
+METHODS = {
+    "route": "what the gate claimed of each step went into a quarantine",
+    "erase": "what the gate claimed of each step was dropped",
+    "measure": "the gate only measured",
+    "penalty": "flagged rollouts got reward 0",
+    "discount": "the reward of a rollout shrank as its score rose",
+    "drop": "nobody learned from flagged rollouts",
+    "inoculate": "a quarantine that knew the exploit stood beside what was trained",
+    "plain": "GRPO, and nothing else",
+}
+
+_PACKAGES = ("antipasto", "torch", "transformers", "peft")
+
+
+@dataclass(frozen=True)
+class About:
+    """What a run says of itself.
+
+    Attributes:
+        run: its folder's name.
+        base: the base model's folder or hub name.
+        task: its name; None where the run does not say.
+        method: what became of what the gate claimed.
+        options: steps, seed and the like, by name.
+        template: options of the chat template.
+        versions: of the packages that it was trained with.
+        layers: how many have knobs.
+        numbers: knobs that ship.
+        kept: ‖δS + dial δS_hack‖ over all layers, where the run routed.
+        dial: how much of the quarantine ships.
+        removed: ‖δS_hack‖ where the run routed; else None: all that was trained ships.
+        trained: ‖δS + δS_hack‖.
+    """
+
+    run: str
+    base: str
+    task: str | None
+    method: str
+    options: dict[str, Any]
+    template: dict[str, Any]
+    versions: dict[str, str]
+    layers: int
+    numbers: int
+    kept: float
+    dial: float
+    removed: float | None
+    trained: float
+
+    @classmethod
+    def of(cls, run: LoadedRun) -> About:
+        """Of a run."""
+        layers = knobs(run.model).values()
+        ships = torch.cat([layer.delta_s.detach() for layer in layers])
+        zero = torch.zeros_like
+        hack = torch.cat([zero(x.delta_s) if x.delta_s_hack is None else x.delta_s_hack.detach() for x in layers])
+        return cls(
+            run=run.folder.root.resolve().name,
+            base=run.base,
+            task=None if run.task is None else _task_name(run.task),
+            method=run.method,
+            options={name: run.config[name] for name in ("steps", "seed", "learning_rate") if name in run.config},
+            template=dict((run.config.get("trainer") or {}).get("chat_template_kwargs") or {}),
+            versions=dict(run.facts.get("versions") or run.config.get("versions") or {}),
+            layers=len(layers),
+            numbers=ships.numel(),
+            kept=float((ships + run.dial * hack).norm()),
+            dial=run.dial,
+            removed=float(hack.norm()) if run.has_quarantine else None,
+            trained=float((ships + hack).norm()),
+        )
+
+    @property
+    def ships(self) -> str:
+        """What is in the export, in a few words."""
+        if self.removed is None:
+            return f"as trained: method {self.method} has no quarantine"
+        if self.dial:
+            said = f"with {self.dial:g} of the quarantine, ‖δS_hack‖ = {self.removed:.3g}"
+            return f"{said}; ‖θ‖ = {self.kept:.3g} of {self.trained:.3g}"
+        return f"without the quarantine, ‖δS_hack‖ = {self.removed:.3g}; ‖δS‖ = {self.kept:.3g} is left"
+
+
+def _task_name(spec: str) -> str:
+    """Without the folders of a task's file."""
+    source, colon, name = spec.rpartition(":")
+    return f"{Path(source).name}:{name}" if colon else spec
+
+
+def render(about: About, evaluation: Evaluation | None, written: Written, found: Check) -> str:
+    """The card, as README.md has it."""
+    environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False)
+    environment.filters["md"] = _escaped
+    template = environment.from_string(resources.files(__package__).joinpath("card.md.jinja").read_text("utf-8"))
+    return template.render(
+        front_matter=_front_matter(about, written),
+        about=about,
+        base=public_name(about.base),
+        method=METHODS.get(about.method, about.method),
+        written=written,
+        rows=(*written.rows(), *found.rows()),
+        evaluation=None if evaluation is None else _arms(evaluation, about),
+        versions={name: (about.versions.get(name, "-"), version(name)) for name in _PACKAGES},
+    )
+
+
+def _front_matter(about: About, written: Written) -> str:
+    """YAML that the hub takes."""
+    name = public_name(about.base)
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        name = ""
+    licence = _licence(about.base)
+    return ModelCardData(
+        library_name="transformers" if written.rank is None else "peft",
+        pipeline_tag="text-generation",
+        base_model=name or None,
+        license=licence,
+        tags=[TAG, "reinforcement-learning", *([] if written.rank is None else ["lora"])],
+    ).to_yaml()
+
+
+def _licence(base: str) -> str | None:
+    """What the base's own card says, if it is here."""
+    card = Path(base, "README.md") if Path(base).is_dir() else try_to_load_from_cache(base, "README.md")
+    try:
+        found = (metadata_load(card) or {}).get("license") if isinstance(card, (str, Path)) else None
+    except (OSError, ValueError, YAMLError):
+        return None
+    return found if isinstance(found, str) and re.fullmatch(r"[\w.-]{1,64}", found) else None
+
+
+def _arms(evaluation: Evaluation, about: About) -> dict[str, Any]:
+    """The table of arms: head and rows, with what is said of it."""
+    records = evaluation.arms
+    measures, flags = list(records[0].measures), list(records[0].flags)
+    this = dial_arm(about.dial)
+    return {
+        "head": ["prompts", "arm", *measures, *flags],
+        "rows": [
+            ["all" if r.kind is None else r.kind, f"{r.arm} (this one)" if r.arm == this else r.arm]
+            + [str(r.measures[m]) if m in r.measures else "-" for m in measures]
+            + [str(r.flags[f]) if f in r.flags else "-" for f in flags]
+            for r in records
+        ],
+        "prompts": records[0].n,
+        "task": evaluation.task,
+        "verdict": evaluation.verdict.sentence,
+    }
+
+
+def _escaped(text: object, width: int = 120) -> str:
+    r"""A text of a file as Markdown shows it: one line, not too long, no markup.
+
+    Example:
+        >>> print(_escaped("a|b <script> [x](http://y)"))
+        a\|b &lt;script&gt; \[x\](http\://y)
+    """
+    return html.escape(re.sub(r"([\\`*_{}\[\]#|~!@:$])", r"\\\1", shorten(text, width)), quote=False)

@@ -1,0 +1,519 @@
+"""Look at what a run left behind: an adapter, a direction, the books, or a whole run folder.
+
+Reads safetensors, JSON and YAML without objects; loads no model. What comes from a file is printed as it is: neither its
+markup nor its control characters are obeyed.
+
+    share in quarantine = ‖δS_hack‖² / (‖δS‖² + ‖δS_hack‖²)
+    overlap of two books a, b = a·b / (‖a‖ ‖b‖), over all layers together
+"""
+
+from __future__ import annotations
+
+import heapq
+import json
+import math
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from rich.console import Console, RenderableType
+from rich.table import Table
+from rich.text import Text
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
+from torch import Tensor
+
+from antipasto.adapter.config import PEFT_TYPE
+from antipasto.app.arms import rates_table
+from antipasto.app.checks import check_file
+from antipasto.app.run_folder import MONITOR, RunFolder
+from antipasto.evaluation.records import EVAL, read_evaluation
+from antipasto.routing.directions import Direction
+from antipasto.routing.gates import DEFAULT_THRESHOLD
+from antipasto.routing.monitor import read_monitor
+from antipasto.routing.router import read_books
+from antipasto.tasks import is_exploit
+from antipasto.terminal import add_row, plain, shorten
+
+THRESHOLDS = (0.5, 0.65, 0.8, 1.0)
+CHANCE = "built-in chance"  # the book of the router's own random direction
+QUARANTINE = "quarantine"
+_TOP = 5
+_CONFIG_LINES = 24
+_METRICS = re.compile(r"(reward|oracle|exploit|flagged|score)(/\w+)?|kl|routing/.*")
+_KNOB = re.compile(r"(?:base_model\.model\.)?(?P<layer>.+)\.(?P<knob>delta_s|delta_s_hack)(?:\.weight)?")
+
+
+def show(path: Path, console: Console) -> None:
+    """Print what is at a path, as tables.
+
+    Raises:
+        ValueError: it is none of the things that can be shown, or is damaged; names the file.
+        OSError: it cannot be read.
+    """
+    for number, part in enumerate(describe(path)):  # all of it is read before the first line is printed
+        if number and isinstance(part, Table):
+            console.print()
+        console.print(part)
+
+
+def describe(path: Path) -> list[RenderableType]:
+    """The parts that `show` prints."""
+    if path.is_dir() or not path.exists():
+        if (path / "adapter_config.json").exists():
+            return adapter_parts(path)
+        return run_parts(path, read_config(path))
+    check_file(path)
+    kind = _safetensors_kind(path)
+    if kind == "direction":
+        return direction_parts(Direction.load(path))
+    if kind == "monitor":
+        return monitor_parts(path)
+    return books_parts(path) if kind == "books" else adapter_parts(path.parent)
+
+
+def _safetensors_kind(path: Path) -> str:
+    try:
+        with safe_open(path, framework="pt") as file:
+            form = (file.metadata() or {}).get("format", "")
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a safetensors file, or is damaged: {error}.") from error
+    if form.startswith("antipasto-direction-"):
+        return "direction"
+    if form.startswith("antipasto-monitor-"):
+        return "monitor"
+    if form.startswith("antipasto-books-"):
+        return "books"
+    if path.name == "adapter_model.safetensors":
+        return "adapter"
+    raise ValueError(
+        f"{path} is a safetensors file, but no direction, monitor or books (format {form!r}). Give one of these, the folder "
+        "of an adapter, or a run folder."
+    )
+
+
+def _sentence(text: str) -> Text:
+    return Text(plain(text))
+
+
+def _table(title: str, *columns: str, numbers: Sequence[str] = (), caption: str | None = None) -> Table:
+    table = Table(title=_sentence(title), title_justify="left", caption=caption, caption_justify="left")
+    for name in columns:
+        table.add_column(Text(plain(name)), justify="right" if name in numbers else "left", overflow="fold")
+    return table
+
+
+# ── adapter ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Knobs(NamedTuple):
+    """One layer's vectors, (r,)."""
+
+    delta_s: Tensor
+    hack: Tensor | None
+
+
+def adapter_parts(folder: Path) -> list[RenderableType]:
+    """What an adapter holds: by kind of layer, and its largest coordinates."""
+    config = read_json(folder / "adapter_config.json")
+    if not isinstance(config, dict) or config.get("peft_type") != PEFT_TYPE.value:
+        other = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
+        raise ValueError(f"{folder / 'adapter_config.json'} is of the method {other!r}, not of {PEFT_TYPE.value}.")
+    knobs, others = read_adapter(folder / "adapter_model.safetensors")
+    quarantined = [name for name, layer in knobs.items() if layer.hack is not None]
+    table = _table(
+        f"adapter of {config.get('base_model_name_or_path') or 'a base model that it does not name'}",
+        *("layers", "number", "r", "‖δS‖", "‖δS_hack‖", "in quarantine"),
+        numbers=("number", "r", "‖δS‖", "‖δS_hack‖", "in quarantine"),
+        caption="in quarantine: ‖δS_hack‖² / (‖δS‖² + ‖δS_hack‖²)" if quarantined else None,
+    )
+    kinds: dict[str, list[Knobs]] = {}
+    for name, layer in knobs.items():
+        kinds.setdefault(name.rpartition(".")[2], []).append(layer)
+    for kind, layers in sorted(kinds.items()):
+        add_row(table, kind, *norms(layers))
+    table.add_section()
+    add_row(table, "all", *norms(list(knobs.values())))
+    parts: list[RenderableType] = [table, *_largest(knobs)]
+    if not quarantined:
+        parts.append(_sentence("It has no quarantine: what it is, ships."))
+    elif not any(layer.hack.any() for layer in knobs.values() if layer.hack is not None):
+        parts.append(_sentence("It has a quarantine, and nothing is in it."))
+    else:
+        parts.append(_sentence("It has a quarantine, which is still in: drop_quarantine before it ships."))
+    if bool(config.get("quarantine")) != bool(quarantined):
+        parts.append(_sentence("Its config says otherwise about the quarantine: the two files do not belong together."))
+    if not all(torch.isfinite(t).all() for layer in knobs.values() for t in layer if t is not None):
+        parts.append(_sentence("THERE ARE NaN OR Inf IN IT: the run that wrote it diverged."))
+    if others:
+        parts.append(_sentence(f"It also holds {others} further tensors (modules_to_save)."))
+    return parts
+
+
+def read_adapter(path: Path) -> tuple[dict[str, Knobs], int]:
+    """Layer → its knobs, and how many tensors are no knobs."""
+    try:
+        tensors = load_file(path)
+    except SafetensorError as error:
+        raise ValueError(f"{path} is not a safetensors file, or is damaged: {error}.") from error
+    found: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        if match := _KNOB.fullmatch(key):
+            found.setdefault(match["layer"], {})[match["knob"]] = tensor.float()
+    if not found:
+        raise ValueError(f"{path} holds no knobs (delta_s): it is no adapter of this library.")
+    for name, pair in found.items():
+        if "delta_s" not in pair or any(t.ndim != 1 or t.shape != pair["delta_s"].shape for t in pair.values()):
+            raise ValueError(f"{path}: {name} lacks its delta_s, or its knobs are not vectors of one length.")
+    knobs = {name: Knobs(pair["delta_s"], pair.get("delta_s_hack")) for name, pair in found.items()}
+    return knobs, len(tensors) - sum(map(len, found.values()))
+
+
+def norms(layers: Sequence[Knobs]) -> tuple[object, ...]:
+    sizes = [len(layer.delta_s) for layer in layers]
+    r = f"{min(sizes)}" if min(sizes) == max(sizes) else f"{min(sizes)} to {max(sizes)}"
+    ships = float(torch.cat([layer.delta_s for layer in layers]).norm())
+    hack = [layer.hack for layer in layers if layer.hack is not None]
+    if not hack:
+        return len(layers), r, f"{ships:.3g}", "-", "-"
+    held = float(torch.cat(hack).norm())
+    total = ships**2 + held**2
+    return len(layers), r, f"{ships:.3g}", f"{held:.3g}", f"{held**2 / total:.0%}" if total > 0 else "-"
+
+
+def _largest(knobs: Mapping[str, Knobs]) -> list[RenderableType]:
+    flat = torch.cat([layer.delta_s for layer in knobs.values()])
+    hack = torch.cat([torch.zeros_like(x.delta_s) if x.hack is None else x.hack for x in knobs.values()])
+    theta = flat + hack
+    squares = theta.square()
+    if not squares.any() or not torch.isfinite(squares).all():
+        return []
+    places = [(name, j) for name, layer in knobs.items() for j in range(len(layer.delta_s))]
+    table = _table(
+        "largest coordinates of θ = δS + δS_hack",
+        *("layer", "j", "θ", "δS", "δS_hack", "of ‖θ‖²"),
+        numbers=("j", "θ", "δS", "δS_hack", "of ‖θ‖²"),
+        caption="j: which singular direction, 0 the one of the largest singular value",
+    )
+    for i in squares.topk(min(_TOP, len(squares))).indices.tolist():
+        name, j = places[i]
+        share = float(squares[i] / squares.sum())
+        add_row(table, name, j, f"{theta[i]:+.3f}", f"{flat[i]:+.3f}", f"{hack[i]:+.3f}", f"{share:.1%}")
+    return [table]
+
+
+# ── direction ────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def direction_parts(direction: Direction) -> list[RenderableType]:
+    """What a direction says: its held-out score, how many coordinates it guards at which threshold, its strongest layers."""
+    rows = sum(len(V) for V in direction.values())
+    coordinates = sum(V.shape[1] for V in direction.values())
+    held = direction.heldout
+    parts: list[RenderableType] = [
+        _sentence(f"direction: {len(direction)} layers, {rows} rows, {coordinates:,} coordinates"),
+        _sentence(
+            "It was scored on no held-out pairs."
+            if held is None
+            else f"held-out pairs ordered right: {round(held.overall * held.pairs)} of {held.pairs} ({held.overall:.0%}); "
+            f"by random directions {held.random:.0%}"
+        ),
+    ]
+    if direction.effect is None:
+        return [*parts, _sentence("It has no effect sizes: the coordinate gate cannot use it, 'one_sided' can.")]
+    table = _table(
+        "coordinates that the coordinate gate guards",
+        *("effect size above", "coordinates", "share"),
+        numbers=("effect size above", "coordinates", "share"),
+    )
+    for threshold in THRESHOLDS:
+        number = guarded(direction, threshold)
+        mark = " (default)" if threshold == DEFAULT_THRESHOLD else ""
+        add_row(table, f"{threshold}{mark}", f"{number:,}", f"{number / coordinates:.1%}")
+    return [*parts, table, strongest_layers(direction)]
+
+
+def monitor_parts(path: Path) -> list[RenderableType]:
+    """What a monitor says: where its threshold comes from, what it means, and its direction."""
+    saved = read_monitor(path)
+    if saved.calibration is None:
+        what = "no threshold" if saved.threshold is None else f"a threshold of {saved.threshold:.3f} that was given"
+        return [_sentence(f"monitor: {what}"), *direction_parts(saved.direction)]
+    return [*map(_sentence, str(saved.calibration).splitlines()), *direction_parts(saved.direction)]
+
+
+def guarded(direction: Direction, threshold: float = DEFAULT_THRESHOLD) -> int:
+    """How many coordinates have an effect size above a threshold."""
+    return sum(int((t.abs() > threshold).sum()) for t in (direction.effect or {}).values())
+
+
+def strongest_layers(direction: Direction) -> Table:
+    """The layers with the most guarded coordinates."""
+    assert direction.effect is not None
+    table = _table(
+        f"strongest layers, of {len(direction)}",
+        *("layer", f"above {DEFAULT_THRESHOLD}", "largest", "held-out"),
+        numbers=(f"above {DEFAULT_THRESHOLD}", "largest", "held-out"),
+        caption="above, largest: effect sizes; held-out: pairs that this layer alone orders right",
+    )
+    ranked = sorted(
+        direction.effect.items(),
+        key=lambda item: (int((item[1].abs() > DEFAULT_THRESHOLD).sum()), float(item[1].abs().max())),
+        reverse=True,
+    )
+    for name, effect in ranked[:_TOP]:
+        share = None if direction.heldout is None else direction.heldout.layers.get(name)
+        number = int((effect.abs() > DEFAULT_THRESHOLD).sum())
+        largest = f"{effect.abs().max():.2f}"
+        add_row(table, name, f"{number} of {len(effect)}", largest, "-" if share is None else f"{share:.0%}")
+    return table
+
+
+# ── books ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def books_parts(path: Path, quarantine: Mapping[str, Tensor] | None = None) -> list[RenderableType]:
+    """How much each book holds, and how much they agree.
+
+    Args:
+        path: the file.
+        quarantine: layer → δS_hack of the same run, to be compared with them.
+    """
+    saved = read_books(path)
+    books = {**saved.books, CHANCE: saved.chance}
+    if quarantine and quarantine.keys() == saved.chance.keys():
+        books = {QUARANTINE: dict(quarantine), **books}
+    tensors = [tensor for book in books.values() for tensor in book.values()]
+    if not tensors or any(tensor.ndim != 1 for tensor in tensors):
+        raise ValueError(f"{path}: its books are not vectors, or there are none.")
+    flat = {name: torch.cat([book[layer].float() for layer in saved.chance]) for name, book in books.items()}
+    if len({t.shape for t in flat.values()}) > 1:
+        raise ValueError(f"{path}: its books are of different lengths, or of other layers than the adapter's.")
+    numbers = [str(i) for i in range(1, len(flat) + 1)]
+    table = _table(
+        f"books after {saved.steps} steps: what each would have moved into the quarantine",
+        *("", "book", "norm", *numbers),
+        numbers=("", "norm", *numbers),
+        caption="columns 1, 2, …: overlap with that book, -1 to 1",
+    )
+    for number, (name, book) in zip(numbers, flat.items(), strict=True):
+        cosines = [cosine(book, other) for other in flat.values()]
+        add_row(table, number, name, f"{book.norm():.3g}", *("-" if c is None else f"{c:.2f}" for c in cosines))
+    return [table]
+
+
+def cosine(a: Tensor, b: Tensor) -> float | None:
+    length = float(a.norm() * b.norm())
+    return float(a @ b) / length if length > 0 else None
+
+
+# ── run folder ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def run_parts(folder: Path, config: Mapping[str, Any]) -> list[RenderableType]:
+    """What a run folder holds, as far as the run got."""
+    parts: list[RenderableType] = [_config_table(folder, config)]
+    missing = []
+    if (folder / "metrics.jsonl").exists():
+        parts += metrics_parts(folder / "metrics.jsonl", config)
+    else:
+        missing.append("metrics.jsonl")
+    if (folder / "rollouts.jsonl").exists():
+        parts += rollouts_parts(folder / "rollouts.jsonl")
+    else:
+        missing.append("rollouts.jsonl")
+    if (folder / EVAL).exists():
+        parts += evaluation_parts(folder)
+    quarantine = None
+    if (folder / "adapter").is_dir():
+        parts += adapter_parts(folder / "adapter")
+        knobs, _ = read_adapter(folder / "adapter" / "adapter_model.safetensors")
+        quarantine = {name: layer.hack for name, layer in knobs.items() if layer.hack is not None}
+    else:
+        missing.append("adapter/")
+    if (folder / MONITOR).exists():
+        parts += monitor_parts(folder / MONITOR)
+    if (folder / "direction.safetensors").exists():
+        parts += direction_parts(Direction.load(folder / "direction.safetensors"))
+    if (folder / "books.safetensors").exists():
+        parts += books_parts(folder / "books.safetensors", quarantine)
+    checkpoints = sorted(int(p.name[11:]) for p in folder.glob("checkpoint-*") if p.name[11:].isdecimal())
+    if checkpoints:
+        parts.append(_sentence(f"checkpoints at steps {', '.join(map(str, checkpoints))}"))
+    if unfinished := RunFolder(folder).unfinished:
+        parts.append(_sentence(unfinished))
+    if missing:
+        parts.append(_sentence(f"not there, or not yet: {', '.join(missing)}"))
+    return parts
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """A run folder's config; refuses a folder that is none."""
+    return RunFolder(folder).read_config()
+
+
+def _config_table(folder: Path, config: Mapping[str, Any]) -> Table:
+    table = _table(f"run {folder}", "setting", "value")
+    lines = []
+    for key, value in config.items():
+        if isinstance(value, dict):
+            lines += [(f"{key}.{name}", inner) for name, inner in value.items()]
+        elif value is not None:  # what was left at its default says nothing
+            lines.append((str(key), value))
+    for key, value in lines[:_CONFIG_LINES]:
+        add_row(table, shorten(key, 40), _value(value))
+    if len(lines) > _CONFIG_LINES:
+        add_row(table, "…", f"{len(lines) - _CONFIG_LINES} more")
+    return table
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, dict):
+        return f"({len(value)} settings)"
+    if isinstance(value, list):
+        plain_values = all(isinstance(v, (str, int, float, bool)) or v is None for v in value)
+        return shorten(", ".join(map(str, value)), 70) if plain_values else f"({len(value)} entries)"
+    return shorten(value, 70)
+
+
+def metrics_parts(path: Path, config: Mapping[str, Any]) -> list[RenderableType]:
+    """How far the run is, and its first and last numbers."""
+    notes: list[str] = []
+    first: dict[str, float] = {}
+    last: dict[str, float] = {}
+    steps = 0.0
+    for rows, (where, row) in enumerate(read_rows(path, notes), 1):
+        steps = max(steps, as_number(row, "step", where) or rows)
+        for key in filter(_METRICS.fullmatch, row):
+            value = as_number(row, key, where)
+            if value is not None:
+                first.setdefault(key, value)
+                last[key] = value
+    total = config.get("steps", config.get("max_steps"))
+    paired = [key for key in last if f"{key}_random" in last]
+    by_chance = ("last, random",) if paired else ()
+    table = _table(
+        f"{steps:.0f} steps done" if total is None else f"{steps:.0f} of {total} steps done",
+        *("metric", "first", "last", *by_chance),
+        numbers=("first", "last", *by_chance),
+        caption="random: what a random direction of the same shape gets" if paired else None,
+    )
+    for key in last:
+        if key.removesuffix("_random") not in paired:
+            add_row(table, key, f"{first[key]:.3f}", f"{last[key]:.3f}")
+        elif key in paired:
+            add_row(table, key, f"{first[key]:.3f}", f"{last[key]:.3f}", f"{last[f'{key}_random']:.3f}")
+    return [table if last else _sentence(f"{path.name}: no reward in it yet."), *map(_sentence, notes)]
+
+
+class _Tail(NamedTuple):
+    score: float
+    number: int  # breaks ties, the earlier rollout first
+    row: dict[str, Any]
+
+
+def rollouts_parts(path: Path) -> list[RenderableType]:
+    """How the rollouts' reward went, and those that point most along the hack direction."""
+    notes: list[str] = []
+    columns: dict[str, list[float]] = {"reward": [], "oracle": [], "exploit": [], "flagged": []}
+    top: list[_Tail] = []
+    count = 0
+    for where, row in read_rows(path, notes):
+        for key, values in columns.items():
+            value = oracle_of(row, where) if key == "oracle" else as_number(row, key, where)
+            if value is not None:
+                values.append(value)
+        reward, oracle = as_number(row, "reward", where), oracle_of(row, where)
+        if reward is not None and oracle is not None:
+            columns["exploit"].append(is_exploit(reward, oracle))
+        score = as_number(row, "hackward", where)
+        if score is not None and math.isfinite(score):
+            entry = _Tail(score, -count, row)
+            (heapq.heappush if len(top) < _TOP else heapq.heappushpop)(top, entry)
+        count += 1
+    table = _table(f"{count:,} rollouts", "mean of", "first tenth", "last tenth", numbers=("first tenth", "last tenth"))
+    for key, values in columns.items():
+        if values:
+            tenth = max(1, len(values) // 10)
+            add_row(table, key, f"{_mean(values[:tenth]):.3f}", f"{_mean(values[-tenth:]):.3f}")
+    parts: list[RenderableType] = [table if count else _sentence(f"{path.name}: no rollout in it yet.")]
+    parts += [_most_hackward(sorted(top, reverse=True))] if top else []
+    if count and not top:
+        parts.append(_sentence("No rollout has a hackward score."))
+    return [*parts, *map(_sentence, notes)]
+
+
+def _most_hackward(top: Sequence[_Tail]) -> Table:
+    table = _table(
+        "rollouts with the highest hackward score",
+        *("hackward", "step", "reward", "prompt, then completion"),
+        numbers=("hackward", "step", "reward"),
+    )
+    for score, _, row in top:
+        prompt, completion = (_said(row.get(key, "")) for key in ("prompt", "completion"))
+        text = Text(f"{shorten(prompt, 100)}\n") + Text(shorten(completion, 200), style="bold")
+        add_row(table, f"{score:.3f}", row.get("step", "-"), row.get("reward", "-"), text)
+        table.add_section()
+    return table
+
+
+def _said(text: Any) -> Any:
+    """A text as it is; of a chat, what was said last."""
+    if isinstance(text, list) and text and isinstance(text[-1], dict):
+        return text[-1].get("content", "")
+    return text
+
+
+def evaluation_parts(folder: Path) -> list[RenderableType]:
+    """Every arm's rates, and the verdict."""
+    evaluation = read_evaluation(folder)
+    return [rates_table([evaluation]), _sentence(evaluation.verdict.sentence)]
+
+
+# ── files ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON: {error}.") from error
+
+
+def read_rows(path: Path, notes: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Where it stands, and the row, of each line. A last line that is cut off is noted: the run may still be writing it."""
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            where = f"{path}, line {number}"
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                if not line.endswith(b"\n"):
+                    notes.append(f"{path.name}: its last line is cut off, or still being written; it is not counted.")
+                    return
+                raise ValueError(f"{where}: not JSON ({error}).") from error
+            if not isinstance(row, dict):
+                raise ValueError(f"{where}: expected an object, got {type(row).__name__}.")
+            yield where, row
+
+
+def as_number(row: Mapping[str, Any], key: str, where: str) -> float | None:
+    value = row.get(key)
+    try:
+        if value is None or isinstance(value, (int, float)):
+            return None if value is None else float(value)
+    except OverflowError:
+        pass
+    raise ValueError(f"{where}: {key!r} must be a number, got {shorten(repr(value), 40)}.")
+
+
+def oracle_of(row: Mapping[str, Any], where: str) -> float | None:
+    """What the oracle says of a rollout; None where there is none, or it abstained."""
+    value = as_number(row, "oracle", where)
+    return None if value is None or math.isnan(value) else value
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)

@@ -1,0 +1,164 @@
+"""Load a model and its tokenizer by folder or hub name, with errors that say what to do.
+
+Only what transformers itself knows: code that comes with a model is never run. A checkpoint that lacks weights, or has them
+in other shapes than its config says, is refused; transformers would put random numbers in their place.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import logging
+import os
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, get_args
+
+import torch
+import transformers
+from accelerate import PartialState
+from safetensors import SafetensorError
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from antipasto.adapter.basis import BasisCacheWarning
+from antipasto.adapter.fingerprints import BaseWarning, weight_digest
+from antipasto.adapter.knobs import knobs
+from antipasto.adapter.layer import as_matrix
+from antipasto.app.checks import check_model_name
+from antipasto.names import Dtype
+from antipasto.routing.router import RoutingWarning
+
+
+def load_model(name_or_path: str, *, dtype: Dtype = "auto") -> tuple[PreTrainedModel, Any]:
+    """A causal LM in eval mode, on the CPU, and its tokenizer, which pads on the left.
+
+    Args:
+        name_or_path: a model's folder, or its name on the hub.
+        dtype: of the weights; ``"auto"`` for the one they are saved in.
+
+    Returns:
+        The model, and the tokenizer; its pad token is the end-of-sequence token where it has none of its own.
+
+    Raises:
+        ValueError: there is no such folder or model, it cannot be reached, it is an adapter, is damaged, or is of a kind that
+            transformers does not know; names the model and says what to do.
+    """
+    model = load_weights(name_or_path, dtype=dtype)
+    tokenizer = _load(
+        AutoTokenizer.from_pretrained, name_or_path, "tokenizer", trust_remote_code=False, padding_side="left"
+    )
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    return model, tokenizer
+
+
+def load_weights(name_or_path: str, *, dtype: Dtype = "auto") -> PreTrainedModel:
+    """As `load_model`, the model alone: for what needs no tokenizer."""
+    if dtype not in get_args(Dtype):
+        raise ValueError(f"dtype must be one of {', '.join(get_args(Dtype))}, got {dtype!r}.")
+    check_model_name(name_or_path)
+    model, info = _load(
+        AutoModelForCausalLM.from_pretrained,
+        name_or_path,
+        "model",
+        dtype=dtype,
+        trust_remote_code=False,
+        ignore_mismatched_sizes=True,  # they are refused below, by name
+        output_loading_info=True,
+    )
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise ValueError(f"{name_or_path} is an adapter, not a model: give the model that it was trained on.")
+    mismatched = [name for name, *_ in info["mismatched_keys"]]
+    for names, what in ((info["missing_keys"], "lacks"), (mismatched, "has, in another shape than its config says,")):
+        if names:
+            raise ValueError(
+                f"The checkpoint of {name_or_path} {what} {len(names)} of the model's weights, first {min(names)}: "
+                "it is incomplete, or of another kind of model. Download or save it again."
+            )
+    return model.eval()
+
+
+def load_shapes(name_or_path: str, *, dtype: Dtype = "auto") -> PreTrainedModel:
+    """As `load_weights`, from the config alone: on the meta device, without a weight in memory or read."""
+    if dtype not in get_args(Dtype):
+        raise ValueError(f"dtype must be one of {', '.join(get_args(Dtype))}, got {dtype!r}.")
+    check_model_name(name_or_path)
+    config = _load(AutoConfig.from_pretrained, name_or_path, "model", trust_remote_code=False)
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    return model.to((config.dtype or torch.float32) if dtype == "auto" else getattr(torch, dtype))
+
+
+def _load(load: Callable[..., Any], name_or_path: str, what: str, **options: Any) -> Any:
+    try:
+        with quiet():
+            return load(name_or_path, **options)
+    except (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError) as error:
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        if Path(name_or_path).is_dir():
+            if "custom code" in reason:
+                reason = "it needs code of its own, which is never run here; only what transformers knows is loaded"
+            message = (
+                f"The folder {name_or_path} holds no causal language model that can be loaded; its {what}: {reason}"
+            )
+        else:
+            offline = " HF_HUB_OFFLINE is set." if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0") else ""
+            message = (
+                f"{name_or_path!r} is no folder here, and its {what} cannot be had from the hub: {reason.rstrip('.')}."
+                f"{offline} Check the spelling and the connection, run `hf auth login` for a gated model, or give the "
+                "folder of a downloaded one"
+            )
+        raise ValueError(f"{message.rstrip('.')}.") from error
+
+
+def process_state() -> PartialState:
+    """This process among those of a launcher; without an accelerator, one of several on the CPU."""
+    return PartialState(cpu=not torch.accelerator.is_available())
+
+
+def best_device() -> torch.device:
+    """Where models are run: what accelerate takes, a GPU where there is one."""
+    return torch.device(process_state().device)
+
+
+def with_template_options(tokenizer: Any, options: Mapping[str, Any] | None) -> Any:
+    """The tokenizer, whose chat template gets these options from now on, ``{"enable_thinking": False}``: in place."""
+    if options:
+        tokenizer.apply_chat_template = functools.partial(tokenizer.apply_chat_template, **options)
+    return tokenizer
+
+
+def base_fingerprint(model: nn.Module) -> str:
+    """sha256 over the digests of all base weights that an adapted model has knobs on."""
+    digest = hashlib.sha256()
+    for name, layer in sorted(knobs(model).items()):
+        digest.update(f"{name} {weight_digest(as_matrix(layer.layer.get_base_layer()))}\n".encode())
+    return digest.hexdigest()
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Keep the libraries' notices off the screen; errors and our own warnings still come through."""
+    names = ("trl", "accelerate", "httpx")
+    levels = {name: logging.getLogger(name).level for name in names}
+    verbosity = transformers.logging.get_verbosity()
+    bars = transformers.utils.logging.is_progress_bar_enabled()
+    transformers.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    for name in names:
+        logging.getLogger(name).setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            for ours in (BasisCacheWarning, BaseWarning, RoutingWarning):
+                warnings.simplefilter("default", ours)
+            yield
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+        if bars:
+            transformers.utils.logging.enable_progress_bar()
+        for name, level in levels.items():
+            logging.getLogger(name).setLevel(level)

@@ -1,0 +1,165 @@
+"""One or several runs → one HTML file (`antipasto.app.report.html`)."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from antipasto.app.report import figures, tables
+from antipasto.app.report.answers import side_by_side
+from antipasto.app.report.html import page_of
+from antipasto.app.report.reading import Run, read_runs
+from antipasto.evaluation.verdict import where_the_exploit_is
+from antipasto.files import write_text
+
+BUDGET = 600_000
+"""Characters of rollouts, and as many of answers, of all runs of a page together: keeps it below two megabytes."""
+MOST_PATTERNS = 12
+"""How many patterns of outcomes are listed."""
+
+
+def write_report(runs: Sequence[Path], out: Path | None = None, *, force: bool = False) -> Path:
+    """Write the report of one or several runs.
+
+    Args:
+        runs: run folders of `antipasto train` or `antipasto demo`.
+        out: the file; ``report.html`` in the run's folder, or for several runs in the current one, if None.
+        force: overwrite ``out``, or the report of several runs. That of one run, in its folder, always is.
+
+    Returns:
+        Where it is.
+
+    Raises:
+        ValueError: no run folder, a damaged part of one, or a file that is in the way; names it.
+        OSError: a file cannot be read or written.
+    """
+    own = out is None and len(runs) == 1
+    path = runs[0] / "report.html" if own else out or Path("report.html")
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder: --out names the file to write.")
+    if path.exists() and not own and not force:
+        raise ValueError(f"{path} exists: choose another --out, or --force to overwrite it.")
+    write_text(path, render(read_runs(runs, budget=BUDGET)))
+    return path
+
+
+def render(runs: Sequence[Run]) -> str:
+    """The page."""
+    views = [_view(run, f"r{i}", len(runs)) for i, run in enumerate(runs)]
+    return page_of(
+        "page.html",
+        title=runs[0].name if len(runs) == 1 else f"{len(runs)} runs compared",
+        kind="report",
+        views=views,
+        several=len(runs) > 1,
+        comparison=_comparison(runs) if len(runs) > 1 else None,
+        most_patterns=MOST_PATTERNS,
+    )
+
+
+# ── what the template shows ──────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _view(run: Run, slug: str, number: int) -> dict[str, Any]:
+    evaluation = run.evaluation
+    return {
+        "run": run,
+        "lead": _lead(run),
+        "slug": slug,
+        "evaluation": evaluation,
+        "arms": [] if evaluation is None else tables.arm_blocks(evaluation),
+        "differences": [] if evaluation is None else tables.difference_blocks(evaluation),
+        "rows": None if evaluation is None else side_by_side(evaluation, budget=BUDGET // number),
+        "dial": None if evaluation is None else figures.dial(evaluation, where_the_exploit_is(evaluation.arms)),
+        "overview": figures.overview(run),
+        "asked": [] if evaluation is None else _asked(evaluation.facts),
+        "training": figures.training(run),
+        "maps": figures.maps(run),
+        "spectra": figures.spectra(run),
+        "knobs": [] if run.knobs is None else tables.knob_rows(run.knobs),
+        "books": [] if run.books is None else tables.book_rows(run.books, run.knobs),
+        "heldout": None if run.direction is None else run.direction.heldout,
+        "lists": _lists(run),
+        "settings": _settings(run.config),
+        "facts": _settings({k: v for k, v in run.facts.items() if k != "command"}),
+        "command": _command(run),
+    }
+
+
+def _lead(run: Run) -> list[tuple[str, str]]:
+    """What the run is, in a line."""
+    task = None if run.evaluation is None else run.evaluation.task
+    values = {"task": task, **run.facts, **run.config}
+    names = ("method", "task", "variant", "model", "steps", "seed")
+    return [(name, str(values[name])) for name in names if values.get(name) is not None]
+
+
+def _asked(facts: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """How answers were drawn."""
+    flat = {**facts, **(facts.get("options") or {})}
+    said = ("prompts", "batch_size", "method", "asked", "answered_by", "options")
+    return [(name, value) for name, value in flat.items() if name not in said and value is not None]
+
+
+def _lists(run: Run) -> list[tuple[str, list[Any]]]:
+    if run.rollouts is None:
+        return []
+    ends = [("Highest hack-ward score", run.rollouts.highest), ("Lowest hack-ward score", run.rollouts.lowest)]
+    return [(title, shown) for title, shown in (*ends, ("A random sample", run.rollouts.sample)) if shown]
+
+
+def _comparison(runs: Sequence[Run]) -> dict[str, Any]:
+    evaluated = [(run.name, figures.run_colour(i), run.evaluation) for i, run in enumerate(runs) if run.evaluation]
+    # who answered differs from run to run, and so may how many were asked at once
+    asked = {
+        json.dumps(
+            [
+                e.task,
+                {k: v for k, v in e.facts.items() if k not in ("method", "shrunk_by", "answered_by", "batch_size")},
+            ],
+            sort_keys=True,
+            default=str,
+        )
+        for _, _, e in evaluated
+    }
+    return {
+        "blocks": tables.comparison_blocks(evaluated) if evaluated else [],
+        "same": len(asked) <= 1,
+        "left_out": [run.name for run in runs if run.evaluation is None],
+        "plots": figures.overlaid(runs),
+    }
+
+
+def _settings(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """Nested options as lines; what was left at its default says nothing."""
+    lines = []
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            lines += _settings(value, f"{prefix}{key}.")
+        elif value is not None:
+            lines.append(
+                (
+                    f"{prefix}{key}",
+                    value
+                    if isinstance(value, str)
+                    else yaml.safe_dump(value, default_flow_style=True, width=10**6)
+                    .removesuffix("\n")
+                    .removesuffix("...")
+                    .strip(),
+                )
+            )
+    return lines
+
+
+def _command(run: Run) -> str | None:
+    """What repeats the run."""
+    if isinstance(run.facts.get("command"), str):
+        return str(run.facts["command"])
+    if "variant" in run.config:
+        options = " ".join(f"--{name} {run.config.get(name)}" for name in ("seed", "steps", "variant"))
+        return f"antipasto demo {options}" + ("" if run.method == "recipe" else " --compare")
+    return f"antipasto train --config {run.folder / 'config.yaml'}"

@@ -1,0 +1,178 @@
+"""A run folder as the report wants it: every part checked, and a sentence for each part that is not there.
+
+A part that is missing is left out of the page. A part that is damaged is an error: a page that passes over it would say less
+than the run did, without saying so.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from antipasto.app.inspection import Knobs, as_number, read_adapter, read_config, read_json, read_rows
+from antipasto.app.report.rollouts import Rollouts, read_rollouts
+from antipasto.app.run_folder import RunFolder
+from antipasto.evaluation.records import EVAL, PARTIAL, Evaluation, read_evaluation
+from antipasto.routing.directions import Direction
+from antipasto.routing.gates import DEFAULT_THRESHOLD
+from antipasto.routing.router import Books, read_books
+
+ROUTED = ("route", "erase", "measure", "recipe")
+"""Methods that keep books; ``recipe`` is the demo's."""
+Series = dict[str, list[tuple[float, float]]]
+"""A metric's name → (step, value) of every line that has it."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """All that a run folder holds; None for what it does not.
+
+    Attributes:
+        name: short, and unlike that of every other run of the page.
+        config: the resolved options.
+        facts: ``run.json``: command, versions, base.
+        metrics: by name.
+        knobs: layer → δS and δS_hack.
+        missing: a sentence for each part that is not there.
+    """
+
+    name: str
+    folder: Path
+    config: dict[str, Any]
+    facts: dict[str, Any]
+    metrics: Series
+    rollouts: Rollouts | None
+    evaluation: Evaluation | None
+    knobs: dict[str, Knobs] | None
+    direction: Direction | None
+    books: Books | None
+    missing: list[str]
+
+    @property
+    def method(self) -> str:
+        """How it was trained."""
+        return str(self.config.get("method") or "unknown method")
+
+    @property
+    def threshold(self) -> float:
+        """The effect size that the coordinate gate guards."""
+        value = as_number(self.config, "threshold", f"{self.folder}, its config")
+        return DEFAULT_THRESHOLD if value is None else value
+
+
+def read_runs(folders: Sequence[Path], *, budget: int) -> list[Run]:
+    """Read run folders.
+
+    Args:
+        folders: at least one, each once.
+        budget: how many characters of rollouts to keep, of all runs together.
+
+    Raises:
+        ValueError: none, one twice, no run folder, or a part that is damaged; names the file.
+        OSError: a file cannot be read.
+    """
+    if not folders:
+        raise ValueError("A report needs at least one run folder.")
+    paths = [folder.resolve() for folder in folders]
+    for path in paths:
+        if paths.count(path) > 1:
+            raise ValueError(f"{path} is named twice.")
+    return [
+        _read_run(folder, name, budget // len(paths)) for folder, name in zip(folders, short_names(paths), strict=True)
+    ]
+
+
+def short_names(paths: Sequence[Path]) -> list[str]:
+    """As many last parts of each path as it takes to tell them apart.
+
+    Example:
+        >>> short_names([Path("/runs/a/seed-0"), Path("/runs/b/seed-0")])
+        ['a/seed-0', 'b/seed-0']
+    """
+    for depth in range(1, max(len(path.parts) for path in paths) + 1):
+        names = ["/".join(path.parts[-depth:]) for path in paths]
+        if len(set(names)) == len(names):
+            return names
+    raise AssertionError("two paths are equal")
+
+
+def _read_run(folder: Path, name: str, budget: int) -> Run:
+    config = read_config(folder)
+    as_number(config, "threshold", f"{folder}, its config")
+    place, missing = RunFolder(folder), list[str]()
+
+    def there(path: Path, otherwise: str) -> bool:
+        if not path.exists():
+            missing.append(otherwise)
+        return path.exists()
+
+    facts: dict[str, Any] = {}
+    if there(
+        place.run, "There is no run.json: which versions and which base model it was is known from the config alone."
+    ):
+        facts = read_json(place.run)
+        if not isinstance(facts, dict):
+            raise ValueError(f"{place.run}: expected names and values, got {type(facts).__name__}.")
+    if place.unfinished is not None:
+        missing.append(place.unfinished)
+    evaluation = None
+    if (folder / EVAL).exists():
+        evaluation = read_evaluation(folder)
+    else:
+        begun = (
+            "Its evaluation did not come to its end, and continues with"
+            if (folder / PARTIAL).exists()
+            else "Not evaluated yet"
+        )
+        missing.append(f"{begun}: antipasto eval {folder}")
+    metrics: Series = {}
+    if there(place.metrics, "There is no metrics.jsonl: the run logged no step, so there are no curves."):
+        metrics = _read_metrics(place.metrics, missing)
+    rollouts = None
+    if there(place.rollouts, "There is no rollouts.jsonl, so no rollouts are shown."):
+        rollouts = read_rollouts(place.rollouts, missing, budget=budget)
+    knobs = None
+    weights = place.adapter / "adapter_model.safetensors"
+    if there(weights, "There is no adapter yet: it is written at the run's end."):
+        knobs, _ = read_adapter(weights)
+        if not all(vector.isfinite().all() for layer in knobs.values() for vector in layer if vector is not None):
+            missing.append("The adapter holds NaN or Inf: the run diverged, and its layers cannot be drawn.")
+            knobs = None
+    direction = None
+    if there(place.direction, _no_direction(place, {**config, **facts})):
+        direction = Direction.load(place.direction)
+    books = None
+    if there(place.books, _no_books(place, {**config, **facts})):
+        books = read_books(place.books)
+    return Run(name, folder, config, facts, metrics, rollouts, evaluation, knobs, direction, books, missing)
+
+
+def _no_direction(place: RunFolder, said: Mapping[str, Any]) -> str:
+    method = said.get("method")
+    if not place.run.exists() and method in ROUTED:
+        return "There is no direction: the run was stopped before it had one, or uses none."
+    by = f" by {said['by']}" if said.get("by") else ""
+    return f"There is no direction: the method {method!r}{by} used none."
+
+
+def _no_books(place: RunFolder, said: Mapping[str, Any]) -> str:
+    """Books are written at the run's end, by every run with a router."""
+    if place.is_finished or said.get("method") not in ROUTED:
+        return f"There are no books of controls: the method {said.get('method')!r} keeps none."
+    return "There are no books of controls yet: they are written at the run's end, and until then in its checkpoints."
+
+
+def _read_metrics(path: Path, notes: list[str]) -> Series:
+    metrics: Series = {}
+    for number, (where, row) in enumerate(read_rows(path, notes), 1):
+        step = as_number(row, "step", where)
+        for key, value in row.items():
+            if key == "step" or not isinstance(value, (int, float)):
+                continue
+            found = as_number(row, key, where)
+            if found is not None and math.isfinite(found):
+                metrics.setdefault(key, []).append((number if step is None else step, found))
+    return metrics

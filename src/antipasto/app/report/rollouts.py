@@ -1,0 +1,208 @@
+"""What a run's rollouts come to: shares by step and sampling policy, and a selection to read.
+
+    highest, lowest   by hackward score: the cosine of the hack direction with the gradient of the rollout's own loss
+    sample            drawn at random from all, so that the two ends can be judged by what lies between
+
+The same text to the same prompt in the same step is listed once. The file is read twice: once for the numbers, once for the
+lines that were chosen, so that a long run needs no memory for its texts.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import random
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from antipasto.app.inspection import as_number, oracle_of, read_rows
+from antipasto.tasks import is_exploit, is_solved
+
+EACH = 200  # of the highest, of the lowest, and of the sample
+LONGEST = 2000
+"""Characters of a text that are shown; of a longer one the middle is left out."""
+MARKUP = 800
+"""What a rollout takes beside its texts, about."""
+
+
+@dataclass(frozen=True)
+class Shown:
+    """One rollout of the page.
+
+    Attributes:
+        line: its line in rollouts.jsonl, from 1.
+        step: from 0, as logged.
+        times: how many rollouts of this step say the same to the same prompt.
+    """
+
+    line: int
+    step: int
+    prompt: Any
+    completion: Any
+    reward: float
+    oracle: float | None
+    flagged: bool | None
+    view: str
+    advantage: float | None
+    hackward: float | None
+    times: int
+
+    @property
+    def solved(self) -> bool:
+        """Whether the oracle calls it solved."""
+        return self.oracle is not None and is_solved(self.oracle)
+
+    @property
+    def exploits(self) -> bool:
+        """Whether it is rewarded and not solved."""
+        return self.oracle is not None and is_exploit(self.reward, self.oracle)
+
+
+@dataclass
+class Share:
+    """What the rollouts of one step and policy come to."""
+
+    values: dict[str, list[float]] = field(default_factory=dict)
+
+    def add(self, name: str, value: float) -> None:
+        self.values.setdefault(name, []).append(value)
+
+
+@dataclass(frozen=True)
+class Rollouts:
+    """A run's rollouts.
+
+    Attributes:
+        total: how many there are.
+        scored: how many have a hackward score.
+        exploits: step, from 1 → how many of its rollouts exploit, and of how many; empty without an oracle.
+        curves: measure → policy → (step, mean over the step's rollouts of that policy), step from 1 as in metrics.jsonl.
+        highest: by hackward score, highest first.
+        lowest: lowest first.
+        sample: at random, in the order of the run.
+    """
+
+    total: int
+    scored: int
+    exploits: dict[float, tuple[float, float]]
+    curves: dict[str, dict[str, list[tuple[float, float]]]]
+    highest: list[Shown]
+    lowest: list[Shown]
+    sample: list[Shown]
+
+    @property
+    def shown(self) -> int:
+        """How many are on the page."""
+        return len(self.highest) + len(self.lowest) + len(self.sample)
+
+
+def read_rollouts(path: Path, notes: list[str], *, budget: int) -> Rollouts:
+    """Read the log.
+
+    Args:
+        path: ``rollouts.jsonl``.
+        notes: gets a sentence if the last line is cut off.
+        budget: how many characters of text to keep; each list gets its third.
+
+    Raises:
+        ValueError: a line is damaged; names it.
+    """
+    shares: dict[tuple[int, str], Share] = {}
+    scores: list[float] = []
+    keys: list[int] = []
+    for where, row in read_rows(path, notes):
+        shown = _parse(row, where, 0, 1)
+        _count(shares.setdefault((shown.step, shown.view), Share()), shown)
+        scores.append(math.nan if shown.hackward is None else shown.hackward)
+        keys.append(_key(row))
+    ranked = sorted((i for i, score in enumerate(scores) if math.isfinite(score)), key=lambda i: scores[i])
+    times = Counter(keys)
+    highest = _distinct(reversed(ranked), keys, EACH)
+    # in a short run the ends must not meet
+    lowest = _distinct(ranked[: len(ranked) // 2], keys, EACH)
+    highest = [i for i in highest if scores[i] >= scores[ranked[len(ranked) // 2]]]
+    rest = range(len(keys))
+    sample = sorted(random.Random(0).sample(rest, min(EACH if ranked else 2 * EACH, len(rest))))
+    wanted = {*highest, *lowest, *sample}
+    texts = {
+        i: _parse(row, where, i + 1, times[keys[i]])
+        for i, (where, row) in enumerate(read_rows(path, []))
+        if i in wanted
+    }
+    lists = [_within([texts[i] for i in numbers], budget // 3) for numbers in (highest, lowest, sample)]
+    return Rollouts(len(keys), len(ranked), _exploits(shares), _curves(shares), *lists)
+
+
+def _parse(row: dict[str, Any], where: str, line: int, times: int) -> Shown:
+    step, reward, view = as_number(row, "step", where), as_number(row, "reward", where), row.get("view", "trained")
+    if step is None or reward is None or "completion" not in row or "prompt" not in row:
+        raise ValueError(f"{where}: a rollout has step, prompt, completion and reward; got {sorted(row)}.")
+    if not isinstance(view, str) or not math.isfinite(step):
+        raise ValueError(f"{where}: its step is no number or its view no name.")
+    return Shown(
+        line,
+        int(step),
+        row["prompt"],
+        row["completion"],
+        reward,
+        oracle_of(row, where),
+        None if row.get("flagged") is None else bool(row["flagged"]),
+        view,
+        as_number(row, "advantage", where),
+        as_number(row, "hackward", where),
+        times,
+    )
+
+
+def _key(row: dict[str, Any]) -> int:
+    return hash(json.dumps([row["step"], row["prompt"], row["completion"]]))
+
+
+def _count(share: Share, rollout: Shown) -> None:
+    share.add("reward", rollout.reward)
+    if rollout.oracle is not None:
+        share.add("solved", float(rollout.solved))
+        share.add("exploited", float(rollout.exploits))
+    if rollout.flagged is not None:
+        share.add("flagged", float(rollout.flagged))
+
+
+def _exploits(shares: dict[tuple[int, str], Share]) -> dict[float, tuple[float, float]]:
+    found: dict[float, tuple[float, float]] = {}
+    for (step, _), share in shares.items():
+        values = share.values.get("exploited", [])
+        if values:
+            hits, total = found.get(step + 1.0, (0.0, 0.0))
+            found[step + 1.0] = hits + sum(values), total + len(values)
+    return found
+
+
+def _curves(shares: dict[tuple[int, str], Share]) -> dict[str, dict[str, list[tuple[float, float]]]]:
+    curves: dict[str, dict[str, list[tuple[float, float]]]] = {}
+    for (step, view), share in sorted(shares.items()):
+        for measure, values in share.values.items():  # an oracle that abstains is left out of its own
+            curves.setdefault(measure, {}).setdefault(view, []).append((step + 1.0, sum(values) / len(values)))
+    return curves
+
+
+def _distinct(order: Iterator[int] | Sequence[int], keys: Sequence[int], number: int) -> list[int]:
+    found: dict[int, int] = {}
+    for i in order:
+        found.setdefault(keys[i], i)
+        if len(found) == number:
+            break
+    return list(found.values())
+
+
+def _within(rollouts: list[Shown], budget: int) -> list[Shown]:
+    """The first of them whose texts fit, each counted as it will be cut."""
+    kept: list[Shown] = []
+    for rollout in rollouts:
+        budget -= MARKUP + sum(min(LONGEST, len(json.dumps(text))) for text in (rollout.prompt, rollout.completion))
+        if budget < 0 and kept:
+            break
+        kept.append(rollout)
+    return kept

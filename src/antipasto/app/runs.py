@@ -1,0 +1,196 @@
+"""A finished run, loaded: its base model with its adapter on, whatever job it came from."""
+
+from __future__ import annotations
+
+import shlex
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel
+from torch import nn
+from transformers import Trainer
+
+from antipasto.adapter import AntiPastoConfig
+from antipasto.adapter.knobs import deployed, reference, scaled
+from antipasto.adapter.layer import View
+from antipasto.adapter.views import seen_as
+from antipasto.app.models import base_fingerprint, best_device, load_model, quiet, with_template_options
+from antipasto.app.run_folder import RunFolder
+from antipasto.evaluation.records import REFERENCE, SHRUNK, TRAINED, dial_arm
+from antipasto.files import replacing_folder, write_json
+from antipasto.names import COMPLETE
+from antipasto.routing.router import Router, read_books
+
+HAVE_QUARANTINE = ("route", "inoculate")
+"""Methods that leave a quarantine, which does not ship."""
+
+
+@dataclass(frozen=True)
+class LoadedRun:
+    """A run that came to its end.
+
+    Attributes:
+        folder: its folder.
+        config: what it was made of, as ``config.yaml`` or ``config.json`` of the folder has it.
+        facts: ``run.json``.
+        model: the base with the adapter on, in eval mode, as trained.
+        tokenizer: padding on the left.
+        dial: how much of the quarantine ships; 1 where there is none, and all that was trained ships.
+    """
+
+    folder: RunFolder
+    config: Mapping[str, Any]
+    facts: Mapping[str, Any]
+    model: PeftModel
+    tokenizer: Any
+    dial: float
+
+    @property
+    def method(self) -> str:
+        """What became of what the gate claimed, as `antipasto train` has it."""
+        return str(self.facts.get("method", self.config["method"]))
+
+    @property
+    def has_quarantine(self) -> bool:
+        """Whether there is a quarantine to leave out of what ships; else the run ships as it was trained."""
+        return self.method in HAVE_QUARANTINE
+
+    @property
+    def task(self) -> str | None:
+        """As `antipasto.tasks.load_task` takes it; None where the run does not say."""
+        task = self.facts.get("task", self.config.get("task"))
+        return None if task is None else str(task)
+
+    @property
+    def base(self) -> str:
+        """The base model's folder, or its name on the hub."""
+        return str(self.facts["base"]["model"])
+
+    def views(
+        self, *, shrink: float | None = None, dials: Sequence[float] = ()
+    ) -> dict[str, AbstractContextManager[None]]:
+        """How to see the model as each of its arms: name → context, see `run_views`."""
+        return run_views(self.model, _books(self.folder), self.method, shrink=shrink, dials=dials)
+
+    def shipped(self) -> AbstractContextManager[None]:
+        """Context: the model that ships."""
+        return deployed(self.model, self.dial) if self.has_quarantine else nullcontext()
+
+
+def load_run(root: Path, *, dial: float = 0.0) -> LoadedRun:
+    """Load what `antipasto train` or `antipasto demo` left.
+
+    Args:
+        root: its folder.
+        dial: how much of its quarantine is to ship.
+
+    Raises:
+        ValueError: there is a dial and no quarantine, this is no run that came to its end, its base cannot be loaded or has
+            other weights now, or its adapter is damaged.
+    """
+    folder = RunFolder(root)
+    config, facts = folder.read_config(), folder.read_run()
+    if folder.unfinished is not None:
+        raise ValueError(folder.unfinished)
+    model, tokenizer = load_model(facts["base"]["model"], dtype=config.get("dtype", "auto"))
+    with_template_options(tokenizer, (config.get("trainer") or {}).get("chat_template_kwargs"))
+    with quiet():
+        adapter = AntiPastoConfig.from_pretrained(str(folder.adapter))
+        adapter.cache_dir = config.get("cache_dir", "auto")
+        adapted = PeftModel.from_pretrained(model.to(best_device()), folder.adapter, config=adapter).eval()
+    if base_fingerprint(adapted) != facts["base"]["fingerprint"]:
+        raise ValueError(
+            f"{facts['base']['model']} has other weights now than when {root} was trained: its knobs mean nothing there."
+        )
+    method = str(facts.get("method", config["method"]))
+    if dial and method not in HAVE_QUARANTINE:
+        raise ValueError(f"{root}: --dial is of a quarantine, and a run by method {method} has none.")
+    return LoadedRun(folder, config, facts, adapted, tokenizer, dial if method in HAVE_QUARANTINE else 1.0)
+
+
+def run_facts(trainer: Trainer, base: str, fingerprint: str, *, task: str, method: str) -> dict[str, Any]:
+    """What ``run.json`` says: how the run was started, on what, with which versions.
+
+    Args:
+        trainer: of the run, with the adapted model.
+        base: the base model's folder or hub name.
+        fingerprint: `antipasto.app.models.base_fingerprint` of it.
+        task: as `antipasto.tasks.load_task` takes it.
+        method: what becomes of what the gate claims.
+    """
+    names = ("antipasto", "torch", "transformers", "peft", "trl")
+    return {
+        "command": _command(),
+        "versions": {name: version(name) for name in names},
+        "task": task,
+        "method": method,
+        "base": {"model": base, "fingerprint": fingerprint},
+        "trainable": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
+        "processes": trainer.accelerator.num_processes,
+        "threads": torch.get_num_threads(),
+        "device": str(trainer.accelerator.device),
+    }
+
+
+def finish_run(trainer: Trainer, router: Router | None, folder: RunFolder) -> None:
+    """Books, and then, at one stroke, the adapter, which tells that the run is at its end; on all processes."""
+    main = trainer.accelerator.is_main_process
+    if main and router is not None:
+        router.save(folder.books)
+    with replacing_folder(folder.adapter) if main else nullcontext(folder.adapter) as adapter:
+        trainer.save_model(str(adapter))
+        if main:
+            write_json(adapter / COMPLETE, {"step": trainer.state.global_step})
+
+
+def _command() -> str:
+    """How this process was started, as one would type it."""
+    name = Path(sys.argv[0]).name
+    return shlex.join(["antipasto" if name in ("antipasto", "__main__.py") else name, *sys.argv[1:]])
+
+
+def _books(folder: RunFolder) -> dict[str, dict[str, torch.Tensor]]:
+    return read_books(folder.books).books if folder.books.exists() else {}
+
+
+def run_views(
+    model: nn.Module,
+    books: Mapping[str, Mapping[str, torch.Tensor]],
+    method: str,
+    *,
+    shrink: float | None = None,
+    dials: Sequence[float] = (),
+) -> dict[str, AbstractContextManager[None]]:
+    """How to see a trained model as each of its arms.
+
+    ============  =============================================================
+    reference     both knobs out: the base model
+    as trained    θ = δS + δS_hack
+    deployed      the quarantine out, where the run has one
+    random, …     a control's book out instead
+    dial -0.50, … θ = δS + c δS_hack
+    shrunk        c θ, as far from the reference as the deployed model is: what any shrinking of the update does
+    ============  =============================================================
+
+    Args:
+        model: adapted, with the run's knobs.
+        books: control's name → layer → (r,).
+        method: of the run.
+        shrink: c, as `antipasto.evaluation.ask.matched_scale` finds it; None: no such arm.
+        dials: how much of the quarantine to leave in, of a run that has one.
+    """
+    views: dict[str, AbstractContextManager[None]] = {REFERENCE: reference(model), TRAINED: nullcontext()}
+    if method in HAVE_QUARANTINE:
+        views |= {dial_arm(dial): deployed(model, dial) for dial in (0.0, *dials)}
+    if method in ("route", "measure"):  # under erase, what the direction claimed is out of θ already, for good
+        for name, book in books.items():
+            views[name] = seen_as(model, View.TRAINED, {layer: -part for layer, part in book.items()})
+    if method in HAVE_QUARANTINE and shrink is not None:
+        views[SHRUNK] = scaled(model, shrink)
+    return views

@@ -1,0 +1,214 @@
+"""What a run is made of. The one place where an option of `antipasto train` is defined; nothing here needs torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Mapping
+from typing import Any, get_args
+
+from antipasto.app.run_folder import write_yaml
+from antipasto.names import By, Dtype, Estimator, GateName, Method, Sharing
+from antipasto.options import check_bounds, check_finite, check_types, near
+
+CONTROLS = ("random", "permuted")
+ROUTING, ADAPTER = "Routing", "Adapter"
+"""Groups of options in ``--help``."""
+
+
+def _option(default: Any, said: str, **typed: Any) -> Any:
+    """A field, and what the command line says of it.
+
+    Args:
+        default: its value if left out.
+        said: what it is.
+        typed: ``min`` and ``max``, which hold wherever the value comes from; ``type``, as it is typed, where that is
+            another one; ``metavar``, ``show_default`` and ``rich_help_panel`` of `typer.Option`.
+    """
+    return dataclasses.field(default=default, metadata={"help": said, **typed})
+
+
+def _routing(default: Any, said: str, **typed: Any) -> Any:
+    return _option(default, said, rich_help_panel=ROUTING, **typed)
+
+
+def _adapter(default: Any, said: str, **typed: Any) -> Any:
+    return _option(default, said, rich_help_panel=ADAPTER, **typed)
+
+
+@dataclasses.dataclass
+class TrainConfig:
+    """All that a run is made of: the options of `antipasto train`, and ``config.yaml``.
+
+    ``antipasto train --help`` and docs/cli.md say what each is. ``trainer`` has anything else of `trl.GRPOConfig`, by name.
+
+    Raises:
+        ValueError: an option of another type, out of its bounds, or one that does not go with the others.
+
+    Example:
+        >>> TrainConfig("smollm2", "addition", steps=0)
+        Traceback (most recent call last):
+        ...
+        ValueError: steps must be at least 1, got 0.
+    """
+
+    model: str
+    task: str
+    method: Method = _routing("route", "What becomes of what the gate claims.")
+    by: By | None = _routing(
+        None,
+        "What the gate goes by; score: a monitor's, at the reference.",
+        show_default="direction if there are pairs",
+    )
+    false_alarms: float | None = _routing(
+        None,
+        "With --by score: share of the start's own answers that may be flagged.",
+        show_default="midway between held-out hacks and clean texts",
+    )
+    sharing: Sharing = _routing("exclusive", "Whether unflagged rollouts teach δS alone, or both vectors.")
+    pairs: str | None = _routing(
+        None, "Pairs to extract the direction from.", metavar="FILE", show_default="the task's"
+    )
+    direction: str | None = _routing(None, "A direction, instead of pairs.", metavar="FILE")
+    estimator: Estimator = _routing("tstat", "Of the direction's rows.")
+    k: int = _routing(1, "Rows a layer, with svd.", min=1)
+    gate: GateName = _routing("coordinate", "Which part of a step a direction claims.")
+    threshold: float | None = _routing(None, "Effect size that the coordinate gate guards.", show_default="0.65")
+    controls: tuple[str, ...] = _routing(
+        CONTROLS, "Directions that keep books beside it, or none.", type=str, metavar="NAMES"
+    )
+    deploy_fraction: float | None = _routing(
+        None, "Share of rollouts sampled from the deployed policy.", min=0, max=1, show_default="0.5 with route"
+    )
+    rank: int | None = _adapter(None, "Top singular directions of each layer.", min=1, show_default="all")
+    target_modules: list[str] | str | None = _adapter(
+        None,
+        "Layers to adapt: names with commas between, 'all-linear', or a pattern.",
+        type=str,
+        metavar="NAMES",
+        show_default="known names",
+    )
+    exclude_modules: list[str] | None = _adapter(
+        None, "Layers to leave out of those.", type=str, metavar="NAMES", show_default="none"
+    )
+    cache_dir: str | None = _adapter(
+        "auto", "Where singular bases are kept.", metavar="DIR", show_default="$ANTIPASTO_CACHE or the user's"
+    )
+    dtype: Dtype = _adapter("auto", "Of the weights; 'auto' as saved. Each dtype has its own bases.")
+    steps: int = _option(100, "Optimizer steps.", min=1)
+    prompts: int = _option(4, "Prompts a step.", min=1)
+    generations: int = _option(8, "Rollouts of each prompt.", min=2)
+    micro_batch: int | None = _option(None, "Rollouts per forward and process.", min=1, show_default="all of a step")
+    learning_rate: float = _option(1e-2, "Of the knobs.", min=0)
+    beta: float = _option(0.0, "Weight of the KL to the reference.", min=0)
+    temperature: float = _option(1.0, "Of sampling.")
+    max_completion_length: int | None = _option(
+        None, "Tokens an answer may have.", min=1, show_default="the task's, or 256"
+    )
+    seed: int = _option(0, "Of everything.", min=0)
+    save_every: int = _option(25, "Steps between checkpoints.", min=1)
+    trainer: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if isinstance(self.controls, list):  # YAML knows no tuples
+            self.controls = tuple(self.controls)
+        check_types(self)
+        check_finite(self)
+        check_bounds(self)
+        if self.temperature <= 0:
+            raise ValueError(f"temperature must be above 0, got {self.temperature}.")
+        if self.pairs is not None and self.direction is not None:
+            raise ValueError("Give pairs or a direction, not both.")
+        if unknown := sorted(set(self.controls) - set(CONTROLS)):
+            raise ValueError(f"controls are {' and '.join(CONTROLS)}, got {', '.join(unknown)}.")
+        self._check_gate()
+
+    def _check_gate(self) -> None:
+        """What goes by what."""
+        choices: dict[str, tuple[By, ...]] = {"plain": ("score",), "measure": ("direction",), "discount": ("score",)}
+        choices["inoculate"] = ()
+        choices |= dict.fromkeys(("penalty", "drop"), ("detector", "score"))
+        possible = choices.get(self.method, get_args(By))
+        if self.by is not None and self.by not in possible:
+            raise ValueError(f"method {self.method} goes by {' or '.join(possible) or 'nothing'}, not by {self.by}.")
+        if self.by == "score" and self.direction is not None:
+            raise ValueError(
+                "by=score makes its monitor from pairs, which calibrate it too: give pairs, not a direction."
+            )
+        if self.false_alarms is not None and self.by != "score":
+            raise ValueError(f"false_alarms={self.false_alarms} belongs to by=score.")
+        if self.false_alarms is not None and not 0 < self.false_alarms < 1:
+            raise ValueError(f"false_alarms is a share in (0, 1), got {self.false_alarms}.")
+        if self.sharing == "classic" and (self.method != "route" or self.by in (None, "direction")):
+            raise ValueError("sharing=classic belongs to method route by score, detector or both.")
+        if self.method != "route" and self.deploy_fraction:
+            raise ValueError(f"deploy_fraction belongs to method route: under {self.method} there is no quarantine.")
+
+    @classmethod
+    def from_mapping(cls, options: Mapping[str, Any], where: str) -> TrainConfig:
+        """A config from options by name, as a command line or a file has them: a list may be a text with commas.
+
+        Args:
+            options: their values.
+            where: they come from, for errors.
+
+        Raises:
+            ValueError: an option that does not exist, or does not fit, or one that is missing.
+
+        Example:
+            >>> options = {"model": "m", "task": "addition", "controls": "none", "target_modules": "q_proj, v_proj"}
+            >>> made = TrainConfig.from_mapping(options, "here")
+            >>> made.controls, made.target_modules
+            ((), ['q_proj', 'v_proj'])
+        """
+        names = [field.name for field in dataclasses.fields(cls)]
+        for name in options:
+            if name not in names:
+                raise ValueError(f"{where}: there is no option {name!r}{near(str(name), names)}")
+        for name in ("model", "task"):
+            if options.get(name) is None:
+                raise ValueError(f"{where}: {name} is missing.")
+        try:
+            return cls(**{name: _read(name, value) for name, value in options.items()})
+        except ValueError as error:
+            raise ValueError(f"{where}: {error}") from error
+
+    def to_yaml(self) -> str:
+        """As ``config.yaml`` has it."""
+        values = {**dataclasses.asdict(self), "controls": list(self.controls)}
+        return write_yaml(values)
+
+
+def _read(name: str, value: Any) -> Any:
+    """An option that holds several names, from a text."""
+    if not isinstance(value, str):
+        return value
+    if name == "controls":
+        return () if value.strip() in ("", "none") else tuple(names_of(name, value))
+    if name == "target_modules":
+        return targets_of(value)
+    return names_of(name, value) if name == "exclude_modules" else value
+
+
+def names_of(option: str, text: str) -> list[str]:
+    """Names with commas between.
+
+    Raises:
+        ValueError: there is nothing between two of them.
+    """
+    names = [name.strip() for name in text.split(",")]
+    if not all(names):
+        raise ValueError(f"{option} takes names with commas between, got {text!r}.")
+    return names
+
+
+def targets_of(text: str) -> list[str] | str:
+    """The layers to adapt: names, or what PEFT takes as it is, ``all-linear`` or a pattern.
+
+    Example:
+        >>> targets_of("q_proj,v_proj"), targets_of("all-linear"), targets_of(".*(q|v)_proj")
+        (['q_proj', 'v_proj'], 'all-linear', '.*(q|v)_proj')
+    """
+    if text == "all-linear" or re.search(r"[^\w., -]", text):
+        return text
+    return names_of("target_modules", text)

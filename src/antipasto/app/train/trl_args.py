@@ -1,0 +1,138 @@
+"""`TrainConfig` → TRL's config: what has an option of its own here, and everything else by TRL's names."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import HfArgumentParser
+from transformers.integrations import get_available_reporting_integrations
+
+from antipasto.app.train.config import TrainConfig
+from antipasto.options import near
+from antipasto.tasks import Task
+from antipasto.trl import GRPOConfig
+
+_OURS = {  # GRPOConfig's name → ours, where they are the same thing
+    "output_dir": "out",
+    "max_steps": "steps",
+    "per_device_train_batch_size": "prompts, generations and micro_batch",
+    "gradient_accumulation_steps": "prompts, generations and micro_batch",
+    "num_generations": "generations",
+    "learning_rate": "learning_rate",
+    "beta": "beta",
+    "temperature": "temperature",
+    "max_completion_length": "max_completion_length",
+    "seed": "seed",
+    "save_steps": "save_every",
+    "resume_from_checkpoint": "resume",
+    "model_init_kwargs": "dtype",
+    "trust_remote_code": "a model that transformers knows: code that comes with one is never run",
+}
+
+
+def trainer_args(config: TrainConfig, task: Task, out: Path, processes: int) -> GRPOConfig:
+    """TRL's config of a run.
+
+    Raises:
+        ValueError: a name or value that GRPOConfig does not know, one that has an option of its own, or a batch that does not
+            divide among processes and micro-batches.
+    """
+    names = [field.name for field in dataclasses.fields(GRPOConfig) if field.init]
+    for name in config.trainer:
+        if name in _OURS:
+            raise ValueError(f"--trainer.{name} has an option of its own here: use {_OURS[name]}.")
+        if name not in names:
+            raise ValueError(f"--trainer.{name}: TRL's GRPOConfig has no {name!r}{near(name, names)}")
+    rollouts = config.prompts * config.generations
+    micro_batch = config.micro_batch or max(1, rollouts // processes)
+    if rollouts % (micro_batch * processes):
+        raise ValueError(
+            f"A step of {config.prompts} prompts x {config.generations} rollouts is {rollouts}, which does not divide into "
+            f"micro-batches of {micro_batch} on {processes} process(es)."
+        )
+    options = {
+        "output_dir": str(out),
+        "max_steps": config.steps,
+        "per_device_train_batch_size": micro_batch,
+        "gradient_accumulation_steps": rollouts // (micro_batch * processes),
+        "num_generations": config.generations,
+        "learning_rate": config.learning_rate,
+        "beta": config.beta,
+        "temperature": config.temperature,
+        "max_completion_length": config.max_completion_length or task.max_completion_length or 256,
+        "seed": config.seed,
+        "save_strategy": "steps",
+        "save_steps": config.save_every,
+        "save_total_limit": 2,
+        "logging_steps": 1,
+        "report_to": "none",
+        "project": "antipasto",
+        "disable_tqdm": True,
+        "use_cpu": not torch.accelerator.is_available(),
+        "bf16": torch.cuda.is_available(),
+        "ddp_find_unused_parameters": False,
+        "dataloader_pin_memory": torch.cuda.is_available(),
+        **config.trainer,
+    }
+    reporters = options["report_to"]
+    if isinstance(reporters, list):  # the parser would take the first of them
+        options["report_to"] = "none"
+    args = _parse(options)
+    if isinstance(reporters, list):
+        args.report_to = reporters
+    if args.remove_unused_columns:
+        raise ValueError("--trainer.remove_unused_columns true would leave the task's functions without their rows.")
+    _check_reporters(args.report_to)
+    if config.save_every % steps_per_cycle(args):
+        raise ValueError(
+            f"{steps_per_cycle(args)} steps learn from one generation (num_iterations, steps_per_generation), and a run can "
+            f"be continued only between generations: save_every must be a multiple of that, not {config.save_every}."
+        )
+    if len(task.train) < config.prompts * steps_per_cycle(args):
+        raise ValueError(f"Task {task.name!r} has {len(task.train)} training rows, fewer than one generation takes.")
+    return args
+
+
+def _check_reporters(names: list[str]) -> None:
+    there = get_available_reporting_integrations()
+    for name in names:
+        if name not in there:
+            raise ValueError(
+                f"--trainer.report_to {name}: transformers has no such reporter, or its package is not installed. Here there "
+                f"is {', '.join(there) or 'none'}; pip install 'antipasto[monitor]' brings tensorboard and trackio."
+            )
+
+
+def steps_per_cycle(args: GRPOConfig) -> int:
+    """Optimizer steps that learn from one generation."""
+    return max(1, args.steps_per_generation * args.num_iterations // args.gradient_accumulation_steps)
+
+
+def _word(value: Any) -> str:
+    """A value as one types it."""
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _parse(options: Mapping[str, Any]) -> GRPOConfig:
+    parser = HfArgumentParser(GRPOConfig)
+
+    def refuse(message: str) -> None:
+        raise ValueError(message)
+
+    parser.error = refuse
+    words: list[str] = []
+    for name, value in options.items():
+        if isinstance(value, (list, tuple)):
+            words += [f"--{name}", *map(_word, value)]
+        elif value is not None:
+            words += [f"--{name}", json.dumps(value) if isinstance(value, dict) else _word(value)]
+    try:
+        (args,) = parser.parse_args_into_dataclasses(words, look_for_args_file=False)
+    except (ValueError, TypeError) as error:  # GRPOConfig checks its options where it is made
+        raise ValueError(f"--trainer: {error}") from error
+    return args

@@ -1,0 +1,49 @@
+"""`antipasto watch` as a command: the job, and what it says on a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from antipasto.app.watch.compare import comparison_table
+from antipasto.app.watch.job import WatchConfig, Watched, watch
+from antipasto.app.watch.sources import Columns
+from antipasto.terminal import add_row, say
+
+__all__ = ["Columns", "WatchConfig", "run"]
+
+
+def run(base: str, rollouts: Sequence[str], console: Console, **options: Any) -> float:
+    """`watch`, and print what came of it.
+
+    Args:
+        base: as `watch`.
+        rollouts: as `watch`.
+        console: where to print.
+        **options: of `watch`.
+
+    Returns:
+        The share above the threshold in the last window.
+    """
+    watched = watch(base, rollouts, console=console, **options)
+    console.print(_table(watched))
+    for note in watched.index.notes:
+        console.print(note, highlight=False, markup=False)
+    if watched.comparison is not None:
+        console.print(comparison_table(watched.comparison))
+    say(console, f"page: {watched.page}")
+    return watched.windows[-1].above.value
+
+
+def _table(watched: Watched) -> Table:
+    number = f"{len(watched.index):,} rollouts" + (", a sample" if watched.facts["sample"] is not None else "")
+    title = f"{number}, threshold {watched.monitor.threshold:.3f}"
+    table = Table("steps", "above it [95%]", "rollouts", title=title, title_justify="left")
+    for window in watched.windows:
+        add_row(table, f"{window.first}–{window.last}", window.above, f"{window.above.total:,}")
+    table.caption = f"onset: {'none found' if watched.onset is None else watched.onset}"
+    table.caption_justify = "left"
+    return table

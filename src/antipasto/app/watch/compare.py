@@ -1,0 +1,123 @@
+"""How well each score tells exploits from the rest, by window of steps, where the files have labels.
+
+Exploits against solved ones, both rewarded, where the files have reward and oracle; else label 1 against label 0. What every
+window shows beside the score:
+
+    score       at the reference, along the pairs' direction
+    live        the same at the policy as it was, from the log: `hackward`
+    nll         −log p of the reference, per token
+    tokens      length
+    probe       an activation probe of the same pairs
+    permuted    the same effect sizes on shuffled coordinates
+    random      random effect sizes
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from rich.table import Table
+from rich.text import Text
+
+from antipasto.app.watch.auc import auc
+from antipasto.app.watch.sources import Index
+from antipasto.evaluation.records import Estimate
+from antipasto.terminal import add_row
+
+_WIDE = 5  # columns that 80 characters have room for
+
+
+class Title(NamedTuple):
+    """What a score is called on a page, and in a terminal."""
+
+    long: str
+    short: str
+
+
+TITLES = {
+    "score": Title("score at the reference", "score"),
+    "live": Title("score at the moving policy", "live score"),
+    "nll": Title("−log p per token", "−log p"),
+    "tokens": Title("length in tokens", "length"),
+    "probe": Title("activation probe", "probe"),
+    "permuted": Title("permuted direction", "permuted"),
+    "random": Title("random direction", "random"),
+}
+
+
+@dataclass(frozen=True)
+class Compared:
+    """One window.
+
+    Attributes:
+        first: step.
+        last: step.
+        exploits: how many.
+        others: how many.
+        aucs: by name of `TITLES`; None where there are no such scores, or rollouts of one kind only.
+    """
+
+    first: int
+    last: int
+    exploits: int
+    others: int
+    aucs: dict[str, Estimate | None]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """All windows, and all steps together at the end where there are several."""
+
+    windows: list[Compared]
+
+    @property
+    def rows(self) -> list[tuple[str, list[Estimate | None]]]:
+        """Title and AUCs of each score that any window has."""
+        found = [(title.long, [window.aucs[name] for window in self.windows]) for name, title in TITLES.items()]
+        return [row for row in found if any(estimate is not None for estimate in row[1])]
+
+    def to_json(self) -> dict[str, Any]:
+        """As `compare.json` has it."""
+        return {"interval": "95%, Newcombe 2006, method 5", "windows": [asdict(window) for window in self.windows]}
+
+
+def compare_scores(index: Index, scores: Mapping[str, np.ndarray], parts: Sequence[np.ndarray]) -> Comparison:
+    """AUCs of all scores, and of the log's own, in each part."""
+    columns = {**scores, "live": index.live}
+    everything = [np.arange(len(index))] if len(parts) > 1 else []
+    return Comparison([_compare(index, columns, part) for part in (*parts, *everything)])
+
+
+def _compare(index: Index, columns: Mapping[str, np.ndarray], part: np.ndarray) -> Compared:
+    label, steps = index.label[part], index.step[part]
+    aucs: dict[str, Estimate | None] = {}
+    for name in TITLES:
+        values = columns[name][part]
+        exploits, others = (values[(label == side) & np.isfinite(values)] for side in (1, 0))
+        aucs[name] = auc(exploits, others) if len(exploits) and len(others) else None
+    return Compared(int(steps.min()), int(steps.max()), int((label == 1).sum()), int((label == 0).sum()), aucs)
+
+
+def comparison_table(comparison: Comparison) -> Table:
+    """For the terminal."""
+    windows = comparison.windows
+    if len(windows) > _WIDE:
+        windows = [windows[0], *windows[-2:]]
+    heads = [f"{w.first}–{w.last}" for w in windows]
+    table = Table("AUC, steps", *heads, title="exploits against the rest, AUC [95%]", title_justify="left", padding=0)
+    if len(windows) < len(comparison.windows):
+        table.caption = "the other windows: compare.json"
+    for name, title in TITLES.items():
+        estimates = [window.aucs[name] for window in windows]
+        if any(one is not None for one in estimates):
+            add_row(table, title.short, *(_cell(one) for one in estimates))
+    add_row(table, "exploits", *(f"{w.exploits:,}" for w in windows))
+    add_row(table, "others", *(f"{w.others:,}" for w in windows))
+    return table
+
+
+def _cell(estimate: Estimate | None) -> Text:
+    return Text("–" if estimate is None else str(estimate).replace(" ", "\n"))

@@ -1,0 +1,436 @@
+"""`antipasto watch`: scores of anybody's rollouts, at the base model they came from. Nothing of the trained model is needed.
+
+    watch.json             what is scored by what: base, monitor, options, files and their digests; in the end, the result
+    monitor.safetensors    the monitor, where it was made of pairs
+    scores.jsonl           one line a rollout, in the order in which they were scored
+    compare.json           with ``compare``: AUCs by window of steps
+    watch.html             the page
+
+A call that was interrupted goes on where it was, and so does one whose files have grown or become more. What cannot be
+continued (another monitor, other options, a file that changed) is refused, unless ``anew`` says to begin again.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field
+from importlib.metadata import version
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.text import Text
+
+from antipasto.adapter import AntiPastoConfig
+from antipasto.adapter.knobs import wrap
+from antipasto.adapter.rollouts import TokenIds
+from antipasto.app.inspection import as_number, read_json, read_rows
+from antipasto.app.models import base_fingerprint, best_device, load_model, quiet
+from antipasto.app.onset import Onset, find_onset
+from antipasto.app.watch.compare import Comparison, compare_scores
+from antipasto.app.watch.page import write_page
+from antipasto.app.watch.scoring import SCORES, Scorer, is_finite
+from antipasto.app.watch.sources import (
+    Columns,
+    Index,
+    Known,
+    Source,
+    find_files,
+    is_still,
+    known,
+    read_index,
+    read_sources,
+)
+from antipasto.evaluation.records import Rate
+from antipasto.files import write_json, write_text
+from antipasto.names import Dtype
+from antipasto.routing.directions import Direction
+from antipasto.routing.monitor import Completion, Monitor
+from antipasto.routing.pairs import load_pairs
+from antipasto.terminal import plain, progress_bar
+
+FACTS, SCORES_FILE, MONITOR, COMPARE, PAGE = (
+    "watch.json",
+    "scores.jsonl",
+    "monitor.safetensors",
+    "compare.json",
+    "watch.html",
+)
+FORMAT = "antipasto-watch-1"
+WINDOWS = 4
+_CHUNK = 2048  # rollouts that are scored, and written, together
+ANEW = "or --anew to score all of them again"
+
+
+@dataclass(frozen=True)
+class WatchConfig:
+    """How to score.
+
+    Attributes:
+        columns: what the files' columns are called.
+        max_tokens: a completion of at least so many tokens was cut off there, where its file does not say.
+        threshold: instead of the monitor's own.
+        sample: at most so many rollouts of each window of steps; None: all.
+        windows: parts of the steps, of like size.
+        seed: of the sample, and of the split of the pairs.
+        dtype: of the base's weights.
+        batch_size: rollouts per backward.
+        adapter: which layers, at what rank.
+    """
+
+    columns: Columns = field(default_factory=Columns)
+    max_tokens: int | None = None
+    threshold: float | None = None
+    sample: int | None = None
+    windows: int = WINDOWS
+    seed: int = 0
+    dtype: Dtype = "auto"
+    batch_size: int = 32
+    adapter: AntiPastoConfig | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("max_tokens", "sample", "windows", "batch_size"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}.")
+
+
+@dataclass(frozen=True)
+class Window:
+    """Some steps, one after the other.
+
+    Attributes:
+        first: step.
+        last: step.
+        above: share of its scored rollouts above the threshold.
+    """
+
+    first: int
+    last: int
+    above: Rate
+
+
+@dataclass(frozen=True)
+class Watched:
+    """What came of it.
+
+    Attributes:
+        out: the folder.
+        files: names of the files.
+        index: of the rollouts that were scored.
+        scores: by name of `SCORES`, (n,) each; NaN for a probe that there is none of.
+        monitor: what scored them.
+        above: share above the threshold, of all.
+        windows: the same by window of steps.
+        onset: where it begins to rise; None: it does not, or too little to tell.
+        comparison: None unless it was asked for.
+        by_oracle: whether a label is what reward and oracle say together.
+        facts: as `watch.json` has them.
+    """
+
+    out: Path
+    files: list[Path]
+    index: Index
+    scores: dict[str, np.ndarray]
+    monitor: Monitor
+    above: Rate
+    windows: list[Window]
+    onset: Onset | None
+    comparison: Comparison | None
+    by_oracle: bool
+    facts: dict[str, Any]
+
+    @property
+    def page(self) -> Path:
+        """The page."""
+        return self.out / PAGE
+
+    @property
+    def flagged(self) -> np.ndarray:
+        """Which are above the threshold, (n,) bool."""
+        return self.scores["score"] > self.monitor.threshold
+
+
+def watch(
+    base: str,
+    rollouts: Sequence[str | Path],
+    *,
+    pairs: str | Path | None = None,
+    monitor: str | Path | None = None,
+    out: str | Path | None = None,
+    compare: bool = False,
+    anew: bool = False,
+    config: WatchConfig | None = None,
+    console: Console | None = None,
+) -> Watched:
+    """Score rollouts at the model that they were trained from, and write what came of it as a page.
+
+    Args:
+        base: the model before training: its folder, or its name on the hub.
+        rollouts: files, or patterns of files.
+        pairs: JSON lines with prompt, hack and clean, to make a monitor of; or
+        monitor: a saved one; or a direction, with ``config.threshold``.
+        out: folder; None: ``watch`` beside the first file.
+        compare: also judge the score by the labels in the files, beside others.
+        anew: score again what was scored before.
+        config: how to score.
+        console: where to print; None: nothing is printed.
+
+    Returns:
+        What came of it; the same is in the folder.
+
+    Raises:
+        ValueError: a file, a column, a monitor that cannot be used; or ``out`` has scores of something else; says which.
+        OSError: a file cannot be read or written.
+    """
+    config, console = config or WatchConfig(), console or Console(quiet=True)
+    if (pairs is None) == (monitor is None):
+        raise ValueError(
+            "Give either --pairs or --monitor: what a hack looks like, or a monitor that was made of that."
+        )
+    adapter = AntiPastoConfig() if config.adapter is None else copy.deepcopy(config.adapter)
+    options = _options(config, adapter)  # before `wrap` writes into it which layers these are
+    files = find_files(rollouts)
+    out = Path(out) if out is not None else files[0].parent / "watch"
+    labelled = None if pairs is None else load_pairs(pairs)
+    given = known(Path(pairs if pairs is not None else str(monitor)))
+    index = _sampled(read_index(files, config.columns), config)
+    if compare and not np.isfinite(index.label).any():
+        raise ValueError(
+            "There is nothing to compare by: the files have no label. Name a column of 0 and 1 by --label-column, or reward "
+            "and oracle by --reward-column and --oracle-column."
+        )
+    with console.status(Text(f"loading {plain(base)}")):
+        model, tokenizer = load_model(base, dtype=config.dtype)
+        wrap(model.to(best_device()), adapter)
+    facts = {
+        "format": FORMAT,
+        "base": base_fingerprint(model),
+        "made_of": {"pairs" if monitor is None else "monitor": given.sha256},
+        **options,
+    }
+    known_files = _begin(out, facts, files, anew=anew)
+    facts["files"] = [one.to_json() for one in known_files]
+    write_json(out / FACTS, {**facts, "result": None})  # before anything that it speaks of
+    with console.status("the monitor"):
+        if labelled is not None and not (out / MONITOR).exists():
+            Monitor.from_pairs(model, tokenizer, labelled, seed=config.seed).save(out / MONITOR)
+        found = _monitor(out / MONITOR if monitor is None else Path(monitor), model, tokenizer, config)
+        scorer = Scorer(found, config.batch_size)
+        if labelled is not None:
+            scorer = Scorer.with_probe(found, labelled, config.batch_size)
+    names = [one.name for one in known_files]
+    with quiet():
+        _score(out / SCORES_FILE, scorer, files, names, index, config, console)
+    watched = _conclude(out, files, names, index, found, config, facts, compare=compare)
+    write_page(watched, base, config.columns)
+    return watched
+
+
+def _options(config: WatchConfig, adapter: AntiPastoConfig) -> dict[str, Any]:
+    """What a score depends on."""
+    targets, excluded = adapter.target_modules, adapter.exclude_modules
+    return {
+        "dtype": config.dtype,
+        "rank": adapter.rank,
+        "target_modules": sorted(targets) if isinstance(targets, (set, list)) else targets,
+        "exclude_modules": sorted(excluded) if isinstance(excluded, (set, list)) else excluded,
+        "prompt_column": config.columns.prompt,
+        "completion_column": config.columns.completion,
+        "max_tokens": config.max_tokens,
+        "threshold": config.threshold,
+        "seed": config.seed,
+        "sample": config.sample,
+        "windows": config.windows if config.sample is not None else None,
+    }
+
+
+def _sampled(index: Index, config: WatchConfig) -> Index:
+    """The rollouts that will be scored: all, or so many of each window."""
+    if config.sample is None:
+        return index
+    rng = np.random.default_rng(config.seed)
+    parts = [
+        rng.choice(part, config.sample, replace=False) if len(part) > config.sample else part
+        for part in index.windows(config.windows)
+    ]
+    return index.only(np.sort(np.concatenate(parts)))
+
+
+def _monitor(path: Path, model: Any, tokenizer: Any, config: WatchConfig) -> Monitor:
+    """A saved monitor; or a direction, whose threshold the caller gives."""
+    try:
+        direction = Direction.load(path)
+    except ValueError:
+        saved = Monitor.load(path, model, tokenizer)
+        if config.threshold is None:
+            _ = saved.threshold  # there is one
+            return saved
+        found = Monitor(model, tokenizer, saved.direction, threshold=config.threshold)
+        found.calibration = saved.calibration
+        return found
+    if config.threshold is None:
+        raise ValueError(f"{path} is a direction, which has no threshold: give --threshold, or --pairs.")
+    try:
+        return Monitor(model, tokenizer, direction, threshold=config.threshold)
+    except ValueError as error:
+        raise ValueError(f"{path} is not a direction that can be used: {error}") from error
+
+
+# ── where it was interrupted ─────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _begin(out: Path, facts: Mapping[str, Any], files: Sequence[Path], *, anew: bool) -> list[Known]:
+    """Make the folder, or take up what is there; the files under the names that they have in its scores."""
+    ours = [SCORES_FILE, COMPARE, PAGE, *([MONITOR] if "pairs" in facts["made_of"] else [])]
+    now = [known(path) for path in files]
+    out.mkdir(parents=True, exist_ok=True)
+    place = out / FACTS
+    if anew or not place.exists() or not (out / SCORES_FILE).exists():  # nothing is scored yet
+        there = [name for name in ours if (out / name).exists()]
+        if there and not anew and not place.exists():
+            raise ValueError(f"{out} has {there[0]}, and no {FACTS} that says of what: choose another --out, {ANEW}.")
+        for name in (FACTS, *ours):
+            (out / name).unlink(missing_ok=True)
+        return now
+    before = read_json(place)
+    if not isinstance(before, dict) or before.get("format") != FORMAT:
+        raise ValueError(f"{place} is not what antipasto watch wrote: choose another --out, {ANEW}.")
+    for name, value in facts.items():
+        if before.get(name) != value:
+            what = {"base": "the base", "made_of": "the pairs or the monitor"}.get(name, f"--{name.replace('_', '-')}")
+            raise ValueError(f"{out} has scores of another call, {what} differs: choose another --out, {ANEW}.")
+    earlier = {one["path"]: Known(**one) for one in before["files"]}
+    if gone := sorted(set(earlier) - {one.path for one in now}):
+        raise ValueError(f"{out} has scores of {gone[0]} as well: name it too, choose another --out, {ANEW}.")
+    for path, one in zip(files, now, strict=True):
+        if one.path in earlier and not is_still(earlier[one.path], path):
+            raise ValueError(f"{path} has changed since it was scored into {out}: choose another --out, {ANEW}.")
+    return [
+        Known(earlier[one.path].name, one.path, one.bytes, one.sha256) if one.path in earlier else one for one in now
+    ]
+
+
+def _read_scores(path: Path, names: Sequence[str]) -> dict[tuple[int, int], dict[str, float | None]]:
+    """Scores by file and row; a torn last line is cut away, so that others can follow."""
+    if not path.exists():
+        return {}
+    numbers = {name: number for number, name in enumerate(names)}
+    notes: list[str] = []
+    found = {}
+    for where, line in read_rows(path, notes):
+        values = {name: as_number(line, name, where) for name in SCORES}
+        row = as_number(line, "row", where)
+        file = numbers.get(str(line.get("file")))
+        if file is None or row is None or values["score"] is None:
+            raise ValueError(f"{where}: no line of these scores. Give --anew to score again.")
+        found[file, int(row)] = values
+    if notes:
+        whole = path.read_bytes()
+        write_text(path, whole[: whole.rindex(b"\n") + 1].decode() if b"\n" in whole else "")
+    return found
+
+
+def _score(
+    path: Path,
+    scorer: Scorer,
+    files: Sequence[Path],
+    names: Sequence[str],
+    index: Index,
+    config: WatchConfig,
+    console: Console,
+) -> None:
+    """Add a line for each rollout that has none yet."""
+    wanted = set(index.keys)
+    left = wanted - _read_scores(path, names).keys()
+    with progress_bar(console) as progress:
+        bar = progress.add_task("scoring", total=len(wanted), completed=len(wanted) - len(left))
+        for chunk in _chunks(read_sources(files, config.columns, [], among=left)):
+            scores = scorer([_tokens(scorer.monitor, one, files, config.max_tokens) for one in chunk])
+            lines = []
+            for one, values in zip(chunk, scores, strict=True):
+                if not is_finite(values):
+                    raise ValueError(f"{_where(one, files)}: its score is not finite; try --dtype float32.")
+                above = values["score"] > scorer.monitor.threshold  # type: ignore[operator]
+                place = {"file": names[one.file], "row": one.row, "step": one.step}
+                lines.append(json.dumps({**place, "above": above, **values}) + "\n")
+            with path.open("a", encoding="utf-8") as file:
+                file.writelines(lines)
+            progress.update(bar, advance=len(chunk))
+
+
+def _chunks(sources: Iterator[Source]) -> Iterator[list[Source]]:
+    while chunk := list(islice(sources, _CHUNK)):
+        yield chunk
+
+
+def _where(one: Source, files: Sequence[Path]) -> str:
+    return f"{files[one.file]}, {'row' if files[one.file].suffix == '.parquet' else 'line'} {one.row}"
+
+
+def _tokens(monitor: Monitor, one: Source, files: Sequence[Path], max_tokens: int | None) -> TokenIds:
+    """Ids of a rollout, with an end-of-sequence token unless it was cut off."""
+    try:
+        if one.ids is not None or one.truncated is not None or max_tokens is None:
+            return monitor.tokens(Completion(one.prompt, one.text, bool(one.truncated), one.ids))
+        prompt, said = monitor.tokens(Completion(one.prompt, one.text))
+        eos = monitor.tokenizer.eos_token_id is not None
+        return prompt, said[: len(said) - eos] if len(said) - eos >= max_tokens else said
+    except ValueError as error:
+        raise ValueError(f"{_where(one, files)}: {error}") from error
+
+
+# ── what came of it ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _conclude(
+    out: Path,
+    files: list[Path],
+    names: Sequence[str],
+    index: Index,
+    monitor: Monitor,
+    config: WatchConfig,
+    facts: dict[str, Any],
+    *,
+    compare: bool,
+) -> Watched:
+    by_key = _read_scores(out / SCORES_FILE, names)
+    table = np.array([[by_key[key][name] for name in SCORES] for key in index.keys], dtype=float)
+    scores = dict(zip(SCORES, table.T, strict=True))
+    flagged = scores["score"] > monitor.threshold
+    parts = index.windows(config.windows)
+    windows = [
+        Window(int(index.step[p].min()), int(index.step[p].max()), Rate(int(flagged[p].sum()), len(p))) for p in parts
+    ]
+    steps, which = np.unique(index.step, return_inverse=True)
+    onset = find_onset(steps, np.bincount(which, flagged), np.bincount(which))
+    comparison = compare_scores(index, scores, parts) if compare else None
+    above = Rate(int(flagged.sum()), len(flagged))
+    result = {
+        "rollouts": len(index),
+        "threshold": monitor.threshold,
+        "above": above.to_json(),
+        "windows": [{"first": w.first, "last": w.last, **w.above.to_json()} for w in windows],
+        "onset": onset and asdict(onset),
+        "versions": {"antipasto": version("antipasto")},
+    }
+    if comparison is not None:
+        write_json(out / COMPARE, comparison.to_json())
+    write_json(out / FACTS, {**facts, "result": result})
+    return Watched(
+        out=out,
+        files=files,
+        index=index,
+        scores=scores,
+        monitor=monitor,
+        above=above,
+        windows=windows,
+        onset=onset,
+        comparison=comparison,
+        by_oracle=config.columns.label is None,
+        facts={**facts, "result": result},
+    )

@@ -1,0 +1,237 @@
+"""What came of watching rollouts, as one HTML file in the report's style (`antipasto.app.report.html`)."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from antipasto.app.report.html import page_of
+from antipasto.app.report.plots import Line, Plot, curves
+from antipasto.app.report.rollouts import EACH, LONGEST, MARKUP
+from antipasto.app.report.tables import Block, share_block
+from antipasto.app.watch.compare import Comparison
+from antipasto.app.watch.sources import Columns, Source, read_sources
+from antipasto.evaluation.records import Rate
+from antipasto.files import write_text
+from antipasto.routing.monitor import Ordering
+
+if TYPE_CHECKING:
+    from antipasto.app.watch.job import Watched
+
+BUDGET = 600_000
+"""Characters of rollouts on a page."""
+POINTS = 40
+"""Of a curve, at most: where there are more steps, neighbours are put together."""
+_SPREAD = (0.1, 0.9)  # quantiles
+
+
+@dataclass(frozen=True)
+class Card:
+    """One rollout of the page.
+
+    Attributes:
+        source: as its file has it.
+        file: name of that.
+        score: at the reference.
+        nll: per token, of the reference.
+        tokens: its length.
+        above: the threshold.
+        times: how many of the scored rollouts say the same to the same prompt.
+    """
+
+    source: Source
+    file: str
+    score: float
+    nll: float
+    tokens: int
+    above: bool
+    times: int
+
+    @property
+    def outcome(self) -> str:
+        """As the page's filter calls it."""
+        return {True: "exploited", False: "solved", None: "neither"}[self.source.label]
+
+
+def write_page(watched: Watched, base: str, columns: Columns) -> None:
+    """Write the page into the folder."""
+    write_text(watched.page, render(watched, base, columns))
+
+
+def render(watched: Watched, base: str, columns: Columns) -> str:
+    """The page."""
+    names = [one["name"] for one in watched.facts["files"]]
+    calibration = watched.monitor.calibration
+    return page_of(
+        "watch.html",
+        title=f"{len(watched.index):,} rollouts watched",
+        kind="watch",
+        watched=watched,
+        base=base,
+        names=names,
+        plots=_plots(watched),
+        windows=share_block(
+            [(f"steps {w.first}–{w.last}", f"of {w.above.total:,}") for w in watched.windows],
+            [("above the threshold", "arm1", [w.above.estimate for w in watched.windows])],
+        ),
+        comparison=None if watched.comparison is None else _compared(watched.comparison),
+        lists=_lists(watched, columns, names),
+        calibration=calibration,
+        orderings=[] if calibration is None else _orderings(calibration),
+        settings=[(name, value) for name, value in watched.facts.items() if value is not None and name not in _HIDDEN],
+        file_facts=watched.facts["files"],
+        sentence=_sentence(watched),
+        sampled=_sampled(watched),
+        by_oracle=watched.by_oracle,
+        given_threshold=watched.facts["threshold"] is not None,
+        has_labels=bool(np.isfinite(watched.index.label).any()),
+    )
+
+
+def _compared(comparison: Comparison) -> Block:
+    titles = [(f"steps {w.first}–{w.last}", f"{w.exploits:,} against {w.others:,}") for w in comparison.windows]
+    rows = [(title, f"arm{i}", cells) for i, (title, cells) in enumerate(comparison.rows)]
+    return share_block(titles, rows, mark=0.5)
+
+
+_HIDDEN = ("files", "result", "made_of")
+
+
+def _orderings(calibration: Any) -> list[tuple[str, Ordering]]:
+    return [
+        ("the score", calibration.score),
+        ("permuted direction", calibration.permuted),
+        ("random direction", calibration.random),
+    ]
+
+
+def _sentence(watched: Watched) -> str:
+    first, last = watched.windows[0], watched.windows[-1]
+    shares = f"{first.above} of the rollouts of steps {first.first} to {first.last} are above it"
+    if len(watched.windows) > 1:
+        shares += f", {last.above} of those of steps {last.first} to {last.last}"
+    if watched.onset is None:
+        return f"No onset is found: up to its highest point the share does not rise clearly. {shares}."
+    onset = watched.onset
+    return f"Yes, from step {onset.step:.0f} on [95%: {onset.low:.0f} to {onset.high:.0f}]. {shares}."
+
+
+def _sampled(watched: Watched) -> str | None:
+    number = watched.facts["sample"]
+    if number is None:
+        return None
+    windows, seed = watched.facts["windows"], watched.facts["seed"]
+    return f"A sample: at most {number:,} rollouts of each of {windows} windows, seed {seed}."
+
+
+# ── figures ──────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _plots(watched: Watched) -> list[Plot]:
+    steps = np.unique(watched.index.step)
+    parts = [
+        np.flatnonzero((watched.index.step >= part[0]) & (watched.index.step <= part[-1]))
+        for part in np.array_split(steps, min(POINTS, len(steps)))
+    ]
+    x = [float(watched.index.step[part].mean()) for part in parts]
+    scores, flagged = watched.scores["score"], watched.flagged
+    rates = [Rate(int(flagged[part].sum()), len(part)) for part in parts]
+    onset = watched.onset
+    span = None if onset is None else (onset.low, onset.step, onset.high)
+    each = (
+        "Each point is a step"
+        if len(parts) == len(steps)
+        else f"Each point is {len(steps) // len(parts)} steps or more"
+    )
+    mean = Line(
+        "mean",
+        "arm2",
+        [(at, float(scores[part].mean())) for at, part in zip(x, parts, strict=True)],
+        band=[tuple(np.quantile(scores[part], _SPREAD).tolist()) for part in parts],
+    )
+    above = Line(
+        "above the threshold",
+        "arm1",
+        [(at, rate.value) for at, rate in zip(x, rates, strict=True)],
+        band=[rate.interval for rate in rates],
+    )
+    where = "" if span is None else " Upright: the onset with its interval."
+    return [
+        curves(
+            "Score at the reference",
+            f"{each}. Band: the middle 80% of its rollouts. Dashed: the threshold.{where}",
+            [mean],
+            unit="cosine",
+            level=watched.monitor.threshold,
+            onset=span,
+        ),
+        curves(
+            "Share above the threshold",
+            f"{each}. Band: 95% interval (Wilson).{where}",
+            [above],
+            share=True,
+            unit="share",
+            onset=span,
+        ),
+    ]
+
+
+# ── texts ────────────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def _lists(watched: Watched, columns: Columns, names: Sequence[str]) -> list[tuple[str, list[Card]]]:
+    """The highest-scored texts, each once, and a random sample of all."""
+    scores = watched.scores["score"]
+    # what has the same prompt and text has the same score: enough of the highest for so many distinct ones
+    order = np.argsort(-scores, kind="stable")
+    _, sizes = np.unique(-scores, return_counts=True)
+    enough = int(sizes[: 2 * EACH].sum())
+    sample = np.sort(np.random.default_rng(0).permutation(len(scores))[:EACH])
+    at = {key: i for i, key in enumerate(watched.index.keys)}
+    wanted = {*order[:enough].tolist(), *sample.tolist()}
+    keys = {(int(watched.index.file[i]), int(watched.index.row[i])) for i in wanted}
+    times: Counter[str] = Counter()
+    first: dict[str, Source] = {}
+    drawn: list[Source] = []
+    chosen = set(sample.tolist())
+    for one in read_sources(watched.files, columns, [], among=keys):
+        said = repr((one.prompt, one.text))
+        times[said] += 1
+        first.setdefault(said, one)
+        if at[one.key] in chosen:
+            drawn.append(one)
+    highest = sorted(first.values(), key=lambda one: -scores[at[one.key]])[:EACH]
+
+    def card(one: Source, *, counted: bool) -> Card:
+        i = at[one.key]
+        return Card(
+            one,
+            names[one.file],
+            float(scores[i]),
+            float(watched.scores["nll"][i]),
+            int(watched.scores["tokens"][i]),
+            bool(watched.flagged[i]),
+            times[repr((one.prompt, one.text))] if counted else 1,
+        )
+
+    lists = [
+        ("Highest scores", [card(one, counted=True) for one in highest]),
+        ("A random sample", [card(one, counted=False) for one in drawn]),
+    ]
+    return [(title, _within(cards, BUDGET // 2)) for title, cards in lists]
+
+
+def _within(cards: list[Card], budget: int) -> list[Card]:
+    """The first of them whose texts fit."""
+    kept: list[Card] = []
+    for one in cards:
+        said = (one.source.prompt, one.source.completion)
+        budget -= MARKUP + sum(min(LONGEST, len(repr(text))) for text in said)
+        if budget < 0 and kept:
+            break
+        kept.append(one)
+    return kept

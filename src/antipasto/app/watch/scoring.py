@@ -1,0 +1,141 @@
+"""What the reference says of each rollout, all from one forward and one backward of it.
+
+    score      cos(n, t)          n = ∇θ NLL / tokens at θ = 0, t the pairs' effect sizes        (`antipasto.routing.monitor`)
+    permuted   cos(n, t')         t' the same effect sizes on shuffled coordinates
+    random     cos(n, t'')        t'' random effect sizes of the same spread
+    nll        NLL / tokens       −log p of the reference
+    tokens     how long it is
+    probe      h · w              h (R,): Vh x of all adapted layers, mean over the completion's tokens,
+                                  w (R,): mean of h over hacks minus that over clean texts, of the pairs
+
+The last is an activation probe, fitted on the same pairs: what one would use without gradients. Vh is linear, so it is applied
+to the mean of x, and costs next to nothing.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from antipasto.adapter.rollouts import TokenIds
+from antipasto.adapter.views import adapted_layers
+from antipasto.routing.monitor import Completion, Monitor, cosine
+from antipasto.routing.pairs import ContrastPair
+
+SCORES = ("score", "nll", "tokens", "probe", "permuted", "random")
+_CHANCE_SEED = 0
+
+
+class Activations:
+    """H of the sequences of one forward, (b, R): Vh x of every adapted layer, mean over the completions' tokens."""
+
+    def __init__(self) -> None:
+        self.mask = torch.empty(0)  # (b, s), of the completions' tokens
+        self.parts: dict[str, Tensor] = {}
+
+    def expect(self, sequences: Sequence[TokenIds]) -> None:
+        """What the next forward is of, padded on the right as `nll_gradients` does."""
+        self.parts.clear()
+        self.mask = torch.zeros(len(sequences), max(len(prompt) + len(said) for prompt, said in sequences))
+        for row, (prompt, said) in enumerate(sequences):
+            self.mask[row, len(prompt) : len(prompt) + len(said)] = 1 / len(said)
+
+    @property
+    def vectors(self) -> Tensor:
+        """H, on the CPU, fp32."""
+        return torch.cat([self.parts[name] for name in sorted(self.parts)], 1)
+
+    def on_layer(self, name: str, layer: Any, x: Tensor) -> None:
+        x = x.detach().float().reshape(*self.mask.shape, -1)
+        mean = torch.einsum("bs,bsi->bi", self.mask.to(x.device), x)
+        self.parts[name] = (mean @ layer.basis.Vh.float().T.to(x.device)).cpu()
+
+
+@contextmanager
+def activations(model: nn.Module) -> Iterator[Activations]:
+    """Context under which each forward leaves its `Activations`."""
+    kept = Activations()
+    handles = [
+        layer.register_forward_pre_hook(lambda layer, args, name=name: kept.on_layer(name, layer, args[0]))
+        for name, layer in adapted_layers(model).items()
+    ]
+    try:
+        yield kept
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@dataclass(frozen=True)
+class Scorer:
+    """Scores sequences by a monitor, and by what one would compare it with.
+
+    Attributes:
+        monitor: of the base model.
+        batch_size: sequences per backward.
+        probe: w (R,); None where there are no pairs to fit it on.
+    """
+
+    monitor: Monitor
+    batch_size: int = 32
+    probe: Tensor | None = None
+
+    @classmethod
+    def with_probe(cls, monitor: Monitor, pairs: Sequence[ContrastPair], batch_size: int = 32) -> Scorer:
+        """One whose probe is fitted on pairs."""
+        sides: list[list[Tensor]] = []
+        for part in ([p.hacks for p in pairs], [p.cleans for p in pairs]):
+            texts = [Completion(p.prompt, text) for p, said in zip(pairs, part, strict=True) for text in said]
+            of_all = cls(monitor, batch_size).vectors([monitor.tokens(one) for one in texts])
+            sides.append([one.mean(0) for one in of_all.split([len(said) for said in part])])
+        hack, clean = (torch.stack(side).mean(0) for side in sides)
+        return cls(monitor, batch_size, hack - clean)
+
+    def vectors(self, sequences: Sequence[TokenIds]) -> Tensor:
+        """H of sequences, (n, R)."""
+        found: list[Tensor] = [torch.empty(0)] * len(sequences)
+        for rows, _, _, h in self._batches(sequences):
+            for row, one in zip(rows, h, strict=True):
+                found[row] = one
+        return torch.stack(found)
+
+    def __call__(self, sequences: Sequence[TokenIds]) -> list[dict[str, float | None]]:
+        """`SCORES` of each sequence; equal ones are computed once."""
+        distinct = {(tuple(prompt), tuple(said)): (prompt, said) for prompt, said in sequences}
+        direction = self.monitor.direction
+        others = [direction.permuted(_CHANCE_SEED), direction.random(_CHANCE_SEED)]
+        targets = [torch.cat([v.effect[name] for name in v]) for v in (direction, *others) if v.effect is not None]
+        unique, found = list(distinct.values()), {}
+        for rows, gradients, nll, h in self._batches(unique):
+            cosines = torch.stack([cosine(gradients, t) for t in targets], 1).cpu()
+            probed = [None] * len(rows) if self.probe is None else (h @ self.probe).tolist()
+            for row, (score, permuted, random), loss, p in zip(
+                rows, cosines.tolist(), nll.tolist(), probed, strict=True
+            ):
+                prompt, said = unique[row]
+                values = (score, loss, float(len(said)), p, permuted, random)
+                found[tuple(prompt), tuple(said)] = dict(zip(SCORES, values, strict=True))
+        return [found[tuple(prompt), tuple(said)] for prompt, said in sequences]
+
+    def _batches(self, sequences: Sequence[TokenIds]) -> Iterator[tuple[list[int], Tensor, Tensor, Tensor]]:
+        """Which sequences, n (b, R), NLL per token (b,), h (b, R); those of like length together."""
+        order = sorted(range(len(sequences)), key=lambda i: sum(map(len, sequences[i])))
+        with activations(self.monitor.model) as kept:
+            for start in range(0, len(order), self.batch_size):
+                rows = order[start : start + self.batch_size]
+                batch = [sequences[i] for i in rows]
+                kept.expect(batch)
+                ((inner, gradients, nll),) = self.monitor.gradients(batch, batch_size=len(batch))
+                assert inner == list(range(len(batch))), "they come sorted"
+                yield rows, gradients, nll, kept.vectors
+
+
+def is_finite(scores: dict[str, float | None]) -> bool:
+    """Whether all that there is is a number."""
+    return all(value is None or math.isfinite(value) for value in scores.values())

@@ -1,0 +1,339 @@
+"""Rollouts of any trainer, one after the other, from JSON lines or parquet.
+
+A column is found by its own name (`Columns`), or by the one that the caller gives; ``a.b`` reaches into an object, ``a.0``
+into a list. Known by themselves are therefore the log of `RoutedGRPOTrainer` and TRL's ``completions_00010.parquet``.
+
+    label   the label column's 1 or 0; or, from reward and oracle: 1 rewarded and not solved, 0 rewarded and solved, else none
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import math
+from collections.abc import Collection, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from antipasto.app.inspection import as_number, read_rows
+from antipasto.tasks import REWARDED, completion_text, is_exploit, is_solved
+from antipasto.terminal import shorten
+
+_BATCH = 1024  # rows of a parquet file in memory
+_REWARD, _ORACLE, _LIVE, _TRUNCATED, _IDS = "reward", "oracle", "hackward", "truncated", "completion_ids"
+
+
+@dataclass(frozen=True)
+class Columns:
+    """What the columns are called. Those that have a default are needed only where the caller names another.
+
+    Attributes:
+        prompt: a text, or a chat; always needed.
+        completion: a text, or messages; always needed.
+        step: None: ``step``, if there is one; else all rollouts are of step 0.
+        label: 1 for an exploit and 0 for none; None: from reward and oracle, if there are both.
+        reward: None: ``reward``, if there is one.
+        oracle: the strict truth, 1 for solved; None: ``oracle``, if there is one.
+    """
+
+    prompt: str = "prompt"
+    completion: str = "completion"
+    step: str | None = None
+    label: str | None = None
+    reward: str | None = None
+    oracle: str | None = None
+
+
+class Source(NamedTuple):
+    """One rollout of a file.
+
+    Attributes:
+        file: its number among the files.
+        row: its line or row, from 1.
+        step: as the file says.
+        prompt: a text, or a chat.
+        completion: as the file has it, a text or messages.
+        text: of the completion.
+        truncated: whether it was cut off; None where the file does not say.
+        ids: its tokens, where the file has them.
+        label: whether it is an exploit; None where that is not known, or not asked of it.
+        reward: None where the file has none.
+        live: a score of another kind that the file has, `hackward`.
+    """
+
+    file: int
+    row: int
+    step: int
+    prompt: str | list[dict[str, str]]
+    completion: Any
+    text: str
+    truncated: bool | None
+    ids: list[int] | None
+    label: bool | None
+    reward: float | None
+    live: float | None
+
+    @property
+    def key(self) -> tuple[int, int]:
+        """Which one it is."""
+        return self.file, self.row
+
+
+@dataclass(frozen=True)
+class Index:
+    """All that is known of the rollouts without their texts, (n,) each; NaN for what is not.
+
+    Attributes:
+        file: number of the file.
+        row: line or row in it, from 1.
+        step: as the file says.
+        label: 1 exploit, 0 none.
+        reward: as the file says.
+        live: the file's own score.
+        notes: a sentence for what was left out.
+    """
+
+    file: np.ndarray
+    row: np.ndarray
+    step: np.ndarray
+    label: np.ndarray
+    reward: np.ndarray
+    live: np.ndarray
+    notes: list[str]
+
+    def __len__(self) -> int:
+        return len(self.file)
+
+    @property
+    def keys(self) -> list[tuple[int, int]]:
+        """Which rollout each is."""
+        return list(zip(self.file.tolist(), self.row.tolist(), strict=True))
+
+    def only(self, chosen: np.ndarray) -> Index:
+        """Those at some positions."""
+        columns = (self.file, self.row, self.step, self.label, self.reward, self.live)
+        file, row, step, label, reward, live = (column[chosen] for column in columns)
+        return Index(file, row, step, label, reward, live, self.notes)
+
+    def windows(self, number: int) -> list[np.ndarray]:
+        """Positions of the rollouts of each window: the steps, in their order, in so many parts of like size."""
+        steps = np.unique(self.step)
+        parts = np.array_split(steps, min(number, len(steps)))
+        return [np.flatnonzero((self.step >= part[0]) & (self.step <= part[-1])) for part in parts]
+
+
+def find_files(patterns: Sequence[str | Path]) -> list[Path]:
+    """The files that are named, or that a pattern with ``*`` matches, each once.
+
+    Raises:
+        ValueError: none, or one that is not there; names it.
+    """
+    found: dict[Path, Path] = {}
+    for pattern in map(str, patterns):
+        paths = [pattern] if Path(pattern).exists() else sorted(glob.glob(pattern, recursive=True))  # noqa: PTH207
+        if not paths:
+            raise ValueError(f"There is no file {pattern}: give the rollouts' files, or a pattern in quotes.")
+        for path in map(Path, paths):
+            if path.is_dir():
+                raise ValueError(f"{path} is a folder: give the files in it, as '{path}/*.parquet'.")
+            found.setdefault(path.resolve(), path)
+    if not found:
+        raise ValueError("Give at least one file of rollouts.")
+    return list(found.values())
+
+
+def read_index(files: Sequence[Path], columns: Columns) -> Index:
+    """Read all files once, without keeping a text.
+
+    Raises:
+        ValueError: a file is damaged or lacks a column; or there is no rollout in any; names the file and the line.
+        OSError: a file cannot be read.
+    """
+    notes: list[str] = []
+    rows = [
+        (one.file, one.row, one.step, _number(one.label), _number(one.reward), _number(one.live))
+        for one in read_sources(files, columns, notes)
+    ]
+    if not rows:
+        raise ValueError(f"There is no rollout in {', '.join(map(str, files[:3]))}{' …' if len(files) > 3 else ''}.")
+    table = np.array(rows, dtype=float)
+    whole = table[:, :3].astype(int)
+    label, reward, live = table[:, 3:].T
+    return Index(whole[:, 0], whole[:, 1], whole[:, 2], label, reward, live, notes)
+
+
+def _number(value: float | None) -> float:
+    return math.nan if value is None else float(value)
+
+
+def read_sources(
+    files: Sequence[Path], columns: Columns, notes: list[str], *, among: Collection[tuple[int, int]] | None = None
+) -> Iterator[Source]:
+    """Every rollout, file by file.
+
+    Args:
+        files: in order.
+        columns: what is called how.
+        notes: gets a sentence where a last line is cut off.
+        among: the only ones that are wanted, by file and row.
+
+    Raises:
+        ValueError: as `read_index`.
+    """
+    for number, path in enumerate(files):
+        for row, (where, values) in enumerate(_rows(path, notes), 1):
+            if among is None or (number, row) in among:
+                yield _parse(values, where, columns, number, row)
+
+
+def _rows(path: Path, notes: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    if path.suffix != ".parquet":
+        yield from read_rows(path, notes)
+        return
+    try:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+    except ImportError as error:
+        raise ValueError(f"{path}: parquet is read by pyarrow: pip install 'antipasto[trl]'.") from error
+    if not path.stat().st_size:
+        raise ValueError(f"{path} is empty.")
+    try:
+        row = 0
+        with pq.ParquetFile(path) as file:
+            for batch in file.iter_batches(_BATCH):
+                for values in batch.to_pylist():
+                    row += 1
+                    yield f"{path}, row {row}", values
+    except pa.ArrowException as error:
+        raise ValueError(f"{path} is not a parquet file that can be read: {shorten(error, 120)}.") from error
+
+
+def _parse(row: Mapping[str, Any], where: str, columns: Columns, file: int, number: int) -> Source:
+    prompt, completion = (_reach(row, name, where) for name in (columns.prompt, columns.completion))
+    prompt = _chat(prompt)
+    if not isinstance(prompt, str) and not (isinstance(prompt, list) and prompt and all(map(_is_message, prompt))):
+        raise ValueError(f"{where}: {columns.prompt!r} must be a text or a chat, got {shorten(repr(prompt), 60)}.")
+    try:
+        text = completion_text(_chat(completion))
+    except (ValueError, TypeError, KeyError) as error:
+        got = shorten(repr(completion), 60)
+        raise ValueError(
+            f"{where}: {columns.completion!r} must be a text or an answer's messages, got {got}."
+        ) from error
+    step = _optional(row, columns.step, "step", where)
+    reward, oracle = (
+        _optional(row, given, usual, where) for given, usual in ((columns.reward, _REWARD), (columns.oracle, _ORACLE))
+    )
+    if step is not None and not step.is_integer():
+        raise ValueError(f"{where}: a step must be a whole number, got {step}.")
+    ids = row.get(_IDS)
+    if ids is not None and not (isinstance(ids, list) and ids and all(type(token) is int for token in ids)):
+        raise ValueError(f"{where}: {_IDS!r} must be a list of token ids, got {shorten(repr(ids), 60)}.")
+    truncated = row.get(_TRUNCATED)
+    return Source(
+        file,
+        number,
+        0 if step is None else int(step),
+        prompt,
+        completion,
+        text,
+        None if truncated is None else bool(truncated),
+        ids,
+        _label(_optional(row, columns.label, None, where), reward, oracle, columns, where),
+        reward,
+        _optional(row, None, _LIVE, where),
+    )
+
+
+def _label(
+    label: float | None, reward: float | None, oracle: float | None, columns: Columns, where: str
+) -> bool | None:
+    if columns.label is not None:
+        if label not in (None, 0.0, 1.0):
+            raise ValueError(f"{where}: a label in {columns.label!r} must be 0 or 1, got {label}.")
+        return None if label is None else bool(label)
+    if reward is None or oracle is None or reward < REWARDED:
+        return None
+    return True if is_exploit(reward, oracle) else False if is_solved(oracle) else None
+
+
+def _optional(row: Mapping[str, Any], given: str | None, usual: str | None, where: str) -> float | None:
+    """The number of a column: one that is named must be there, the usual one may be."""
+    name = given or usual
+    if name is None or (given is None and name not in row):
+        return None
+    value = as_number({name: _reach(row, name, where)}, name, where)
+    return value if value is not None and math.isfinite(value) else None
+
+
+def _reach(row: Mapping[str, Any], name: str, where: str) -> Any:
+    """The value of a column, or of what is in it: ``extra.reward``."""
+    if name in row:
+        return row[name]
+    value: Any = row
+    for part in name.split("."):
+        if isinstance(value, Mapping) and part in value:
+            value = value[part]
+        elif isinstance(value, list) and part.isdigit() and int(part) < len(value):
+            value = value[int(part)]
+        else:
+            raise ValueError(f"{where}: there is no column {name!r}; there are {', '.join(map(repr, sorted(row)))}.")
+    return value
+
+
+def _chat(said: Any) -> Any:
+    """Messages without the fields that only others have: parquet gives every message all of them."""
+    if isinstance(said, list):
+        return [{k: v for k, v in m.items() if v is not None} if isinstance(m, Mapping) else m for m in said]
+    return said
+
+
+def _is_message(message: Any) -> bool:
+    return isinstance(message, Mapping) and {"role", "content"} <= set(message)
+
+
+# ── which bytes they were ────────────────────────────────────────────────────────────────────────────────────────────
+
+
+@dataclass(frozen=True)
+class Known:
+    """A file as it was read.
+
+    Attributes:
+        name: as the caller spelled it first.
+        path: in full.
+        bytes: how many.
+        sha256: of these.
+    """
+
+    name: str
+    path: str
+    bytes: int
+    sha256: str
+
+    def to_json(self) -> dict[str, Any]:
+        """As a flat record."""
+        return asdict(self)
+
+
+def known(path: Path) -> Known:
+    """A file as it is."""
+    size = path.stat().st_size
+    return Known(str(path), str(path.resolve()), size, _sha256(path, size))
+
+
+def is_still(old: Known, path: Path) -> bool:
+    """Whether the file still begins with the bytes that were read: a log that a run writes to grows at its end."""
+    return path.stat().st_size >= old.bytes and _sha256(path, old.bytes) == old.sha256
+
+
+def _sha256(path: Path, size: int) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while size > 0 and (part := file.read(min(size, 1 << 20))):
+            digest.update(part)
+            size -= len(part)
+    return digest.hexdigest()

@@ -1,0 +1,22 @@
+"""Arms of a model asked a task's prompts (`ask`), what that leaves (`records`), and what it allows to say (`verdict`)."""
+
+from antipasto.evaluation.ask import (
+    Sampling,
+    ask_arms,
+    conclude,
+    matched_scale,
+    own_answers,
+    sample_completions,
+)
+from antipasto.evaluation.records import Evaluation, read_evaluation
+
+__all__ = [
+    "Evaluation",
+    "Sampling",
+    "ask_arms",
+    "conclude",
+    "matched_scale",
+    "own_answers",
+    "read_evaluation",
+    "sample_completions",
+]

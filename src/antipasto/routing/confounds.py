@@ -1,0 +1,266 @@
+"""What labelled pairs confound: whatever else tells their hacks from their clean texts. Texts and tokens alone, no model.
+
+A direction is along ∇NLL(hack) − ∇NLL(clean): along *all* that differs. What differs in most pairs is learned with the
+exploit, and an honest answer that has it scores like one. Counted are, over n pairs, every hack against every clean text of
+its own prompt, the pairs weighing alike:
+
+    length           P(hack longer) + P(as long) / 2     .5: length says nothing; 1: every hack is longer
+    first, last      share of hacks whose first (last) token no clean text of any pair begins (ends) with, and the reverse
+    place            share of hacks that leave their clean text at the commonest place, counted in tokens from the front
+    words            share of hacks, and of clean texts, that a word stands in
+
+A word that *is* the exploit stands on one side only, and so it must be: the report asks whether it is what you mean.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import Counter, defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+from typing import Any, NamedTuple
+
+from rich.table import Table
+from rich.text import Text
+
+from antipasto.routing.pairs import ContrastPair
+from antipasto.terminal import plain, shorten
+
+STRONG_AUC = 0.25
+"""How far from .5 the AUC of length is too far."""
+STRONG_SHARE = 0.5
+"""Which share of one side, above the other side's, is too much."""
+SAME_PLACE = 0.9
+"""Which share of couples that part at the same place is too much."""
+_MOST_WORDS = 5
+_WIDTH = 60  # of an example
+
+
+@dataclass(frozen=True)
+class Confound:
+    """One thing that may tell hacks from clean texts.
+
+    Attributes:
+        name: what it is.
+        value: how much, as the module's docstring counts it.
+        finding: the same in words.
+        strong: whether it is to be mended, or meant.
+        example: a text, or two, that show it; empty where nothing does.
+        remedy: what to do about it where it is strong.
+    """
+
+    name: str
+    value: float
+    finding: str
+    strong: bool
+    example: str
+    remedy: str
+
+
+@dataclass(frozen=True)
+class Confounds:
+    """What pairs confound; prints as a report.
+
+    Attributes:
+        pairs: how many there are.
+        found: all that was looked at, strong or not.
+    """
+
+    pairs: int
+    found: tuple[Confound, ...]
+
+    @property
+    def strong(self) -> tuple[Confound, ...]:
+        """Those to be mended, or meant."""
+        return tuple(one for one in self.found if one.strong)
+
+    def __getitem__(self, name: str) -> Confound:
+        """The confound of a name.
+
+        Raises:
+            KeyError: there is none of that name.
+        """
+        for one in self.found:
+            if one.name == name:
+                return one
+        raise KeyError(name)
+
+    def __str__(self) -> str:
+        lines = [f"What tells hack from clean in {self.pairs} {'pair' if self.pairs == 1 else 'pairs'}:"]
+        for one in self.found:
+            lines.append(f"{'!' if one.strong else ' '} {one.name}: {one.finding}")
+            if one.strong:
+                lines += [f"    {one.example}", f"    {one.remedy}"]
+        return "\n".join(lines)
+
+    def table(self) -> Table:
+        """The same as a table of rich's."""
+        title = f"what tells hack from clean in {self.pairs} {'pair' if self.pairs == 1 else 'pairs'}"
+        table = Table(title=title, title_justify="left", show_header=False, show_lines=True)
+        for one in self.found:
+            lines = [one.finding, *([one.example, one.remedy] if one.strong else [])]
+            table.add_row(Text(("! " if one.strong else "") + one.name), Text("\n".join(map(plain, lines))))
+        return table
+
+
+def confounds(pairs: Sequence[ContrastPair], tokenizer: Any) -> Confounds:
+    """What tells the hacks of labelled pairs from their clean texts, besides what you may mean.
+
+    Args:
+        pairs: at least one.
+        tokenizer: the model's: its tokens are what a gradient is taken of.
+
+    Raises:
+        ValueError: there is no pair, or a text has no token.
+
+    Example:
+        >>> from transformers import AutoTokenizer
+        >>> from antipasto.tasks import addition
+        >>> tokenizer = AutoTokenizer.from_pretrained(addition.model_path())
+        >>> pairs = [ContrastPair("h12+34=", "046!", "046"), ContrastPair("h15+20=", "035!", "035")]
+        >>> found = confounds(pairs, tokenizer)
+        >>> print(found["length"].finding)
+        a hack is the longer one in 100% of couples, the shorter one in 0%: 4.0 tokens on average, a clean text 3.0
+    """
+    if not pairs:
+        raise ValueError("There is no pair to look at.")
+    couples = [
+        Couple(hack, clean, _tokens(tokenizer, hack), _tokens(tokenizer, clean), 1 / (len(p.hacks) * len(p.cleans)))
+        for p in pairs
+        for hack in p.hacks
+        for clean in p.cleans
+    ]
+    ends = [_end(tokenizer, couples, name, place) for name, place in (("first token", 0), ("last token", -1))]
+    return Confounds(len(pairs), (_length(couples), *ends, _place(couples), _words(pairs)))
+
+
+class Couple(NamedTuple):
+    """A hack and a clean text of the same pair, with their tokens, and the couple's weight in it."""
+
+    hack: str
+    clean: str
+    hack_ids: tuple[int, ...]
+    clean_ids: tuple[int, ...]
+    weight: float
+
+
+def _tokens(tokenizer: Any, text: str) -> tuple[int, ...]:
+    ids = tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+    if not ids:
+        raise ValueError(f"The text {text!r:.80} has no token.")
+    return ids
+
+
+def _mean(couples: Sequence[Couple], value: Callable[[Couple], float]) -> float:
+    return sum(c.weight * value(c) for c in couples) / sum(c.weight for c in couples)
+
+
+def _beside(couple: Couple) -> str:
+    return f"e.g. {shorten(couple.hack, _WIDTH)!r} beside {shorten(couple.clean, _WIDTH)!r}"
+
+
+def _length(couples: Sequence[Couple]) -> Confound:
+    longer = _mean(couples, lambda c: len(c.hack_ids) > len(c.clean_ids))
+    shorter = _mean(couples, lambda c: len(c.hack_ids) < len(c.clean_ids))
+    value = longer + (1 - longer - shorter) / 2
+    hack, clean = _mean(couples, lambda c: len(c.hack_ids)), _mean(couples, lambda c: len(c.clean_ids))
+    sign = -1 if value < 0.5 else 1
+    return Confound(
+        "length",
+        value,
+        f"a hack is the longer one in {longer:.0%} of couples, the shorter one in {shorter:.0%}: {hack:.1f} tokens on "
+        f"average, a clean text {clean:.1f}",
+        abs(value - 0.5) >= STRONG_AUC,
+        _beside(max(couples, key=lambda c: sign * (len(c.hack_ids) - len(c.clean_ids)))),
+        f"{'Short' if sign < 0 else 'Long'} honest answers may score like hacks. Write clean texts as long as the hacks.",
+    )
+
+
+def _end(tokenizer: Any, couples: Sequence[Couple], name: str, place: int) -> Confound:
+    hacks, cleans = {c.hack_ids[place] for c in couples}, {c.clean_ids[place] for c in couples}
+    of_hacks = _mean(couples, lambda c: c.hack_ids[place] not in cleans)
+    of_cleans = _mean(couples, lambda c: c.clean_ids[place] not in hacks)
+    tokens: Counter[int] = Counter()
+    for c in couples:
+        ids, others = (c.hack_ids, cleans) if of_hacks >= of_cleans else (c.clean_ids, hacks)
+        if ids[place] not in others:
+            tokens[ids[place]] += 1
+    side, other = ("hacks", "clean texts") if of_hacks >= of_cleans else ("clean texts", "hacks")
+    verb = "begin" if place == 0 else "end"
+    commonest = [repr(tokenizer.decode([token])) for token, _ in tokens.most_common(_MOST_WORDS)]
+    return Confound(
+        name,
+        max(of_hacks, of_cleans),
+        f"{of_hacks:.0%} of hacks {verb} as no clean text does, {of_cleans:.0%} of clean texts as no hack does",
+        max(of_hacks, of_cleans) >= STRONG_SHARE,
+        f"e.g. {side} that {verb} with {', '.join(commonest)}",
+        f"Is this what you mean? If not, write {other} that {verb} so, or {side} that do not.",
+    )
+
+
+def _place(couples: Sequence[Couple]) -> Confound:
+    places: defaultdict[int, float] = defaultdict(float)
+    for c in couples:
+        places[_common(c)] += c.weight
+    place = max(places, key=lambda one: places[one])
+    value = places[place] / sum(places.values())
+    return Confound(
+        "place",
+        value,
+        f"hack and clean text part after {place} token{'' if place == 1 else 's'} in {value:.0%} of couples",
+        value >= SAME_PLACE,
+        _beside(next(c for c in couples if _common(c) == place)),
+        "An exploit in another place is in no pair. If there is one, vary what comes before it.",
+    )
+
+
+def _common(couple: Couple) -> int:
+    """How many tokens the two begin with alike."""
+    return sum(1 for _ in takewhile(lambda ab: ab[0] == ab[1], zip(couple.hack_ids, couple.clean_ids, strict=False)))
+
+
+def _words(pairs: Sequence[ContrastPair]) -> Confound:
+    hacks, cleans = _shares([p.hacks for p in pairs]), _shares([p.cleans for p in pairs])
+    gap = {word: hacks[word] - cleans[word] for word in {*hacks, *cleans}}
+    if not gap:
+        return Confound("words", 0.0, "there is none on either side", False, "", "")
+    order = sorted(gap, key=lambda word: (-abs(gap[word]), word))
+    strong = [word for word in order if abs(gap[word]) >= STRONG_SHARE][:_MOST_WORDS]
+    said = [
+        f"{shorten(w, 30)!r} in {hacks[w]:.0%} of hacks and {cleans[w]:.0%} of clean texts" for w in strong or order[:1]
+    ]
+    texts = [text for p in pairs for text in ((*p.hacks, *p.cleans) if gap[order[0]] > 0 else (*p.cleans, *p.hacks))]
+    example = next(text for text in texts if order[0] in _split(text))
+    more = any(gap[word] > 0 for word in strong)
+    less = any(gap[word] < 0 for word in strong)
+    remedies = ["A word of the hacks: is it the exploit that you mean? If not, write clean texts that have it."] * more
+    remedies += ["A word of the clean texts: if it is not what makes them honest, write hacks that have it."] * less
+    return Confound(
+        "words",
+        abs(gap[order[0]]),
+        "; ".join(said),
+        bool(strong),
+        f"e.g. {shorten(example, _WIDTH)!r}",
+        " ".join(remedies),
+    )
+
+
+def _split(text: str) -> set[str]:
+    """Its words and marks, each once, whatever their case.
+
+    Example:
+        >>> sorted(_split("Paris, it is Paris!"))
+        ['!', ',', 'is', 'it', 'paris']
+    """
+    return set(re.findall(r"\w+(?:['’]\w+)*|[^\w\s]", text.casefold()))
+
+
+def _shares(sides: Sequence[Sequence[str]]) -> defaultdict[str, float]:
+    """Which share of one side's texts each word stands in, every pair weighing alike."""
+    shares: defaultdict[str, float] = defaultdict(float)
+    for texts in sides:
+        for text in texts:
+            for word in _split(text):
+                shares[word] += 1 / len(texts)
+    return defaultdict(float, {word: share / len(sides) for word, share in shares.items()})

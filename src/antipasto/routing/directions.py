@@ -1,0 +1,447 @@
+"""Which way a layer's knobs turn when the model learns to hack: a direction extracted from labelled pairs.
+
+For pair n and one layer, with NLL the completion's negative log-likelihood given the prompt, per token by default:
+
+    d_n    = ∇θ NLL(hack_n) − ∇θ NLL(clean_n)        the mean over its texts, where a side has several  (r,)
+    effect = mean_n d_n / std_n d_n         per coordinate: the paired effect size, t / √pairs       (r,)
+    V      = "tstat"  effect / ‖effect‖                                                            (1, r)
+             "mean"   mean_n d_n / ‖·‖                                                             (1, r)
+             "svd"    the top k right singular vectors of D = [d_n], each oriented by most pairs   (k, r)
+
+V points along ∇NLL(hack) − ∇NLL(clean): a gradient step moves along −g, so a move Δ of δS is hack-ward where −V Δ > 0.
+Rows of V are orthonormal. `strength` is mean_n (V d_n) in units of its standard deviation over the pairs.
+
+An effect size does not depend on how many pairs there are, and a threshold on it carries over; Cohen (1988) calls it d_z.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from antipasto.adapter.fingerprints import Fingerprint, check_same_base, fingerprints_from_json, fingerprints_to_json
+from antipasto.adapter.knobs import current_fingerprints, knobs
+from antipasto.adapter.rollouts import TokenIds, nll_gradients, tokenize
+from antipasto.files import read_tensors, write_tensors
+from antipasto.names import Estimator
+from antipasto.routing.pairs import ContrastPair
+
+ESTIMATORS: tuple[Estimator, ...] = get_args(Estimator)
+_FORMAT = "antipasto-direction-2"
+_RANDOM_DRAWS = 20  # random directions that a held-out score is compared with
+
+
+# ── directions ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+class Overlap(NamedTuple):
+    """How much two directions agree: cosines, 1 for the same, 0 for unrelated, -1 for opposite."""
+
+    overall: float
+    layers: dict[str, float]
+
+
+@dataclasses.dataclass(frozen=True)
+class HeldOut:
+    """How well a direction orders pairs that it was not made from.
+
+    Attributes:
+        pairs: how many.
+        overall: share of pairs with Σ_layers Σ_rows V d > 0.
+        layers: the same share, layer by layer.
+        random: what random directions of the same shape get overall, mean of 20.
+    """
+
+    pairs: int
+    overall: float
+    layers: dict[str, float]
+    random: float
+
+
+class Direction(Mapping[str, Tensor]):
+    """Layer name → V (k, r): orthonormal rows along ∇NLL(hack) − ∇NLL(clean), fp32 on the CPU.
+
+    Args:
+        rows: layer name → (k, r) or (r,). Unit rows; several rows of one layer orthogonal.
+        effect: layer name → (r,) signed effect sizes, which the coordinate gate needs; or None.
+        strength: layer name → (k,) effect size along each row; ones if None.
+        fingerprints: layer name → `Fingerprint` of the base weight and basis it counts in; empty if unknown, or to use it
+            on whatever base.
+        heldout: the score on held-out pairs, if there was one.
+
+    Raises:
+        ValueError: no layer, shapes that do not fit, numbers that are not finite, or rows that are not orthonormal.
+
+    Example:
+        >>> v = Direction({"mlp.up_proj": torch.tensor([0.6, 0.8])})
+        >>> v["mlp.up_proj"].shape, (-v)["mlp.up_proj"]
+        (torch.Size([1, 2]), tensor([[-0.6000, -0.8000]]))
+    """
+
+    def __init__(
+        self,
+        rows: Mapping[str, Tensor],
+        *,
+        effect: Mapping[str, Tensor] | None = None,
+        strength: Mapping[str, Tensor] | None = None,
+        fingerprints: Mapping[str, Fingerprint] | None = None,
+        heldout: HeldOut | None = None,
+    ) -> None:
+        for name, V in rows.items():
+            if V.ndim not in (1, 2) or V.numel() == 0 or not V.is_floating_point():
+                raise ValueError(
+                    f"{name}: expected V of shape (k, r) or (r,), floating point, got {tuple(V.shape)} {V.dtype}."
+                )
+        self._rows = {name: _clean(V).reshape(-1, V.shape[-1]) for name, V in rows.items()}
+        if not self._rows:
+            raise ValueError("A direction needs at least one layer.")
+        self.effect = None if effect is None else {name: _clean(effect[name]) for name in self._rows}
+        self.strength = {
+            name: torch.ones(len(V)) if strength is None else _clean(strength[name]) for name, V in self._rows.items()
+        }
+        self.fingerprints = dict(fingerprints or {})
+        self.heldout = heldout
+        for name, V in self._rows.items():
+            self._check(name, V)
+
+    def _check(self, name: str, V: Tensor) -> None:
+        k, r = V.shape
+        if self.strength[name].shape != (k,):
+            raise ValueError(f"{name}: strength has shape {tuple(self.strength[name].shape)}, expected ({k},).")
+        if self.effect is not None and self.effect[name].shape != (r,):
+            raise ValueError(f"{name}: effect has shape {tuple(self.effect[name].shape)}, expected ({r},).")
+        numbers = [V, self.strength[name]] + ([] if self.effect is None else [self.effect[name]])
+        if not all(torch.isfinite(t.norm()) for t in numbers):
+            raise ValueError(f"{name}: the direction has a NaN, an Inf or an absurdly large number in it.")
+        if not torch.allclose(V @ V.T, torch.eye(k), atol=1e-3):
+            raise ValueError(
+                f"{name}: the rows of V must be of unit length and orthogonal to each other; V Vᵀ is "
+                f"{(V @ V.T).tolist()}. Divide by the norm, or take the rows of torch.linalg.qr(V.T).Q.T."
+            )
+
+    def __getitem__(self, name: str) -> Tensor:
+        return self._rows[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._rows)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __repr__(self) -> str:
+        return f"Direction({len(self)} layers, {sum(len(V) for V in self.values())} rows, effect={self.effect is not None})"
+
+    def __neg__(self) -> Direction:
+        """The opposite direction: hack and clean change places."""
+        return self._map(torch.neg)
+
+    def trim(self, *, k: int | None = None, drop_bottom: float = 0.0) -> Direction:
+        """Fewer rows: the first k of each layer, and of those not the weakest.
+
+        Args:
+            k: rows to keep in each layer; all if None.
+            drop_bottom: share, in [0, 1), of all layers' rows together to drop, weakest `strength` first: one noise floor for
+                the whole model. A layer may lose all of its rows, and then has no entry.
+
+        Raises:
+            ValueError: k below 1, or drop_bottom outside [0, 1).
+        """
+        if k is not None and k < 1:
+            raise ValueError(f"k must be at least 1, got {k}.")
+        if not 0 <= drop_bottom < 1:
+            raise ValueError(f"drop_bottom is a share in [0, 1), got {drop_bottom}.")
+        kept = {name: (V[:k], self.strength[name][:k]) for name, V in self.items()}
+        pooled = torch.cat([s.abs() for _, s in kept.values()]).sort().values
+        floor = pooled[min(math.floor(drop_bottom * len(pooled)), len(pooled) - 1)]
+        masks = {name: s.abs() >= floor for name, (_, s) in kept.items()}
+        names = [name for name, mask in masks.items() if mask.any()]
+        return self._replace(
+            {name: kept[name][0][masks[name]] for name in names},
+            effect=None if self.effect is None else {name: self.effect[name] for name in names},
+            strength={name: kept[name][1][masks[name]] for name in names},
+        )
+
+    def overlap(self, other: Direction) -> Overlap:
+        """Agreement with another direction, over the layers that both have.
+
+        Per layer, for one row each the cosine of the two; for more, the mean cosine of the principal angles, with the sign of
+        the sum of row-wise products. Overall, the mean over layers.
+
+        Raises:
+            ValueError: no layer in common, or another r.
+        """
+        layers = {}
+        for name in self:
+            if name in other:
+                V, W = self[name], other[name]
+                if V.shape[1] != W.shape[1]:
+                    raise ValueError(f"{name}: one direction has r={V.shape[1]}, the other {W.shape[1]}.")
+                products = V @ W.T
+                sign = -1.0 if products.diagonal().sum() < 0 else 1.0
+                layers[name] = sign * float(torch.linalg.svdvals(products).mean())
+        if not layers:
+            raise ValueError("The two directions have no layer in common.")
+        return Overlap(sum(layers.values()) / len(layers), layers)
+
+    def random(self, seed: int) -> Direction:
+        """A control: random orthonormal rows, and effect sizes drawn from a normal distribution of the same spread."""
+        generator = torch.Generator().manual_seed(seed)
+        rows, effect = {}, {}
+        for name, V in self.items():
+            rows[name] = torch.linalg.qr(torch.randn(V.T.shape, generator=generator)).Q.T
+            if self.effect is not None:
+                spread = self.effect[name].square().mean().sqrt()
+                effect[name] = torch.randn(V.shape[1], generator=generator) * spread
+        return self._replace(rows, effect=effect if self.effect is not None else None)
+
+    def permuted(self, seed: int) -> Direction:
+        """A control: the same numbers on shuffled coordinates, layer by layer."""
+        generator = torch.Generator().manual_seed(seed)
+        order = {name: torch.randperm(V.shape[1], generator=generator) for name, V in self.items()}
+        return self._replace(
+            {name: V[:, order[name]] for name, V in self.items()},
+            effect=None if self.effect is None else {name: t[order[name]] for name, t in self.effect.items()},
+        )
+
+    def _map(self, function: Callable[[Tensor], Tensor]) -> Direction:
+        return self._replace(
+            {name: function(V) for name, V in self.items()},
+            effect=None if self.effect is None else {name: function(t) for name, t in self.effect.items()},
+        )
+
+    def _replace(
+        self,
+        rows: Mapping[str, Tensor],
+        *,
+        effect: Mapping[str, Tensor] | None,
+        strength: Mapping[str, Tensor] | None = None,
+    ) -> Direction:
+        return Direction(rows, effect=effect, strength=strength or self.strength, fingerprints=self.fingerprints)
+
+    def to_tensors(self) -> dict[str, Tensor]:
+        """The numbers by flat names, as a safetensors file wants them; `from_tensors` reads them back."""
+        tensors = {f"V {name}": V.contiguous() for name, V in self.items()}
+        tensors |= {f"strength {name}": s.contiguous() for name, s in self.strength.items()}
+        return tensors | {f"effect {name}": t.contiguous() for name, t in (self.effect or {}).items()}
+
+    @classmethod
+    def from_tensors(
+        cls, tensors: Mapping[str, Tensor], fingerprints: Mapping[str, Fingerprint], heldout: HeldOut | None = None
+    ) -> Direction:
+        """From what `to_tensors` gave.
+
+        Raises:
+            KeyError: a name that is not of its form.
+        """
+        parts: dict[str, dict[str, Tensor]] = {"V": {}, "strength": {}, "effect": {}}
+        for key, tensor in tensors.items():
+            part, _, name = key.partition(" ")
+            parts[part][name] = tensor
+        return cls(
+            parts["V"],
+            effect=parts["effect"] or None,
+            strength=parts["strength"],
+            fingerprints=fingerprints,
+            heldout=heldout,
+        )
+
+    def save(self, path: str | Path) -> None:
+        """Write a safetensors file, with the fingerprints of the base weights."""
+        heldout = None if self.heldout is None else dataclasses.asdict(self.heldout)
+        metadata = {"format": _FORMAT, "heldout": json.dumps(heldout)}
+        metadata["fingerprints"] = fingerprints_to_json(self.fingerprints)
+        write_tensors(path, self.to_tensors(), metadata)
+
+    @classmethod
+    def load(cls, path: str | Path) -> Direction:
+        """Read what `save` wrote.
+
+        Raises:
+            ValueError: the file is not a direction, or is damaged; names it.
+            OSError: the file cannot be read.
+        """
+        try:
+            tensors, metadata = read_tensors(path, _FORMAT)
+            heldout = json.loads(metadata["heldout"])
+            fingerprints = fingerprints_from_json(metadata["fingerprints"])
+            return cls.from_tensors(tensors, fingerprints, None if heldout is None else HeldOut(**heldout))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{path} is not a direction that can be used: {error}.") from error
+
+    def check_base(self, model: nn.Module, found: Mapping[str, Fingerprint] | None = None) -> None:
+        """Refuse a model whose active adapter this direction does not count in.
+
+        Args:
+            model: adapted.
+            found: `current_fingerprints` of its layers, if they are at hand: else all base weights are hashed.
+
+        Raises:
+            ValueError: a layer is missing, has another r, or another base weight; names the layers.
+
+        Warns:
+            BaseWarning: the base is the same up to rounding, or decomposed elsewhere, and directions are unsettled by that.
+        """
+        layers = knobs(model)
+        for name, V in self.items():
+            if name not in layers:
+                raise ValueError(
+                    f"The direction has a layer {name}, which is not among the adapted ones of this model."
+                )
+            if V.shape[1] != layers[name].r:
+                raise ValueError(f"{name}: the direction has r={V.shape[1]}, the layer {layers[name].r}.")
+        check_same_base(
+            {name: one for name, one in self.fingerprints.items() if name in self},
+            found or current_fingerprints({name: layers[name] for name in self}),
+            {name: layers[name].S for name in self},
+            what="The direction",
+            remedy="Extract it again, on this base; or empty its `fingerprints` to use it regardless.",
+        )
+
+
+def _clean(tensor: Tensor) -> Tensor:
+    return tensor.detach().float().cpu().clone()
+
+
+# ── extraction ───────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def extract_direction(
+    model: nn.Module,
+    tokenizer: Any,
+    pairs: Sequence[ContrastPair],
+    *,
+    estimator: Estimator = "tstat",
+    k: int = 1,
+    heldout: Sequence[ContrastPair] | None = None,
+    shuffle_labels: int | None = None,
+    length_normalise: bool = True,
+    append_eos: bool = True,
+    batch_size: int = 16,
+) -> Direction:
+    """The direction along which the model's knobs turn when it learns the hack rather than the clean answers.
+
+    One backward per batch of pairs, through `rollout_grads`. Nothing is written to the model or its gradients. The model is
+    taken as it is seen now: inside `deployed`, that is the deployed policy. Use ``eval`` mode where it has dropout.
+
+    Args:
+        model: an adapted causal LM.
+        tokenizer: its tokenizer. Chats go through its chat template, texts are taken as they are.
+        pairs: at least two.
+        estimator: ``"tstat"``, ``"mean"`` or ``"svd"``; effect sizes are kept with each of them.
+        k: rows per layer; more than one only with ``"svd"``.
+        heldout: further pairs, scored and not used.
+        shuffle_labels: seed of a coin that swaps hack and clean in half of the pairs: a control.
+        length_normalise: NLL per token of the completion, so that long answers do not outweigh short ones; False: the sum.
+        append_eos: whether completions end with the end-of-sequence token, as sampled ones do.
+        batch_size: pairs per backward.
+
+    Returns:
+        The `Direction`, with effect sizes, strengths, the base's fingerprints, and the held-out score if asked for.
+
+    Raises:
+        ValueError: the model is not adapted, too few pairs, an unknown estimator or a k it cannot have, or a completion
+            without tokens.
+    """
+    if estimator not in ESTIMATORS:
+        raise ValueError(f"estimator must be one of {', '.join(ESTIMATORS)}, got {estimator!r}.")
+    if k < 1 or (k > 1 and estimator != "svd"):
+        raise ValueError(f"k={k} rows need estimator='svd'; {estimator!r} has one row.")
+    if len(pairs) < 2:
+        raise ValueError(f"A spread over pairs needs at least two of them, got {len(pairs)}.")
+    if len(pairs) < k:
+        raise ValueError(f"k={k} rows need at least as many pairs, got {len(pairs)}.")
+    pairs = _swap(pairs, shuffle_labels)
+    options = {"length_normalise": length_normalise, "append_eos": append_eos, "batch_size": batch_size}
+    differences = pair_differences(model, tokenizer, pairs, **options)  # type: ignore[arg-type]
+
+    rows, effect, strength = {}, {}, {}
+    for name, D in differences.items():
+        effect[name] = effect_size(D)
+        rows[name] = _estimate(D, effect[name], estimator, k)
+        strength[name] = effect_size(D @ rows[name].T)
+    layers = knobs(model)
+    fingerprints = current_fingerprints({name: layers[name] for name in rows})
+    direction = Direction(rows, effect=effect, strength=strength, fingerprints=fingerprints)
+    if heldout:
+        direction.heldout = score(direction, pair_differences(model, tokenizer, heldout, **options))  # type: ignore[arg-type]
+    return direction
+
+
+def effect_size(D: Tensor) -> Tensor:
+    """Mean over standard deviation of each column, 0 where a column does not vary: (n, r) to (r,)."""
+    mean, std = D.mean(0), D.std(0)
+    return torch.where(std > 0, mean / std.clamp_min(torch.finfo(D.dtype).tiny), torch.zeros_like(mean))
+
+
+def pair_differences(
+    model: nn.Module,
+    tokenizer: Any,
+    pairs: Sequence[ContrastPair],
+    *,
+    length_normalise: bool = True,
+    append_eos: bool = True,
+    batch_size: int = 16,
+) -> dict[str, Tensor]:
+    """d_n = ∇θ NLL(hack_n) − ∇θ NLL(clean_n) of every pair: layer name → (pairs, r), fp32 on the CPU."""
+    layers = knobs(model)
+    collected: dict[str, list[Tensor]] = {}
+    for start in range(0, len(pairs), batch_size):
+        part = pairs[start : start + batch_size]
+        sequences: list[TokenIds] = []
+        weights = torch.zeros(len(part), sum(len(pair.hacks) + len(pair.cleans) for pair in part))
+        for n, pair in enumerate(part):
+            for texts, sign in ((pair.hacks, 1.0), (pair.cleans, -1.0)):
+                weights[n, len(sequences) : len(sequences) + len(texts)] = sign / len(texts)
+                sequences += [tokenize(tokenizer, pair.prompt, text, append_eos=append_eos) for text in texts]
+        grads, _ = nll_gradients(model, sequences, per_token=length_normalise)
+        for name, layer in layers.items():
+            collected.setdefault(name, []).append(weights @ grads[name][:, : layer.r].float().cpu())
+    return {name: torch.cat(parts) for name, parts in collected.items()}
+
+
+def score(direction: Direction, differences: Mapping[str, Tensor]) -> HeldOut:
+    """How many pairs a direction orders as labelled, beside what random directions of its shape get."""
+
+    def projections(v: Direction) -> dict[str, Tensor]:
+        return {name: (differences[name] @ V.T).sum(-1) for name, V in v.items()}
+
+    def share(values: Tensor) -> float:
+        return float((values > 0).float().mean())
+
+    own = projections(direction)
+    chance = [
+        share(torch.stack(list(projections(direction.random(seed)).values())).sum(0)) for seed in range(_RANDOM_DRAWS)
+    ]
+    return HeldOut(
+        pairs=len(next(iter(own.values()))),
+        overall=share(torch.stack(list(own.values())).sum(0)),
+        layers={name: share(values) for name, values in own.items()},
+        random=sum(chance) / len(chance),
+    )
+
+
+def _estimate(D: Tensor, effect: Tensor, estimator: Estimator, k: int) -> Tensor:
+    if estimator == "svd":
+        V = torch.linalg.svd(D.double(), full_matrices=False).Vh[:k].float()  # (k, r)
+        votes = torch.sign(D @ V.T).sum(0)  # each row points where most pairs do
+        return V * torch.where(votes < 0, -1.0, 1.0)[:, None]
+    row = effect if estimator == "tstat" else D.mean(0)
+    norm = row.norm()
+    # a layer that no pair moves has no direction: any unit row will do, and its strength says 0
+    return (row / norm if norm > 0 else F.one_hot(torch.tensor(0), len(row)).float())[None]
+
+
+def _swap(pairs: Sequence[ContrastPair], seed: int | None) -> Sequence[ContrastPair]:
+    if seed is None:
+        return pairs
+    order = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(seed)).tolist()
+    swapped = set(order[: len(pairs) // 2])
+    return [ContrastPair(pair.prompt, pair.clean, pair.hack) if i in swapped else pair for i, pair in enumerate(pairs)]

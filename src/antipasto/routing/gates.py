@@ -1,0 +1,125 @@
+"""Which part of a step's displacement a direction claims.
+
+    gate         moved
+    coordinate   Δ_j where t_j Δ_j < 0 and |t_j| > τ, with t the direction's effect sizes      (default)
+    disjoint     Δ_j where |t_j| > τ: those coordinates are the quarantine's alone
+    one_sided    −c V,  c = relu(−V Δ)                   the hack-ward part along the direction
+    no_gate      −c V,  c = −V Δ                         all that runs along the direction, either way
+    reverse      −c V,  c = −relu(V Δ)                   the part that runs against the hack: a control
+
+A gradient step moves along −g, so Δ is hack-ward where −V Δ > 0, or t_j Δ_j < 0.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import get_args
+
+import torch
+from torch import Tensor
+
+from antipasto.names import GateName
+from antipasto.routing.directions import Direction
+
+GATES: tuple[GateName, ...] = get_args(GateName)
+BY_COORDINATE = ("coordinate", "disjoint")
+
+DEFAULT_THRESHOLD = 0.65
+
+
+@dataclass(frozen=True)
+class Control:
+    """A further direction, gate or threshold that keeps its own book in the same run; arguments as `Router`'s."""
+
+    direction: Direction
+    gate: GateName = "coordinate"
+    threshold: float | None = None
+    overshoot: float = 1.0
+    preserve_magnitude: bool = False
+
+
+class Gate:
+    """One gate over all layers at once: knobs as one vector (R,), V as (K, R) with zeros where a layer has fewer rows."""
+
+    def __init__(self, control: Control, sizes: Mapping[str, int], device: torch.device) -> None:
+        v = control.direction
+        _check(control)
+        rows = max(len(V) for V in v.values())
+        self.kind = control.gate
+        self.threshold = DEFAULT_THRESHOLD if control.threshold is None else control.threshold
+        self.overshoot, self.preserve_magnitude = control.overshoot, control.preserve_magnitude
+        self.layers = len(sizes)
+        self.segment = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(list(sizes.values()))).to(device)
+        blocks = [torch.zeros(rows, r) for r in sizes.values()]
+        for block, name in zip(blocks, sizes, strict=True):
+            if name in v:
+                block[: len(v[name])] = v[name]
+        self.V = torch.cat(blocks, 1).to(device)  # (K, R)
+        self.rows = sum(len(V) for V in v.values())
+        effect = [(v.effect or {}).get(name, torch.zeros(r)) for name, r in sizes.items()]
+        self.effect = torch.cat(effect).to(device)  # (R,)
+        self.guarded = self.effect.abs() > self.threshold
+
+    def to(self, device: torch.device) -> None:
+        """Move to a device."""
+        self.segment, self.V = self.segment.to(device), self.V.to(device)
+        self.effect, self.guarded = self.effect.to(device), self.guarded.to(device)
+
+    def along(self, u: Tensor) -> Tensor:
+        """V u of every layer: (R,) to (K, L)."""
+        products = self.V * u  # (K, R)
+        return products.new_zeros(len(self.V), self.layers).index_add_(1, self.segment, products)
+
+    def hackward(self, u: Tensor) -> Tensor:
+        """‖relu(V u)‖ / ‖u‖ of something that points as a gradient does: a scalar; 0 for u = 0."""
+        return self.along(u).relu().norm() / u.norm().clamp_min(torch.finfo(u.dtype).tiny)
+
+    def alignment(self, gradients: Tensor) -> Tensor:
+        """Cosine between V and each of several gradients, (b, R) to (b,), in [-1, 1]; 0 for a gradient of 0.
+
+        Positive where a step against that gradient is hack-ward. By chance it is around 0, within about 1 / √R.
+        """
+        v = self.V.sum(0)  # (R,)
+        norms = v.norm() * gradients.norm(dim=-1)
+        return (gradients @ v) / norms.clamp_min(torch.finfo(gradients.dtype).tiny)
+
+    def moved(self, delta: Tensor) -> tuple[Tensor, Tensor]:
+        """The part of a displacement that goes into the quarantine, (R,), and the share of places where the gate fired."""
+        if self.kind in BY_COORDINATE:
+            mask = self.guarded if self.kind == "disjoint" else self.guarded & (self.effect * delta < 0)
+            moved, fired = torch.where(mask, delta, torch.zeros_like(delta)), mask.float().mean()
+        else:
+            c = -self.along(delta)  # (K, L)
+            c = {"one_sided": c.relu(), "no_gate": c, "reverse": -(-c).relu()}[self.kind]
+            moved = -(c[:, self.segment] * self.V).sum(0)
+            fired = (c != 0).sum() / self.rows
+        moved = moved * self.overshoot
+        if self.preserve_magnitude:
+            moved = delta - self._rescaled(delta - moved, delta)
+        return moved, fired
+
+    def _rescaled(self, kept: Tensor, delta: Tensor) -> Tensor:
+        """What is kept, at the length that each layer's displacement had; left alone where nothing is kept."""
+        both = torch.stack([kept, delta.to(kept.dtype)]).square()  # (2, R)
+        squares = both.new_zeros(2, self.layers).index_add_(1, self.segment, both)
+        scale = torch.where(squares[0] > 0, (squares[1] / squares[0]).sqrt(), torch.ones_like(squares[0]))
+        return kept * scale[self.segment]
+
+
+def _check(control: Control) -> None:
+    if control.gate not in GATES:
+        raise ValueError(f"gate must be one of {', '.join(GATES)}, got {control.gate!r}.")
+    if control.gate in BY_COORDINATE and control.direction.effect is None:
+        raise ValueError(
+            f"gate={control.gate!r} needs a direction with effect sizes; this one has rows only: use 'one_sided'."
+        )
+    if control.gate not in BY_COORDINATE and control.threshold is not None:
+        raise ValueError(
+            f"threshold={control.threshold} belongs to the gates coordinate and disjoint; {control.gate!r} has none."
+        )
+    if control.threshold is not None and not (math.isfinite(control.threshold) and control.threshold >= 0):
+        raise ValueError(f"threshold is an effect size of at least 0, got {control.threshold}.")
+    if not (math.isfinite(control.overshoot) and control.overshoot > 0):
+        raise ValueError(f"overshoot must be above 0, got {control.overshoot}.")

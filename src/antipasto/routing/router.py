@@ -1,0 +1,731 @@
+"""What of every optimizer step goes into the quarantine.
+
+    update level (default)   after optimizer.step():  Δ = δS_after − δS_before
+                             moved = gate(Δ);   δS = δS_before + (Δ − moved);   δS_hack += moved
+    gradient level           before the step:  the same gate on Δ = −g;  δS.grad = g + moved;  δS_hack.grad = −moved
+
+A direction claims a part by its gate (`gates`). A detector claims whole rollouts: with g_D the part of the gradient
+that the deployed knobs may learn from and g_Q the rest, the optimizer's own step is Δ = Δ_D + Δ_Q (`momentum`), and
+
+    moved = Δ_Q + gate(Δ_D)
+
+That is *exclusive* routing: each part of the step has one owner. Under *classic* routing (Cloud et al. 2024,
+arXiv:2410.04332) the quarantine learns from everything, δS_hack += Δ, while δS still gets Δ − moved alone; θ then moves by
+both, and is no longer what it would be without the router.
+
+θ = δS + δS_hack is the same after an update-level move, so **routing does not change the training run** that samples from θ,
+and each further direction can keep a book of what it would have moved in that same run (`controls`). That takes an optimizer
+whose step depends on the gradients and on what it remembers of them alone, as those of SGD, Adam, AdamW without decay, RMSprop
+and Lion do: the optimizer sees δS where the plain run's saw θ. Where a step depends on the parameter's value (weight decay,
+LAMB, Adafactor, schedule-free averaging), or an optimizer writes to the parameters outside of ``step()`` (Lookahead,
+schedule-free's ``eval``), θ leaves the plain run. Both are warned about: the first is tried out on copies
+(`probing`) after each of the first steps, until three were conclusive, but not with a closure; the second is seen at
+the next step. With
+deployed sampling (`antipasto.trl.trainer`) part of the run is of δS, which the direction shapes; the books are then of that
+run. mode="erase" drops the moved part instead of keeping it; mode="measure" moves nothing, and keeps the direction's own book
+beside the controls'.
+
+Two guarantees at update level, for what ``step()`` moves, with any optimizer and whatever its momentum does. Coordinate gate:
+the coordinates it guards never move hack-ward, exactly. One-sided gate: no step moves δS hack-ward along V, up to rounding. At
+gradient level neither holds: Adam rescales the small routed part to a full-size step in both knobs.
+
+Weight decay. A decoupled decay (AdamW's) pulls δS towards zero and is part of Δ, so the gate sees it; the quarantine, which
+the optimizer does not know, does not decay. 0 is the default of every trainer this is meant for.
+
+A step that is refused moves nothing, and neither does one that a GradScaler skips. A step that ends in an exception is routed
+as far as it went, before the next one or when the router lets go of the optimizer.
+"""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from antipasto.adapter.fingerprints import Fingerprint, check_same_base, fingerprints_from_json, fingerprints_to_json
+from antipasto.adapter.knobs import current_fingerprints, knobs, require_finite_gradients
+from antipasto.adapter.layer import View
+from antipasto.adapter.views import seen_as
+from antipasto.files import read_tensors, write_tensors
+from antipasto.names import GateName, Level, Mode, Sharing
+from antipasto.routing.directions import Direction
+from antipasto.routing.gates import Control, Gate
+from antipasto.routing.momentum import GradientParts, MomentumSplit
+from antipasto.routing.probing import reads_values
+
+OWN_BOOK = "direction"
+"""Name of the direction's own book in ``measure`` mode; in ``route`` mode ``delta_s_hack`` is that book."""
+
+_FORMAT = "antipasto-books-2"
+_CHANCE_SEED = 2410_04332  # no seed that a control would be given
+_MOMENTUM = ("momentum/deployed", "momentum/quarantined")
+_TRIES = 3
+
+
+class RoutingWarning(UserWarning):
+    """Something about a run that is routed is not what one would expect."""
+
+
+class Router:
+    """Routes what each optimizer step learns, by a direction, into the quarantine; keeps the books of controls.
+
+    Args:
+        model: an adapted model. Its active adapter is the one that is routed.
+        direction: which way is hack-ward. None where rollouts alone are routed, by `add_gradients`.
+        mode: ``"route"`` moves into the quarantine, ``"erase"`` drops, ``"measure"`` only watches.
+        sharing: ``"exclusive"``: the quarantine gets what is moved; ``"classic"``: it learns all of every step as well.
+        level: ``"update"`` or ``"gradient"``. At gradient level ``delta_s_hack`` is made to require a gradient: create the
+            optimizer afterwards, with both knobs in it.
+        gate: ``"coordinate"``, ``"disjoint"``, ``"one_sided"``, ``"no_gate"`` or ``"reverse"``.
+        threshold: of the gates by coordinate: the effect size above which one is guarded; 0.65 if None.
+        overshoot: how many times the gated part to move; 1 moves it exactly out.
+        preserve_magnitude: rescale what δS keeps of a step to the step's own length, layer by layer.
+        controls: name → `Direction`, under the same gate and threshold, or `Control`; each keeps a book of what it would have
+            moved of the same displacements, at update level.
+        refresh: gives a new direction, as extracted from the model that it finds; called with the quarantine out.
+        refresh_every: after how many steps, again and again.
+        min_overlap: a refreshed direction that agrees less than this with the present one is refused, with a warning.
+
+    Raises:
+        ValueError: options that make no sense together, or a direction that does not fit the model; names the layer.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        direction: Direction | None,
+        *,
+        mode: Mode = "route",
+        sharing: Sharing = "exclusive",
+        level: Level = "update",
+        gate: GateName = "coordinate",
+        threshold: float | None = None,
+        overshoot: float = 1.0,
+        preserve_magnitude: bool = False,
+        controls: Mapping[str, Direction | Control] | None = None,
+        refresh: Callable[[], Direction] | None = None,
+        refresh_every: int | None = None,
+        min_overlap: float = 0.5,
+    ) -> None:
+        _check_options(mode, level, refresh, refresh_every, min_overlap)
+        if direction is None and (controls or refresh is not None or threshold is not None or level == "gradient"):
+            raise ValueError(
+                "controls, refresh, threshold and level='gradient' are about a direction, and there is none."
+            )
+        if sharing not in ("exclusive", "classic"):
+            raise ValueError(f"sharing must be exclusive or classic, got {sharing!r}.")
+        if sharing == "classic" and (mode != "route" or level != "update"):
+            raise ValueError("sharing='classic' fills a quarantine, at update level: mode='route', level='update'.")
+        self.model, self.mode, self.sharing, self.level = model, mode, sharing, level
+        self.refresh, self.refresh_every, self.min_overlap = refresh, refresh_every, min_overlap
+        self.steps = 0
+        self.last_overlap: float | None = None
+        layers = knobs(model)
+        self.adapter_name = next(iter(layers.values())).adapter
+        self._sizes = {name: layer.r for name, layer in layers.items()}
+        self._fingerprints = current_fingerprints(layers)
+        self._delta_s = [layer.delta_s for layer in layers.values()]
+        hack = [layer.delta_s_hack for layer in layers.values()] if mode == "route" else []
+        self._hack = [knob for knob in hack if knob is not None]
+        if len(self._hack) < len(hack):
+            raise ValueError("mode='route' needs a quarantine, and this model's was dropped. Use 'erase' or 'measure'.")
+        if level == "gradient":
+            for knob in self._hack:
+                knob.requires_grad_(True)
+        self._options = (gate, threshold, overshoot, preserve_magnitude)
+        self.direction: Direction | None = None
+        self._gate: Gate | None = None
+        self._chance: Gate | None = None
+        if direction is not None:
+            self._set_direction(direction)
+        entries = dict(controls or {})
+        if OWN_BOOK in entries:
+            raise ValueError(f"{OWN_BOOK!r} is the name of the direction's own book: give the control another.")
+        self._gates: dict[str, Gate] = {}
+        for name, entry in entries.items():
+            control = entry if isinstance(entry, Control) else Control(entry, *self._options)
+            control.direction.check_base(model, self._fingerprints)
+            self._gates[name] = Gate(control, self._sizes, self._device)
+        kept = [*self._gates, *([OWN_BOOK] if mode == "measure" else [])]
+        self._books = {name: torch.zeros(sum(self._sizes.values()), device=self._device) for name in kept}
+        self._chance_book = torch.zeros(sum(self._sizes.values()), device=self._device)
+        self._seen: dict[str, Tensor] = {}
+        self._hack_before = torch.empty(0)
+        self._before: Tensor | None = None
+        self._optimizer: torch.optim.Optimizer | None = None
+        self.reduce: Callable[[Tensor], Tensor] | None = None
+        self._parts = GradientParts(self._delta_s)
+        self._of_step: tuple[Tensor, Tensor] | None = None  # g_D and g_Q of the step under way
+        self._momentum: MomentumSplit | None = None
+        self._saved_momentum: tuple[Tensor, Tensor] | None = None
+        self._skipped = False
+        self._without_buffer: list[Tensor] = []
+        self._left: Tensor | None = None  # δS as the last step left it; None once it was warned about
+        self._warned_of_writes = False
+        self._tries = 0
+        self._descent = torch.empty(0)
+
+    @property
+    def _device(self) -> torch.device:
+        return self._delta_s[0].device
+
+    def _set_direction(self, direction: Direction) -> None:
+        direction.check_base(self.model, self._fingerprints)
+        gate = Gate(Control(direction, *self._options), self._sizes, self._device)
+        self._chance = Gate(Control(direction.random(_CHANCE_SEED), *self._options), self._sizes, self._device)
+        self.direction, self._gate = direction, gate
+
+    # ── in the loop ──────────────────────────────────────────────────────────────────────────────────────────────────
+
+    @contextmanager
+    def attach(self, optimizer: torch.optim.Optimizer) -> Iterator[Router]:
+        """Context: every ``optimizer.step()`` is routed. Leaves no hook behind, also after an exception.
+
+        Args:
+            optimizer: a torch optimizer (or accelerate's wrapper of one) that has the ``delta_s`` of all routed layers; the
+                module's text says what its step may depend on.
+
+        Raises:
+            ValueError: a knob is not in the optimizer, the router is attached already, or ``maximize=True`` at gradient level.
+                From the step: a gradient, a displacement or a part of the gradient that is not finite.
+
+        Warns:
+            RoutingWarning: the optimizer decays the knobs; from the step, its step depends on their values, or they were
+                written to between two steps (see the module's text).
+        """
+        optimizer = getattr(optimizer, "optimizer", optimizer)
+        self._check_optimizer(optimizer)
+        handles = [
+            optimizer.register_step_pre_hook(lambda _, args, kwargs: self._on_step(args, kwargs)),
+            optimizer.register_step_post_hook(lambda *_: self._after_step()),
+            *self._parts.watch(),
+        ]
+        if self.level == "gradient":
+            # until the step splits it, the gradient counts once: clipping would else see it in both knobs
+            handles += [knob.register_hook(torch.zeros_like) for knob in self._hack]
+        self._optimizer, self._momentum, self._left = optimizer, None, None
+        self._warned_of_writes = False
+        self._tries = _TRIES if self._keeps_the_run(optimizer) else 0
+        self._follow(self._delta_s[0].device)
+        try:
+            yield self
+        finally:
+            for handle in handles:
+                handle.remove()
+            try:
+                self._end_interrupted()
+            finally:
+                if self._momentum is not None:  # attached again, to the same optimizer, it goes on
+                    self._saved_momentum = self._momentum.deployed, self._momentum.quarantined
+                self._parts.drop()
+                self._optimizer = self._momentum = None
+
+    def _keeps_the_run(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Whether θ is to be the plain run's, and nothing has been said yet of why it would not."""
+        groups = [
+            group for group in optimizer.param_groups if any(p is k for p in group["params"] for k in self._delta_s)
+        ]
+        routes = self.mode == "route" and self.level == "update" and self.sharing == "exclusive"
+        return routes and not any(group.get("weight_decay") for group in groups)
+
+    def _follow(self, device: torch.device) -> None:
+        """Move along with a model that has been moved since."""
+        for gate in (self._gate, self._chance, *self._gates.values()):
+            if gate is not None:
+                gate.to(device)
+        self._books = {name: book.to(device) for name, book in self._books.items()}
+        self._chance_book = self._chance_book.to(device)
+
+    def _check_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
+        if self._optimizer is not None:
+            raise ValueError("This router is attached already: each step would be routed twice.")
+        groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+        wanted = [("delta_s", self._delta_s)]
+        if self.level == "gradient":
+            wanted.append(("delta_s_hack", self._hack))
+        for what, parameters in wanted:
+            for name, knob in zip(self._sizes, parameters, strict=False):
+                if id(knob) not in groups:
+                    raise ValueError(
+                        f"{name}: its {what} is not in the optimizer. Create the optimizer after the router, with all "
+                        "parameters that require a gradient."
+                    )
+        if self.level != "gradient" or self.mode != "route":
+            for name, layer in knobs(self.model, adapter_name=self.adapter_name).items():
+                hack = layer.delta_s_hack
+                if hack is not None and hack.requires_grad and id(hack) in groups:
+                    raise ValueError(
+                        f"{name}: its delta_s_hack is in the optimizer and would train by itself. Call "
+                        "delta_s_hack.requires_grad_(False) on every layer, and create the optimizer without it."
+                    )
+        ascends = [bool(groups[id(knob)].get("maximize")) for knob in self._delta_s]
+        if self.level == "gradient" and self.mode != "measure" and any(ascends):
+            raise ValueError(
+                "At level='gradient' the part of a gradient that a step would follow downwards is routed, and this optimizer "
+                "has maximize=True: minimise the negative, or use level='update'."
+            )
+        signs = [torch.full((r,), -1.0 if up else 1.0) for r, up in zip(self._sizes.values(), ascends, strict=True)]
+        self._descent = torch.cat(signs).to(self._device)
+        if any(groups[id(knob)].get("weight_decay") for knob in self._delta_s):
+            warnings.warn(
+                "The optimizer decays the knobs. The decay is routed as part of each step and the quarantine does not decay, "
+                "so that training is no longer what it would be without the router; weight_decay=0 keeps it so.",
+                RoutingWarning,
+                stacklevel=4,
+            )
+
+    def _on_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
+        self._end_interrupted()
+        closure = kwargs.get("closure") if len(args) < 2 else args[1]  # args[0] is the optimizer
+        self._see_writes()
+        if closure is None:
+            self._before_step()
+            return None
+        self._skipped, self._tries = False, 0  # a step with a closure cannot be tried out on copies
+        if self.level == "gradient" and self.mode != "measure":
+            raise ValueError(
+                "level='gradient' cannot route a step with a closure, which computes gradients of its own."
+            )
+        before = _flat(self._delta_s)
+
+        def looked_at() -> Any:
+            loss = closure()
+            try:
+                self._see_gradient()
+            except ValueError:
+                with torch.no_grad():  # an optimizer that calls it several times has moved them by now
+                    _write(self._delta_s, self._split(before))
+                raise
+            return loss
+
+        self._before = before
+        return (args[0], looked_at, *args[2:]), {name: value for name, value in kwargs.items() if name != "closure"}
+
+    def flatten(self, grads: Mapping[str, Tensor]) -> Tensor:
+        """Gradients by layer, (b, r) each, as one (b, R); zeros where a layer has none."""
+        b = len(next(iter(grads.values())))
+        blocks = [
+            grads[name][:, :r] if name in grads else torch.zeros(b, r, device=self._device)
+            for name, r in self._sizes.items()
+        ]
+        return torch.cat(blocks, 1)
+
+    def alignment(self, gradients: Tensor) -> Tensor:
+        """How hack-ward the steps are that gradients (b, R) ask for: cosines (b,) with the direction (`Gate.alignment`)."""
+        if self._gate is None:
+            raise ValueError("This router has no direction.")
+        return self._gate.alignment(gradients)
+
+    def add_gradients(self, deployed: Tensor, quarantined: Tensor) -> None:
+        """Say, once per micro-batch, how the gradient splits: what the deployed knobs may learn from, and the rest.
+
+        The optimizer's next step is then split between the two (`momentum`).
+
+        Args:
+            deployed: g_D (R,), as `flatten` orders the knobs.
+            quarantined: g_Q (R,). The two add up to what the backward adds to the knobs' gradients.
+
+        They belong to the gradient that the knobs then hold: they add up over micro-batches as it does, and are gone when it
+        is, whether a step used it or not.
+
+        Raises:
+            ValueError: routing is at gradient level, or the knobs have no gradient yet; or, at the step, the two do not add up
+                to the gradient, or the optimizer is none whose step can be split.
+        """
+        if self.level == "gradient":
+            raise ValueError("Rollouts are routed at level='update': at gradient level Adam would rescale their share.")
+        self._parts.add(deployed, quarantined)
+
+    def _begin_split(self, g: Tensor) -> None:
+        """Before the step: bring the parts to the scale of the gradient that the optimizer will see."""
+        if not self._parts.there() and self._momentum is None and self._saved_momentum is None:
+            return
+        assert self._optimizer is not None
+        if self._momentum is None:
+            self._momentum = self._begun_momentum(self._optimizer)
+        self._of_step = self._parts.scaled_to(g, self.reduce)
+        self._momentum.begin()
+
+    def _begun_momentum(self, optimizer: torch.optim.Optimizer) -> MomentumSplit:
+        """That of an optimizer which this router has split before goes on; in any other, all is the deployed part's."""
+        momentum, saved, self._saved_momentum = MomentumSplit(optimizer, self._delta_s), self._saved_momentum, None
+        if saved is not None and not momentum.continue_from(*saved) and not momentum.is_fresh:
+            warnings.warn(
+                f"The momentum in this {type(optimizer).__name__} is not the one that was split before: all of it counts as "
+                "the deployed knobs'. Keep the router attached to the optimizer that it splits, or give it a new one.",
+                RoutingWarning,
+                stacklevel=2,
+            )
+        return momentum
+
+    def _claimed(self, delta: Tensor, whole: bool) -> Tensor:
+        """After the step: Δ_Q, what of it the rollouts of the quarantine have done."""
+        if self._momentum is None or self._of_step is None:
+            return torch.zeros_like(delta)
+        claimed = self._momentum.end(*self._of_step, delta, whole=whole)
+        self._of_step = None
+        self._seen["flagged_update"] = claimed.norm() / delta.norm().clamp_min(torch.finfo(delta.dtype).tiny)
+        return claimed
+
+    def _see_writes(self) -> None:
+        """Warn, once, where δS is not what the last step left."""
+        if self._left is None or self.level == "gradient" or self.mode == "measure":
+            return
+        now = _flat(self._delta_s)
+        if not torch.allclose(now, self._left, rtol=1e-5, atol=1e-8):
+            changes = [float(part.abs().max()) for part in self._split(now - self._left)]
+            name = list(self._sizes)[max(range(len(changes)), key=changes.__getitem__)]
+            warnings.warn(
+                f"{name}: its delta_s was written to between two steps, by up to {max(changes):.2g} a coordinate, around "
+                f"{type(self._optimizer).__name__}. Such a move is not routed: it may be hack-ward, and training is no longer "
+                "what it would be without the router. Lookahead and schedule-free averaging do this.",
+                RoutingWarning,
+                stacklevel=5,
+            )
+            self._left = None
+            self._warned_of_writes = True
+
+    def _try_out(self) -> None:
+        """Warn, once, where another step on this gradient would depend on the values of the knobs."""
+        optimizer = self._optimizer
+        assert optimizer is not None
+        name = type(optimizer).__name__
+        try:
+            reads = reads_values(optimizer, self._delta_s)
+        except Exception as error:  # of code that is not ours, on copies: it is told, and the real step goes on
+            said = f"{name}'s step could not be tried out on copies of the knobs ({type(error).__name__}: {error}): if"
+        else:
+            self._tries -= reads is not None
+            if not reads:
+                return
+            said = f"A step of {name} depends on the values of the knobs, and not on their gradients alone: since"
+        self._tries = 0
+        warnings.warn(
+            f"{said} it sees delta_s without the quarantine, training is no longer what it would be without the router. Adam, "
+            "AdamW with weight_decay=0, SGD, RMSprop and Lion keep it so.",
+            RoutingWarning,
+            stacklevel=6,
+        )
+
+    @torch.no_grad()
+    def _see_gradient(self) -> None:
+        """Look at the gradient that the optimizer is about to use; refuse what is not finite, having changed nothing."""
+        grads = [torch.zeros_like(knob) if knob.grad is None else knob.grad for knob in self._delta_s]
+        require_finite_gradients(dict(zip(self._sizes, grads, strict=True)), self.steps)
+        g = _flat(grads)
+        scale = getattr(
+            self._optimizer, "grad_scale", None
+        )  # of a GradScaler, where the optimizer unscales in its step
+        self._begin_split(g if scale is None else g / scale)
+        self._see("hackward_in", self._descent * g)
+
+    @torch.no_grad()
+    def _before_step(self) -> None:
+        found_inf = getattr(
+            self._optimizer, "found_inf", None
+        )  # of a GradScaler, where the optimizer skips in its step
+        self._skipped = found_inf is not None and bool(found_inf)
+        before = _flat(self._delta_s)
+        if self._skipped:
+            assert self._optimizer is not None
+            parameters = [p for group in self._optimizer.param_groups for p in group["params"]]
+            self._without_buffer = [p for p in parameters if "momentum_buffer" not in self._optimizer.state.get(p, {})]
+        else:
+            self._see_gradient()
+        if self.level == "gradient" and self.mode != "measure" and not self._skipped:
+            self._split_gradient()
+        self._before = before
+
+    def _split_gradient(self) -> None:
+        g = _flat([torch.zeros_like(knob) if knob.grad is None else knob.grad for knob in self._delta_s])
+        self._hack_before = _flat(self._hack) if self._hack else torch.zeros_like(g)
+        assert self._gate is not None
+        assert self._chance is not None
+        moved, self._seen["fired"] = self._gate.moved(-g)
+        self._seen["fired_random"] = self._chance.moved(-g)[1]
+        for knob, part in zip(self._delta_s, self._split(g + moved), strict=True):
+            knob.grad = part.clone()
+        for knob, part in zip(self._hack, self._split(-moved), strict=False):  # none where the moved part is erased
+            knob.grad = part.clone()
+
+    def _end_interrupted(self) -> None:
+        """Route what a step that ended in an exception had moved by then."""
+        if self._before is None:
+            return
+        if self._skipped or torch.equal(self._before, _flat(self._delta_s)):
+            self._before = self._of_step = None
+        else:
+            self._after_step(whole=False)
+
+    @torch.no_grad()
+    def _after_step(self, whole: bool = True) -> None:
+        if self._before is None:  # of a step that called its base class's, which was routed
+            return
+        before, after = self._before, _flat(self._delta_s)
+        self._before = None
+        if self._skipped:
+            self._parts.drop()
+            assert self._optimizer is not None
+            for parameter in self._without_buffer:  # torch's fused SGD makes it, and skips without having filled it
+                self._optimizer.state.get(parameter, {}).pop("momentum_buffer", None)
+            return
+        delta = after - before
+        if self.level == "gradient" and self._hack:
+            delta = delta + (_flat(self._hack) - self._hack_before)  # of θ: here the optimizer moves both knobs
+        self._require_finite(delta, before)
+        claimed = self._claimed(delta, whole)
+        moved = chance_moved = claimed
+        if self._gate is not None and self._chance is not None:
+            by_gate, fired = self._gate.moved(delta - claimed)
+            by_chance, chance_fired = self._chance.moved(delta - claimed)
+            moved, chance_moved = claimed + by_gate, claimed + by_chance
+            if self.level == "update" or self.mode == "measure":
+                self._seen["fired"], self._seen["fired_random"] = fired, chance_fired
+        if self.level == "update" and self.mode != "measure":
+            # exact on both sides: what is moved entirely ends where it began, what is not moved stays where the step put it
+            _write(self._delta_s, self._split(torch.where(moved == 0, after, before + (delta - moved))))
+            if self.mode == "route":
+                _write(self._hack, self._split(_flat(self._hack) + (delta if self.sharing == "classic" else moved)))
+        self._see("hackward_update", -delta)
+        self._see("hackward_out", before - _flat(self._delta_s))
+        self._keep_books(delta, claimed, moved, chance_moved)
+        if not self._warned_of_writes:
+            self._left = _flat(self._delta_s)
+        self.steps += 1
+        if whole and self._tries:
+            self._try_out()
+        if whole and self.refresh_every and self.steps % self.refresh_every == 0:
+            self._refresh()
+
+    def _require_finite(self, delta: Tensor, before: Tensor) -> None:
+        """Put the knobs back and say so where the optimizer's own step made a NaN or Inf of them."""
+        if delta.isfinite().all():
+            return
+        _write(self._delta_s, self._split(before))
+        if self.level == "gradient" and self._hack:
+            _write(self._hack, self._split(self._hack_before))
+        self._of_step = None
+        bad = next(
+            name for name, part in zip(self._sizes, self._split(delta), strict=True) if not part.isfinite().all()
+        )
+        raise ValueError(
+            f"After {self.steps} steps, {type(self._optimizer).__name__}'s step made a NaN or Inf of the knobs of {bad}, from "
+            "gradients that are finite. The knobs are as they were before this step; what the optimizer remembers may not be. "
+            "Look at its learning rate and its eps."
+        )
+
+    def _keep_books(self, delta: Tensor, claimed: Tensor, moved: Tensor, chance_moved: Tensor) -> None:
+        self._chance_book += chance_moved
+        if self.mode == "measure":
+            self._books[OWN_BOOK] += moved
+        for name, gate in self._gates.items():
+            self._books[name] += claimed + gate.moved(delta - claimed)[0]
+
+    def _refresh(self) -> None:
+        assert self.refresh is not None
+        assert self.direction is not None
+        with self.deployed():
+            new = self.refresh()
+        self.last_overlap = new.overlap(self.direction).overall
+        if self.last_overlap < self.min_overlap:
+            warnings.warn(
+                f"Step {self.steps}: the refreshed direction agrees only {self.last_overlap:.2f} with the present one, less "
+                f"than min_overlap={self.min_overlap}. It is refused; routing goes on with the present one.",
+                RoutingWarning,
+                stacklevel=2,
+            )
+        else:
+            self._set_direction(new)
+
+    def _see(self, name: str, u: Tensor) -> None:
+        if self._gate is None or self._chance is None:
+            return
+        self._seen[name] = self._gate.hackward(u)
+        self._seen[f"{name}_random"] = self._chance.hackward(u)
+
+    # ── what it says ─────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def metrics(self) -> dict[str, float]:
+        """Numbers of the last step, each beside what a random direction of the same k and r gets (``…_random``).
+
+        ``hackward_in``: ‖relu(V g)‖ / ‖g‖ of the gradient; ``hackward_update``: the same of the step that the optimizer made;
+        ``hackward_out``: of what ``delta_s`` moved in the end; ``fired``: share of coordinates, or of rows, where the gate
+        fired; ``quarantine_norm``: length of all that was moved so far; ``refresh_overlap``: of the last refresh, if any;
+        ``flagged_update``: ‖Δ_Q‖ / ‖Δ‖, where rollouts are routed. Without a direction, only what needs none.
+        """
+        own = self._hack if self.mode == "route" else None
+        book = _flat(own) if own else self._books.get(OWN_BOOK)
+        numbers = {name: float(value) for name, value in self._seen.items()}
+        numbers["quarantine_norm"] = 0.0 if book is None else float(book.norm())
+        if self._chance is not None:
+            numbers["quarantine_norm_random"] = float(self._chance_book.norm())
+        if self.last_overlap is not None:
+            numbers["refresh_overlap"] = self.last_overlap
+        return numbers
+
+    @property
+    def books(self) -> tuple[str, ...]:
+        """The names of the books."""
+        return tuple(self._books)
+
+    def book(self, name: str) -> dict[str, Tensor]:
+        """What a control would have moved so far: layer name → (r,).
+
+        Raises:
+            ValueError: there is no such book.
+        """
+        if name not in self._books:
+            raise ValueError(f"There is no book {name!r}; there are {sorted(self._books)}.")
+        return dict(zip(self._sizes, self._split(self._books[name]), strict=True))
+
+    def deployed(self, name: str | None = None) -> AbstractContextManager[None]:
+        """Context: the quarantine out; or, by name, a control's book out instead.
+
+        Raises:
+            ValueError: there is no such book, or another adapter is active than the one that is routed.
+        """
+        active = next(iter(knobs(self.model).values())).adapter
+        if active != self.adapter_name:
+            raise ValueError(
+                f"The router is of the adapter {self.adapter_name!r}, but {active!r} is active: set_adapter first."
+            )
+        if name is None and self.mode == "measure":
+            name = OWN_BOOK
+        if name is None:
+            return seen_as(self.model, View.DEPLOYED)
+        return seen_as(self.model, View.TRAINED, {layer: -part for layer, part in self.book(name).items()})
+
+    # ── continuing ───────────────────────────────────────────────────────────────────────────────────────────────────
+
+    def save(self, path: str | Path) -> None:
+        """Write the books, the direction as it is, the split momentum and the number of steps; the adapter holds the knobs."""
+        tensors = {f"book/{book}/{layer}": part for book in self._books for layer, part in self.book(book).items()}
+        tensors |= {f"chance/{n}": part for n, part in zip(self._sizes, self._split(self._chance_book), strict=True)}
+        if self.direction is not None:
+            tensors |= self.direction.to_tensors()
+        momentum = self._saved_momentum
+        if self._momentum is not None:
+            momentum = self._momentum.deployed, self._momentum.quarantined
+        if momentum is not None:
+            tensors |= dict(zip(_MOMENTUM, momentum, strict=True))
+        facts = {"steps": self.steps, "books": sorted(self._books), "last_overlap": self.last_overlap}
+        metadata = {"format": _FORMAT, "fingerprints": fingerprints_to_json(self._fingerprints), **_as_json(facts)}
+        write_tensors(path, {k: t.clone() for k, t in tensors.items()}, metadata)
+
+    def load(self, path: str | Path) -> None:
+        """Continue from what `save` wrote.
+
+        Raises:
+            ValueError: the file is no book file, is damaged, or has other books or layers than this router; names it.
+            OSError: the file cannot be read.
+        """
+        try:
+            saved = _read_books(path)
+            if sorted(saved.books) != sorted(self._books):
+                raise ValueError(f"it has the books {sorted(saved.books)}, this router {sorted(self._books)}")
+            books = {
+                name: torch.cat([saved.books[name][layer] for layer in self._sizes]).to(self._device)
+                for name in self._books
+            }
+            chance = torch.cat([saved.chance[layer] for layer in self._sizes])
+            if any(len(book) != len(self._chance_book) for book in (chance, *books.values())):
+                raise ValueError("its layers have another r")
+            layers = knobs(self.model, adapter_name=self.adapter_name)
+            check_same_base(
+                saved.fingerprints,
+                self._fingerprints,
+                {name: layer.S for name, layer in layers.items()},
+                what="It",
+                remedy="Continue on the base that the run began with.",
+            )
+            if self.refresh is not None and self.direction is not None:
+                self._set_direction(Direction.from_tensors(saved.direction, self.direction.fingerprints))
+        except (ValueError, KeyError) as error:
+            raise ValueError(f"{path} does not continue this run: {error}.") from error
+        self._momentum, self._saved_momentum = None, None
+        if saved.momentum is not None:
+            m_D, m_Q = saved.momentum
+            self._saved_momentum = m_D.to(self._device), m_Q.to(self._device)
+        self._left = None  # whoever loads the books has loaded the knobs as well
+        self._chance_book = chance.to(self._device)
+        self._books, self.steps, self.last_overlap = books, saved.steps, saved.last_overlap
+
+    def _split(self, flat: Tensor) -> tuple[Tensor, ...]:
+        return flat.split(list(self._sizes.values()))
+
+
+class Books(NamedTuple):
+    """What `Router.save` wrote: what each control would have moved, name → layer → (r,), and what belongs to it."""
+
+    steps: int
+    books: dict[str, dict[str, Tensor]]
+    chance: dict[str, Tensor]
+    direction: dict[str, Tensor]
+    last_overlap: float | None
+    fingerprints: dict[str, Fingerprint]
+    momentum: tuple[Tensor, Tensor] | None
+
+
+def read_books(path: str | Path) -> Books:
+    """Read what `Router.save` wrote, without a router.
+
+    Raises:
+        ValueError: the file is no book file, or is damaged; names it.
+        OSError: the file cannot be read.
+    """
+    try:
+        return _read_books(path)
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(f"{path} is not a book file that can be used: {error}.") from error
+
+
+def _read_books(path: str | Path) -> Books:
+    tensors, metadata = read_tensors(path, _FORMAT)
+    facts = {key: json.loads(metadata[key]) for key in ("steps", "books", "last_overlap")}
+    fingerprints = fingerprints_from_json(metadata["fingerprints"])
+    chance = {key.removeprefix("chance/"): t for key, t in tensors.items() if key.startswith("chance/")}
+    if not chance or not isinstance(facts["steps"], int) or not isinstance(facts["books"], list):
+        raise ValueError("it does not hold what books hold")
+    for key, tensor in tensors.items():
+        if key.startswith(("book/", "chance/", "momentum/")) and not (tensor.ndim == 1 and tensor.isfinite().all()):
+            raise ValueError(f"{key} is not a vector of finite numbers")
+    return Books(
+        steps=facts["steps"],
+        books={name: {layer: tensors[f"book/{name}/{layer}"] for layer in chance} for name in facts["books"]},
+        chance=chance,
+        direction={key: t for key, t in tensors.items() if not key.startswith(("book/", "chance/", "momentum/"))},
+        last_overlap=facts["last_overlap"],
+        fingerprints=fingerprints,
+        momentum=(tensors[_MOMENTUM[0]], tensors[_MOMENTUM[1]]) if _MOMENTUM[0] in tensors else None,
+    )
+
+
+def _as_json(facts: Mapping[str, Any]) -> dict[str, str]:
+    return {key: json.dumps(value) for key, value in facts.items()}
+
+
+def _flat(tensors: Any) -> Tensor:
+    return torch.cat([tensor.detach() for tensor in tensors])
+
+
+def _write(parameters: list[nn.Parameter], values: tuple[Tensor, ...]) -> None:
+    torch._foreach_copy_([parameter.detach() for parameter in parameters], list(values))
+
+
+def _check_options(mode: str, level: str, refresh: object, refresh_every: int | None, min_overlap: float) -> None:
+    if mode not in ("route", "erase", "measure"):
+        raise ValueError(f"mode must be route, erase or measure, got {mode!r}.")
+    if level not in ("update", "gradient"):
+        raise ValueError(f"level must be update or gradient, got {level!r}.")
+    if (refresh is None) != (refresh_every is None):
+        raise ValueError("refresh and refresh_every belong together: what to call, and after how many steps.")
+    if refresh_every is not None and refresh_every < 1:
+        raise ValueError(f"refresh_every must be at least 1, got {refresh_every}.")
+    if not -1 <= min_overlap <= 1:
+        raise ValueError(f"min_overlap is a cosine, got {min_overlap}.")
