@@ -116,11 +116,11 @@ def svg(found: set[tuple[str, str]], ink: str) -> str:
     text, line, library, application = INKS[ink]
     by_floor = floors(found)
     widest = max(map(len, by_floor)) * (WIDTH + GAP) + GAP
-    at = {}
+    at: dict[str, tuple[float, float]] = {}
     for floor, names in enumerate(by_floor):
         left = (widest - len(names) * (WIDTH + GAP) + GAP) / 2
-        y = (len(by_floor) - 1 - floor) * ROW + GAP
-        at |= {name: (left + i * (WIDTH + GAP), y) for i, name in enumerate(names)}
+        top = (len(by_floor) - 1 - floor) * ROW + GAP
+        at |= {name: (left + i * (WIDTH + GAP), float(top)) for i, name in enumerate(names)}
     height = len(by_floor) * ROW + GAP
     parts = [
         f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {widest:g} {height:g}" font-family="sans-serif">',

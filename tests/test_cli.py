@@ -200,7 +200,7 @@ def test_a_full_disk_names_the_run_folder(tmp_path: Path, monkeypatch: pytest.Mo
     def full(*_: object, **__: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("antipasto.trl.rollout_log.json.dumps", full)
+    monkeypatch.setattr("antipasto.evaluation.rollout_log.json.dumps", full)
     code, text = run("demo", "--steps", "1", "--out", str(tmp_path / "demo"))
     assert code == 2
     assert "No space left on device" in text

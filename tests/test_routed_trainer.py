@@ -20,8 +20,8 @@ from trl import GRPOTrainer
 import antipasto as ap
 from antipasto.adapter import functional
 from antipasto.adapter.rows import RowViews
+from antipasto.evaluation import rollout_log
 from antipasto.tasks import addition
-from antipasto.trl import rollout_log
 from antipasto.trl.advantages import deployed_positions, group_advantages, share_of
 
 pytestmark = [

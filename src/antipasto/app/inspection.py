@@ -10,10 +10,9 @@ markup nor its control characters are obeyed.
 from __future__ import annotations
 
 import heapq
-import json
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -30,11 +29,12 @@ from antipasto.app.arms import rates_table
 from antipasto.app.checks import check_file
 from antipasto.app.run_folder import MONITOR, RunFolder
 from antipasto.evaluation.records import EVAL, read_evaluation
+from antipasto.evaluation.rollout_log import Rollout, read
+from antipasto.reading import as_number, read_json, read_rows
 from antipasto.routing.directions import Direction
 from antipasto.routing.gates import DEFAULT_THRESHOLD
 from antipasto.routing.monitor import read_monitor
 from antipasto.routing.router import read_books
-from antipasto.tasks import is_exploit
 from antipasto.terminal import add_row, plain, shorten
 
 THRESHOLDS = (0.5, 0.65, 0.8, 1.0)
@@ -64,7 +64,7 @@ def describe(path: Path) -> list[RenderableType]:
     if path.is_dir() or not path.exists():
         if (path / "adapter_config.json").exists():
             return adapter_parts(path)
-        return run_parts(path, read_config(path))
+        return run_parts(path, RunFolder(path).read_config())
     check_file(path)
     kind = _safetensors_kind(path)
     if kind == "direction":
@@ -349,11 +349,6 @@ def run_parts(folder: Path, config: Mapping[str, Any]) -> list[RenderableType]:
     return parts
 
 
-def read_config(folder: Path) -> dict[str, Any]:
-    """A run folder's config; refuses a folder that is none."""
-    return RunFolder(folder).read_config()
-
-
 def _config_table(folder: Path, config: Mapping[str, Any]) -> Table:
     table = _table(f"run {folder}", "setting", "value")
     lines = []
@@ -411,7 +406,7 @@ def metrics_parts(path: Path, config: Mapping[str, Any]) -> list[RenderableType]
 class _Tail(NamedTuple):
     score: float
     number: int  # breaks ties, the earlier rollout first
-    row: dict[str, Any]
+    rollout: Rollout
 
 
 def rollouts_parts(path: Path) -> list[RenderableType]:
@@ -420,17 +415,14 @@ def rollouts_parts(path: Path) -> list[RenderableType]:
     columns: dict[str, list[float]] = {"reward": [], "oracle": [], "exploit": [], "flagged": []}
     top: list[_Tail] = []
     count = 0
-    for where, row in read_rows(path, notes):
-        for key, values in columns.items():
-            value = oracle_of(row, where) if key == "oracle" else as_number(row, key, where)
+    for rollout in read(path, notes):
+        exploits = None if rollout.oracle is None else rollout.exploits
+        measured = (rollout.reward, rollout.oracle, exploits, rollout.flagged)
+        for column, value in zip(columns.values(), measured, strict=True):
             if value is not None:
-                values.append(value)
-        reward, oracle = as_number(row, "reward", where), oracle_of(row, where)
-        if reward is not None and oracle is not None:
-            columns["exploit"].append(is_exploit(reward, oracle))
-        score = as_number(row, "hackward", where)
-        if score is not None and math.isfinite(score):
-            entry = _Tail(score, -count, row)
+                column.append(float(value))
+        if rollout.hackward is not None and math.isfinite(rollout.hackward):
+            entry = _Tail(rollout.hackward, -count, rollout)
             (heapq.heappush if len(top) < _TOP else heapq.heappushpop)(top, entry)
         count += 1
     table = _table(f"{count:,} rollouts", "mean of", "first tenth", "last tenth", numbers=("first tenth", "last tenth"))
@@ -451,10 +443,10 @@ def _most_hackward(top: Sequence[_Tail]) -> Table:
         *("hackward", "step", "reward", "prompt, then completion"),
         numbers=("hackward", "step", "reward"),
     )
-    for score, _, row in top:
-        prompt, completion = (_said(row.get(key, "")) for key in ("prompt", "completion"))
+    for score, _, rollout in top:
+        prompt, completion = _said(rollout.prompt), _said(rollout.completion)
         text = Text(f"{shorten(prompt, 100)}\n") + Text(shorten(completion, 200), style="bold")
-        add_row(table, f"{score:.3f}", row.get("step", "-"), row.get("reward", "-"), text)
+        add_row(table, f"{score:.3f}", rollout.step, rollout.reward, text)
         table.add_section()
     return table
 
@@ -470,49 +462,6 @@ def evaluation_parts(folder: Path) -> list[RenderableType]:
     """Every arm's rates, and the verdict."""
     evaluation = read_evaluation(folder)
     return [rates_table([evaluation]), _sentence(evaluation.verdict.sentence)]
-
-
-# ── files ────────────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        raise ValueError(f"{path} is not JSON: {error}.") from error
-
-
-def read_rows(path: Path, notes: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Where it stands, and the row, of each line. A last line that is cut off is noted: the run may still be writing it."""
-    with path.open("rb") as file:
-        for number, line in enumerate(file, 1):
-            where = f"{path}, line {number}"
-            try:
-                row = json.loads(line)
-            except (ValueError, RecursionError) as error:
-                if not line.endswith(b"\n"):
-                    notes.append(f"{path.name}: its last line is cut off, or still being written; it is not counted.")
-                    return
-                raise ValueError(f"{where}: not JSON ({error}).") from error
-            if not isinstance(row, dict):
-                raise ValueError(f"{where}: expected an object, got {type(row).__name__}.")
-            yield where, row
-
-
-def as_number(row: Mapping[str, Any], key: str, where: str) -> float | None:
-    value = row.get(key)
-    try:
-        if value is None or isinstance(value, (int, float)):
-            return None if value is None else float(value)
-    except OverflowError:
-        pass
-    raise ValueError(f"{where}: {key!r} must be a number, got {shorten(repr(value), 40)}.")
-
-
-def oracle_of(row: Mapping[str, Any], where: str) -> float | None:
-    """What the oracle says of a rollout; None where there is none, or it abstained."""
-    value = as_number(row, "oracle", where)
-    return None if value is None or math.isnan(value) else value
 
 
 def _mean(values: Sequence[float]) -> float:

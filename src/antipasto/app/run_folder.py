@@ -3,7 +3,7 @@
     config.yaml            the resolved config: `antipasto train --config` repeats the run; config.json of `antipasto demo`
     run.json               its name among reporters, versions, command, method, the base model and its fingerprint
     metrics.jsonl          one line a step
-    rollouts.jsonl         one line a rollout (`antipasto.trl.rollout_log`)
+    rollouts.jsonl         one line a rollout (`antipasto.evaluation.rollout_log`)
     direction.safetensors  what the run was routed by
     tensorboard/           what TensorBoard reads, where the run reports to it
     monitor.safetensors    what flagged its rollouts, where that was a monitor

@@ -18,12 +18,12 @@ from rich.console import Console
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import rotate_checkpoints
 
+from antipasto.evaluation.rollout_log import truncate
 from antipasto.files import write_json
 from antipasto.names import COMPLETE
 from antipasto.routing.router import Router
 from antipasto.tasks.task import REWARDED
 from antipasto.terminal import say
-from antipasto.trl.rollout_log import truncate
 
 
 class RoutingCallback(TrainerCallback):

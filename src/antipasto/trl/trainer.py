@@ -36,15 +36,15 @@ from antipasto.adapter.layer import View
 from antipasto.adapter.rollouts import RolloutGrads, TokenIds, backward_by_sequence, completion_nll, rollout_grads
 from antipasto.adapter.rows import RowViews
 from antipasto.adapter.views import adapted_layers, mixed, seen_as
+from antipasto.evaluation import rollout_log
+from antipasto.evaluation.rollout_log import Rollout
 from antipasto.names import Flagged
 from antipasto.routing.monitor import Monitor, at_origin
 from antipasto.routing.router import Router
 from antipasto.tasks import completion_text, is_exploit
-from antipasto.trl import rollout_log
 from antipasto.trl.advantages import deployed_positions, group_advantages, share_of
 from antipasto.trl.callbacks import RoutingCallback
 from antipasto.trl.judges import Judge, Role, ask
-from antipasto.trl.rollout_log import Rollout
 from antipasto.unchanged import unchanged
 
 DEPLOY_FRACTION = 0.5
@@ -99,7 +99,7 @@ class RoutedGRPOTrainer(GRPOTrainer):
             rollout counts neither as an exploit nor as solved. Logged, never trained on.
         deploy_fraction: share of each prompt's rollouts that is sampled from the deployed policy; if None, .5 where the router
             routes, else 0.
-        rollout_log: file for every rollout (`antipasto.trl.rollout_log`).
+        rollout_log: file for every rollout (`antipasto.evaluation.rollout_log`).
 
     Raises:
         ValueError: options that make no sense together; from training, an answer that is none, or a NaN or Inf in a gradient.

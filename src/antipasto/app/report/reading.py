@@ -12,10 +12,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from antipasto.app.inspection import Knobs, as_number, read_adapter, read_config, read_json, read_rows
+from antipasto.app.inspection import Knobs, read_adapter
 from antipasto.app.report.rollouts import Rollouts, read_rollouts
 from antipasto.app.run_folder import RunFolder
 from antipasto.evaluation.records import EVAL, PARTIAL, Evaluation, read_evaluation
+from antipasto.reading import as_number, read_json, read_rows
 from antipasto.routing.directions import Direction
 from antipasto.routing.gates import DEFAULT_THRESHOLD
 from antipasto.routing.router import Books, read_books
@@ -100,7 +101,7 @@ def short_names(paths: Sequence[Path]) -> list[str]:
 
 
 def _read_run(folder: Path, name: str, budget: int) -> Run:
-    config = read_config(folder)
+    config = RunFolder(folder).read_config()
     as_number(config, "threshold", f"{folder}, its config")
     place, missing = RunFolder(folder), list[str]()
 

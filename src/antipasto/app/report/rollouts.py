@@ -16,10 +16,8 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
-from antipasto.app.inspection import as_number, oracle_of, read_rows
-from antipasto.tasks import is_exploit, is_solved
+from antipasto.evaluation.rollout_log import Rollout, read
 
 EACH = 200  # of the highest, of the lowest, and of the sample
 LONGEST = 2000
@@ -28,37 +26,17 @@ MARKUP = 800
 """What a rollout takes beside its texts, about."""
 
 
-@dataclass(frozen=True)
-class Shown:
+@dataclass
+class Shown(Rollout):
     """One rollout of the page.
 
     Attributes:
         line: its line in rollouts.jsonl, from 1.
-        step: from 0, as logged.
         times: how many rollouts of this step say the same to the same prompt.
     """
 
-    line: int
-    step: int
-    prompt: Any
-    completion: Any
-    reward: float
-    oracle: float | None
-    flagged: bool | None
-    view: str
-    advantage: float | None
-    hackward: float | None
-    times: int
-
-    @property
-    def solved(self) -> bool:
-        """Whether the oracle calls it solved."""
-        return self.oracle is not None and is_solved(self.oracle)
-
-    @property
-    def exploits(self) -> bool:
-        """Whether it is rewarded and not solved."""
-        return self.oracle is not None and is_exploit(self.reward, self.oracle)
+    line: int = 0
+    times: int = 1
 
 
 @dataclass
@@ -113,11 +91,10 @@ def read_rollouts(path: Path, notes: list[str], *, budget: int) -> Rollouts:
     shares: dict[tuple[int, str], Share] = {}
     scores: list[float] = []
     keys: list[int] = []
-    for where, row in read_rows(path, notes):
-        shown = _parse(row, where, 0, 1)
-        _count(shares.setdefault((shown.step, shown.view), Share()), shown)
-        scores.append(math.nan if shown.hackward is None else shown.hackward)
-        keys.append(_key(row))
+    for rollout in read(path, notes):
+        _count(shares.setdefault((rollout.step, rollout.view), Share()), rollout)
+        scores.append(math.nan if rollout.hackward is None else rollout.hackward)
+        keys.append(_key(rollout))
     ranked = sorted((i for i, score in enumerate(scores) if math.isfinite(score)), key=lambda i: scores[i])
     times = Counter(keys)
     highest = _distinct(reversed(ranked), keys, EACH)
@@ -128,40 +105,19 @@ def read_rollouts(path: Path, notes: list[str], *, budget: int) -> Rollouts:
     sample = sorted(random.Random(0).sample(rest, min(EACH if ranked else 2 * EACH, len(rest))))
     wanted = {*highest, *lowest, *sample}
     texts = {
-        i: _parse(row, where, i + 1, times[keys[i]])
-        for i, (where, row) in enumerate(read_rows(path, []))
+        i: Shown(**vars(rollout), line=i + 1, times=times[keys[i]])
+        for i, rollout in enumerate(read(path, []))
         if i in wanted
     }
     lists = [_within([texts[i] for i in numbers], budget // 3) for numbers in (highest, lowest, sample)]
     return Rollouts(len(keys), len(ranked), _exploits(shares), _curves(shares), *lists)
 
 
-def _parse(row: dict[str, Any], where: str, line: int, times: int) -> Shown:
-    step, reward, view = as_number(row, "step", where), as_number(row, "reward", where), row.get("view", "trained")
-    if step is None or reward is None or "completion" not in row or "prompt" not in row:
-        raise ValueError(f"{where}: a rollout has step, prompt, completion and reward; got {sorted(row)}.")
-    if not isinstance(view, str) or not math.isfinite(step):
-        raise ValueError(f"{where}: its step is no number or its view no name.")
-    return Shown(
-        line,
-        int(step),
-        row["prompt"],
-        row["completion"],
-        reward,
-        oracle_of(row, where),
-        None if row.get("flagged") is None else bool(row["flagged"]),
-        view,
-        as_number(row, "advantage", where),
-        as_number(row, "hackward", where),
-        times,
-    )
+def _key(rollout: Rollout) -> int:
+    return hash(json.dumps([rollout.step, rollout.prompt, rollout.completion]))
 
 
-def _key(row: dict[str, Any]) -> int:
-    return hash(json.dumps([row["step"], row["prompt"], row["completion"]]))
-
-
-def _count(share: Share, rollout: Shown) -> None:
+def _count(share: Share, rollout: Rollout) -> None:
     share.add("reward", rollout.reward)
     if rollout.oracle is not None:
         share.add("solved", float(rollout.solved))

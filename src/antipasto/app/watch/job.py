@@ -28,7 +28,6 @@ from rich.text import Text
 from antipasto.adapter import AntiPastoConfig
 from antipasto.adapter.knobs import wrap
 from antipasto.adapter.rollouts import TokenIds
-from antipasto.app.inspection import as_number, read_json, read_rows
 from antipasto.app.models import base_fingerprint, best_device, load_model, quiet
 from antipasto.app.onset import Onset, find_onset
 from antipasto.app.watch.compare import Comparison, compare_scores
@@ -48,6 +47,7 @@ from antipasto.app.watch.sources import (
 from antipasto.evaluation.records import Rate
 from antipasto.files import write_json, write_text
 from antipasto.names import Dtype
+from antipasto.reading import as_number, read_json, read_rows
 from antipasto.routing.directions import Direction
 from antipasto.routing.monitor import Completion, Monitor
 from antipasto.routing.pairs import load_pairs

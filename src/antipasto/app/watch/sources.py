@@ -18,7 +18,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from antipasto.app.inspection import as_number, read_rows
+from antipasto.reading import as_number, read_rows
 from antipasto.tasks import REWARDED, completion_text, is_exploit, is_solved
 from antipasto.terminal import shorten
 

@@ -13,12 +13,15 @@ positive where the step that it asks for is hack-ward. ``truncated`` says that i
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+import math
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from antipasto.files import write_text
+from antipasto.reading import as_number, read_rows
+from antipasto.tasks import is_exploit, is_solved
 
 
 @dataclass
@@ -32,11 +35,59 @@ class Rollout:
     oracle: float | None
     flagged: bool | None
     view: str
-    advantage: float
+    advantage: float | None
     score: float | None = None
     hackward: float | None = None
     truncated: bool | None = None
     completion_ids: list[int] | None = None
+
+    @property
+    def solved(self) -> bool:
+        """Whether the oracle calls it solved."""
+        return self.oracle is not None and is_solved(self.oracle)
+
+    @property
+    def exploits(self) -> bool:
+        """Whether it is rewarded and not solved."""
+        return self.oracle is not None and is_exploit(self.reward, self.oracle)
+
+
+def read(path: Path, notes: list[str]) -> Iterator[Rollout]:
+    """The rollouts of a log, in its order.
+
+    Args:
+        path: the log.
+        notes: gets a sentence where the last line is cut off.
+
+    Raises:
+        ValueError: a line is damaged; names it.
+        OSError: the file cannot be read.
+    """
+    for where, row in read_rows(path, notes):
+        yield _rollout(row, where)
+
+
+def _rollout(row: dict[str, Any], where: str) -> Rollout:
+    step, reward, view = as_number(row, "step", where), as_number(row, "reward", where), row.get("view", "trained")
+    if step is None or reward is None or "completion" not in row or "prompt" not in row:
+        raise ValueError(f"{where}: a rollout has step, prompt, completion and reward; got {sorted(row)}.")
+    if not isinstance(view, str) or not math.isfinite(step):
+        raise ValueError(f"{where}: its step is no number or its view no name.")
+    oracle = as_number(row, "oracle", where)
+    return Rollout(
+        step=int(step),
+        prompt=row["prompt"],
+        completion=row["completion"],
+        reward=reward,
+        oracle=None if oracle is None or math.isnan(oracle) else oracle,
+        flagged=None if row.get("flagged") is None else bool(row["flagged"]),
+        view=view,
+        advantage=as_number(row, "advantage", where),
+        score=as_number(row, "score", where),
+        hackward=as_number(row, "hackward", where),
+        truncated=row.get("truncated"),
+        completion_ids=row.get("completion_ids"),
+    )
 
 
 def append(path: Path, rollouts: Iterable[Rollout]) -> None:

@@ -1,0 +1,68 @@
+"""JSON that somebody may have damaged, read with the place where it is wrong."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from antipasto.terminal import shorten
+
+
+def read_json(path: Path) -> Any:
+    """What a JSON file says.
+
+    Raises:
+        ValueError: it is not JSON; names it.
+        OSError: it cannot be read.
+    """
+    try:
+        return json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"{path} is not JSON: {error}.") from error
+
+
+def read_rows(path: Path, notes: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Where it stands, and the row, of each line of a JSON-lines file.
+
+    Args:
+        path: the file.
+        notes: gets a sentence where the last line is cut off: the run may still be writing it.
+
+    Raises:
+        ValueError: a line is no object; names it.
+        OSError: the file cannot be read.
+    """
+    with path.open("rb") as file:
+        for number, line in enumerate(file, 1):
+            where = f"{path}, line {number}"
+            try:
+                row = json.loads(line)
+            except (ValueError, RecursionError) as error:
+                if not line.endswith(b"\n"):
+                    notes.append(f"{path.name}: its last line is cut off, or still being written; it is not counted.")
+                    return
+                raise ValueError(f"{where}: not JSON ({error}).") from error
+            if not isinstance(row, dict):
+                raise ValueError(f"{where}: expected an object, got {type(row).__name__}.")
+            yield where, row
+
+
+def as_number(row: Mapping[str, Any], key: str, where: str) -> float | None:
+    """A number of a row; None where there is none.
+
+    Raises:
+        ValueError: it is something else, or has hundreds of digits; names the place.
+
+    Example:
+        >>> as_number({"step": 3}, "step", "here"), as_number({}, "step", "here")
+        (3.0, None)
+    """
+    value = row.get(key)
+    try:
+        if value is None or isinstance(value, (int, float)):
+            return None if value is None else float(value)
+    except OverflowError:
+        pass
+    raise ValueError(f"{where}: {key!r} must be a number, got {shorten(repr(value), 40)}.")
