@@ -327,20 +327,6 @@ def test_overlap() -> None:
         v.overlap(ap.Direction({"layer.0": torch.eye(4)[0]}))
 
 
-def test_trim() -> None:
-    v = make(k=3)
-    assert {len(V) for V in v.trim(k=2).values()} == {2}
-    assert torch.equal(v.trim(k=1)["layer.2"], v["layer.2"][:1])
-    less = v.trim(drop_bottom=0.5)
-    kept = torch.cat(list(less.strength.values()))
-    assert kept.min() >= torch.cat(list(v.strength.values())).median()
-    assert "layer.0" not in less  # the floor is one for all layers, and this one is below it
-    assert set(less.effect) == set(less)
-    for options, message in (({"k": 0}, "at least 1"), ({"drop_bottom": 1.0}, r"share in \[0, 1\)")):
-        with pytest.raises(ValueError, match=message):
-            v.trim(**options)
-
-
 @pytest.mark.parametrize(
     ("rows", "options", "message"),
     [

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 from torch import nn
 
 import antipasto as ap
-from antipasto.adapter import View
 from antipasto.routing.router import OWN_BOOK
 
 SIZES = (6, 5)  # r of the two layers
@@ -118,11 +117,10 @@ def moved_by_definition(v: ap.Direction, deltas: dict[str, torch.Tensor], gate: 
 
 @pytest.mark.parametrize("gate", GATES)
 @pytest.mark.parametrize("k", [1, 3])
-@pytest.mark.parametrize("overshoot", [1.0, 1.5])
-def test_every_step_is_split_by_definition(gate: str, k: int, overshoot: float) -> None:
+def test_every_step_is_split_by_definition(gate: str, k: int) -> None:
     model, v = make_model(), make_direction(k)
     threshold = 0.4 if gate in ("coordinate", "disjoint") else None
-    router = ap.Router(model, v, gate=gate, threshold=threshold, overshoot=overshoot)
+    router = ap.Router(model, v, gate=gate, threshold=threshold)
     optimizer = OPTIMIZERS["Adam"](trainable(model))
     with router.attach(optimizer):
         for i in range(6):
@@ -132,29 +130,12 @@ def test_every_step_is_split_by_definition(gate: str, k: int, overshoot: float) 
                 hooks.clear()
             step(twin, twin_optimizer, i)
             delta = flat(twin, "delta_s") - before
-            want = overshoot * moved_by_definition(
-                v, dict(zip("02", delta.split(SIZES), strict=True)), gate, threshold or 0
-            )
+            want = moved_by_definition(v, dict(zip("02", delta.split(SIZES), strict=True)), gate, threshold or 0)
             step(model, optimizer, i)
             torch.testing.assert_close(flat(model, "delta_s_hack") - hack, want, atol=1e-6, rtol=1e-4)
             torch.testing.assert_close(flat(model, "delta_s") - before, delta - want, atol=1e-6, rtol=1e-4)
     if gate != "coordinate":
         assert flat(model, "delta_s_hack").abs().max() > 1e-3
-
-
-@pytest.mark.parametrize("gate", ["coordinate", "one_sided"])
-def test_preserve_magnitude_keeps_each_layers_step_length(gate: str) -> None:
-    model, v = make_model(), make_direction()
-    router = ap.Router(model, v, gate=gate, preserve_magnitude=True)
-    optimizer = OPTIMIZERS["SGD"](trainable(model))
-    with router.attach(optimizer):
-        for i in range(5):
-            before, theta_before = flat(model, "delta_s"), theta(model)
-            step(model, optimizer, i)
-            kept, delta = flat(model, "delta_s") - before, theta(model) - theta_before
-            for a, b in zip(kept.split(SIZES), delta.split(SIZES), strict=True):
-                torch.testing.assert_close(a.norm(), b.norm(), atol=1e-5, rtol=1e-4)
-    assert flat(model, "delta_s_hack").any()
 
 
 # ── the run ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -356,7 +337,7 @@ def test_bf16_knobs() -> None:
     for gate in GATES:
         model = make_model().to(torch.bfloat16)
         optimizer = torch.optim.SGD(trainable(model), lr=0.1)
-        router = ap.Router(model, make_direction(2), gate=gate, preserve_magnitude=True)
+        router = ap.Router(model, make_direction(2), gate=gate)
         with router.attach(optimizer):
             model(torch.ones(4, 8, dtype=torch.bfloat16)).square().sum().backward()
             optimizer.step()
@@ -386,7 +367,7 @@ def test_a_controls_book_is_what_its_own_run_would_have_moved() -> None:
         "random": v.random(5),
         "higher": ap.Control(v, threshold=1.2),
         "along": ap.Control(v, gate="one_sided"),
-        "far": ap.Control(v, gate="no_gate", overshoot=2.0),
+        "whole": ap.Control(v, gate="no_gate"),
     }
     model = make_model()
     router = ap.Router(model, v, controls=controls)
@@ -396,7 +377,7 @@ def test_a_controls_book_is_what_its_own_run_would_have_moved() -> None:
     for name, entry in controls.items():
         control = entry if isinstance(entry, ap.Control) else ap.Control(entry)
         alone = make_model()
-        options = {"gate": control.gate, "threshold": control.threshold, "overshoot": control.overshoot}
+        options = {"gate": control.gate, "threshold": control.threshold}
         alone_optimizer = OPTIMIZERS["Adam"](trainable(alone))
         with ap.Router(alone, control.direction, **options).attach(alone_optimizer):
             train(alone, alone_optimizer)
@@ -408,7 +389,7 @@ def test_a_controls_book_is_what_its_own_run_would_have_moved() -> None:
             shown = model(x)
         with ap.deployed(alone):
             torch.testing.assert_close(shown, alone(x), atol=1e-4, rtol=1e-3)
-    with pytest.raises(ValueError, match=r"no book 'other'; there are \['along', 'far', 'higher', 'random'\]"):
+    with pytest.raises(ValueError, match=r"no book 'other'; there are \['along', 'higher', 'random', 'whole'\]"):
         router.book("other")
 
 
@@ -496,56 +477,6 @@ def test_metrics_are_those_of_the_definition() -> None:
     assert set(got) == {*names, *(f"{name}_random" for name in names)}
 
 
-# ── refreshing ───────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def test_refresh_takes_what_agrees_and_refuses_what_does_not() -> None:
-    model, v = make_model(), make_direction()
-    answers = [v, -v]
-    views = []
-
-    def refresh() -> ap.Direction:
-        views.append({layer.layer.view for layer in ap.knobs(model).values()})
-        return answers[len(views) - 1]
-
-    router = ap.Router(model, v, refresh=refresh, refresh_every=3, min_overlap=0.5)
-    optimizer = OPTIMIZERS["Adam"](trainable(model))
-    with router.attach(optimizer):
-        train(model, optimizer, 3)
-        assert router.metrics()["refresh_overlap"] == pytest.approx(1)
-        with pytest.warns(UserWarning, match="Step 6: the refreshed direction agrees only -1.00.*refused"):
-            train(model, optimizer, 3)
-    assert router.direction is v
-    assert views == [{View.DEPLOYED}] * 2
-
-
-def test_a_refreshed_direction_is_continued_from(tmp_path: Path) -> None:
-    v, new = make_direction(), make_direction(seed=1)
-
-    def start() -> ap.Router:
-        return ap.Router(make_model(), v, refresh=lambda: new, refresh_every=2, min_overlap=-1.0)
-
-    router = start()
-    optimizer = OPTIMIZERS["SGD"](trainable(router.model))
-    with router.attach(optimizer):
-        train(router.model, optimizer, 3)
-    router.save(tmp_path / "books")
-    again = start()
-    again.load(tmp_path / "books")
-    for name in v:
-        assert torch.equal(again.direction[name], new[name])
-        assert torch.equal(again.direction.effect[name], new.effect[name])
-
-
-def test_a_refresh_that_cannot_be_used_leaves_the_present_direction() -> None:
-    v = make_direction()
-    router = ap.Router(make_model(), v, refresh=lambda: ap.Direction(dict(v)), refresh_every=1)
-    optimizer = OPTIMIZERS["SGD"](trainable(router.model))
-    with pytest.raises(ValueError, match="needs a direction with effect sizes"), router.attach(optimizer):
-        train(router.model, optimizer, 1)
-    assert router.direction is v
-
-
 # ── hooks, options ───────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -586,10 +517,6 @@ def test_a_knob_that_is_not_in_the_optimizer_is_named() -> None:
         ({"gate": "both"}, "gate must be"),
         ({"threshold": -1.0}, "effect size of at least 0, got -1.0"),
         ({"gate": "one_sided", "threshold": 0.5}, "belongs to the gates coordinate and disjoint"),
-        ({"overshoot": 0.0}, "overshoot must be above 0"),
-        ({"refresh_every": 3}, "belong together"),
-        ({"refresh": make_direction, "refresh_every": 0}, "at least 1"),
-        ({"min_overlap": 2.0}, "is a cosine"),
         ({"controls": {"direction": make_direction()}}, "give the control another"),
         ({"controls": {"x": ap.Control(make_direction(), gate="no")}}, "gate must be"),
     ],

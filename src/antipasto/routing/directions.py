@@ -18,7 +18,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
@@ -142,32 +141,6 @@ class Direction(Mapping[str, Tensor]):
     def __neg__(self) -> Direction:
         """The opposite direction: hack and clean change places."""
         return self._map(torch.neg)
-
-    def trim(self, *, k: int | None = None, drop_bottom: float = 0.0) -> Direction:
-        """Fewer rows: the first k of each layer, and of those not the weakest.
-
-        Args:
-            k: rows to keep in each layer; all if None.
-            drop_bottom: share, in [0, 1), of all layers' rows together to drop, weakest `strength` first: one noise floor for
-                the whole model. A layer may lose all of its rows, and then has no entry.
-
-        Raises:
-            ValueError: k below 1, or drop_bottom outside [0, 1).
-        """
-        if k is not None and k < 1:
-            raise ValueError(f"k must be at least 1, got {k}.")
-        if not 0 <= drop_bottom < 1:
-            raise ValueError(f"drop_bottom is a share in [0, 1), got {drop_bottom}.")
-        kept = {name: (V[:k], self.strength[name][:k]) for name, V in self.items()}
-        pooled = torch.cat([s.abs() for _, s in kept.values()]).sort().values
-        floor = pooled[min(math.floor(drop_bottom * len(pooled)), len(pooled) - 1)]
-        masks = {name: s.abs() >= floor for name, (_, s) in kept.items()}
-        names = [name for name, mask in masks.items() if mask.any()]
-        return self._replace(
-            {name: kept[name][0][masks[name]] for name in names},
-            effect=None if self.effect is None else {name: self.effect[name] for name in names},
-            strength={name: kept[name][1][masks[name]] for name in names},
-        )
 
     def overlap(self, other: Direction) -> Overlap:
         """Agreement with another direction, over the layers that both have.

@@ -36,8 +36,6 @@ class Control:
     direction: Direction
     gate: GateName = "coordinate"
     threshold: float | None = None
-    overshoot: float = 1.0
-    preserve_magnitude: bool = False
 
 
 class Gate:
@@ -49,7 +47,6 @@ class Gate:
         rows = max(len(V) for V in v.values())
         self.kind = control.gate
         self.threshold = DEFAULT_THRESHOLD if control.threshold is None else control.threshold
-        self.overshoot, self.preserve_magnitude = control.overshoot, control.preserve_magnitude
         self.layers = len(sizes)
         self.segment = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(list(sizes.values()))).to(device)
         blocks = [torch.zeros(rows, r) for r in sizes.values()]
@@ -95,17 +92,7 @@ class Gate:
             c = {"one_sided": c.relu(), "no_gate": c, "reverse": -(-c).relu()}[self.kind]
             moved = -(c[:, self.segment] * self.V).sum(0)
             fired = (c != 0).sum() / self.rows
-        moved = moved * self.overshoot
-        if self.preserve_magnitude:
-            moved = delta - self._rescaled(delta - moved, delta)
         return moved, fired
-
-    def _rescaled(self, kept: Tensor, delta: Tensor) -> Tensor:
-        """What is kept, at the length that each layer's displacement had; left alone where nothing is kept."""
-        both = torch.stack([kept, delta.to(kept.dtype)]).square()  # (2, R)
-        squares = both.new_zeros(2, self.layers).index_add_(1, self.segment, both)
-        scale = torch.where(squares[0] > 0, (squares[1] / squares[0]).sqrt(), torch.ones_like(squares[0]))
-        return kept * scale[self.segment]
 
 
 def _check(control: Control) -> None:
@@ -121,5 +108,3 @@ def _check(control: Control) -> None:
         )
     if control.threshold is not None and not (math.isfinite(control.threshold) and control.threshold >= 0):
         raise ValueError(f"threshold is an effect size of at least 0, got {control.threshold}.")
-    if not (math.isfinite(control.overshoot) and control.overshoot > 0):
-        raise ValueError(f"overshoot must be above 0, got {control.overshoot}.")

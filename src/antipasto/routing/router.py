@@ -84,13 +84,8 @@ class Router:
             optimizer afterwards, with both knobs in it.
         gate: ``"coordinate"``, ``"disjoint"``, ``"one_sided"``, ``"no_gate"`` or ``"reverse"``.
         threshold: of the gates by coordinate: the effect size above which one is guarded; 0.65 if None.
-        overshoot: how many times the gated part to move; 1 moves it exactly out.
-        preserve_magnitude: rescale what δS keeps of a step to the step's own length, layer by layer.
         controls: name → `Direction`, under the same gate and threshold, or `Control`; each keeps a book of what it would have
             moved of the same displacements, at update level.
-        refresh: gives a new direction, as extracted from the model that it finds; called with the quarantine out.
-        refresh_every: after how many steps, again and again.
-        min_overlap: a refreshed direction that agrees less than this with the present one is refused, with a warning.
 
     Raises:
         ValueError: options that make no sense together, or a direction that does not fit the model; names the layer.
@@ -106,26 +101,20 @@ class Router:
         level: Level = "update",
         gate: GateName = "coordinate",
         threshold: float | None = None,
-        overshoot: float = 1.0,
-        preserve_magnitude: bool = False,
         controls: Mapping[str, Direction | Control] | None = None,
-        refresh: Callable[[], Direction] | None = None,
-        refresh_every: int | None = None,
-        min_overlap: float = 0.5,
     ) -> None:
-        _check_options(mode, level, refresh, refresh_every, min_overlap)
-        if direction is None and (controls or refresh is not None or threshold is not None or level == "gradient"):
-            raise ValueError(
-                "controls, refresh, threshold and level='gradient' are about a direction, and there is none."
-            )
+        if mode not in ("route", "erase", "measure"):
+            raise ValueError(f"mode must be route, erase or measure, got {mode!r}.")
+        if level not in ("update", "gradient"):
+            raise ValueError(f"level must be update or gradient, got {level!r}.")
+        if direction is None and (controls or threshold is not None or level == "gradient"):
+            raise ValueError("controls, threshold and level='gradient' are about a direction, and there is none.")
         if sharing not in ("exclusive", "classic"):
             raise ValueError(f"sharing must be exclusive or classic, got {sharing!r}.")
         if sharing == "classic" and (mode != "route" or level != "update"):
             raise ValueError("sharing='classic' fills a quarantine, at update level: mode='route', level='update'.")
         self.model, self.mode, self.sharing, self.level = model, mode, sharing, level
-        self.refresh, self.refresh_every, self.min_overlap = refresh, refresh_every, min_overlap
         self.steps = 0
-        self.last_overlap: float | None = None
         layers = knobs(model)
         self.adapter_name = next(iter(layers.values())).adapter
         self._sizes = {name: layer.r for name, layer in layers.items()}
@@ -138,7 +127,7 @@ class Router:
         if level == "gradient":
             for knob in self._hack:
                 knob.requires_grad_(True)
-        self._options = (gate, threshold, overshoot, preserve_magnitude)
+        self._options = (gate, threshold)
         self.direction: Direction | None = None
         self._gate: Gate | None = None
         self._chance: Gate | None = None
@@ -500,8 +489,6 @@ class Router:
         self.steps += 1
         if whole and self._tries:
             self._try_out()
-        if whole and self.refresh_every and self.steps % self.refresh_every == 0:
-            self._refresh()
 
     def _require_finite(self, delta: Tensor, before: Tensor) -> None:
         """Put the knobs back and say so where the optimizer's own step made a NaN or Inf of them."""
@@ -527,22 +514,6 @@ class Router:
         for name, gate in self._gates.items():
             self._books[name] += claimed + gate.moved(delta - claimed)[0]
 
-    def _refresh(self) -> None:
-        assert self.refresh is not None
-        assert self.direction is not None
-        with self.deployed():
-            new = self.refresh()
-        self.last_overlap = new.overlap(self.direction).overall
-        if self.last_overlap < self.min_overlap:
-            warnings.warn(
-                f"Step {self.steps}: the refreshed direction agrees only {self.last_overlap:.2f} with the present one, less "
-                f"than min_overlap={self.min_overlap}. It is refused; routing goes on with the present one.",
-                RoutingWarning,
-                stacklevel=2,
-            )
-        else:
-            self._set_direction(new)
-
     def _see(self, name: str, u: Tensor) -> None:
         if self._gate is None or self._chance is None:
             return
@@ -556,8 +527,8 @@ class Router:
 
         ``hackward_in``: ‖relu(V g)‖ / ‖g‖ of the gradient; ``hackward_update``: the same of the step that the optimizer made;
         ``hackward_out``: of what ``delta_s`` moved in the end; ``fired``: share of coordinates, or of rows, where the gate
-        fired; ``quarantine_norm``: length of all that was moved so far; ``refresh_overlap``: of the last refresh, if any;
-        ``flagged_update``: ‖Δ_Q‖ / ‖Δ‖, where rollouts are routed. Without a direction, only what needs none.
+        fired; ``quarantine_norm``: length of all that was moved so far; ``flagged_update``: ‖Δ_Q‖ / ‖Δ‖, where rollouts are
+        routed. Without a direction, only what needs none.
         """
         own = self._hack if self.mode == "route" else None
         book = _flat(own) if own else self._books.get(OWN_BOOK)
@@ -565,8 +536,6 @@ class Router:
         numbers["quarantine_norm"] = 0.0 if book is None else float(book.norm())
         if self._chance is not None:
             numbers["quarantine_norm_random"] = float(self._chance_book.norm())
-        if self.last_overlap is not None:
-            numbers["refresh_overlap"] = self.last_overlap
         return numbers
 
     @property
@@ -614,7 +583,7 @@ class Router:
             momentum = self._momentum.deployed, self._momentum.quarantined
         if momentum is not None:
             tensors |= dict(zip(_MOMENTUM, momentum, strict=True))
-        facts = {"steps": self.steps, "books": sorted(self._books), "last_overlap": self.last_overlap}
+        facts = {"steps": self.steps, "books": sorted(self._books)}
         metadata = {"format": _FORMAT, "fingerprints": fingerprints_to_json(self._fingerprints), **_as_json(facts)}
         write_tensors(path, {k: t.clone() for k, t in tensors.items()}, metadata)
 
@@ -644,8 +613,6 @@ class Router:
                 what="It",
                 remedy="Continue on the base that the run began with.",
             )
-            if self.refresh is not None and self.direction is not None:
-                self._set_direction(Direction.from_tensors(saved.direction, self.direction.fingerprints))
         except (ValueError, KeyError) as error:
             raise ValueError(f"{path} does not continue this run: {error}.") from error
         self._momentum, self._saved_momentum = None, None
@@ -654,7 +621,7 @@ class Router:
             self._saved_momentum = m_D.to(self._device), m_Q.to(self._device)
         self._left = None  # whoever loads the books has loaded the knobs as well
         self._chance_book = chance.to(self._device)
-        self._books, self.steps, self.last_overlap = books, saved.steps, saved.last_overlap
+        self._books, self.steps = books, saved.steps
 
     def _split(self, flat: Tensor) -> tuple[Tensor, ...]:
         return flat.split(list(self._sizes.values()))
@@ -667,7 +634,6 @@ class Books(NamedTuple):
     books: dict[str, dict[str, Tensor]]
     chance: dict[str, Tensor]
     direction: dict[str, Tensor]
-    last_overlap: float | None
     fingerprints: dict[str, Fingerprint]
     momentum: tuple[Tensor, Tensor] | None
 
@@ -687,7 +653,7 @@ def read_books(path: str | Path) -> Books:
 
 def _read_books(path: str | Path) -> Books:
     tensors, metadata = read_tensors(path, _FORMAT)
-    facts = {key: json.loads(metadata[key]) for key in ("steps", "books", "last_overlap")}
+    facts = {key: json.loads(metadata[key]) for key in ("steps", "books")}
     fingerprints = fingerprints_from_json(metadata["fingerprints"])
     chance = {key.removeprefix("chance/"): t for key, t in tensors.items() if key.startswith("chance/")}
     if not chance or not isinstance(facts["steps"], int) or not isinstance(facts["books"], list):
@@ -700,7 +666,6 @@ def _read_books(path: str | Path) -> Books:
         books={name: {layer: tensors[f"book/{name}/{layer}"] for layer in chance} for name in facts["books"]},
         chance=chance,
         direction={key: t for key, t in tensors.items() if not key.startswith(("book/", "chance/", "momentum/"))},
-        last_overlap=facts["last_overlap"],
         fingerprints=fingerprints,
         momentum=(tensors[_MOMENTUM[0]], tensors[_MOMENTUM[1]]) if _MOMENTUM[0] in tensors else None,
     )
@@ -716,16 +681,3 @@ def _flat(tensors: Any) -> Tensor:
 
 def _write(parameters: list[nn.Parameter], values: tuple[Tensor, ...]) -> None:
     torch._foreach_copy_([parameter.detach() for parameter in parameters], list(values))
-
-
-def _check_options(mode: str, level: str, refresh: object, refresh_every: int | None, min_overlap: float) -> None:
-    if mode not in ("route", "erase", "measure"):
-        raise ValueError(f"mode must be route, erase or measure, got {mode!r}.")
-    if level not in ("update", "gradient"):
-        raise ValueError(f"level must be update or gradient, got {level!r}.")
-    if (refresh is None) != (refresh_every is None):
-        raise ValueError("refresh and refresh_every belong together: what to call, and after how many steps.")
-    if refresh_every is not None and refresh_every < 1:
-        raise ValueError(f"refresh_every must be at least 1, got {refresh_every}.")
-    if not -1 <= min_overlap <= 1:
-        raise ValueError(f"min_overlap is a cosine, got {min_overlap}.")
