@@ -134,7 +134,7 @@ def score(path: str, folder: Path, seed: int, batch: int) -> None:
                     "surprise": float(nll[i]) * tokens,
                     **{arm: values[i] for arm, values in by_arm.items()},
                 }
-        with file.open("a", encoding="utf-8") as out:  # at one stroke: a form is there or not
+        with file.open("a", encoding="utf-8") as out:  # in one step: a form is there or not
             out.write("".join(json.dumps(row) + "\n" for row in rows))
     log("done")
 

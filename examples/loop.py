@@ -91,7 +91,7 @@ def training_prompts(rng: random.Random) -> list[str]:
 
 def make_monitor(model: Any, tokenizer: Any, seed: int) -> ap.Monitor:
     """What the pairs say of the exploit: a direction from most of them, a threshold from the rest."""
-    pairs = ap.load_pairs(addition.hack_pairs(64, seed=seed, matched=True))  # a stray "=" is no exploit
+    pairs = ap.load_pairs(addition.hack_pairs(64, seed=seed, matched=True))  # a stray "=" is not an exploit
     monitor = ap.Monitor.from_pairs(model, tokenizer, pairs, seed=seed)
     print(monitor.calibration)
     return monitor

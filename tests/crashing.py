@@ -6,7 +6,7 @@ Forks a child that writes one state after the other without end, kills it by SIG
 at what is there; again and again. Prints what was found, as JSON: how often which outcome, and how many kills were in the
 middle of a write. Anything that is neither the old state nor the new one ends it with a traceback.
 
-KIND ``run`` is `antipasto train` with a checkpoint after every step: killed, resumed, killed until it comes to its end, which
+KIND ``run`` is `antipasto train` with a checkpoint after every step: killed, resumed, killed until it finishes, which
 must be the end of a run that nobody killed, to the bit.
 """
 

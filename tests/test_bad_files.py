@@ -128,7 +128,7 @@ def make(kind: str, folder: Path) -> Path:
         "run config": yaml.safe_dump(CONFIG),
         "run": json.dumps({"processes": 1, "base": {"fingerprint": "0" * 64}}),
     }
-    if kind == "run":  # a folder without a config is no run's
+    if kind == "run":  # a folder without a config is not a run's
         (folder / "config.yaml").write_text(texts["run config"])
     path.write_text(texts[kind])
     return path

@@ -315,7 +315,7 @@ def test_a_run_that_is_killed_before_its_first_step_says_what_it_is(
     out = tmp_path / "run"
     code, _ = run("train", MODEL, "--task", "addition", "--out", out, *SMALL)
     assert code == 130
-    words = f"The run in {out} has not come to its first step. If it was stopped, there is nothing to continue: begin it anew"
+    words = f"The run in {out} has not reached its first step. If it was stopped, there is nothing to continue: begin it again"
     for command in (["train", "--resume", out], ["eval", out], ["export", out, "--out", tmp_path / "shipped"]):
         assert words in refused(*command)
     code, text = run("inspect", out, columns=1000)
@@ -564,7 +564,7 @@ def test_a_number_must_be_finite(command: list[str], value: str) -> None:
 def test_a_tolerance_may_be_infinite_but_not_no_number(tmp_path: Path) -> None:
     code, text = run("export", tmp_path, "--out", tmp_path / "x", "--tolerance", "nan")
     assert (code, "'--tolerance'" in text) == (2, True)
-    assert "is no run folder" in refused("export", tmp_path, "--out", tmp_path / "x", "--tolerance", "inf")
+    assert "is not a run folder" in refused("export", tmp_path, "--out", tmp_path / "x", "--tolerance", "inf")
 
 
 @pytest.mark.timeout(60)

@@ -217,7 +217,7 @@ def test_links_lead_somewhere(page: Path) -> None:
         path, _, anchor = target.partition("#")
         where = (page.parent / path).resolve() if path else page
         assert where.is_relative_to(ROOT), f"{name(page)}: {target}"
-        assert where.is_file(), f"{name(page)}: {target} is no file"
+        assert where.is_file(), f"{name(page)}: {target} is not a file"
         if page.is_relative_to(DOCS):
             assert where.is_relative_to(DOCS), f"{name(page)}: {target} is not part of the site"
         if anchor in ("", "only-light", "only-dark"):

@@ -265,7 +265,7 @@ def test_places_of_the_dial_are_no_rivals_and_are_not_compared() -> None:
     assert dialled.verdict == plain.verdict
     assert dialled.differences == plain.differences
     assert dialled.names == [*plain.names, "dial -0.50", "dial 0.50"]
-    assert "dial 0.50" not in dialled.empty  # it answers as trained, and is no book
+    assert "dial 0.50" not in dialled.empty  # it answers as trained, and is not a book
 
 
 def test_an_empty_book_is_said_to_be_empty() -> None:
@@ -406,7 +406,7 @@ def test_what_is_done_is_not_asked_again(adapted: tuple[torch.nn.Module, object]
     assert asked == [4, 2]
     ask_arms(model, tokenizer, task, rows, {"one": nullcontext()}, how, chunks=[Chunk([9, 1], 0)])
     assert calls[-1:] == [2]
-    # but what was said is judged anew: the task's functions may be others now
+    # but what was said is judged again: the task's functions may be others now
     other = Task("calls", train=rows, reward=lambda completions: [1.0] * len(completions), probes={"any": _all})
     anew = ask_arms(model, tokenizer, other, rows, {"one": nullcontext()}, how, done=whole)
     assert [a.completion for a in anew] == [a.completion for a in whole]
@@ -545,7 +545,7 @@ def _none(completions: list[str]) -> list[bool]:
 @pytest.mark.parametrize(
     ("options", "words"),
     [
-        ({"kinds": "sort"}, "kinds='sort' is no column of train"),
+        ({"kinds": "sort"}, "kinds='sort' is not a column of train"),
         ({"probes": {"a": 3}}, "probe 'a' must be a function, got int"),
         ({"probes": [len]}, "probes must be functions by name"),
         ({"probes": {"": len}}, "probes must be functions by name"),

@@ -519,7 +519,7 @@ def test_what_cannot_be_exported_costs_one_line(what: str, tmp_path: Path) -> No
     arguments: list[str] = []
     words = {
         "no run": "is a model, not a run",
-        "unfinished": "has not come to its end",
+        "unfinished": "has not finished",
         "another base": "is not the one|other weights|another base|belongs to",
         "a file": "is a file",
         "not empty": "is not empty",
@@ -555,7 +555,7 @@ def test_force_replaces_an_earlier_export_and_nothing_else(exported: tuple[Path,
     for out in (tmp_path, root, root / "adapter", tmp_path / "base"):
         code, text = run("export", root, "--out", out, "--force")
         assert code == 2
-        assert "which --force would delete" in text or "is no earlier export" in text
+        assert "which --force would delete" in text or "is not an earlier export" in text
     assert (root / "run.json").exists()
     shutil.copytree(exported[0], tmp_path / "shipped")
     shutil.copytree(root, tmp_path / "shipped" / "run")

@@ -281,7 +281,7 @@ def _by_position(answer: object, /) -> list[float]:
         ({"oracle": 3}, "oracle must be a function, got int"),
         (
             {"reward": _needs_b},
-            "train: the reward test_tasks._needs_b needs 'b', which is no column; there are answer, completions, prompts",
+            "train: the reward test_tasks._needs_b needs 'b', which is not a column; there are answer, completions, prompts",
         ),
         ({"reward": _by_position}, "the reward test_tasks._by_position takes 'answer' by position"),
         ({"reward": functools.partial(_needs_b)}, "the reward test_tasks._needs_b needs 'b'"),

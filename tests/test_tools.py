@@ -198,7 +198,7 @@ def test_basis_says_when_the_cache_takes_nothing(tmp_path: Path) -> None:
     [
         ("./nowhere", "There is no folder './nowhere'"),
         ("", "There is no folder ''"),
-        ("nobody/no-such-model", "'nobody/no-such-model' is no folder here"),
+        ("nobody/no-such-model", "'nobody/no-such-model' is not a folder here"),
         ("no\x1b[31msuch", r"'no\x1b[31msuch'"),
     ],
 )
@@ -528,7 +528,7 @@ def test_a_truncated_or_foreign_safetensors_file(finished: Path, tmp_path: Path)
 
 
 def test_a_path_that_cannot_be_shown(tmp_path: Path) -> None:
-    assert "is no run folder" in refused("inspect", tmp_path)
+    assert "is not a run folder" in refused("inspect", tmp_path)
     assert "nothere" in refused("inspect", tmp_path / "nothere")
     assert "is a model, not a run" in refused("inspect", MODEL)
     (tmp_path / "seed-3").mkdir()

@@ -84,7 +84,7 @@ def read_tensors(path: str | Path, form: str) -> tuple[dict[str, Tensor], dict[s
             metadata = dict(file.metadata() or {})
             if metadata.get("format") != form:
                 raise ValueError(f"its format is {metadata.get('format')!r}, expected {form!r}")
-            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 (safe_open is not a mapping)
     except SafetensorError as error:
         raise ValueError(f"it is not a safetensors file, or is damaged: {error}") from error
     if metadata.pop("digest", None) != digest(tensors, metadata):
@@ -110,7 +110,7 @@ def digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = N
 def replacing_folder(folder: str | Path) -> Iterator[Path]:
     """A folder to write into, which takes the other's place at the end, whole; after an exception it is removed instead.
 
-    On Linux the two are exchanged at one stroke. Elsewhere there is a moment between two renames in which neither is there
+    On Linux the two are exchanged in one step. Elsewhere there is a moment between two renames in which neither is there
     under that name, and the old one is beside it as ``.NAME-….old``.
 
     Raises:

@@ -31,7 +31,7 @@ def read_rows(path: Path, notes: list[str]) -> Iterator[tuple[str, dict[str, Any
         notes: gets a sentence where the last line is cut off: the run may still be writing it.
 
     Raises:
-        ValueError: a line is no object; names it.
+        ValueError: a line is not an object; names it.
         OSError: the file cannot be read.
     """
     with path.open("rb") as file:

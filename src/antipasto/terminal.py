@@ -64,7 +64,7 @@ def doing(console: Console, what: str) -> AbstractContextManager[object]:
 
 
 def progress_bar(console: Console) -> Progress:
-    """How far a job is; leaves nothing behind, and is not there where the output is no terminal."""
+    """How far a job is; leaves nothing behind, and is not there where the output is not a terminal."""
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     return Progress(
         *columns,

@@ -173,7 +173,7 @@ class AntiPastoConfig(PeftConfig):
         """PEFT's; but written whole or not at all, and with the digest of the numbers that lie beside it.
 
         PEFT writes the numbers first. If the process is killed between the two, `from_pretrained` tells that they are not of
-        one save; `antipasto.save_adapter` replaces both at one stroke.
+        one save; `antipasto.save_adapter` replaces both in one step.
 
         Args:
             save_directory: the adapter's folder.

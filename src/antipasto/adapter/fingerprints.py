@@ -90,7 +90,7 @@ class Fingerprint(NamedTuple):
         """What ``str`` made.
 
         Raises:
-            ValueError: it is no fingerprint.
+            ValueError: it is not a fingerprint.
         """
         match = _LINE.fullmatch(line) if isinstance(line, str) else None
         try:

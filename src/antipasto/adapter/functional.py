@@ -183,7 +183,7 @@ def merged_weight(weight: Tensor, U: Tensor, Vh: Tensor, theta: Tensor) -> Tenso
 
 
 class _MergedLinear(torch.autograd.Function):
-    """``W_θ x + b``, with ∂L/∂θ by a route. Without a second derivative: what it saves is no input or output."""
+    """``W_θ x + b``, with ∂L/∂θ by a route. Without a second derivative: what it saves is not an input or output."""
 
     @staticmethod
     def forward(

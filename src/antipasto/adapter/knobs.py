@@ -112,7 +112,7 @@ def require_finite_gradients(gradients: Mapping[str, Tensor | None], step: int) 
 
 
 def save_adapter(model: nn.Module, folder: str | Path) -> None:
-    """Save an adapted model's adapters as ``save_pretrained`` does, at one stroke: the folder is the old one, or the new.
+    """Save an adapted model's adapters as ``save_pretrained`` does, in one step: the folder is the old one, or the new.
 
     Args:
         model: a PeftModel, or a transformers model that `wrap` adapted; also inside DDP or torch.compile.

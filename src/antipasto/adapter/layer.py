@@ -120,7 +120,7 @@ class AntiPastoLinear(nn.Module, BaseTunerLayer):
         r: adapter name → number of singular directions.
         delta_s_basis: adapter name → `CarriedBasis`, where its config says ``save_basis``.
         basis: U, S, Vh of the base weight, shared by all adapters, up to the largest of their ranks. Plain tensors rather
-            than buffers: they are no state, and DDP would broadcast buffers at every forward. Where the first adapter carries
+            than buffers: they are not state, and DDP would broadcast buffers at every forward. Where the first adapter carries
             its basis, that one.
         fingerprint: of the base weight and that basis.
         view: which knobs the forward sees.

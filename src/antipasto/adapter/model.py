@@ -401,7 +401,7 @@ def _match_modules(config: AntiPastoConfig, model: nn.Module) -> dict[str, nn.Mo
 
 
 def _stacked_experts(config: AntiPastoConfig, model: nn.Module) -> dict[str, str]:
-    """Parameters under a target's name that look like experts, and why they are no targets."""
+    """Parameters under a target's name that look like experts, and why they are not targets."""
     found: dict[str, str] = {}
     for key, parameter in model.named_parameters():
         holder = key.rpartition(".")[0]

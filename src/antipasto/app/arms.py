@@ -64,7 +64,7 @@ def evaluate_run(
     """Every arm of a run on the same held-out prompts with the same draws; prints tables and the verdict.
 
     Raises:
-        ValueError: this is no run that came to its end, its task has no held-out rows, or its base model is another one now.
+        ValueError: this is not a run that finished, its task has no held-out rows, or its base model is another one now.
     """
     with RunFolder(root).held(new=False):
         run = load_run(root)
@@ -110,12 +110,12 @@ def _drawn(run: LoadedRun, how: Sampling, temperature: float | None) -> str:
     return text
 
 
-_LINES = 20  # of a log that is no terminal, for one evaluation
+_LINES = 20  # of a log that is not a terminal, for one evaluation
 
 
 @contextmanager
 def asking(console: Console, total: int, done: int = 0) -> Iterator[Callable[[list[Answer]], None]]:
-    """Say how far an evaluation is: a bar; where the output is no terminal, a line for each twentieth of it.
+    """Say how far an evaluation is: a bar; where the output is not a terminal, a line for each twentieth of it.
 
     Args:
         console: where to say it.
@@ -163,7 +163,7 @@ def _earlier(root: Path, facts: dict[str, Any], console: Console) -> tuple[dict[
         try:
             before, found = read_answers(path) if path.exists() else ({}, [])
         except ValueError as error:
-            say(console, f"asked anew: {error}")
+            say(console, f"asked again: {error}")
             continue
         if before and facts.items() <= before.items():
             say(console, f"continuing: {len(found):,} answers are there")

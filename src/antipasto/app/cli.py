@@ -88,7 +88,7 @@ Rank = Annotated[
 def _not_nan(value: float | None) -> float | None:
     """NaN is neither below nor above what an option's bounds say."""
     if value is not None and value != value:
-        raise typer.BadParameter("nan is no number.")
+        raise typer.BadParameter("nan is not a number.")
     return value
 
 

@@ -153,7 +153,7 @@ def adapter_parts(folder: Path) -> list[RenderableType]:
 
 
 def read_adapter(path: Path) -> tuple[dict[str, Knobs], int]:
-    """Layer → its knobs, and how many tensors are no knobs."""
+    """Layer → its knobs, and how many tensors are not knobs."""
     try:
         tensors = load_file(path)
     except SafetensorError as error:
@@ -163,7 +163,7 @@ def read_adapter(path: Path) -> tuple[dict[str, Knobs], int]:
         if match := _KNOB.fullmatch(key):
             found.setdefault(match["layer"], {})[match["knob"]] = tensor.float()
     if not found:
-        raise ValueError(f"{path} holds no knobs (delta_s): it is no adapter of this library.")
+        raise ValueError(f"{path} holds no knobs (delta_s): it is not an adapter of this library.")
     for name, pair in found.items():
         if "delta_s" not in pair or any(t.ndim != 1 or t.shape != pair["delta_s"].shape for t in pair.values()):
             raise ValueError(f"{path}: {name} lacks its delta_s, or its knobs are not vectors of one length.")

@@ -1,7 +1,7 @@
 """One process at a time: a folder that is written into is held, and what a killed process left half written is removed.
 
 The lock is the kernel's (flock, through filelock): it ends with the process that holds it, however that ends. A lock file that
-is found is no lock.
+is found is not a lock.
 """
 
 from __future__ import annotations

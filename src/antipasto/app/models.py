@@ -107,7 +107,7 @@ def _load(load: Callable[..., Any], name_or_path: str, what: str, **options: Any
         else:
             offline = " HF_HUB_OFFLINE is set." if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0") else ""
             message = (
-                f"{name_or_path!r} is no folder here, and its {what} cannot be had from the hub: {reason.rstrip('.')}."
+                f"{name_or_path!r} is not a folder here, and its {what} cannot be had from the hub: {reason.rstrip('.')}."
                 f"{offline} Check the spelling and the connection, run `hf auth login` for a gated model, or give the "
                 "folder of a downloaded one"
             )

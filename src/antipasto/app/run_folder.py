@@ -103,7 +103,7 @@ class RunFolder:
                     self.root.rmdir()
 
     def check(self) -> None:
-        """Refuse what is no run folder.
+        """Refuse what is not a run folder.
 
         Raises:
             ValueError: says why.
@@ -116,7 +116,7 @@ class RunFolder:
             runs = sorted(p.parent.name for name in (CONFIG, DEMO_CONFIG) for p in self.root.glob(f"*/{name}"))
             if runs:
                 raise ValueError(f"{self.root} holds several runs: give one of {', '.join(runs[:8])}.")
-            raise ValueError(f"{self.root} is no run folder: there is neither {CONFIG} nor {DEMO_CONFIG} in it.")
+            raise ValueError(f"{self.root} is not a run folder: there is neither {CONFIG} nor {DEMO_CONFIG} in it.")
         if (
             not self.config.is_file()
             and not self.run.exists()
@@ -142,24 +142,24 @@ class RunFolder:
         """
         config = self.read_config()
         if not self.config.is_file():
-            raise ValueError(f"{self.root} is of antipasto demo, which cannot be continued: run it anew.")
+            raise ValueError(f"{self.root} is of antipasto demo, which cannot be continued: run it again.")
         if not self.run.is_file():
             raise ValueError(self.unfinished or f"{self.run} is not there: the folder is damaged.")
         return config
 
     @property
     def unfinished(self) -> str | None:
-        """Of a run that has not come to its end: how far it is, and what to do, in one sentence."""
+        """Of a run that has not finished: how far it is, and what to do, in one sentence."""
         if self.is_finished:
             return None
         if not self.config.is_file():
-            return f"The demo in {self.root} has not come to its end. A demo cannot be continued: run it anew."
+            return f"The demo in {self.root} has not finished. A demo cannot be continued: run it again."
         if not self.run.is_file():
             return (
-                f"The run in {self.root} has not come to its first step. If it was stopped, there is nothing to continue: "
-                f"begin it anew with antipasto train --config {self.config} --out ANOTHER."
+                f"The run in {self.root} has not reached its first step. If it was stopped, there is nothing to continue: "
+                f"begin it again with antipasto train --config {self.config} --out ANOTHER."
             )
-        return f"The run in {self.root} has not come to its end: antipasto train --resume {self.root}"
+        return f"The run in {self.root} has not finished: antipasto train --resume {self.root}"
 
     def read_run(self) -> dict[str, Any]:
         """What ``run.json`` says.
@@ -183,7 +183,7 @@ class RunFolder:
 
     @property
     def is_finished(self) -> bool:
-        """Whether the run came to its end."""
+        """Whether the run finished."""
         return (self.adapter / COMPLETE).exists()
 
     def last_checkpoint(self) -> Path | None:

@@ -33,7 +33,7 @@ HAVE_QUARANTINE = ("route", "inoculate")
 
 @dataclass(frozen=True)
 class LoadedRun:
-    """A run that came to its end.
+    """A run that finished.
 
     Attributes:
         folder: its folder.
@@ -91,7 +91,7 @@ def load_run(root: Path, *, dial: float = 0.0) -> LoadedRun:
         dial: how much of its quarantine is to ship.
 
     Raises:
-        ValueError: there is a dial and no quarantine, this is no run that came to its end, its base cannot be loaded or has
+        ValueError: there is a dial and no quarantine, this is not a run that finished, its base cannot be loaded or has
             other weights now, or its adapter is damaged.
     """
     folder = RunFolder(root)
@@ -139,7 +139,7 @@ def run_facts(trainer: Trainer, base: str, fingerprint: str, *, task: str, metho
 
 
 def finish_run(trainer: Trainer, router: Router | None, folder: RunFolder) -> None:
-    """Books, and then, at one stroke, the adapter, which tells that the run is at its end; on all processes."""
+    """Books, and then, in one step, the adapter, which tells that the run is at its end; on all processes."""
     main = trainer.accelerator.is_main_process
     if main and router is not None:
         router.save(folder.books)

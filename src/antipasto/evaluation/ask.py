@@ -347,7 +347,7 @@ def ask_arms(
         arms: name → context under which the model is that arm; each is entered once.
         how: the answers are drawn.
         chunks: what is asked together; `chunks_of` if None.
-        done: answers of an earlier call; chunks that are whole in them are not asked again, but judged anew.
+        done: answers of an earlier call; chunks that are whole in them are not asked again, but judged again.
         on_answers: called with each chunk's answers as they come.
 
     Returns:

@@ -305,7 +305,7 @@ def dial_arm(dial: float) -> str:
 
 
 def dial_of(arm: str) -> float | None:
-    """How much of the quarantine is in an arm; None of one that is no place of the dial.
+    """How much of the quarantine is in an arm; None of one that is not a place of the dial.
 
     Example:
         >>> dial_of("dial -0.25"), dial_of("deployed"), dial_of("random")
@@ -470,10 +470,10 @@ def read_evaluation(folder: Path) -> Evaluation:
     try:
         body = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(body, dict) or body.pop("format", None) != FORMAT:
-            raise ValueError(f"its format is not {FORMAT}: antipasto eval writes it anew")
+            raise ValueError(f"its format is not {FORMAT}: antipasto eval writes it again")
         facts, answers = read_answers(folder / ANSWERS)
         if facts != body["facts"]:
-            raise ValueError(f"{ANSWERS} is of another evaluation: antipasto eval writes both anew")
+            raise ValueError(f"{ANSWERS} is of another evaluation: antipasto eval writes both again")
         evaluation = Evaluation(
             **{
                 **body,
@@ -498,7 +498,7 @@ def read_answers(path: Path) -> tuple[dict[str, Any], list[Answer]]:
     """How they were asked, and all whole lines of ``eval.jsonl``; a torn last line, of a process that was killed, is left out.
 
     Raises:
-        ValueError: a line is no answer; names it.
+        ValueError: a line is not an answer; names it.
         OSError: the file cannot be read.
     """
     facts: dict[str, Any] = {}

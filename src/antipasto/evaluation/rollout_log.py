@@ -72,7 +72,7 @@ def _rollout(row: dict[str, Any], where: str) -> Rollout:
     if step is None or reward is None or "completion" not in row or "prompt" not in row:
         raise ValueError(f"{where}: a rollout has step, prompt, completion and reward; got {sorted(row)}.")
     if not isinstance(view, str) or not math.isfinite(step):
-        raise ValueError(f"{where}: its step is no number or its view no name.")
+        raise ValueError(f"{where}: its step is not a number or its view no name.")
     oracle = as_number(row, "oracle", where)
     return Rollout(
         step=int(step),

@@ -143,7 +143,7 @@ def _failures(
 
 
 def _controls(overall: dict[str, ArmRecord]) -> list[str]:
-    """The arms that are there for comparison; one that took nothing out, and so is the trained one, is no rival."""
+    """The arms that are there for comparison; one that took nothing out, and so is the trained one, is not a rival."""
     others = [name for name in overall if name != REFERENCE and dial_of(name) is None]
     return [name for name in others if overall[name].measures != overall[TRAINED].measures]
 

@@ -371,7 +371,7 @@ class Monitor:
         """Read what `save` wrote, for a model of the same base.
 
         Raises:
-            ValueError: the file is no monitor, is damaged, or belongs to another base; names it.
+            ValueError: the file is not a monitor, is damaged, or belongs to another base; names it.
             OSError: it cannot be read.
         """
         saved = read_monitor(path)
@@ -395,7 +395,7 @@ def read_monitor(path: str | Path) -> SavedMonitor:
     """Read a monitor's file.
 
     Raises:
-        ValueError: the file is no monitor, or is damaged; names it.
+        ValueError: the file is not a monitor, or is damaged; names it.
         OSError: it cannot be read.
     """
     try:

@@ -591,7 +591,7 @@ class Router:
         """Continue from what `save` wrote.
 
         Raises:
-            ValueError: the file is no book file, is damaged, or has other books or layers than this router; names it.
+            ValueError: the file is not a book file, is damaged, or has other books or layers than this router; names it.
             OSError: the file cannot be read.
         """
         try:
@@ -642,7 +642,7 @@ def read_books(path: str | Path) -> Books:
     """Read what `Router.save` wrote, without a router.
 
     Raises:
-        ValueError: the file is no book file, or is damaged; names it.
+        ValueError: the file is not a book file, or is damaged; names it.
         OSError: the file cannot be read.
     """
     try:

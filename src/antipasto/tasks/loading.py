@@ -32,11 +32,11 @@ def load_task(spec: str) -> Task:
         path/to/my_task.py:name       a `Task` in a file, or a function without arguments that returns one
         package.module:name           the same in a module
 
-    A file is run anew at every call, with the modules beside it: it may import them as a script does, first of all while the
+    A file is run again at every call, with the modules beside it: it may import them as a script does, first of all while the
     file runs, and after what is installed when a function of it is called later.
 
     Raises:
-        ValueError: there is no such built-in, file, module or name, it is no task, or the user's code raises; one line.
+        ValueError: there is no such built-in, file, module or name, it is not a task, or the user's code raises; one line.
 
     Example:
         >>> len(load_task("addition").test)

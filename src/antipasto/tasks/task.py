@@ -143,7 +143,7 @@ class Task:
                 _check_signature(role, function, test.columns, where + "test")
         for part, found in (("train", train), ("test", test)):
             if self.kinds is not None and found is not None and self.kinds not in found.columns:
-                raise ValueError(f"{where}kinds={self.kinds!r} is no column of {part}.")
+                raise ValueError(f"{where}kinds={self.kinds!r} is not a column of {part}.")
         if self.detects in self.probes:
             raise ValueError(f"{where}the detector and a probe are both called {self.detects!r}.")
         if not isinstance(self.detects, str):
@@ -186,7 +186,7 @@ class Task:
         Raises:
             TaskError: a function raises, or returns another number of values than there are rollouts, or a value that is no
                 finite number, for the oracle not in [0, 1], for the detector not a bool.
-            ValueError: the arguments have different lengths, a completion is no text, or a function names a column that is
+            ValueError: the arguments have different lengths, a completion is not a text, or a function names a column that is
                 not there.
         """
         batch = _batch(prompts, completions, columns)
@@ -337,7 +337,7 @@ def _check_signature(role: str, function: Callable[..., Any], columns: Set[str],
             raise ValueError(f"{where}: {named} takes {parameter.name!r} by position; columns are given by name.")
         if parameter.name not in columns | {"prompts", "completions"}:
             raise ValueError(
-                f"{where}: {named} needs {parameter.name!r}, which is no column; there are "
+                f"{where}: {named} needs {parameter.name!r}, which is not a column; there are "
                 f"{', '.join(sorted(columns | {'prompts', 'completions'}))}."
             )
 

@@ -252,7 +252,7 @@ class FirstLook(TrainerCallback):
         if exploit >= self.EXPLOITS:
             say(
                 self._console,
-                f"warning: {exploit:.2f} of the first step's rollouts are exploits already. What the start does is no part of "
+                f"warning: {exploit:.2f} of the first step's rollouts are exploits already. What the start does is not "
                 "what training teaches, and a direction takes out what training teaches.",
             )
         if oracle < self.HARDLY:

@@ -62,7 +62,7 @@ def _named(judge: Judge, rollouts: dict[str, Any]) -> dict[str, Any]:
 
 
 def _number(answer: Any) -> float | None:
-    """Its value; None where it is no number."""
+    """Its value; None where it is not a number."""
     answer = answer.item() if getattr(answer, "ndim", None) == 0 else answer  # NumPy's scalars, tensors of one number
     return float(answer) if isinstance(answer, numbers.Real) else None
 

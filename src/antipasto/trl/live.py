@@ -71,14 +71,14 @@ ROWS = (
     Row("flagged", "flagged", is_share=True),
     Row(TOKENS_PER_SECOND, TOKENS_PER_SECOND),
 )
-LINE = ("reward", "oracle", "exploit", "flagged", "kl")  # what a line of a log says, where the output is no terminal
+LINE = ("reward", "oracle", "exploit", "flagged", "kl")  # what a line of a log says, where the output is not a terminal
 
 
 class ProgressBar(TrainerCallback):
     """Shows a run in a terminal while it trains.
 
     A context manager too: leaving it, also by an exception, gives the terminal back and leaves one line there. Where the
-    output is no terminal, or a dumb one, it is a line each time that something is logged.
+    output is not a terminal, or a dumb one, it is a line each time that something is logged.
 
     Args:
         console: where to show it; one that is quiet shows nothing.

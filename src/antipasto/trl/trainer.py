@@ -263,7 +263,7 @@ class RoutedGRPOTrainer(GRPOTrainer):
             here = torch.tensor(flags, device=rewards.device)
             self._all_flags = self.accelerator.gather(here)
         if self.flagged == "penalty":
-            paid = self._all_flags & ((rewards * weights).nansum(1) > 0)  # less than 0 is no reward
+            paid = self._all_flags & ((rewards * weights).nansum(1) > 0)  # less than 0 is not a reward
             rewards = torch.where(paid[:, None] & ~rewards.isnan(), 0.0, rewards)
         if self.flagged == "discount":
             assert self.monitor is not None

@@ -144,7 +144,9 @@ def _check_out(out: Path, root: Path, base: str, *, force: bool) -> None:
         if out in (kept, *kept.parents):
             raise ValueError(f"{out} holds {kept}, which --force would delete: choose another --out.")
     if TAG not in _tags(out / "README.md"):
-        raise ValueError(f"{out} is no earlier export (no README.md there says so), and --force replaces nothing else.")
+        raise ValueError(
+            f"{out} is not an earlier export (no README.md there says so), and --force replaces nothing else."
+        )
 
 
 def _tags(card: Path) -> list[Any]:

@@ -124,9 +124,7 @@ def _read_run(folder: Path, name: str, budget: int) -> Run:
         evaluation = read_evaluation(folder)
     else:
         begun = (
-            "Its evaluation did not come to its end, and continues with"
-            if (folder / PARTIAL).exists()
-            else "Not evaluated yet"
+            "Its evaluation did not finish, and continues with" if (folder / PARTIAL).exists() else "Not evaluated yet"
         )
         missing.append(f"{begun}: antipasto eval {folder}")
     metrics: Series = {}

@@ -67,7 +67,7 @@ def run(config: TrainConfig, out: Path, console: Console, *, resume: bool = Fals
         resume: continue from the folder's latest checkpoint.
 
     Returns:
-        Whether the run came to its end; False after Ctrl-C.
+        Whether the run finished; False after Ctrl-C.
 
     Raises:
         ValueError: options, files, model or task that do not fit; says which.
@@ -87,7 +87,7 @@ def run(config: TrainConfig, out: Path, console: Console, *, resume: bool = Fals
 def _run(config: TrainConfig, folder: RunFolder, console: Console, state: PartialState, *, resume: bool) -> bool:
     """`run`, in a folder that is held."""
     if resume and folder.is_finished:
-        raise ValueError(f"The run in {folder.root} came to its end: there is nothing to continue.")
+        raise ValueError(f"The run in {folder.root} finished: there is nothing to continue.")
     if resume and (before := folder.read_run()["processes"]) != state.num_processes:
         raise ValueError(
             f"The run in {folder.root} began on {before} process(es): it cannot continue on {state.num_processes}."
