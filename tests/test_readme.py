@@ -14,8 +14,8 @@ ROOT = Path(__file__).parents[1]
 BLOCKS = re.findall(r"^```python\n(.*?)^```", (ROOT / "README.md").read_text(), flags=re.MULTILINE | re.DOTALL)
 
 
-def test_there_are_four() -> None:
-    assert len(BLOCKS) == 4
+def test_there_are_two() -> None:
+    assert len(BLOCKS) == 2
 
 
 @pytest.mark.parametrize("number", range(len(BLOCKS)))
@@ -31,12 +31,6 @@ def test_block(number: int, tmp_path: Path) -> None:
     assert result.returncode == 0, result.stderr[-3000:]
     if number == 0:
         assert (tmp_path / "runs" / "grpo" / "adapter" / "adapter_model.safetensors").exists()
-    elif number == 1:
-        assert "torch.Size([4, 8, 18])" in result.stdout
-    elif number == 3:
-        assert len((tmp_path / "runs" / "routed-rollouts.jsonl").read_text().splitlines()) == 5 * 8
     else:
-        lines = result.stdout.splitlines()
-        without, random = (float(line.split()[1]) for line in lines[-2:])
-        assert lines[0].startswith("1.0 ")
-        assert without < random  # the exploit is less likely without the quarantine than without the control's book
+        scores = [float(number) for number in re.findall(r"-?\d\.\d+", result.stdout.splitlines()[-1])]
+        assert scores[0] < 0 < min(scores[1:])  # the sum; the exploit that pairs show, and the one that none shows
