@@ -278,7 +278,7 @@ def test_load_model_gives_what_was_asked_for(tmp_path: Path) -> None:
     assert tokenizer.pad_token == tokenizer.eos_token
     with pytest.raises(ValueError, match="dtype must be one of"):
         load_model(MODEL, dtype="int8")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match="no folder") as caught:
+    with pytest.raises(ValueError, match="is not a folder") as caught:
         load_model("nobody/no-such-model")
     assert isinstance(caught.value.__cause__, OSError)
 

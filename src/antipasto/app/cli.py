@@ -697,8 +697,8 @@ def _config(
 ) -> AntiPastoConfig:
     from antipasto.adapter import AntiPastoConfig
 
-    targets = None if target_modules is None else targets_of(target_modules)
-    excluded = None if exclude_modules is None else names_of("exclude_modules", exclude_modules)
+    targets = None if target_modules is None else targets_of(target_modules, "--target-modules")
+    excluded = None if exclude_modules is None else names_of("--exclude-modules", exclude_modules)
     config = AntiPastoConfig(target_modules=targets, exclude_modules=excluded, rank=rank)
     if cache_dir is not None:
         config.cache_dir = cache_dir

@@ -202,7 +202,7 @@ def names_of(option: str, text: str) -> list[str]:
     return names
 
 
-def targets_of(text: str) -> list[str] | str:
+def targets_of(text: str, option: str = "target_modules") -> list[str] | str:
     """The layers to adapt: names, or what PEFT takes as it is, ``all-linear`` or a pattern.
 
     Example:
@@ -211,4 +211,4 @@ def targets_of(text: str) -> list[str] | str:
     """
     if text == "all-linear" or re.search(r"[^\w., -]", text):
         return text
-    return names_of("target_modules", text)
+    return names_of(option, text)
