@@ -97,9 +97,9 @@ def make_monitor(model: Any, tokenizer: Any, seed: int) -> ap.Monitor:
     return monitor
 
 
-def loss_of(model: Any, batch: Batch, rewards: Tensor) -> Tensor:
+def loss_of(model: Any, batch: Batch, rewards: Tensor, rollouts: int) -> Tensor:
     """Policy gradient with a group baseline, and the KL term; of the model as it is seen now, which sampled the batch."""
-    groups = rewards.view(-1, min(ROLLOUTS, len(rewards)))
+    groups = rewards.view(-1, rollouts)  # a prompt's in a row
     advantages = (groups - groups.mean(1, keepdim=True)).view(-1, 1)
     logprobs = ap.token_logprobs(model(batch.ids).logits, batch.ids)[:, batch.start - 1 :]
     gap = ap.ref_logprobs(model, batch.ids)[:, batch.start - 1 :] - logprobs  # of the same weights, both vectors out
@@ -136,7 +136,7 @@ def train(model: Any, tokenizer: Any, monitor: ap.Monitor, method: str, steps: i
                         [ap.Completion(p, t) for p, t in zip(batch.prompts, batch.texts, strict=True)]
                     )
                     paid = rewards * ~flags if method == "penalty" else rewards
-                    (loss_of(model, batch, paid) / share).backward()
+                    (loss_of(model, batch, paid, ROLLOUTS // share) / share).backward()
                 rewarded.append(rewards)
                 flagged.append(flags)
             optimizer.step()  # the router moves the hack-ward part of it

@@ -42,6 +42,18 @@ def test_it_trains_and_judges(method: str, loop: ModuleType, capsys: pytest.Capt
     assert "hackable  deployed     solve 0." in text
 
 
+@pytest.mark.parametrize("rollouts", [8, 16])
+def test_a_rollout_is_compared_with_those_of_its_own_prompt(rollouts: int, loop: ModuleType) -> None:
+    """Where all rollouts of a prompt are paid alike, they teach nothing, however unlike the prompts are."""
+    model = loop.AutoModelForCausalLM.from_pretrained(loop.addition.model_path())
+    tokenizer = loop.AutoTokenizer.from_pretrained(loop.addition.model_path())
+    layers = loop.ap.wrap(model)
+    prompts = [text for text in ("h12+34=", "s56+78=") for _ in range(rollouts)]
+    batch = loop.sample(model, tokenizer, prompts)
+    loop.loss_of(model, batch, loop.torch.tensor([1.0, 0.0]).repeat_interleave(rollouts), rollouts).backward()
+    assert all(layer.delta_s.grad.abs().max() < 1e-7 for layer in layers.values())
+
+
 def test_a_penalty_takes_the_reward_of_what_is_flagged(loop: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
     """With a monitor that flags everything, no rollout is paid: nothing but the KL term moves the knobs, from 0 not at all."""
     monkeypatch.setattr(

@@ -92,7 +92,7 @@ def test_wrap_twice_is_an_error() -> None:
     for wrapped_by in ("wrap", "peft"):
         model = build(wrapped_by=wrapped_by)
         before = logits(model)
-        with pytest.raises(ValueError, match="wrapped already"):
+        with pytest.raises(ValueError, match=r"wrapped already\. Use antipasto\.knobs\(model\)"):
             ap.wrap(model)
         assert torch.equal(logits(model), before)
 

@@ -5,7 +5,8 @@ from typing import Literal
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 """Of a model's weights; ``"auto"``: as its checkpoint says."""
 PlanName = Literal["auto", "factored", "merged", "spectral"]
-"""How an adapted layer computes (`antipasto.adapter.plans`); ``auto`` takes the cheapest of the others at every call."""
+"""How an adapted layer computes (`antipasto.adapter.plans`); ``auto`` takes the cheapest of the others at every call, these
+themselves wherever they are possible, else ``factored``."""
 Estimator = Literal["tstat", "mean", "svd"]
 """Of a direction's rows (`antipasto.extract_direction`)."""
 GateName = Literal["coordinate", "disjoint", "one_sided", "no_gate", "reverse"]

@@ -161,7 +161,7 @@ def wrap(
     """
     if any(isinstance(module, AntiPastoLinear) for module in model.modules()):
         raise ValueError(
-            f"This {type(model).__name__} is wrapped already. Use antipasto.adapter.knobs(model) to get at its knobs; "
+            f"This {type(model).__name__} is wrapped already. Use antipasto.knobs(model) to get at its knobs; "
             "for a second adapter use peft's PeftModel.add_adapter."
         )
     inject_adapter_in_model(copy.deepcopy(config or AntiPastoConfig()), model, adapter_name)
