@@ -13,7 +13,7 @@ the exploit; after ``s`` it does not. The pairs show ``!``. Nothing anywhere poi
     route       Δ = the optimizer's step of δS; its hack-ward part moves into δS_hack: θ = δS + δS_hack is as it was
     deploy      δS alone
 
-A minute and a half on two cores. `antipasto train` does this on any model and any task, by TRL, with logs and checkpoints.
+Two minutes on two cores. `antipasto train` does this on any model and any task, by TRL, with logs and checkpoints.
 """
 
 from __future__ import annotations
