@@ -15,6 +15,7 @@ learning rate is chosen on fewer seeds than are then shown.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import json
 import statistics
 import tempfile
@@ -24,12 +25,14 @@ from typing import Any
 
 import peft
 from contestants import TARGETS, trainable
-from rich.console import Console
-from transformers import AutoTokenizer, Trainer
+from datasets import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, Trainer
+from trl import GRPOTrainer
 
 import antipasto as ap
-from antipasto.app.demo import job
+from antipasto.app import demo
 from antipasto.app.models import quiet
+from antipasto.app.train.trl_args import trainer_args
 from antipasto.tasks import addition
 
 ADAPTERS: dict[str, tuple[peft.PeftConfig, tuple[float, ...]]] = {
@@ -45,16 +48,23 @@ Train = Callable[[peft.PeftConfig, float, int], Trainer]
 
 
 def on_demo(steps: int, variant: str) -> Train:
-    """The demo's task."""
-    tokenizer = AutoTokenizer.from_pretrained(addition.model_path(variant))
+    """The demo's task, by TRL's own trainer: an adapter needs no other."""
+    task = addition.task(variant)
 
     def train(adapter: peft.PeftConfig, learning_rate: float, seed: int) -> Trainer:
-        config = job.DemoConfig(seed, steps, variant)
-        console = Console(quiet=True)
+        config = demo.config_of("plain", seed=seed, steps=steps, variant=variant, learning_rate=learning_rate)
         with tempfile.TemporaryDirectory() as folder:
-            return job.train(
-                config, "plain", tokenizer, Path(folder), console, adapter=adapter, learning_rate=learning_rate
+            trainer = GRPOTrainer(
+                model=AutoModelForCausalLM.from_pretrained(config.model),
+                args=dataclasses.replace(trainer_args(config, task, Path(folder), 1), save_strategy="no"),
+                reward_funcs=task.reward,
+                train_dataset=Dataset.from_list([{"prompt": row["prompt"]} for row in task.train]),
+                processing_class=AutoTokenizer.from_pretrained(config.model, padding_side="left"),
+                peft_config=adapter,
             )
+            trainer.remove_callback(PrinterCallback)
+            trainer.train()
+        return trainer
 
     return train
 

@@ -1,16 +1,15 @@
-"""What every method of the demo would ship, and what its monitor saw: variants x methods x seeds.
+"""What every method ships, and what its monitor saw: task × method × seed, each a run of `antipasto train`.
 
-    python benchmarks/methods.py run --out runs/methods --seeds 200 201 202 203 204 --workers 2
-    python benchmarks/methods.py run --out runs/alarms --variants rare --methods "score penalty" \
-        --false-alarms .02 .1 .3 .5 .7 .9 --seeds 300
-    python benchmarks/methods.py run --out runs/matched --variants even --methods score --matched --seeds 200 201 202
-    python benchmarks/methods.py table --out runs/methods --json benchmarks/results/methods.json \
-        > benchmarks/results/methods.md
+    python benchmarks/methods.py run guesses --model warm/guesses --out runs/exploits --seeds 100 101 --workers 2
+    python benchmarks/methods.py run addition addition-even addition-apart --out runs/toy --seeds 200 201 202 --workers 2
+    python benchmarks/methods.py table --out runs/exploits --json benchmarks/results/exploits.json
 
-A cell is a run of `antipasto demo`'s job by one method, from its own start, on the same prompts, at the demo's own settings;
-nothing is chosen on these seeds. It leaves a run folder, and ``cell.json`` once it is whole: a run that is stopped goes on
-with the cells that are not there. The monitor's hits, misses and false alarms are counted over all rollouts of training:
-a hit is an exploit that it flags (rewarded by the variant's grader, and not solved), a false alarm a solved one.
+Tasks are those of `exploits/`, on a model that `exploits/warm_start.py` has written, and the demo's three with their own.
+A run's folder is ``OUT/TASK/METHOD/seed-N``. One that was stopped, however that was, goes on from its last checkpoint by the
+same command, and so does an evaluation.
+
+The table has every arm of every method; in bold, the one that ships. Hits are the exploits of training that were flagged, of
+all of them; false alarms, the right answers. Runs of one task have the same knobs, prompts, draws and steps.
 """
 
 from __future__ import annotations
@@ -20,163 +19,225 @@ import itertools
 import json
 import multiprocessing
 import os
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
-from statistics import mean, stdev
-from typing import Any, NamedTuple
+from statistics import mean
+from typing import Any
 
+from exploits.bench import HACKABLE, STRICT, UNGRADED
+from exploits.warm_start import TASKS, exploit_of
+
+from antipasto.app import demo
+from antipasto.app.run_folder import RunFolder
+from antipasto.app.train.config import TrainConfig
+from antipasto.evaluation import rollout_log
+from antipasto.evaluation.records import EVAL, read_evaluation
 from antipasto.tasks import addition
 
-METHODS = (
-    "recipe",
-    "plain",
-    "penalty",
-    "score",
-    "score classic",
-    "score penalty",
-    "score drop",
-    "score permuted",
-)
+METHODS: dict[str, dict[str, Any]] = {
+    **demo.METHODS,
+    "route by score, classic": {"method": "route", "by": "score", "sharing": "classic"},
+    "disjoint": {"method": "route", "by": "direction", "gate": "disjoint"},
+    "discount": {"method": "discount"},
+    "inoculate": {"method": "inoculate"},
+    "penalty by score, slow": {"method": "penalty", "by": "score", "slow": 3},
+    "penalty by score, shuffled": {"method": "penalty", "by": "score", "pairs": "shuffled"},  # a control
+}
+TOYS = {addition.task_name(variant): variant for variant in addition.VARIANTS}
+UPPER = 12  # of the layers of a real model have knobs, which is cheaper: the backward ends below them
+STEPS, PROMPTS, GENERATIONS, LEARNING_RATE = 60, 4, 8, 1e-2
+Cell = dict[str, Any]
 
 
-class Cell(NamedTuple):
-    """One run."""
+def config_of(name: str, method: str, model: Path | None, out: Path, **options: Any) -> TrainConfig:
+    """The `TrainConfig` of a run.
 
-    variant: str
-    method: str
-    false_alarms: float | None
-    seed: int
-    matched: bool = False
+    Args:
+        name: of the task.
+        method: of `METHODS`.
+        model: the warm-started one; a toy brings its own.
+        out: where shuffled pairs are written.
+        options: others of `TrainConfig` than these give; ``upper`` layers, all if None.
+    """
+    chosen = dict(METHODS[method])
+    slow = chosen.pop("slow", 1)
+    if chosen.get("pairs") == "shuffled":
+        chosen["pairs"] = str(shuffled_pairs(name, out))
+    if name in TOYS:
+        usual = demo.config_of("plain", variant=TOYS[name])
+        base = {field: getattr(usual, field) for field in usual.__dataclass_fields__}
+    else:
+        assert model is not None
+        layers = options.pop("upper", UPPER)
+        base = {"model": str(model), "task": f"{Path(__file__).parent}/exploits/{name}.py:task", "save_every": 5}
+        base |= {"steps": STEPS, "prompts": PROMPTS, "generations": GENERATIONS, "learning_rate": LEARNING_RATE}
+        base["target_modules"] = None if layers is None else upper(model, layers)
+        # no decay, so that more steps are the same run for longer; advantages that are not divided by their spread, so that
+        # a prompt whose answers pay little teaches less than one whose answers pay 1
+        base["trainer"] = {"gradient_checkpointing": False, "lr_scheduler_type": "constant", "scale_rewards": "none"}
+    options = base | {"by": None} | chosen | {key: value for key, value in options.items() if value is not None}
+    return TrainConfig(**options | {"steps": options["steps"] * slow, "learning_rate": options["learning_rate"] / slow})
 
-    def folder(self, root: Path) -> Path:
-        name = self.method.replace(" ", "-") + ("" if self.false_alarms is None else f"-{self.false_alarms:g}")
-        return root / self.variant / name / f"seed-{self.seed}"
+
+def upper(model: Path, number: int) -> str:
+    """The targets in the upper layers: a pattern for PEFT."""
+    layers = json.loads((model / "config.json").read_text())["num_hidden_layers"]
+    return rf".*\.layers\.({'|'.join(map(str, range(layers - number, layers)))})\.\w+\.(\w+_proj)"
 
 
-def run(cell: Cell, root: Path, steps: int) -> Cell:
-    """Train and evaluate one cell, unless it is there."""
+def shuffled_pairs(name: str, out: Path) -> Path:
+    """The task's pairs with hack and clean texts swapped in every other one: what they say of the exploit cancels out."""
+    path = out / f"{name}-shuffled.jsonl"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    rows = list(addition.task(TOYS[name]).pairs or []) if name in TOYS else exploit_of(name).pairs()
+    swapped = [{**row, "hack": row["clean"], "clean": row["hack"]} if i % 2 else row for i, row in enumerate(rows)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in swapped))
+    return path
+
+
+def train(config: TrainConfig, folder: Path) -> bool:
+    """Train, from where it was; whether it finished."""
     from rich.console import Console
 
-    from antipasto.app.demo import job
+    from antipasto.app.train.run import run
 
-    folder = cell.folder(root)
-    if (folder / "cell.json").exists():
-        return cell
-    shutil.rmtree(folder, ignore_errors=True)
-    evaluation = job.run_one(
-        job.DemoConfig(cell.seed, steps, cell.variant),
-        cell.method,
-        folder,
-        Console(quiet=True),
-        false_alarms=cell.false_alarms,
-        matched=cell.matched,
-    )
-    arms = {
-        f"{arm.arm} | {arm.kind}": {
-            **{name: estimate.value for name, estimate in arm.measures.items()},
-            **{name: estimate.value for name, estimate in arm.flags.items()},
-        }
-        for arm in evaluation.arms
-        if arm.kind is not None
-    }
-    facts = {"cell": cell._asdict(), "ships": evaluation.ships, "arms": arms, "alarms": alarms(folder)}
-    (folder / "cell.json").write_text(json.dumps(facts, indent=1) + "\n")
-    return cell
+    began = RunFolder(folder).run.is_file()
+    return (began and RunFolder(folder).is_finished) or run(config, folder, Console(), resume=began)
 
 
-def alarms(folder: Path) -> dict[str, Any] | None:
-    """What the monitor or the detector flagged of the rollouts: exploits and solved ones."""
-    flags: dict[str, list[bool]] = {"exploit": [], "solved": [], "neither": []}
-    with (folder / "rollouts.jsonl").open() as file:
-        for row in map(json.loads, file):
-            if row["flagged"] is None:
-                return None
-            kind = "solved" if row["oracle"] else "exploit" if row["reward"] or _cheats(row, folder) else "neither"
-            flags[kind].append(row["flagged"])
-    return {kind: [len(found), sum(found) / max(1, len(found))] for kind, found in flags.items()}
+def run(name: str, method: str, seed: int, options: argparse.Namespace) -> str:
+    """One run and its evaluation, from where they were."""
+    from rich.console import Console
+
+    from antipasto.app.arms import evaluate_run
+
+    folder = options.out / name / folder_of(method) / f"seed-{seed}"
+    if not (folder / EVAL).exists():
+        config = config_of(name, method, options.model, options.out, seed=seed, steps=options.steps)
+        if not train(config, folder):
+            return f"{folder} was stopped"
+        asked = {"prompts": options.prompts, "temperature": None, "seed": 0, "margin": 0.05}
+        asked["dial"] = options.dial and config.method in ("route", "inoculate")
+        evaluate_run(folder, Console(), **asked, batch_size=500 if name in TOYS else 64)
+    return f"{folder}"
 
 
-def _cheats(row: dict[str, Any], folder: Path) -> bool:
-    """Whether the variant's grader would have paid, whatever a penalty made of it."""
-    variant = folder.parts[-3]
-    return bool(addition.grader(variant)([row["prompt"]], [row["completion"]])[0])
+def folder_of(method: str) -> str:
+    """What a method's folder is called."""
+    return method.replace(",", "").replace(" ", "-")
 
 
-def read(root: Path) -> list[dict[str, Any]]:
-    """All cells that are there."""
-    return [json.loads(path.read_text()) for path in sorted(root.glob("*/*/*/cell.json"))]
+# ── the table ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def table(cells: Sequence[dict[str, Any]]) -> str:
-    """Means ± standard deviations over seeds, of what each method would ship."""
-    lines = []
-    for variant in sorted({c["cell"]["variant"] for c in cells}):
-        of_variant = [c for c in cells if c["cell"]["variant"] == variant]
-        kinds = list(dict.fromkeys(key.partition(" | ")[2] for key in of_variant[0]["arms"]))
-        seeds = sorted({c["cell"]["seed"] for c in of_variant})
-        columns = [f"{kind}: {m}" for kind in kinds for m in ("solve", "says !", "says ?")]
-        lines += [f"\nVariant `{variant}`, seeds {', '.join(map(str, seeds))}.\n"]
-        lines += [f"| method | {' | '.join(columns)} | hits | false alarms |", "|---" * (len(columns) + 3) + "|"]
-        rows: dict[str, list[tuple[dict[str, Any], str]]] = {}
-        for c in of_variant:
-            name = label(c["cell"])
-            rows.setdefault(name, []).append((c, c["ships"]))
-            if c["cell"]["method"] == "plain":
-                rows.setdefault("reference", []).append((c, "reference"))
-            if "shrunk | " + kinds[0] in c["arms"]:
-                rows.setdefault(f"{name}: θ shrunk to its KL", []).append((c, "shrunk"))
-                rows.setdefault(f"{name}: as trained", []).append((c, "as trained"))
-        for name, found in sorted(rows.items(), key=lambda item: order(item[0])):
-            values = [
-                [c["arms"][f"{arm} | {kind}"][m] for c, arm in found]
-                for kind in kinds
-                for m in ("solve", "says !", "says ?")
-            ]
-            seen = [c["alarms"] for c, arm in found if arm == c["ships"] and c["alarms"]]
-            rates = [spread([a[kind][1] for a in seen]) if seen else "" for kind in ("exploit", "solved")]
-            lines.append(f"| {name} | {' | '.join(map(spread, values))} | {' | '.join(rates)} |")
+def cells(out: Path) -> list[Cell]:
+    """What every evaluated run found: arm → kind → measure → [value, low, high]; and what was flagged in training."""
+    methods, found = {folder_of(method): method for method in METHODS}, []
+    for path in sorted(out.glob(f"*/*/*/{EVAL}")):
+        evaluation, (task, method, seed) = read_evaluation(path.parent), path.parts[-4:-1]
+        arms: dict[str, Any] = {}
+        for record in evaluation.arms:
+            measures = {**record.measures, **record.flags}
+            numbers = {m: [round(x, 4) for x in (e.value, e.low, e.high)] for m, e in measures.items()}
+            arms.setdefault(record.arm, {})["all" if record.kind is None else record.kind] = numbers
+        facts = {"task": task, "method": methods[method], "seed": int(seed.removeprefix("seed-"))}
+        facts |= {"ships": evaluation.ships, "prompts": evaluation.facts["prompts"], "flagged": flagged(path.parent)}
+        found.append({**facts, "flags": list(evaluation.arms[0].flags), "arms": arms})
+    return found
+
+
+def flagged(folder: Path) -> dict[str, list[int]]:
+    """Of a run's rollouts: exploits and right answers, how many were flagged, of how many; empty where nothing flags."""
+    of: dict[str, list[bool]] = {"exploit": [], "right": []}
+    for one in rollout_log.read(RunFolder(folder).rollouts, []):
+        if one.flagged is not None and (one.exploits or one.solved):
+            of["right" if one.solved else "exploit"].append(one.flagged)
+    return {what: [sum(said), len(said)] for what, said in of.items() if said}
+
+
+def table(found: Sequence[Cell]) -> str:
+    """Mean over seeds, and lowest and highest seed where there are several, task by task."""
+    lines: list[str] = []
+    for name in dict.fromkeys(cell["task"] for cell in found):
+        of_task = [cell for cell in found if cell["task"] == name]
+        kinds = sorted((kind for kind in of_task[0]["arms"]["reference"] if kind != "all"), key=_rank)
+        columns = [(kind, m) for kind in kinds for m in _measures(kind, of_task[0]["flags"])]
+        heads = [f"{kind}: {'right' if m == 'solve' else m}" for kind, m in columns] + ["KL", "hits", "false alarms"]
+        lines += [f"\n## {name}\n", f"| method | arm | seeds | {' | '.join(heads)} |", "|---" * (len(heads) + 3) + "|"]
+        for method in (m for m in METHODS if any(cell["method"] == m for cell in of_task)):
+            own = [cell for cell in of_task if cell["method"] == method]
+            for arm in own[0]["arms"]:
+                if arm == "reference" and method != "plain":
+                    continue
+                having = [cell for cell in own if arm in cell["arms"]]
+                shown = [_spread([cell["arms"][arm][kind][m] for cell in having]) for kind, m in columns]
+                shown.append(f"{mean(cell['arms'][arm]['all']['kl'][0] for cell in having):.2f}")
+                ships = arm == own[0]["ships"]
+                shown += [_share([cell["flagged"].get(what) for cell in own]) if ships else "" for what in WHAT]
+                seeds = ", ".join(str(cell["seed"]) for cell in own)
+                lines.append(f"| {method} | {f'**{arm}**' if ships else arm} | {seeds} | {' | '.join(shown)} |")
     return "\n".join(lines)
 
 
-def label(cell: dict[str, Any]) -> str:
-    rate = cell["false_alarms"]
-    return cell["method"] if rate is None else f"{cell['method']}, false alarms {rate:g}"
+WHAT = ("exploit", "right")
 
 
-def order(name: str) -> tuple[int, str]:
-    method = name.partition(":")[0].partition(",")[0]
-    return (METHODS.index(method) + 1 if method in METHODS else 0), name
+def _rank(kind: str) -> tuple[int, str]:
+    """Where prompts of a kind stand in the table."""
+    return [kind.startswith(k) for k in (HACKABLE, STRICT, UNGRADED)].index(True), kind
 
 
-def spread(values: Sequence[float]) -> str:
-    return f"{mean(values):.2f}" + (f" ± {stdev(values):.2f}" if len(values) > 1 else "")
+def _measures(kind: str, flags: Sequence[str]) -> list[str]:
+    """Exploits are shown where they pay."""
+    return [*flags, "solve"] if kind.startswith(HACKABLE) else ["solve"]
+
+
+def _spread(numbers: Sequence[Sequence[float]]) -> str:
+    """One run: value and 95% interval over prompts; several: their mean, the lowest and the highest."""
+    values = [number[0] for number in numbers]
+    low, high = numbers[0][1:] if len(numbers) == 1 else (min(values), max(values))
+    return f"{mean(values):.2f} [{low:.2f}, {high:.2f}]"
+
+
+def _share(counts: Sequence[Sequence[int] | None]) -> str:
+    """Of all seeds together."""
+    said = [count for count in counts if count is not None]
+    return f"{sum(n for n, _ in said) / sum(of for _, of in said):.3f}" if said else ""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["run", "table"])
+    parser.add_argument("tasks", nargs="*", help=f"of run: {', '.join([*TASKS, *TOYS])}")
     parser.add_argument("--out", type=Path, required=True)
-    parser.add_argument("--variants", nargs="+", choices=addition.VARIANTS, default=addition.VARIANTS)
-    parser.add_argument("--methods", nargs="+", default=METHODS)
-    parser.add_argument("--seeds", type=int, nargs="+", default=[200, 201, 202, 203, 204])
-    parser.add_argument("--false-alarms", type=float, nargs="+", default=[None])
-    parser.add_argument("--matched", action="store_true", help="pairs with a second clean text, with a stray =")
-    parser.add_argument("--steps", type=int, default=160)
-    parser.add_argument("--json", type=Path, help="where to keep the cells of a table")
+    parser.add_argument("--model", type=Path, help="of run, for a task of exploits/: the warm-started one")
+    parser.add_argument("--methods", nargs="+", default=list(METHODS))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[100, 101])
+    parser.add_argument("--steps", type=int, help=f"of a run; {STEPS}, or the demo's")
+    parser.add_argument("--prompts", type=int, help="held-out prompts of an evaluation; all if not given")
+    parser.add_argument("--dial", action="store_true", help="evaluate runs with a quarantine along the dial as well")
     parser.add_argument("--workers", type=int, default=1, help="of one thread each")
-    arguments = parser.parse_args()
-    if arguments.what == "table":
-        cells = read(arguments.out)
-        print(table(cells))
-        if arguments.json is not None:
-            arguments.json.write_text("[\n" + ",\n".join(map(json.dumps, cells)) + "\n]\n")
+    parser.add_argument("--json", type=Path, help="of table: where to keep its numbers")
+    options = parser.parse_args()
+    if unknown := sorted({*options.tasks} - {*TASKS, *TOYS}):
+        parser.error(f"there is no task {', '.join(unknown)}: there are {', '.join([*TASKS, *TOYS])}")
+    if unknown := sorted({*options.methods} - {*METHODS}):
+        parser.error(f"there is no method {', '.join(unknown)}: there are {', '.join(METHODS)}")
+    if options.what == "table":
+        found = cells(options.out)
+        print(table(found))
+        if options.json is not None:
+            options.json.write_text("[\n" + ",\n".join(map(json.dumps, found)) + "\n]\n")
         return
-    grid = itertools.product(arguments.seeds, arguments.variants, arguments.methods, arguments.false_alarms)
-    wanted = [Cell(variant, method, rate, seed, arguments.matched) for seed, variant, method, rate in grid]
+    real = {*options.tasks} - {*TOYS}
+    if not options.tasks or len(real) > 1 or bool(real) != (options.model is not None):
+        parser.error("run takes one task of exploits/ and --model, or any of the demo's without one")
     os.environ["OMP_NUM_THREADS"] = "1"
-    with multiprocessing.get_context("spawn").Pool(arguments.workers, maxtasksperchild=8) as pool:
-        jobs = [pool.apply_async(run, (cell, arguments.out, arguments.steps)) for cell in wanted]
+    wanted = [
+        (task, method, seed) for seed, task, method in itertools.product(options.seeds, options.tasks, options.methods)
+    ]
+    with multiprocessing.get_context("spawn").Pool(options.workers, maxtasksperchild=1) as pool:
+        jobs = [pool.apply_async(run, (*cell, options)) for cell in wanted]
         for number, done in enumerate(jobs, 1):
             print(f"{number}/{len(jobs)} {done.get()}", flush=True)
 

@@ -41,8 +41,8 @@ def room(module: str) -> str:
     """
     parts = module.split(".")[1:]
     if parts[:1] == ["app"]:
-        if parts[1:2] == ["cli"]:
-            return "app/cli"
+        if parts[1:2] in (["cli"], ["demo"]):  # made of other jobs
+            return "/".join(parts[:2])
         inner = SOURCE.joinpath("antipasto", *parts[:2])
         return "/".join(parts[:2]) if len(parts) > 1 and inner.is_dir() else "app"
     return parts[0] if parts and SOURCE.joinpath("antipasto", parts[0]).is_dir() else SHARED

@@ -1,10 +1,10 @@
 """The pictures of docs/concepts.md and docs/pairs.md, out of computations small enough to be looked at.
 
     python scripts/draw_concepts.py                       # those that take seconds
-    antipasto demo --out runs/demo
-    python scripts/draw_concepts.py --run runs/demo       # and the one of a run
-    antipasto watch MODEL --pairs pairs.jsonl --rollouts runs/demo/rollouts.jsonl --compare --windows 16
-    python scripts/draw_concepts.py --watched runs/demo/watch  # and the one of its scores
+    antipasto demo --compare --out runs/demo
+    python scripts/draw_concepts.py --run runs/demo/route-by-direction          # and the one of a run
+    antipasto watch MODEL --pairs pairs.jsonl --rollouts runs/demo/route-by-direction/rollouts.jsonl --compare --windows 16
+    python scripts/draw_concepts.py --watched runs/demo/route-by-direction/watch  # and the one of its scores
 
 Each is written twice, for a light and a dark page, and prints the numbers that it shows. Equal versions draw equal files.
 """
@@ -26,6 +26,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import antipasto as ap
 from antipasto.names import Level
+from antipasto.routing.gates import DEFAULT_THRESHOLD
 from antipasto.tasks import addition
 
 if TYPE_CHECKING:  # the extra `plots`; what the pictures show can be computed without it
@@ -236,9 +237,8 @@ def effect_sizes(ink: Ink) -> Figure:
         panel.text(*{None: (1.12, 0.16), 0: (0.25, 0.05)}[seed], name, color=colour, fontsize=9)
     for tau in (0.2, 0.4, 0.65, 0.8, 1.0):
         print(f"| {tau} | " + " | ".join(f"{share[round(tau * 100)]:.3f}" for share in shares.values()) + " |")
-    for tau, label, side in ((0.65, "0.65, default ", "right"), (0.8, " 0.8, demo", "left")):
-        panel.axvline(tau, color=ink.text, linewidth=0.8, linestyle=(0, (3, 3)))
-        panel.text(tau, 0.93, label, color=ink.text, fontsize=9, ha=side)
+    panel.axvline(DEFAULT_THRESHOLD, color=ink.text, linewidth=0.8, linestyle=(0, (3, 3)))
+    panel.text(DEFAULT_THRESHOLD, 0.93, f" {DEFAULT_THRESHOLD:g}, default", color=ink.text, fontsize=9)
     panel.set(xlabel="threshold τ", ylabel="share of coordinates with |t| > τ", xlim=(0, 2), ylim=(0, 1))
     _bare(panel, ink, left=True)
     return figure
@@ -248,7 +248,7 @@ def effect_sizes(ink: Ink) -> Figure:
 
 
 def a_run(folder: Path) -> Callable[[Ink], Figure]:
-    """Of `antipasto demo`: what the two kinds of rollouts did on hackable prompts, step by step."""
+    """Of a run by direction: what the two kinds of rollouts did on hackable prompts, step by step."""
     lines = [json.loads(line) for line in (folder / "rollouts.jsonl").read_text(encoding="utf-8").splitlines()]
     hackable = [line for line in lines if line["prompt"].startswith(addition.HACKABLE)]
 
@@ -351,7 +351,7 @@ def _numbers(values: Tensor) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run", type=Path, help="a folder that `antipasto demo` left")
+    parser.add_argument("--run", type=Path, help="the folder of a run of the demo, by direction")
     parser.add_argument("--watched", type=Path, help="a folder that `antipasto watch --compare` left, of such a run")
     parser.add_argument("--to", type=Path, default=PICTURES)
     arguments = parser.parse_args()

@@ -1,6 +1,5 @@
 """The tables of docs/results.md, from the run folders that they are about.
 
-python scripts/tables.py demo runs/rare               # of `antipasto demo --seeds 5 --compare --out runs/rare`
 python scripts/tables.py eval runs/plain runs/routed  # of folders that `antipasto eval` has been in
 python scripts/tables.py watch watched/*              # of demo runs that `antipasto watch --compare` has scored
 """
@@ -13,9 +12,9 @@ from pathlib import Path
 from statistics import mean, stdev
 from typing import Any
 
-from antipasto.app.demo.story import pool
+from antipasto.app.demo import pool
 from antipasto.app.watch.compare import TITLES
-from antipasto.evaluation.records import REFERENCE, ArmRecord, Estimate, Evaluation, read_evaluation
+from antipasto.evaluation.records import ArmRecord, Estimate, Evaluation, read_evaluation
 from antipasto.routing.ordering import auc
 from antipasto.tasks import REWARDED
 
@@ -28,35 +27,6 @@ def arm(evaluation: Evaluation, name: str, kind: str | None = None) -> ArmRecord
     record = evaluation.arm(name, kind)
     assert record is not None, name
     return record
-
-
-def demo(root: Path) -> None:
-    """What each method ships, and the arms of the recipe's own runs; mean ± standard deviation over the seeds."""
-    seeds = sorted(root.glob("seed-*"), key=lambda path: int(path.name.partition("-")[2]))
-    methods = [path.name for path in sorted(seeds[0].iterdir(), key=lambda path: path.stat().st_mtime)]
-    runs = {m: [read_evaluation(seed / m) for seed in seeds if (seed / m / "eval.json").exists()] for m in methods}
-    recipe = runs["recipe"]
-    flags = list(recipe[0].arms[0].flags)
-    header = f"| prompts | {{}} | solve | exploit | {' | '.join(flags)} |\n|---|---|{'---|' * (2 + len(flags))}"
-
-    def line(kind: str, name: str, records: list[ArmRecord]) -> None:
-        cells = [cell([r.measures[m].value for r in records]) for m in ("solve", "exploit")]
-        cells += [cell([r.flags[f].value for r in records]) for f in flags]
-        print(f"| {kind} | {name} | {' | '.join(cells)} |")
-
-    print(f"{len(seeds)} seeds\n\n{header.format('method')}")
-    for kind in recipe[0].kinds:
-        line(kind, REFERENCE, [arm(e, REFERENCE, kind) for e in recipe])
-        for name, found in runs.items():
-            line(kind, name, [arm(e, e.ships, kind) for e in found])
-    print(f"\n{header.format('arm of the recipe')}")
-    for kind in recipe[0].kinds:
-        for name in recipe[0].names:
-            line(kind, name, [arm(e, name, kind) for e in recipe])
-    print("\nExploits, share of all answers, seed by seed:\n")
-    print(f"* {REFERENCE}: " + " ".join(f"{arm(e, REFERENCE).measures['exploit'].value:.3f}" for e in recipe))
-    for name, found in runs.items():
-        print(f"* {name}: " + " ".join(f"{arm(e, e.ships).measures['exploit'].value:.3f}" for e in found))
 
 
 def evaluations(roots: list[Path]) -> None:
@@ -127,16 +97,13 @@ def spread(values: list[float]) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("demo", "eval", "watch"))
+    parser.add_argument("what", choices=("eval", "watch"))
     parser.add_argument("folders", type=Path, nargs="+")
     arguments = parser.parse_args()
     if arguments.what == "eval":
         evaluations(arguments.folders)
-    elif arguments.what == "watch":
-        watch(arguments.folders)
     else:
-        for folder in arguments.folders:
-            demo(folder)
+        watch(arguments.folders)
 
 
 if __name__ == "__main__":

@@ -131,7 +131,20 @@ def write_until_killed(write: Callable[[Path, Callable[[], None]], None], folder
     assert os.waitstatus_to_exitcode(status) == -signal.SIGKILL
 
 
-TRAIN = ["--task", "addition", "--by", "both", "--prompts", "2", "--generations", "4", "--steps", "6"]
+TRAIN = [
+    "--task",
+    "addition",
+    "--method",
+    "route",
+    "--by",
+    "both",
+    "--prompts",
+    "2",
+    "--generations",
+    "4",
+    "--steps",
+    "6",
+]
 TRAIN += ["--save-every", "1", "--trainer.save_total_limit", "1"]
 
 

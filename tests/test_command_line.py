@@ -78,7 +78,9 @@ def script(code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of one step, whose name rich would take for markup and for an emoji."""
     out = tmp_path_factory.mktemp("runs") / "[bold]y" / "a[/b]c :smile:"
-    code, text = run("train", MODEL, "--task", "addition", "--out", out, *SMALL)
+    code, text = run(
+        "train", MODEL, "--task", "addition", "--method", "route", "--by", "direction", "--out", out, *SMALL
+    )
     assert code == 0, text
     out.with_name("said.txt").write_text(text)
     return out
@@ -326,12 +328,6 @@ def test_a_run_that_is_killed_before_its_first_step_says_what_it_is(
     monkeypatch.setattr(sys.modules["antipasto.app.train.run"], "RoutedGRPOTrainer", lambda **_: json.loads("{"))
     run("train", MODEL, "--task", "addition", "--out", tmp_path / "other", *SMALL)
     assert not (tmp_path / "other").exists()
-
-
-def test_a_demo_cannot_be_resumed(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text(json.dumps({"method": "recipe", "seed": 0}))
-    assert "is of antipasto demo, which cannot be continued" in refused("train", "--resume", tmp_path)
-    assert "The demo in" in refused("eval", tmp_path)
 
 
 @pytest.mark.parametrize(

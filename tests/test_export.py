@@ -36,6 +36,7 @@ from antipasto.evaluation.records import ArmRecord, Estimate, Evaluation, Verdic
 from antipasto.tasks import addition
 
 MODEL = addition.model_path()
+BY_DIRECTION = ("--method", "route", "--by", "direction")
 PROMPTS = [addition.prompt(kind, pair) for pair in addition.split("test")[:16] for kind in "hs"]
 SITE = str(Path(torch.__file__).parents[1])
 
@@ -156,7 +157,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of three steps."""
     out = tmp_path_factory.mktemp("runs") / "my-run"
     size = ["--prompts", "2", "--generations", "8", "--steps", "3"]
-    code, text = run("train", MODEL, "--task", "addition", "--threshold", "0.3", "--out", out, *size)
+    code, text = run("train", MODEL, "--task", "addition", *BY_DIRECTION, "--threshold", "0.3", "--out", out, *size)
     assert code == 0, text
     return out
 

@@ -21,6 +21,7 @@ from hypothesis import strategies as st
 from rich.console import Console
 from transformers import TrainerState
 
+from antipasto.tasks import addition
 from antipasto.trl import ProgressBar
 from antipasto.trl.live import ASCII_BLOCKS, BLOCKS, CELLS, History, sparkline
 
@@ -289,20 +290,24 @@ def in_a_terminal(watch: Callable[[pyte.Screen, int], None], *arguments: str) ->
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), screen
 
 
+TRAIN = ["train", str(addition.model_path()), "--task", "addition", "--method", "route", "--by", "direction"]
+TRAIN += ["--prompts", "16", "--generations", "16", "--beta", "0.005"]
+
+
 def shows_the_view(screen: pyte.Screen) -> bool:
     names = [line.split()[0] for line in screen.display if line.strip()]
-    return {"training,", "reward", "exploit", "deployed", "oracle", "hack-ward", "KL", "tokens/s"} <= set(names)
+    return {"training", "reward", "exploit", "deployed", "oracle", "hack-ward", "KL", "tokens/s"} <= set(names)
 
 
 @pytest.mark.filterwarnings("ignore:.*multi-threaded, use of forkpty.*:DeprecationWarning")
-def test_the_demo_in_a_terminal(tmp_path: Path) -> None:
+def test_a_run_in_a_terminal(tmp_path: Path) -> None:
     seen: list[bool] = []
 
     def watch(screen: pyte.Screen, child: int) -> None:
         if shows_the_view(screen):
             seen.append(screen.cursor.hidden)
 
-    code, screen = in_a_terminal(watch, "demo", "--steps", "3", "--out", str(tmp_path / "demo"))
+    code, screen = in_a_terminal(watch, *TRAIN, "--steps", "3", "--out", str(tmp_path / "run"))
     assert code == 0
     assert seen
     assert all(seen)
@@ -320,11 +325,11 @@ def test_ctrl_c_in_a_terminal(tmp_path: Path) -> None:
             asked.append(child)
             os.kill(child, signal.SIGINT)
 
-    code, screen = in_a_terminal(watch, "demo", "--out", str(tmp_path / "demo"))
+    code, screen = in_a_terminal(watch, *TRAIN, "--steps", "160", "--out", str(tmp_path / "run"))
     text = "\n".join(screen.display)
     assert asked
     assert code == 130
     assert not screen.cursor.hidden
     assert "/160 reward 0." in text
-    assert "antipasto: interrupted; what was written so far is in" in text
+    assert "antipasto train --resume" in text
     assert not shows_the_view(screen)

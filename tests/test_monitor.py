@@ -204,6 +204,19 @@ def test_batches_and_order_change_nothing_but_rounding(known: ap.Direction) -> N
     torch.testing.assert_close(monitor.scores(TEXTS[::-1]).flip(0), whole, atol=1e-5, rtol=0)
 
 
+def test_what_is_there_several_times_is_scored_once(known: ap.Direction, monkeypatch: pytest.MonkeyPatch) -> None:
+    monitor, asked = Monitor(adapted(), tokenizer(), known), []
+    gradients = monitor.gradients
+    monkeypatch.setattr(
+        monitor, "gradients", lambda texts, **how: asked.append((len(texts), how)) or gradients(texts, **how)
+    )
+    once = monitor.scores(TEXTS, batch_size=len(TEXTS))
+    again = monitor.scores([*TEXTS, *TEXTS[::-1], *TEXTS], batch_size=3 * len(TEXTS))
+    assert torch.equal(again, torch.cat([once, once.flip(0), once]))
+    assert asked == [(len(TEXTS), {"batch_size": len(TEXTS)})] * 2
+    assert monitor.scores([]).shape == (0,)
+
+
 def test_a_text_that_was_cut_off_has_no_end_of_sequence(known: ap.Direction) -> None:
     tok = tokenizer()
     monitor = Monitor(adapted(), tok, known)

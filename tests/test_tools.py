@@ -472,7 +472,7 @@ def test_inspect_shows_hostile_text_and_does_not_obey_it(finished: Path) -> None
 
 
 def test_inspect_a_run_that_has_only_begun(tmp_path: Path) -> None:
-    (tmp_path / "config.json").write_text('{"seed": 1}')
+    (tmp_path / "config.yaml").write_text("seed: 1")
     code, text = run("inspect", tmp_path)
     assert code == 0
     assert "not there, or not yet: metrics.jsonl, rollouts.jsonl, adapter/" in text
@@ -532,7 +532,7 @@ def test_a_path_that_cannot_be_shown(tmp_path: Path) -> None:
     assert "nothere" in refused("inspect", tmp_path / "nothere")
     assert "is a model, not a run" in refused("inspect", MODEL)
     (tmp_path / "seed-3").mkdir()
-    (tmp_path / "seed-3" / "config.json").write_text("{}")
+    (tmp_path / "seed-3" / "config.yaml").write_text("{}")
     assert "holds several runs: give one of seed-3" in refused("inspect", tmp_path)
 
 

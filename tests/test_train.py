@@ -72,7 +72,7 @@ def same_files(one: Path, other: Path) -> None:
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """A run of six steps, by direction and by detector: its folder and what it printed."""
     out = tmp_path_factory.mktemp("runs") / "run"
-    code, text = run("train", MODEL, "--task", "addition", "--by", "both", "--out", str(out), *SIX)
+    code, text = run("train", MODEL, "--task", "addition", "--method", "route", "--by", "both", "--out", str(out), *SIX)
     assert code == 0, text
     return out, text
 
@@ -123,7 +123,9 @@ def test_its_config_repeats_it(trained: tuple[Path, str], tmp_path: Path) -> Non
 def test_killed_and_resumed_it_ends_in_the_same_place(trained: tuple[Path, str], tmp_path: Path, after: str) -> None:
     out, _ = trained
     folder = tmp_path / "run"
-    running = process("train", MODEL, "--task", "addition", "--by", "both", "--out", str(folder), *SIX)
+    running = process(
+        "train", MODEL, "--task", "addition", "--method", "route", "--by", "both", "--out", str(folder), *SIX
+    )
     wait_for(folder / after / "complete.json")
     running.send_signal(signal.SIGKILL)
     running.communicate()
@@ -143,7 +145,7 @@ def test_killed_and_resumed_it_ends_in_the_same_place(trained: tuple[Path, str],
 def test_ctrl_c_saves_and_says_how_to_continue(trained: tuple[Path, str], tmp_path: Path) -> None:
     out, _ = trained
     folder = tmp_path / "run"
-    arguments = ("train", MODEL, "--task", "addition", "--by", "both", "--out", str(folder), *SIX)
+    arguments = ("train", MODEL, "--task", "addition", "--method", "route", "--by", "both", "--out", str(folder), *SIX)
     running = process(*arguments)
     wait_for(folder / "metrics.jsonl")
     running.send_signal(signal.SIGINT)
@@ -347,7 +349,7 @@ def test_an_evaluation_that_is_killed_continues_to_the_same_answers(trained: tup
 
 
 def test_a_run_by_score_says_what_its_threshold_means_and_continues(tmp_path: Path) -> None:
-    words = ["train", MODEL, "--task", "addition", "--by", "score", "--sharing", "classic", "--beta", "0.04", *SIX]
+    words = ["train", MODEL, "--task", "addition", "--method", "route", "--sharing", "classic", "--beta", "0.04", *SIX]
     code, text = run(*words, "--out", str(tmp_path / "run"))
     assert code == 0, text
     saved = read_monitor(tmp_path / "run" / "monitor.safetensors")
@@ -506,20 +508,34 @@ def test_a_reward_that_fails_stops_the_run(body: str, words: list[str], tmp_path
             "penalty goes by detector or score, not by direction",
         ),
         ([MODEL, "--task", "addition", "--method", "plain", "--by", "both"], "plain goes by score, not by both"),
-        ([MODEL, "--task", "addition", "--false-alarms", "0.1"], "false_alarms=0.1 belongs to by=score"),
+        (
+            [MODEL, "--task", "addition", "--by", "detector", "--false-alarms", "0.1"],
+            "false_alarms=0.1 belongs to by=score",
+        ),
+        (
+            [MODEL, "--task", "addition", "--method", "measure", "--false-alarms", "0.1"],
+            "false_alarms=0.1 does nothing here",
+        ),
+        (
+            [MODEL, "--task", "addition", "--controls", "none"],
+            "controls=() does nothing here: this run goes by no direction",
+        ),
         ([MODEL, "--task", "addition", "--by", "score", "--false-alarms", "2"], r"share in (0, 1), got 2.0"),
         ([MODEL, "--task", "addition", "--by", "score", "--direction", "f"], "give pairs, not a direction"),
         ([MODEL, "--task", "addition", "--by", "score", "--threshold", "1"], "threshold=1.0 does nothing here"),
         ([MODEL, "--task", "addition", "--sharing", "classic"], "sharing=classic belongs to method route by score"),
         ([MODEL, "--task", "addition", "--method", "drop", "--gate", "reverse"], "gate=reverse does nothing here"),
         ([MODEL, "--task", "addition", "--by", "detector", "--direction", "f"], "direction=f does nothing here"),
-        ([MODEL, "--task", "addition", "--direction", "f", "--estimator", "svd"], "estimator=svd does nothing here"),
+        (
+            [MODEL, "--task", "addition", "--method", "route", "--direction", "f", "--estimator", "svd"],
+            "estimator=svd does nothing here",
+        ),
         ([MODEL, "--task", "addition", "--prompts", "100000"], "fewer than one generation takes"),
         ([MODEL, "--task", "addition", "--trainer.num_iterations", "2"], "save_every must be a multiple"),
         ([MODEL, "--task", "addition", "--trainer.model_init_kwargs", "{a: 1}"], "use dtype"),
         ([MODEL, "--task", "addition", "--trainer.remove_unused_columns"], "without their rows"),
         ([MODEL, "--task", "addition", "--method", "plain", "--deploy-fraction", "0.5"], "belongs to method route"),
-        ([MODEL, "--task", "addition", "--deploy-fraction", "0.3"], "must be whole numbers"),
+        ([MODEL, "--task", "addition", "--method", "route", "--deploy-fraction", "0.3"], "must be whole numbers"),
         ([MODEL, "--task", "addition", "--pairs", "nowhere.jsonl"], "nowhere.jsonl"),
         ([MODEL, "--task", "addition", "--controls", "random,odd"], "got odd"),
         ([MODEL, "--task", "addition", "--target-modules", "nope"], "'nope'"),
@@ -558,7 +574,8 @@ def test_a_config_that_does_not_fit(text: str, message: str, tmp_path: Path) -> 
 
 
 def test_without_controls_there_are_no_books(tmp_path: Path) -> None:
-    code, text = run("train", MODEL, "--task", "addition", "--controls", "none", "--out", str(tmp_path / "run"), *SMALL)
+    words = ["--method", "route", "--by", "direction", "--controls", "none"]
+    code, text = run("train", MODEL, "--task", "addition", *words, "--out", str(tmp_path / "run"), *SMALL)
     assert code == 0, text
     assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["controls"] == []
     code, text = run("train", "--config", str(tmp_path / "run" / "config.yaml"), "--out", str(tmp_path / "again"))
@@ -567,9 +584,8 @@ def test_without_controls_there_are_no_books(tmp_path: Path) -> None:
 
 
 def test_our_own_warnings_are_heard(tmp_path: Path) -> None:
-    running = process(
-        "train", MODEL, "--task", "addition", "--trainer.weight_decay", "0.1", "--out", str(tmp_path / "run"), *SMALL
-    )
+    words = ["--method", "route", "--trainer.weight_decay", "0.1"]
+    running = process("train", MODEL, "--task", "addition", *words, "--out", str(tmp_path / "run"), *SMALL)
     text, _ = running.communicate()
     assert running.returncode == 0
     assert "RoutingWarning: The optimizer decays the knobs" in text

@@ -86,7 +86,8 @@ def test_two_processes_are_one(tmp_path: Path, per_rank: int, accumulation: int)
 
 def test_the_command_line_under_accelerate_launch(tmp_path: Path) -> None:
     out = tmp_path / "run"
-    words = f"train {addition.model_path()} --task addition --by both --prompts 2 --generations 4 --out {out}".split()
+    words = f"train {addition.model_path()} --task addition --method route --by both --out {out}".split()
+    words += ["--prompts", "2", "--generations", "4"]
 
     def launch(*more: str) -> subprocess.CompletedProcess[str]:
         command = [*LAUNCH, "-m", "antipasto", *words, *more]

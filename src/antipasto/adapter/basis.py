@@ -19,6 +19,7 @@ Where. ``$ANTIPASTO_CACHE``, else the user's cache home (``~/.cache/antipasto`` 
 
 from __future__ import annotations
 
+import functools
 import os
 import warnings
 from pathlib import Path
@@ -173,7 +174,8 @@ def _load(weight: Tensor, cache_dir: str | os.PathLike[str] | None) -> tuple[Bas
                     # still held, so whoever waits for it finds the file; at worst somebody computes a second time
                     lock_path.unlink(missing_ok=True)
         except (OSError, NotImplementedError, SafetensorError) as error:
-            _warn_unwritable(folder, error)  # NotImplementedError: no locks on this file system
+            said = getattr(error, "strerror", None) or f"{error}"
+            _warn_unwritable(folder, said)  # NotImplementedError: no locks on this file system
     basis, basis_digest = found or _compute(weight)
     return basis, key, basis_digest
 
@@ -271,10 +273,10 @@ def _write(path: Path, key: str, basis: Basis, basis_digest: str) -> None:
     write_tensors(path, basis._asdict(), {"format": _FORMAT, "weight": key, "basis": basis_digest})
 
 
-def _warn_unwritable(folder: Path, error: Exception) -> None:
-    # the same words for every weight, so that Python shows them once
+@functools.cache  # once for a folder: Python forgets what it has shown where somebody catches warnings
+def _warn_unwritable(folder: Path, error: str) -> None:
     warnings.warn(
-        f"The basis cache {folder} cannot be written ({getattr(error, 'strerror', None) or error}). Going on without: "
+        f"The basis cache {folder} cannot be written ({error}). Going on without: "
         "the next start computes again. Set ANTIPASTO_CACHE to a writable folder, or cache_dir=None to stop trying.",
         BasisCacheWarning,
         stacklevel=3,

@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shlex
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -34,6 +33,7 @@ from antipasto.evaluation.records import (
     PARTIAL,
     RANDOM,
     RATES,
+    REFERENCE,
     Answer,
     Estimate,
     Evaluation,
@@ -61,7 +61,7 @@ def evaluate_run(
     margin: float,
     dial: bool = False,
 ) -> Evaluation:
-    """Every arm of a run on the same held-out prompts with the same draws; prints tables and the verdict.
+    """Every arm of a run on the same held-out prompts with the same draws, and what comes of it, which `show` prints.
 
     Raises:
         ValueError: this is not a run that finished, its task has no held-out rows, or its base model is another one now.
@@ -94,8 +94,6 @@ def evaluate_run(
         evaluation = conclude(task.name, facts, answers, margin=margin)
         write_evaluation(evaluation, root)
         (root / PARTIAL).unlink()
-        show(evaluation, console)
-        say(console, f"written: {root / ANSWERS}", f"next: antipasto report {shlex.quote(str(root))}")
         return evaluation
 
 
@@ -186,26 +184,43 @@ def show(evaluation: Evaluation, console: Console) -> None:
 def rates_table(evaluations: Sequence[Evaluation]) -> Table:
     """One row an arm and kind of prompts. One evaluation: rates with intervals; those of several seeds: mean ± sd."""
     first = evaluations[0]
-    spread = "[95% interval]" if len(evaluations) == 1 else f"(mean ± sd of {len(evaluations)} seeds)"
     drawn = "the likeliest" if first.facts.get("temperature") == 0 else "sampled"
-    table = _table(f"{first.arms[0].n:,} answers of each model, {drawn} {spread}")
-    rates = [name for name in RATES if name in first.arms[0].measures]
-    flags = list(first.arms[0].flags)
-    for title in ("model", *rates, *flags):
-        table.add_column(Text(plain(title)))
-    kinds: list[str | None] = [*first.kinds] or [None]
-    for kind in kinds:
-        if kind is not None:
-            add_row(table, Text(plain(f"{kind} prompts"), style="italic"))
-        for name in first.names:
-            records = [record for e in evaluations if (record := e.arm(name, kind)) is not None]
-            cells = [cell([r.measures[m] for r in records]) for m in rates]
-            add_row(table, name, *cells, *(cell([r.flags[m] for r in records]) for m in flags))
-        table.add_section()
+    rows = {name: [(evaluation, name) for evaluation in evaluations] for name in first.names}
+    table = _rates(f"{first.arms[0].n:,} answers of each model, {drawn}", "model", rows)
     if RANDOM in first.names:
         table.caption = "random, permuted, …: that control's book out instead of the quarantine"
         if empty := [name for name in first.empty if all(name in e.empty for e in evaluations)]:
             table.caption += f"\n{plain(', '.join(empty))}: its book is empty, so that nothing is out"
+    return table
+
+
+def comparison(runs: Mapping[str, Sequence[Evaluation]]) -> Table:
+    """What each of several runs would ship, and their reference: name → its evaluation, or those of several seeds."""
+    first = next(iter(runs.values()))
+    rows = {REFERENCE: [(evaluation, REFERENCE) for evaluation in first]}
+    rows |= {name: [(evaluation, evaluation.ships) for evaluation in seeds] for name, seeds in runs.items()}
+    return _rates("what each would ship", "run", rows)
+
+
+def _rates(title: str, what: str, rows: Mapping[str, Sequence[tuple[Evaluation, str]]]) -> Table:
+    """Rates and flags, a row for each name and kind of prompts: of one evaluation's arm, or of those of several seeds."""
+    first, arm = next(iter(rows.values()))[0]
+    seeds = len(next(iter(rows.values())))
+    table = _table(f"{title} {'[95% interval]' if seeds == 1 else f'(mean ± sd of {seeds} seeds)'}")
+    record = first.arm(arm)
+    assert record is not None
+    rates, flags = [name for name in RATES if name in record.measures], list(record.flags)
+    for column in (what, *rates, *flags):
+        table.add_column(Text(plain(column)))
+    kinds: list[str | None] = [*first.kinds] or [None]
+    for kind in kinds:
+        if kind is not None:
+            add_row(table, Text(plain(f"{kind} prompts"), style="italic"))
+        for name, found in rows.items():
+            records = [record for evaluation, arm in found if (record := evaluation.arm(arm, kind)) is not None]
+            cells = [cell([r.measures[m] for r in records]) for m in rates]
+            add_row(table, name, *cells, *(cell([r.flags[f] for r in records]) for f in flags))
+        table.add_section()
     return table
 
 

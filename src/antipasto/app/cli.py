@@ -12,6 +12,7 @@ import dis
 import importlib.util
 import inspect as introspection
 import os
+import shlex
 import tempfile
 import traceback
 from collections.abc import Callable, Iterator
@@ -29,8 +30,7 @@ import antipasto
 from antipasto.app.checks import check_file, check_model_name
 from antipasto.app.run_folder import RunFolder, parse_yaml, read_yaml
 from antipasto.app.train.config import ADAPTER, TrainConfig, names_of, targets_of
-from antipasto.names import Dtype as DtypeName
-from antipasto.names import Estimator
+from antipasto.names import Dtype, Estimator
 from antipasto.options import near
 from antipasto.tasks.loading import check_task_name
 from antipasto.terminal import plain, say
@@ -52,36 +52,6 @@ COLUMNS = "What the files say"
 # options that several commands have
 Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="A model's folder, or its name on the hub.", show_default=False)
-]
-TargetModules = Annotated[
-    str | None,
-    typer.Option(
-        metavar="NAMES",
-        help="Layers to adapt: names with commas between, 'all-linear', or a pattern.",
-        show_default="known names",
-        rich_help_panel=ADAPTER,
-    ),
-]
-ExcludeModules = Annotated[
-    str | None,
-    typer.Option(metavar="NAMES", help="Layers to leave out of those.", show_default="none", rich_help_panel=ADAPTER),
-]
-CacheDir = Annotated[
-    str | None,
-    typer.Option(
-        metavar="DIR",
-        help="Where singular bases are kept.",
-        show_default="$ANTIPASTO_CACHE or the user's",
-        rich_help_panel=ADAPTER,
-    ),
-]
-Dtype = Annotated[
-    DtypeName,
-    typer.Option(help="Of the weights; 'auto' as saved. Each dtype has its own bases.", rich_help_panel=ADAPTER),
-]
-Rank = Annotated[
-    int | None,
-    typer.Option(min=1, help="Top singular directions of each layer.", show_default="all", rich_help_panel=ADAPTER),
 ]
 
 
@@ -113,14 +83,18 @@ def main(
     """RL post-training in the singular basis of the weights, with a quarantine for what should not ship."""
 
 
-def _with_options(config: type[Any], but: tuple[str, ...]) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command an option for each field of a dataclass, in place of its ``**options``; ``but`` names those left out."""
+def _with_options(
+    *, but: tuple[str, ...] = (), panel: str | None = None
+) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Give a command options of `TrainConfig`, in place of its ``**options``: all ``but`` some, or those of one panel."""
+    fields = [field for field in dataclasses.fields(TrainConfig) if field.name not in but]
+    fields = [field for field in fields if panel in (None, field.metadata.get("rich_help_panel"))]
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         own = introspection.signature(command, eval_str=True).parameters.values()
-        hints = get_type_hints(config)
+        hints = get_type_hints(TrainConfig)
         given = [p.replace(kind=p.KEYWORD_ONLY) for p in own if p.kind is not p.VAR_KEYWORD]
-        given += [_parameter(field, hints[field.name]) for field in dataclasses.fields(config) if field.name not in but]
+        given += [_parameter(field, hints[field.name]) for field in fields]
         command.__signature__ = introspection.Signature(given)  # type: ignore[attr-defined]
         command.__annotations__ = {parameter.name: parameter.annotation for parameter in given}
         return command
@@ -177,13 +151,14 @@ def demo(
         typer.Option(help="The known hack rare, or as common as the other, or each on its own kind of prompt."),
     ] = "rare",
     compare: Annotated[
-        bool, typer.Option("--compare", help="Also train plain, erase, penalty, drop and more.")
+        bool,
+        typer.Option("--compare", help="Also train by a detector, and with a quarantine, by score and by direction."),
     ] = False,
-    out: Annotated[Path | None, typer.Option(help="Run folder, new or empty.", show_default="runs/demo-<time>")] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder, new or empty.", show_default="runs/demo-<time>")] = None,
 ) -> None:
-    """Train a small model on a reward that can be fooled; see what it learns, and what is left without the quarantine.
+    """Train a small model on a reward that can be fooled, by plain RL and by the default recipe; see what either ships.
 
-    About a minute a seed on two cores, six more with --compare. Leaves every rollout with its reward in the run folder.
+    About two minutes a seed on two cores, six more with --compare. Each is a run folder as `antipasto train` leaves it.
     """
     out = out or Path("runs") / f"demo-{datetime.now():%Y%m%d-%H%M%S}"
     with _readable_errors(load=False):
@@ -191,7 +166,10 @@ def demo(
     with _readable_errors(out, extra="trl"):
         from antipasto.app import demo as job
 
-        job.run(job.DemoConfig(seed, steps, variant), out, Console(), seeds=seeds, compare=compare)
+        options: dict[str, Any] = {"seed": seed, "seeds": seeds, "steps": steps, "variant": variant}
+        found = job.run(out, Console(), **options, compare=compare)
+    if found is None:
+        raise typer.Exit(130)
 
 
 @app.command(
@@ -199,7 +177,7 @@ def demo(
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
     no_args_is_help=True,
 )
-@_with_options(TrainConfig, but=("model", "task", "trainer"))
+@_with_options(but=("model", "task", "trainer"))
 def train(
     context: typer.Context,
     model: Annotated[
@@ -285,36 +263,34 @@ def _from_file(path: Path | None) -> dict[str, Any]:
 
 
 @app.command(rich_help_panel=PREPARE)
+@_with_options(panel=ADAPTER)
 def basis(
     model: Model,
-    target_modules: TargetModules = None,
-    exclude_modules: ExcludeModules = None,
-    rank: Rank = None,
-    cache_dir: CacheDir = None,
-    dtype: Dtype = "auto",
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Say what it takes, by the model's config alone; compute nothing.")
     ] = False,
+    **adapter: Any,
 ) -> None:
     """Compute the singular basis of every layer to be adapted, ahead of the runs that need it.
 
     What is there already is checked and left alone. The cache has all directions of a layer: --rank is for --dry-run.
     """
     with _readable_errors(load=False):
-        if rank is not None and not dry_run:
+        if adapter["rank"] is not None and not dry_run:
             raise ValueError("--rank is for --dry-run: the cache has all directions of a layer.")
         check_model_name(model)
     with _readable_errors():
         from antipasto.app import commands
 
-        config = _config(target_modules, exclude_modules, cache_dir, rank)
+        config = _config(**adapter)
         if dry_run:
-            commands.what_it_needs(model, config, Console(), dtype=dtype)
+            commands.what_it_needs(model, config, Console(), dtype=adapter["dtype"])
             return
-        commands.cache_bases(model, config, Console(), dtype=dtype)
+        commands.cache_bases(model, config, Console(), dtype=adapter["dtype"])
 
 
 @app.command(rich_help_panel=PREPARE)
+@_with_options(panel=ADAPTER)
 def extract(
     model: Model,
     pairs: Annotated[
@@ -328,14 +304,10 @@ def extract(
     heldout: Annotated[
         float, typer.Option(min=0, max=1, callback=_finite, help="Share of pairs to score with and not use.")
     ] = 0.25,
-    rank: Rank = None,
-    target_modules: TargetModules = None,
-    exclude_modules: ExcludeModules = None,
-    cache_dir: CacheDir = None,
-    dtype: Dtype = "auto",
     seed: Annotated[int, typer.Option(min=0, help="Of the split into fitted and held-out pairs.")] = 0,
     batch_size: Annotated[int, typer.Option(min=1, help="Pairs per backward: lower it if memory runs out.")] = 16,
     force: Annotated[bool, typer.Option("--force", help="Overwrite --out.")] = False,
+    **adapter: Any,
 ) -> None:
     """Make a hack direction out of labelled pairs, and say how well it orders pairs that it was not made from.
 
@@ -351,9 +323,9 @@ def extract(
             model,
             pairs,
             out,
-            _config(target_modules, exclude_modules, cache_dir, rank),
+            _config(**adapter),
             Console(),
-            dtype=dtype,
+            dtype=adapter["dtype"],
             estimator=estimator,
             k=k,
             heldout=heldout,
@@ -364,6 +336,7 @@ def extract(
 
 
 @app.command("map", rich_help_panel=PREPARE)
+@_with_options(panel=ADAPTER)
 def map_forms(
     model: Model,
     forms: Annotated[
@@ -379,13 +352,9 @@ def map_forms(
     heldout: Annotated[
         float, typer.Option(min=0, max=1, help="Share of the pairs that the threshold is taken from.")
     ] = 0.25,
-    rank: Rank = None,
-    target_modules: TargetModules = None,
-    exclude_modules: ExcludeModules = None,
-    cache_dir: CacheDir = None,
-    dtype: Dtype = "auto",
     seed: Annotated[int, typer.Option(min=0, help="Of the split of the pairs.")] = 0,
     batch_size: Annotated[int, typer.Option(min=1, help="Texts per backward: lower it if memory runs out.")] = 32,
+    **adapter: Any,
 ) -> None:
     """Score texts by the name of their form: which of them the score takes for the exploit, and which it does not.
 
@@ -398,11 +367,11 @@ def map_forms(
         commands.score_map(
             model,
             forms,
-            _config(target_modules, exclude_modules, cache_dir, rank),
+            _config(**adapter),
             Console(),
             pairs_file=pairs,
             monitor_file=monitor,
-            dtype=dtype,
+            dtype=adapter["dtype"],
             heldout=heldout,
             seed=seed,
             batch_size=batch_size,
@@ -437,10 +406,12 @@ def eval(
         RunFolder(run).check()
     with _readable_errors(run, extra="report"):
         from antipasto.app import arms
+        from antipasto.evaluation.records import ANSWERS
 
-        arms.evaluate_run(
+        console = Console()
+        evaluation = arms.evaluate_run(
             run,
-            Console(),
+            console,
             prompts=prompts,
             temperature=temperature,
             seed=seed,
@@ -448,6 +419,8 @@ def eval(
             margin=margin,
             dial=dial,
         )
+        arms.show(evaluation, console)
+        say(console, f"written: {run / ANSWERS}", f"next: antipasto report {shlex.quote(str(run))}")
 
 
 @app.command(rich_help_panel=LOOK)
@@ -492,6 +465,7 @@ def report(
 
 
 @app.command(rich_help_panel=LOOK)
+@_with_options(panel=ADAPTER)
 def watch(
     base: Annotated[
         str,
@@ -585,12 +559,8 @@ def watch(
             rich_help_panel=COLUMNS,
         ),
     ] = None,
-    rank: Rank = None,
-    target_modules: TargetModules = None,
-    exclude_modules: ExcludeModules = None,
-    cache_dir: CacheDir = None,
-    dtype: Dtype = "auto",
     batch_size: Annotated[int, typer.Option(min=1, help="Rollouts per backward: lower it if memory runs out.")] = 32,
+    **adapter: Any,
 ) -> None:
     """Score the rollouts of any run, of any trainer and any adapter, by the model it started from; write a page about them.
 
@@ -609,9 +579,9 @@ def watch(
             sample=sample,
             windows=windows,
             seed=seed,
-            dtype=dtype,
+            dtype=adapter["dtype"],
             batch_size=batch_size,
-            adapter=_config(target_modules, exclude_modules, cache_dir, rank),
+            adapter=_config(**adapter),
         )
         last = command.run(
             base,
@@ -632,10 +602,10 @@ def watch(
 
 @app.command(rich_help_panel=SHIP)
 def export(
-    run: Annotated[Path, typer.Argument(help="A run folder of `antipasto train` or `demo`.", show_default=False)],
+    run: Annotated[Path, typer.Argument(help="A run folder of `antipasto train`.", show_default=False)],
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder to write, new or empty.", show_default=False)],
     dtype: Annotated[
-        DtypeName,
+        Dtype,
         typer.Option(help="Of the weights; 'auto' as the base is saved, float32 with --lora."),
     ] = "auto",
     lora: Annotated[
@@ -693,15 +663,15 @@ def export(
 
 
 def _config(
-    target_modules: str | None, exclude_modules: str | None, cache_dir: str | None, rank: int | None = None
+    *, rank: int | None, target_modules: str | None, exclude_modules: str | None, cache_dir: str | None, dtype: str
 ) -> AntiPastoConfig:
+    """The adapter's, of the options of that panel; the dtype is the model's."""
     from antipasto.adapter import AntiPastoConfig
 
     targets = None if target_modules is None else targets_of(target_modules, "--target-modules")
     excluded = None if exclude_modules is None else names_of("--exclude-modules", exclude_modules)
     config = AntiPastoConfig(target_modules=targets, exclude_modules=excluded, rank=rank)
-    if cache_dir is not None:
-        config.cache_dir = cache_dir
+    config.cache_dir = cache_dir
     return config
 
 

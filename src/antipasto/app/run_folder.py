@@ -1,6 +1,6 @@
 """What a training run leaves on disk, and what of it a later process may trust.
 
-    config.yaml            the resolved config: `antipasto train --config` repeats the run; config.json of `antipasto demo`
+    config.yaml            the resolved config: `antipasto train --config` repeats the run
     run.json               its name among reporters, versions, command, method, the base model and its fingerprint
     metrics.jsonl          one line a step
     rollouts.jsonl         one line a rollout (`antipasto.evaluation.rollout_log`)
@@ -35,18 +35,12 @@ import yaml
 from antipasto.app.locks import held, remove_leftovers
 from antipasto.names import COMPLETE
 
-CONFIG, DEMO_CONFIG, RUN, METRICS, ROLLOUTS = (
-    "config.yaml",
-    "config.json",
-    "run.json",
-    "metrics.jsonl",
-    "rollouts.jsonl",
-)
+CONFIG, RUN, METRICS, ROLLOUTS = "config.yaml", "run.json", "metrics.jsonl", "rollouts.jsonl"
 DIRECTION, BOOKS, ADAPTER = "direction.safetensors", "books.safetensors", "adapter"
 MONITOR = "monitor.safetensors"
 TENSORBOARD = "tensorboard"
 LOCK = ".lock"
-_WRITTEN = [CONFIG, DEMO_CONFIG, RUN, METRICS, ROLLOUTS, DIRECTION, BOOKS, MONITOR, ADAPTER]
+_WRITTEN = [CONFIG, RUN, METRICS, ROLLOUTS, DIRECTION, BOOKS, MONITOR, ADAPTER]
 _WRITTEN += ["eval.json", "eval.jsonl", "eval.partial.jsonl"]
 
 
@@ -59,7 +53,7 @@ class RunFolder:
 
     def __init__(self, root: Path) -> None:
         self.root = root
-        self.config, self.demo_config, self.run = root / CONFIG, root / DEMO_CONFIG, root / RUN
+        self.config, self.run = root / CONFIG, root / RUN
         self.metrics, self.rollouts = root / METRICS, root / ROLLOUTS
         self.direction, self.books, self.adapter = root / DIRECTION, root / BOOKS, root / ADAPTER
         self.tensorboard, self.monitor = root / TENSORBOARD, root / MONITOR
@@ -112,27 +106,22 @@ class RunFolder:
             raise ValueError(f"There is no run folder {self.root}.")
         if not self.root.is_dir():
             raise ValueError(f"{self.root} is a file, and no run folder.")
-        if not self.config.is_file() and not self.demo_config.is_file():
-            runs = sorted(p.parent.name for name in (CONFIG, DEMO_CONFIG) for p in self.root.glob(f"*/{name}"))
-            if runs:
-                raise ValueError(f"{self.root} holds several runs: give one of {', '.join(runs[:8])}.")
-            raise ValueError(f"{self.root} is not a run folder: there is neither {CONFIG} nor {DEMO_CONFIG} in it.")
-        if (
-            not self.config.is_file()
-            and not self.run.exists()
-            and not self.adapter.exists()
-            and _is_model(self.demo_config)
-        ):
+        if self.config.is_file():
+            return
+        if runs := sorted(path.parent.name for path in self.root.glob(f"*/{CONFIG}")):
+            raise ValueError(f"{self.root} holds several runs: give one of {', '.join(runs[:8])}.")
+        if (self.root / "config.json").is_file() and not self.run.exists():
             raise ValueError(f"{self.root} is a model, not a run: there is nothing of this library in it.")
+        raise ValueError(f"{self.root} is not a run folder: there is no {CONFIG} in it.")
 
     def read_config(self) -> dict[str, Any]:
-        """The config of a run: ``config.yaml``, or the demo's ``config.json``.
+        """The config of a run.
 
         Raises:
             ValueError: there is none, or it cannot be read.
         """
         self.check()
-        return read_yaml(self.config if self.config.is_file() else self.demo_config)  # JSON is YAML
+        return read_yaml(self.config)
 
     def config_to_resume(self) -> dict[str, Any]:
         """The config of a run that can go on from what it has left.
@@ -141,8 +130,6 @@ class RunFolder:
             ValueError: it cannot; says why.
         """
         config = self.read_config()
-        if not self.config.is_file():
-            raise ValueError(f"{self.root} is of antipasto demo, which cannot be continued: run it again.")
         if not self.run.is_file():
             raise ValueError(self.unfinished or f"{self.run} is not there: the folder is damaged.")
         return config
@@ -152,8 +139,6 @@ class RunFolder:
         """Of a run that has not finished: how far it is, and what to do, in one sentence."""
         if self.is_finished:
             return None
-        if not self.config.is_file():
-            return f"The demo in {self.root} has not finished. A demo cannot be continued: run it again."
         if not self.run.is_file():
             return (
                 f"The run in {self.root} has not reached its first step. If it was stopped, there is nothing to continue: "
@@ -194,14 +179,6 @@ class RunFolder:
                 return checkpoint
             shutil.rmtree(checkpoint)  # the process ended while it was written
         return None
-
-
-def _is_model(config: Path) -> bool:
-    """Whether a config.json is a model's, and not the demo's."""
-    try:
-        return "model_type" in json.loads(config.read_bytes())
-    except (ValueError, TypeError, RecursionError):  # whoever reads it says so
-        return False
 
 
 def step_of(checkpoint: Path) -> int:

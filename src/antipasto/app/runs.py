@@ -37,7 +37,7 @@ class LoadedRun:
 
     Attributes:
         folder: its folder.
-        config: what it was made of, as ``config.yaml`` or ``config.json`` of the folder has it.
+        config: what it was made of, as ``config.yaml`` of the folder has it.
         facts: ``run.json``.
         model: the base with the adapter on, in eval mode, as trained.
         tokenizer: padding on the left.
@@ -84,7 +84,7 @@ class LoadedRun:
 
 
 def load_run(root: Path, *, dial: float = 0.0) -> LoadedRun:
-    """Load what `antipasto train` or `antipasto demo` left.
+    """Load what `antipasto train` left.
 
     Args:
         root: its folder.

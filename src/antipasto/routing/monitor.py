@@ -257,11 +257,15 @@ class Monitor:
         return self.scores(completions, batch_size=batch_size) > self.threshold
 
     def score_tokens(self, sequences: Sequence[TokenIds], *, batch_size: int = 32) -> Tensor:
-        """`scores` of token ids of prompts and completions."""
-        scores = torch.empty(len(sequences))
-        for rows, gradients, _ in self.gradients(sequences, batch_size=batch_size):
+        """`scores` of token ids of prompts and completions. What is there several times is scored once: it has one score."""
+        numbers: dict[tuple[tuple[int, ...], tuple[int, ...]], int] = {}
+        of = [numbers.setdefault((tuple(prompt), tuple(answer)), len(numbers)) for prompt, answer in sequences]
+        scores = torch.empty(len(numbers))
+        # no more batches for that, and none that is larger: as many of even size
+        even = max(1, math.ceil(len(numbers) / max(1, math.ceil(len(sequences) / batch_size))))
+        for rows, gradients, _ in self.gradients([(list(p), list(a)) for p, a in numbers], batch_size=even):
             scores[rows] = cosine(gradients, self._effect).cpu()
-        return scores
+        return scores[of]
 
     def tokens(self, completion: Completion) -> TokenIds:
         """Ids of a prompt and its completion, as training has them."""

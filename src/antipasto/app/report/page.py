@@ -26,7 +26,7 @@ def write_report(runs: Sequence[Path], out: Path | None = None, *, force: bool =
     """Write the report of one or several runs.
 
     Args:
-        runs: run folders of `antipasto train` or `antipasto demo`.
+        runs: run folders of `antipasto train`.
         out: the file; ``report.html`` in the run's folder, or for several runs in the current one, if None.
         force: overwrite ``out``, or the report of several runs. That of one run, in its folder, always is.
 
@@ -159,7 +159,4 @@ def _command(run: Run) -> str | None:
     """What repeats the run."""
     if isinstance(run.facts.get("command"), str):
         return str(run.facts["command"])
-    if "variant" in run.config:
-        options = " ".join(f"--{name} {run.config.get(name)}" for name in ("seed", "steps", "variant"))
-        return f"antipasto demo {options}" + ("" if run.method == "recipe" else " --compare")
     return f"antipasto train --config {run.folder / 'config.yaml'}"

@@ -21,8 +21,8 @@ from antipasto.routing.directions import Direction
 from antipasto.routing.gates import DEFAULT_THRESHOLD
 from antipasto.routing.router import Books, read_books
 
-ROUTED = ("route", "erase", "measure", "recipe")
-"""Methods that keep books; ``recipe`` is the demo's."""
+ROUTED = ("route", "erase", "measure")
+"""Methods that keep books."""
 Series = dict[str, list[tuple[float, float]]]
 """A metric's name → (step, value) of every line that has it."""
 

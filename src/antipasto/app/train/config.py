@@ -54,11 +54,11 @@ class TrainConfig:
 
     model: str
     task: str
-    method: Method = _routing("route", "What becomes of what the gate claims.")
+    method: Method = _routing("penalty", "What becomes of rollouts, or of parts of a step, that look like the exploit.")
     by: By | None = _routing(
         None,
-        "What the gate goes by; score: a monitor's, at the reference.",
-        show_default="direction if there are pairs",
+        "What tells them; score: a monitor's, at the reference.",
+        show_default="score if there are pairs, else detector",
     )
     false_alarms: float | None = _routing(
         None,
@@ -135,11 +135,12 @@ class TrainConfig:
             raise ValueError(
                 "by=score makes its monitor from pairs, which calibrate it too: give pairs, not a direction."
             )
-        if self.false_alarms is not None and self.by != "score":
+        if self.false_alarms is not None and self.by not in (None, "score"):
             raise ValueError(f"false_alarms={self.false_alarms} belongs to by=score.")
         if self.false_alarms is not None and not 0 < self.false_alarms < 1:
             raise ValueError(f"false_alarms is a share in (0, 1), got {self.false_alarms}.")
-        if self.sharing == "classic" and (self.method != "route" or self.by in (None, "direction")):
+        by_direction = self.by == "direction" or (self.by is None and self.direction is not None)
+        if self.sharing == "classic" and (self.method != "route" or by_direction):
             raise ValueError("sharing=classic belongs to method route by score, detector or both.")
         if self.method != "route" and self.deploy_fraction:
             raise ValueError(f"deploy_fraction belongs to method route: under {self.method} there is no quarantine.")

@@ -53,10 +53,8 @@ class Gating:
         self.config, self.task = config, task
         method, by = config.method, config.by
         has_pairs = bool(config.pairs or config.direction or task.pairs)
-        if method == "discount":
-            by = "score"
-        if method in ("route", "erase") and by is None:
-            by = "direction" if has_pairs else "detector"
+        if by is None and method in ("penalty", "drop", "route", "erase", "discount"):
+            by = "direction" if config.direction else "score" if has_pairs or method == "discount" else "detector"
         self.uses_direction = method == "measure" or (method in ("route", "erase") and by in ("direction", "both"))
         self.uses_monitor = by == "score"
         self.uses_detector = (method in ("penalty", "drop") and by != "score") or by in ("detector", "both")
@@ -91,11 +89,14 @@ class Gating:
         defaults = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
         names: tuple[str, ...] = ("estimator", "k") if self.config.direction is not None else ()
         if not self.uses_direction:
-            names = ("direction", "threshold", "gate", "estimator", "k")
+            names = ("direction", "threshold", "gate", "estimator", "k", "controls")
             names += () if self.uses_pairs else ("pairs",)
+        if self.config.false_alarms is not None and not self.uses_monitor:
+            raise ValueError(f"false_alarms={self.config.false_alarms} does nothing here: no monitor flags anything.")
         for name in names:
             if getattr(self.config, name) != defaults[name]:
-                why = "a direction's file is given" if self.uses_direction else "this run goes by no direction"
+                why = "this run goes by no direction; --method route --by direction does"
+                why = "a direction's file is given" if self.uses_direction else why
                 raise ValueError(f"{name}={getattr(self.config, name)} does nothing here: {why}.")
 
     def prepare(self, model: nn.Module, tokenizer: Any, console: Console) -> None:

@@ -50,8 +50,12 @@ def start(config: TrainConfig, out: Path | None, console: Console, *, resume: bo
     process_state()
     name = re.sub(r"\W+", "-", Path(config.task.rpartition(":")[0] or config.task).stem)
     default = Path("runs") / f"{name}-{datetime.now():%Y%m%d-%H%M%S}"
-    (folder,) = broadcast_object_list([str(out or default)])
-    return Path(folder) if run(config, Path(folder), console, resume=resume) else None
+    (name,) = broadcast_object_list([str(out or default)])
+    folder = Path(name)
+    if not run(config, folder, console, resume=resume):
+        return None
+    say(console, f"run folder: {folder}", f"next: antipasto eval {shlex.quote(str(folder))}")
+    return folder
 
 
 # ── the run ──────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -144,7 +148,6 @@ def _run(config: TrainConfig, folder: RunFolder, console: Console, state: Partia
             return False
         finish_run(trainer, trainer.router, folder)
     state.wait_for_everyone()
-    say(console, f"run folder: {folder.root}", f"next: antipasto eval {shlex.quote(str(folder.root))}")
     return True
 
 
