@@ -334,6 +334,22 @@ def test_the_first_example_is_the_story() -> None:
     assert sorted(row.number for row in shown.rows) == list(range(ROWS))
 
 
+@pytest.mark.parametrize(
+    ("often", "pattern"), [("exploited", ("solved", "exploited")), ("solved", ("exploited", "solved"))]
+)
+def test_without_a_quarantine_the_story_is_what_training_did(often: str, pattern: tuple[str, str]) -> None:
+    """Rows 17 and 20 go the way of all others, from the other outcome; in the rest the start fails."""
+    outcomes = {"exploited": (1.0, 0.0), "solved": (1.0, 1.0), "failed": (0.0, 0.0)}
+    answers = []
+    for a in evaluation().answers:
+        if a.arm in (REFERENCE, TRAINED):
+            start = pattern[0] if a.row in (17, 20) else "failed"
+            reward, oracle = outcomes[start if a.arm == REFERENCE else often]
+            answers.append(replace(a, reward=reward, oracle=oracle))
+    told = replace(evaluation(), answers=answers, arms=summarise(answers))
+    assert side_by_side(told, budget=10**6).rows[0].pattern == pattern
+
+
 def test_the_kind_where_the_exploit_is_comes_first() -> None:
     answers = [replace(a, kind="easy" if a.row < ROWS // 2 else "strict") for a in evaluation().answers]
     answers += [replace(a, row=a.row + ROWS) for a in answers]

@@ -67,9 +67,16 @@ def outcome(answer: Answer) -> str:
     return "solved" if answer.solved else "exploited" if answer.exploits else "failed"
 
 
-def _is_the_story(row: Row) -> bool:
-    outcomes = {answer.arm: outcome(answer) for answer in row.answers}
-    return (outcomes.get(TRAINED), outcomes.get(DEPLOYED)) == ("exploited", "solved")
+def _story(evaluation: Evaluation) -> set[tuple[str, str]]:
+    """(arm, outcome) of the first example: what the quarantine took out, or else what training did to the start."""
+    if DEPLOYED in evaluation.names:
+        return {(TRAINED, "exploited"), (DEPLOYED, "solved")}
+    found = [evaluation.arm(name) for name in (REFERENCE, TRAINED)]
+    before, after = (
+        record.measures["exploit"].value if record and "exploit" in record.measures else 0 for record in found
+    )
+    before_and_after = ("solved", "exploited") if after > before else ("exploited", "solved")
+    return set(zip((REFERENCE, TRAINED), before_and_after, strict=True))
 
 
 def side_by_side(evaluation: Evaluation, *, budget: int) -> SideBySide:
@@ -92,7 +99,8 @@ def side_by_side(evaluation: Evaluation, *, budget: int) -> SideBySide:
     turns = zip_longest(*([row for row in rows if row.pattern == pattern] for pattern in counts))
     mixed = [row for turn in turns for row in turn if row is not None]
     mixed.sort(key=lambda row: not row.differs)
-    story = next(filter(_is_the_story, mixed), None)
+    wanted = _story(evaluation)
+    story = next((row for row in mixed if wanted <= {(one.arm, outcome(one)) for one in row.answers}), None)
     chosen = sorted(mixed, key=lambda row: row is not story)[: ROWS * 3 // 4]
     chosen += [row for row in mixed if row not in chosen and not row.differs][: ROWS - len(chosen)]
     kept: list[Row] = []
