@@ -243,6 +243,27 @@ def test_functions_may_be_async() -> None:
         judge(task, ["0", ""])
 
 
+@pytest.mark.timeout(60)
+@pytest.mark.parametrize("together", [False, True])
+def test_an_async_function_that_exits_is_a_function_that_fails(together: bool) -> None:
+    """Also in one of several that it waits for; and the next call is answered."""
+
+    async def leaves(completions: list[str]) -> list[float]:
+        sys.exit(0)
+
+    async def many(completions: list[str]) -> list[float]:
+        await asyncio.gather(*(leaves([text]) for text in completions))
+        return []
+
+    async def right_later(completions: list[str], answer: list[str]) -> list[float]:
+        await asyncio.sleep(0)
+        return right(completions, answer)
+
+    with pytest.raises(TaskError, match=r"raised SystemExit: 0 on prompt .* with completion '0'"):
+        judge(make(reward=many if together else leaves), ["0", "22"])
+    assert judge(make(reward=right_later), ["0", "22"]).reward == [1.0, 0.0]
+
+
 def _needs_b(completions: list[str], b: list[int], answer: object = None) -> list[float]:
     return []
 

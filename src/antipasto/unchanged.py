@@ -16,7 +16,7 @@ import os
 import random
 import threading
 from collections.abc import Awaitable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
 
@@ -58,11 +58,18 @@ def _generators_kept() -> Iterator[None]:
 @functools.cache
 def _event_loop() -> asyncio.AbstractEventLoop:
     """One loop for all calls, as clients that a function keeps belong to one; on a thread, as the caller may have its own."""
-    loop = asyncio.new_event_loop()
-    thread = threading.Thread(target=loop.run_forever, daemon=True)
+    loop, ended = asyncio.new_event_loop(), threading.Event()
+
+    def run() -> None:
+        while not ended.is_set():
+            with suppress(SystemExit, KeyboardInterrupt):  # they end the loop, and are the task's result as well
+                loop.run_forever()
+
+    thread = threading.Thread(target=run, daemon=True)
     thread.start()
 
     def end() -> None:
+        ended.set()
         loop.call_soon_threadsafe(loop.stop)
         thread.join()
         loop.close()
@@ -72,7 +79,7 @@ def _event_loop() -> asyncio.AbstractEventLoop:
 
 
 def awaited(values: Awaitable[Any]) -> Any:
-    """What an ``async`` function returns in the end."""
+    """What an ``async`` function returns in the end; raises what it raises, `SystemExit` too."""
 
     async def wait() -> Any:
         return await values
