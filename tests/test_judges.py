@@ -308,25 +308,33 @@ def test_unchanged(tmp_path: Path, error: bool) -> None:
 
 
 def test_what_judges_draw_set_and_change_does_not_reach_the_run(tmp_path: Path) -> None:
-    def meddles(prompts: list[Any], completions: list[Any], completion_ids: list[list[int]], **_: Any) -> list[bool]:
+    def meddles(
+        prompts: list[Any], completions: list[Any], completion_ids: list[list[int]], **columns: Any
+    ) -> list[bool]:
         draws_and_sets(tmp_path)
         flags = by_hash(prompts, completions)
         for texts in (prompts, completions, completion_ids):
             texts.reverse()
             texts.append(texts[0])
         completion_ids[0].append(3)
+        for words in columns["words"]:
+            seen.append(tuple(words))
+            words.clear()
         return flags
 
+    seen: list[tuple[str, ...]] = []
     where, runs = Path.cwd(), []
     for judge in (by_hash, meddles):
         trainer = make(
             tmp_path / "out", Sampled, config={"max_steps": 2, "beta": 0.04}, router=by_rollout, detector=judge,
             oracle=judge, rollout_log=tmp_path / judge.__name__,
         )  # fmt: skip
+        trainer.train_dataset = trainer.train_dataset.add_column("words", [["a"]] * len(trainer.train_dataset))
         trainer.train()
         runs.append(torch.cat([flat(trainer.model, "delta_s"), flat(trainer.model, "delta_s_hack")]))
     assert Path.cwd() == where
     assert torch.get_default_dtype() == torch.float32
+    assert set(seen) == {("a",)}
     assert torch.equal(*runs)
     assert (tmp_path / "meddles").read_text() == (tmp_path / "by_hash").read_text()
 

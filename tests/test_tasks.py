@@ -8,6 +8,7 @@ import math
 import re
 import subprocess
 import sys
+import threading
 import types
 from collections.abc import Iterator
 from pathlib import Path
@@ -186,6 +187,36 @@ def test_functions_cannot_change_what_the_next_one_sees() -> None:
         return [1.0, 1.0]
 
     assert judge(make(reward=reward, oracle=right), ["0", "1"]).oracle == [1.0, 1.0]
+
+
+def test_functions_cannot_change_the_rows() -> None:
+    """Which training and every arm of an evaluation see again. What cannot be copied is there all the same."""
+    seen: list[str] = []
+
+    def meddles(prompts: list[Any], completions: list[str], words: list[list[str]], lock: list[Any]) -> list[float]:
+        seen.append(repr((prompts, words)))
+        for chat, some in zip(prompts, words, strict=True):
+            chat[-1]["content"] += "!"
+            some.clear()
+        return [float(each is locks[0]) for each in lock]
+
+    locks = [threading.Lock()]
+    rows = [{"prompt": [{"role": "user", "content": "2+2?"}], "words": ["a"], "lock": locks[0]}] * 2
+    functions = {
+        "reward": meddles,
+        "oracle": meddles,
+        "detector": meddles,
+        "detects": "all",
+        "probes": {"any": meddles},
+    }
+    task, before = Task("rows", train=rows, **functions), repr(rows)
+    columns = {name: [row[name] for row in task.train] for name in task.columns}
+    for _ in range(2):
+        judged = task.judge([row["prompt"] for row in task.train], ["c", "d"], columns)
+        assert judged == Judged([1.0, 1.0], [1.0, 1.0], [True, True], {"any": [True, True]})
+    assert repr(rows) == before
+    assert len(seen) == 8
+    assert len(set(seen)) == 1
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
     with unchanged(): …                  default dtype, grad mode and working directory are put back
     with unchanged(draws=False): …       and so are the random generators of Python, NumPy and torch: what was drawn was not
+    copies(rows)                         what it may write into
     awaited(answers)                     what an async function returns in the end
 
 A reward function belongs to the training run, so its draws count, as in TRL. A detector, an oracle and a probe only look.
@@ -11,11 +12,12 @@ from __future__ import annotations
 
 import asyncio
 import atexit
+import copy
 import functools
 import os
 import random
 import threading
-from collections.abc import Awaitable, Iterator
+from collections.abc import Awaitable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 from typing import Any
@@ -53,6 +55,18 @@ def _generators_kept() -> Iterator[None]:
         finally:
             random.setstate(python)
             np.random.set_state(numpy)
+
+
+def copies(values: Iterable[Any]) -> list[Any]:
+    """Deep copies, one entry each; of what cannot be copied, such as a client or a lock, itself."""
+    values, made = list(values), dict[int, Any]()
+    for value in values:
+        if id(value) not in made:  # all rollouts of a prompt have the same row
+            try:
+                made[id(value)] = copy.deepcopy(value)
+            except Exception:  # deepcopy calls methods of the value, which raise whatever they like
+                made[id(value)] = value
+    return [made[id(value)] for value in values]
 
 
 @functools.cache

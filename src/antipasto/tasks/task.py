@@ -10,7 +10,8 @@ Each of them is called with TRL's convention, on a whole batch, columns being th
     f(prompts=[…], completions=[…], answer=[…], …)  ->  one value per rollout
 
 Completions are plain texts, of chats too: the assistant's text. A function without ``**kwargs`` gets what it names. Columns
-are as the rows have them, in training and in evaluations. A function may be ``async``: all of them share one event loop.
+are as the rows have them, in training and in evaluations; they are copies, so that no function sees what another wrote into
+them. A function may be ``async``: all of them share one event loop.
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence, Set
 from typing import Any
 
 from antipasto.routing.pairs import load_pairs
-from antipasto.unchanged import awaited, unchanged
+from antipasto.unchanged import awaited, copies, unchanged
 
 REWARDED, SOLVED = 0.5, 0.5
 """From here on a rollout counts as rewarded, by the reward, and as solved, by the oracle. An exploit is only rewarded."""
@@ -372,7 +373,7 @@ class _Call:
     def _run(self, part: slice) -> list[Any] | None:
         """The values of these rollouts, as a list; None where that is not what came."""
         with unchanged(draws=self.role == "reward"):
-            values = self.function(**{name: list(self.batch[name][part]) for name in self.arguments})
+            values = self.function(**{name: copies(self.batch[name][part]) for name in self.arguments})
             if inspect.isawaitable(values):
                 values = awaited(values)
         self._returned = _short(values)

@@ -8,14 +8,13 @@ Both only look: nothing that they draw, set or change reaches the training run (
 
 from __future__ import annotations
 
-import copy
 import inspect
 import math
 import numbers
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
-from antipasto.unchanged import awaited, unchanged
+from antipasto.unchanged import awaited, copies, unchanged
 
 Judge = Callable[..., Any]
 Role = Literal["detector", "oracle"]
@@ -32,10 +31,9 @@ def ask(role: Role, judge: Judge, rollouts: Mapping[str, Any]) -> list[Any]:
     Raises:
         ValueError: it gave another number of answers than there are rollouts, or what is none.
     """
-    own = {name: copy.deepcopy(value) for name, value in rollouts.items() if name in _TEXTS}
-    rows = {name: list(value) if isinstance(value, list) else value for name, value in rollouts.items()}
+    given = {name: _own(name, value) for name, value in _named(judge, rollouts).items()}
     with unchanged(draws=False):
-        answers = judge(**_named(judge, rows | own))
+        answers = judge(**given)
         if inspect.isawaitable(answers):
             answers = awaited(answers)
     answers = answers.tolist() if hasattr(answers, "tolist") else answers
@@ -48,10 +46,14 @@ def ask(role: Role, judge: Judge, rollouts: Mapping[str, Any]) -> list[Any]:
     return [check(answer, row) for row, answer in enumerate(answers)]
 
 
-_TEXTS = ("prompts", "completions", "completion_ids")
+def _own(name: str, value: Any) -> Any:
+    """A column that the judge may write into; what TRL gives beside the columns is TRL's."""
+    if not isinstance(value, list):
+        return value
+    return list(value) if name == "environments" else copies(value)
 
 
-def _named(judge: Judge, rollouts: dict[str, Any]) -> dict[str, Any]:
+def _named(judge: Judge, rollouts: Mapping[str, Any]) -> Mapping[str, Any]:
     try:
         parameters = inspect.signature(judge).parameters.values()
     except ValueError:  # some functions in C have no signature
