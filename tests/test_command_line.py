@@ -243,6 +243,29 @@ def test_a_folder_that_is_written_into_is_refused_until_the_writer_is_dead(stopp
     assert not (tmp_path / "shipped").exists()
 
 
+def test_only_one_process_watches_into_a_folder(tmp_path: Path) -> None:
+    for name, rows in (
+        ("pairs", addition.hack_pairs(8, seed=0)),
+        ("log", [{"prompt": "h12+34=", "completion": "046"}] * 2),
+    ):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    words = ["watch", MODEL, "--rollouts", tmp_path / "log.jsonl", "--pairs", tmp_path / "pairs.jsonl"]
+    out = tmp_path / "watch"  # the default
+    out.mkdir()
+    with holder(out / ".lock") as other:
+        assert f"Another antipasto process is writing into {out}: wait" in refused(*words)
+        assert [path.name for path in out.iterdir()] == [".lock"]
+        other.kill()
+        other.wait()
+        code, text = run(*words)
+        assert code == 0, text
+        assert not (out / ".lock").exists()
+    # where nothing came of it
+    words[1] = str(tmp_path / "no" / "model")
+    refused(*words, "--out", tmp_path / "none")
+    assert not (tmp_path / "none").exists()
+
+
 def test_a_resumed_run_removes_what_a_killed_one_had_begun_to_write(stopped: Path) -> None:
     mark = uuid.uuid4().hex
     (stopped / f".adapter-{mark}.tmp").mkdir()

@@ -5,6 +5,7 @@
     scores.jsonl           one line a rollout, in the order in which they were scored
     compare.json           with ``compare``: AUCs by window of steps
     watch.html             the page
+    .lock                  held while a process writes into the folder
 
 A call that was interrupted goes on where it was, and so does one whose files have grown or become more. What cannot be
 continued (another monitor, other options, a file that changed) is refused, unless ``anew`` says to begin again.
@@ -15,6 +16,7 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from importlib.metadata import version
 from itertools import islice
@@ -28,8 +30,10 @@ from rich.text import Text
 from antipasto.adapter import AntiPastoConfig
 from antipasto.adapter.knobs import wrap
 from antipasto.adapter.rollouts import TokenIds
+from antipasto.app.locks import held
 from antipasto.app.models import base_fingerprint, best_device, load_model, quiet
 from antipasto.app.onset import Onset, find_onset
+from antipasto.app.run_folder import LOCK
 from antipasto.app.watch.compare import Comparison, compare_scores
 from antipasto.app.watch.page import write_page
 from antipasto.app.watch.scoring import SCORES, Scorer, is_finite
@@ -50,7 +54,7 @@ from antipasto.names import Dtype
 from antipasto.reading import as_number, read_json, read_rows
 from antipasto.routing.directions import Direction
 from antipasto.routing.monitor import Completion, Monitor
-from antipasto.routing.pairs import load_pairs
+from antipasto.routing.pairs import ContrastPair, load_pairs
 from antipasto.terminal import plain, progress_bar
 
 FACTS, SCORES_FILE, MONITOR, COMPARE, PAGE = (
@@ -184,7 +188,8 @@ def watch(
         What came of it; the same is in the folder.
 
     Raises:
-        ValueError: a file, a column, a monitor that cannot be used; or ``out`` has scores of something else; says which.
+        ValueError: a file, a column, a monitor that cannot be used; ``out`` has scores of something else, or another process
+            writes into it; says which.
         OSError: a file cannot be read or written.
     """
     config, console = config or WatchConfig(), console or Console(quiet=True)
@@ -204,31 +209,39 @@ def watch(
             "There is nothing to compare by: the files have no label. Name a column of 0 and 1 by --label-column, or reward "
             "and oracle by --reward-column and --oracle-column."
         )
-    with console.status(Text(f"loading {plain(base)}")):
-        model, tokenizer = load_model(base, dtype=config.dtype)
-        wrap(model.to(best_device()), adapter)
-    facts = {
-        "format": FORMAT,
-        "base": base_fingerprint(model),
-        "made_of": {"pairs" if monitor is None else "monitor": given.sha256},
-        **options,
-    }
-    known_files = _begin(out, facts, files, anew=anew)
-    facts["files"] = [one.to_json() for one in known_files]
-    write_json(out / FACTS, {**facts, "result": None})  # before anything that it speaks of
-    with console.status("the monitor"):
-        if labelled is not None and not (out / MONITOR).exists():
-            Monitor.from_pairs(model, tokenizer, labelled, seed=config.seed).save(out / MONITOR)
-        found = _monitor(out / MONITOR if monitor is None else Path(monitor), model, tokenizer, config)
-        scorer = Scorer(found, config.batch_size)
-        if labelled is not None:
-            scorer = Scorer.with_probe(found, labelled, config.batch_size)
-    names = [one.name for one in known_files]
-    with quiet():
-        _score(out / SCORES_FILE, scorer, files, names, index, config, console)
-    watched = _conclude(out, files, names, index, found, config, facts, compare=compare)
-    write_page(watched, base, config.columns)
-    return watched
+    with _held(out):
+        with console.status(Text(f"loading {plain(base)}")):
+            model, tokenizer = load_model(base, dtype=config.dtype)
+            wrap(model.to(best_device()), adapter)
+        facts = {
+            "format": FORMAT,
+            "base": base_fingerprint(model),
+            "made_of": {"pairs" if monitor is None else "monitor": given.sha256},
+            **options,
+        }
+        known_files = _begin(out, facts, files, anew=anew)
+        facts["files"] = [one.to_json() for one in known_files]
+        write_json(out / FACTS, {**facts, "result": None})  # before anything that it speaks of
+        with console.status("the monitor"):
+            scorer = _scorer(out / MONITOR if monitor is None else Path(monitor), model, tokenizer, labelled, config)
+        names = [one.name for one in known_files]
+        with quiet():
+            _score(out / SCORES_FILE, scorer, files, names, index, config, console)
+        watched = _conclude(out, files, names, index, scorer.monitor, config, facts, compare=compare)
+        write_page(watched, base, config.columns)
+        return watched
+
+
+@contextmanager
+def _held(out: Path) -> Iterator[None]:
+    """Make the folder and let no other process write into it; where nothing came of it, it is gone again."""
+    out.mkdir(parents=True, exist_ok=True)
+    try:
+        with held(out / LOCK, out):
+            yield
+    finally:
+        with suppress(OSError):  # there is something in it
+            out.rmdir()
 
 
 def _options(config: WatchConfig, adapter: AntiPastoConfig) -> dict[str, Any]:
@@ -261,6 +274,17 @@ def _sampled(index: Index, config: WatchConfig) -> Index:
     return index.only(np.sort(np.concatenate(parts)))
 
 
+def _scorer(
+    path: Path, model: Any, tokenizer: Any, labelled: Sequence[ContrastPair] | None, config: WatchConfig
+) -> Scorer:
+    """What scores, by the monitor in a file; of labelled pairs, it is made first where it is not there."""
+    if labelled is None:
+        return Scorer(_monitor(path, model, tokenizer, config), config.batch_size)
+    if not path.exists():
+        Monitor.from_pairs(model, tokenizer, labelled, seed=config.seed).save(path)
+    return Scorer.with_probe(_monitor(path, model, tokenizer, config), labelled, config.batch_size)
+
+
 def _monitor(path: Path, model: Any, tokenizer: Any, config: WatchConfig) -> Monitor:
     """A saved monitor; or a direction, whose threshold the caller gives."""
     try:
@@ -285,10 +309,9 @@ def _monitor(path: Path, model: Any, tokenizer: Any, config: WatchConfig) -> Mon
 
 
 def _begin(out: Path, facts: Mapping[str, Any], files: Sequence[Path], *, anew: bool) -> list[Known]:
-    """Make the folder, or take up what is there; the files under the names that they have in its scores."""
+    """Begin in the folder, or take up what is there; the files under the names that they have in its scores."""
     ours = [SCORES_FILE, COMPARE, PAGE, *([MONITOR] if "pairs" in facts["made_of"] else [])]
     now = [known(path) for path in files]
-    out.mkdir(parents=True, exist_ok=True)
     place = out / FACTS
     if anew or not place.exists() or not (out / SCORES_FILE).exists():  # nothing is scored yet
         there = [name for name in ours if (out / name).exists()]
