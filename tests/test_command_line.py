@@ -113,6 +113,10 @@ except SystemExit as end:
         (["train", "--help"], 0),
         (["train", MODEL, "--task", "adition"], 2),
         (["eval", "nowhere", "--promts", "3"], 2),
+        (["map", MODEL, "--forms", "nowhere.jsonl", "--pairs", "p"], 2),
+        (["watch", "no/such/model", "--rollouts", __file__, "--pairs", __file__], 2),
+        (["watch", MODEL, "--rollouts", "nowhere-*.jsonl", "--pairs", __file__], 2),
+        (["inspect", MODEL], 2),
     ],
 )
 def test_help_and_wrong_words_load_no_torch(arguments: list[str], code: int) -> None:
@@ -590,11 +594,16 @@ def test_a_tolerance_may_be_infinite_but_not_no_number(tmp_path: Path) -> None:
 def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path) -> None:
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)
-    words = f"{pipe} is a pipe or a device"
+    words, file = f"{pipe} is a pipe or a device", tmp_path / "file"
+    file.touch()
     train = ["train", MODEL, "--task", "addition"]
     for command in (
         *([*train, "--config", pipe], [*train, "--pairs", pipe], [*train, "--direction", pipe]),
         *(["extract", MODEL, "--pairs", pipe, "--out", "o"], ["inspect", pipe]),
+        *(["map", MODEL, "--forms", pipe], ["map", MODEL, "--forms", file, "--pairs", pipe]),
+        *(["map", MODEL, "--forms", file, "--monitor", pipe], ["watch", MODEL, "--rollouts", pipe, "--pairs", file]),
+        ["watch", MODEL, "--rollouts", tmp_path / "*ipe", "--pairs", file],
+        *(["watch", MODEL, "--rollouts", file, option, pipe] for option in ("--pairs", "--monitor")),
     ):
         assert words in refused(*command)
 

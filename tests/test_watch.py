@@ -22,9 +22,10 @@ from trl import GRPOConfig, GRPOTrainer
 from typer.testing import CliRunner
 
 import antipasto as ap
+from antipasto.app.checks import find_files
 from antipasto.app.cli import app
 from antipasto.app.watch import Columns, WatchConfig, watch
-from antipasto.app.watch.sources import find_files, read_index
+from antipasto.app.watch.sources import read_index
 from antipasto.tasks import addition
 from antipasto.trl import RoutedGRPOTrainer
 

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import glob
 import json
 import re
+from collections.abc import Sequence
 from pathlib import Path
 
 
@@ -54,3 +56,24 @@ def check_file(path: str | Path) -> None:
         raise ValueError(
             f"{path} is a pipe or a device, which cannot be read twice: write it into a file, and give that."
         )
+
+
+def find_files(patterns: Sequence[str | Path]) -> list[Path]:
+    """The files that are named, or that a pattern with ``*`` matches, each once.
+
+    Raises:
+        ValueError: none, or one that is not there or that `check_file` refuses; names it.
+    """
+    found: dict[Path, Path] = {}
+    for pattern in map(str, patterns):
+        paths = [pattern] if Path(pattern).exists() else sorted(glob.glob(pattern, recursive=True))  # noqa: PTH207
+        if not paths:
+            raise ValueError(f"There is no file {pattern}: give the rollouts' files, or a pattern in quotes.")
+        for path in map(Path, paths):
+            if path.is_dir():
+                raise ValueError(f"{path} is a folder: give the files in it, as '{path}/*.parquet'.")
+            check_file(path)
+            found.setdefault(path.resolve(), path)
+    if not found:
+        raise ValueError("Give at least one file of rollouts.")
+    return list(found.values())

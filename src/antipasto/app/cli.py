@@ -27,7 +27,7 @@ from rich.console import Console
 from safetensors import SafetensorError
 
 import antipasto
-from antipasto.app.checks import check_file, check_model_name
+from antipasto.app.checks import check_file, check_model_name, find_files
 from antipasto.app.run_folder import RunFolder, parse_yaml, read_yaml
 from antipasto.app.train.config import ADAPTER, TrainConfig, names_of, targets_of
 from antipasto.names import Dtype, Estimator
@@ -361,6 +361,11 @@ def map_forms(
     Rows go from the highest mean to the lowest, with the threshold among them. AUC is against the form named 'clean', or else
     against the pairs' held-out clean texts: .5 is chance.
     """
+    with _readable_errors(load=False):
+        check_model_name(model)
+        for file in (forms, pairs, monitor):
+            if file is not None:
+                check_file(file)
     with _readable_errors():
         from antipasto.app import commands
 
@@ -431,8 +436,11 @@ def inspect(
     ],
 ) -> None:
     """Show what a run left: config, rewards, rollouts, adapter, direction, books. Loads no model."""
-    if not path.exists():
-        _fail(f"There is no run folder {path}.")
+    with _readable_errors(load=False):
+        if path.exists() and not path.is_dir():
+            check_file(path)
+        elif not (path / "adapter_config.json").exists():
+            RunFolder(path).check()
     with _readable_errors():
         from antipasto.app import inspection
 
@@ -567,6 +575,12 @@ def watch(
     Knows the log of `antipasto train` and TRL's log_completions by themselves, others by the names of their columns. An
     interrupted call goes on where it was; so does one whose files have grown. Needs nothing of the trained model.
     """
+    with _readable_errors(load=False):
+        check_model_name(base)
+        for file in (pairs, monitor):
+            if file is not None:
+                check_file(file)
+        files = find_files([*rollouts, *(more or [])])
     with _readable_errors(out, extra="report"):
         from antipasto.app.watch import command
 
@@ -585,7 +599,7 @@ def watch(
         )
         last = command.run(
             base,
-            [*rollouts, *(more or [])],
+            files,
             Console(),
             pairs=pairs,
             monitor=monitor,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console
@@ -16,7 +17,7 @@ from antipasto.terminal import add_row, say
 __all__ = ["Columns", "WatchConfig", "run"]
 
 
-def run(base: str, rollouts: Sequence[str], console: Console, **options: Any) -> float:
+def run(base: str, rollouts: Sequence[str | Path], console: Console, **options: Any) -> float:
     """`watch`, and print what came of it.
 
     Args:

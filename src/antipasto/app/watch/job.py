@@ -30,6 +30,7 @@ from rich.text import Text
 from antipasto.adapter import AntiPastoConfig
 from antipasto.adapter.knobs import wrap
 from antipasto.adapter.rollouts import TokenIds
+from antipasto.app.checks import find_files
 from antipasto.app.locks import held
 from antipasto.app.models import base_fingerprint, best_device, load_model, quiet
 from antipasto.app.onset import Onset, find_onset
@@ -42,7 +43,6 @@ from antipasto.app.watch.sources import (
     Index,
     Known,
     Source,
-    find_files,
     is_still,
     known,
     read_index,

@@ -8,7 +8,6 @@ into a list. Known by themselves are therefore the log of `RoutedGRPOTrainer` an
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
@@ -123,26 +122,6 @@ class Index:
         steps = np.unique(self.step)
         parts = np.array_split(steps, min(number, len(steps)))
         return [np.flatnonzero((self.step >= part[0]) & (self.step <= part[-1])) for part in parts]
-
-
-def find_files(patterns: Sequence[str | Path]) -> list[Path]:
-    """The files that are named, or that a pattern with ``*`` matches, each once.
-
-    Raises:
-        ValueError: none, or one that is not there; names it.
-    """
-    found: dict[Path, Path] = {}
-    for pattern in map(str, patterns):
-        paths = [pattern] if Path(pattern).exists() else sorted(glob.glob(pattern, recursive=True))  # noqa: PTH207
-        if not paths:
-            raise ValueError(f"There is no file {pattern}: give the rollouts' files, or a pattern in quotes.")
-        for path in map(Path, paths):
-            if path.is_dir():
-                raise ValueError(f"{path} is a folder: give the files in it, as '{path}/*.parquet'.")
-            found.setdefault(path.resolve(), path)
-    if not found:
-        raise ValueError("Give at least one file of rollouts.")
-    return list(found.values())
 
 
 def read_index(files: Sequence[Path], columns: Columns) -> Index:
