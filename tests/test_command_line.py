@@ -672,6 +672,41 @@ def test_chats_need_a_chat_template(tmp_path: Path) -> None:
     assert f"the tokenizer of {MODEL} has no chat template" in text
 
 
+@pytest.mark.parametrize("command", ["extract", "map", "watch", "train"])
+@pytest.mark.parametrize(
+    ("template", "words"),
+    [
+        (None, "has no chat template: give a model that was taught chats"),
+        ("{{ raise_exception('no such role') }}", "refuses a prompt (no such role): give chats"),
+    ],
+)
+def test_pairs_that_are_chats_need_a_template_that_takes_them(
+    command: str, template: str | None, words: str, tmp_path: Path
+) -> None:
+    model, pairs = tmp_path / "model", tmp_path / "pairs.jsonl"
+    shutil.copytree(MODEL, model)
+    if template is not None:
+        (model / "chat_template.jinja").write_text(template)
+    rows = [
+        row | {"prompt": [{"role": "user", "content": row["prompt"]}], "form": "clean", "text": row["clean"]}
+        for row in addition.hack_pairs(8, seed=0)
+    ]
+    pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    log = tmp_path / "log.jsonl"
+    log.write_text(json.dumps({"prompt": "h12+34=", "completion": "046"}) + "\n")
+    text = refused(
+        *(command, model, "--pairs", pairs),
+        *{
+            "extract": ["--out", tmp_path / "v"],
+            "map": ["--forms", pairs],
+            "watch": ["--rollouts", log],
+            "train": ["--task", "addition", "--by", "score", "--out", tmp_path / "run", *SMALL],
+        }[command],
+    )
+    assert words in text
+    assert str(model) in text
+
+
 @pytest.mark.parametrize(
     ("oracle", "exploit", "words"),
     [

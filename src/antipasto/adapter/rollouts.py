@@ -18,6 +18,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from jinja2 import TemplateError
 from torch import Tensor, nn
 
 from antipasto.adapter import AntiPastoLinear
@@ -241,7 +242,27 @@ def tokenize_prompt(tokenizer: Any, prompt: str | list[dict[str, str]]) -> list[
     """Ids of a prompt: a text as it is, a chat through the chat template, up to where the answer begins."""
     if isinstance(prompt, str):
         return list(tokenizer(prompt)["input_ids"])
-    return list(tokenizer.apply_chat_template(prompt, add_generation_prompt=True, return_dict=True)["input_ids"])
+    return list(templated(tokenizer, prompt)["input_ids"])
+
+
+def templated(tokenizer: Any, chats: Any, **options: Any) -> Any:
+    """What ``apply_chat_template`` makes of a chat or of several, up to where the answer begins.
+
+    Raises:
+        ValueError: the tokenizer has no chat template, or it refuses a chat.
+    """
+    model = tokenizer.name_or_path
+    if tokenizer.chat_template is None:
+        raise ValueError(
+            f"A prompt is a chat, and the tokenizer of {model} has no chat template: give a model that was taught chats "
+            "(often called -Instruct or -it), or prompts that are plain texts."
+        )
+    try:
+        return tokenizer.apply_chat_template(chats, add_generation_prompt=True, return_dict=True, **options)
+    except TemplateError as error:
+        raise ValueError(
+            f"The chat template of {model} refuses a prompt ({error}): give chats of the roles that it knows, in its order."
+        ) from error
 
 
 def _pad(sequences: Sequence[TokenIds]) -> tuple[Tensor, Tensor, Tensor]:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from transformers import GenerationConfig
 
 from antipasto.adapter.knobs import deployed, reference, scaled
+from antipasto.adapter.rollouts import templated
 from antipasto.adapter.views import unwrap
 from antipasto.evaluation.records import (
     DEPLOYED,
@@ -256,9 +257,7 @@ def _tokenize(tokenizer: Any, prompts: list[Any]) -> Any:
     """Ids and mask of a batch of prompts, padded as the tokenizer pads."""
     if isinstance(prompts[0], str):
         return tokenizer(prompts, return_tensors="pt", padding=True, return_token_type_ids=False)
-    return tokenizer.apply_chat_template(
-        prompts, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt", padding=True
-    )
+    return templated(tokenizer, prompts, return_tensors="pt", padding=True)
 
 
 def _until_end(answers: Tensor, ends: list[int]) -> Tensor:
