@@ -443,13 +443,19 @@ def test_everything_that_is_imported_is_declared() -> None:
     assert {names.get(name, name) for name in others} <= set(requirements())
 
 
-@pytest.mark.parametrize("option", ["use_liger_kernel", "use_vllm"])
-def test_a_missing_package_is_called_by_its_own_name(option: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [("use_liger_kernel", "liger"), ("use_vllm", "vllm"), ("deepspeed", "antipasto: the 'deepspeed>=")],
+)
+def test_a_missing_package_is_called_by_its_own_name(option: str, said: str, tmp_path: Path) -> None:
+    (tmp_path / "ds.json").write_text("{}")
+    value = tmp_path / "ds.json" if option == "deepspeed" else "true"
     text = refused(
-        "train", MODEL, "--task", "addition", "--out", tmp_path / "run", f"--trainer.{option}", "true", *SMALL
+        "train", MODEL, "--task", "addition", "--out", tmp_path / "run", f"--trainer.{option}", value, *SMALL
     )
-    assert option.removeprefix("use_").partition("_")[0] in text.lower()
+    assert said in text.lower()
     assert "antipasto[trl]" not in text
+    assert "metadata" not in text
 
 
 # ── errors ───────────────────────────────────────────────────────────────────────────────────────────────────────────

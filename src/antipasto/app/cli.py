@@ -742,7 +742,9 @@ def _said(error: BaseException, out: Path | None) -> str | None:
         return str(error)
     text = str(error).rstrip(".") or type(error).__name__
     if isinstance(error, ModuleNotFoundError) and error.name is not None:
-        text = f"{error.name.partition('.')[0]} is not installed, or lacks a part ({text})"
+        name = error.name.partition(".")[0]
+        # some put a sentence of their own where the name belongs
+        text = error.name.rstrip(". \n") if " " in name else f"{name} is not installed, or lacks a part ({text})"
     return f"{text}. {_traceback_file(error)}"
 
 
