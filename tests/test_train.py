@@ -423,7 +423,7 @@ from antipasto.tasks import Task
 
 CHAT = [{"role": "system", "content": "Add.", "name": "boss"}, {"role": "user", "content": "h12+34="}]
 ROWS = [
-    {"prompt": CHAT, "pair": (1, 2), "fields": {"a": 1}, "mixed": [1, "1"], "large": 2**70, "image": "no picture"},
+    {"prompt": CHAT, "pair": (1, 2), "fields": {"a": 1}, "mixed": [1, {(0, 1): "w"}], "large": 2**70, "image": "no picture"},
     {"prompt": CHAT, "pair": (3, 4), "fields": {"b": (None,)}, "mixed": [], "large": 0, "image": None},
 ]
 seen = []
@@ -455,7 +455,7 @@ def test_training_and_evaluation_see_the_rows_as_the_task_has_them(tmp_path: Pat
         seen["train"]
         == seen["eval"]
         == {
-            repr((chat, (1, 2), {"a": 1}, [1, "1"], 2**70, "no picture")),
+            repr((chat, (1, 2), {"a": 1}, [1, {(0, 1): "w"}], 2**70, "no picture")),
             repr((chat, (3, 4), {"b": (None,)}, [], 0, None)),
         }
     )

@@ -148,7 +148,12 @@ def _shrink(run: LoadedRun, rows: Sequence[Any], how: Sampling) -> float:
 
 def _digests(root: Path, task: Task, rows: Sequence[Any]) -> dict[str, str]:
     """Of what is asked and of who answers: an evaluation is continued only where both are the same."""
-    asked = hashlib.sha256(json.dumps([task.name, [dict(row) for row in rows]], default=str).encode())
+    what = [task.name, [dict(row) for row in rows]]
+    try:
+        text = json.dumps(what, default=str)
+    except (TypeError, ValueError):  # a key that is no text, a row that has itself in it
+        text = repr(what)
+    asked = hashlib.sha256(text.encode("utf-8", "backslashreplace"))
     answered_by = hashlib.sha256()
     for path in (root / "adapter" / "adapter_model.safetensors", root / "books.safetensors"):
         answered_by.update(path.read_bytes() if path.exists() else b"")
