@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import importlib.metadata
 import inspect
 import io
@@ -29,6 +30,7 @@ from typer.testing import CliRunner
 
 import antipasto as ap
 from antipasto.adapter.fingerprints import BaseWarning
+from antipasto.app import arms as arms_job
 from antipasto.app import cli, inspection
 from antipasto.app.cli import app
 from antipasto.app.models import quiet
@@ -643,9 +645,33 @@ def test_paths_are_printed_as_they_are(finished: Path, tmp_path: Path) -> None:
 
 def test_nothing_with_a_text_in_it_is_printed_as_markup() -> None:
     """An f-string that goes to rich is a `Text`, or goes through `say`."""
+    to_rich = r"(?:console\.(?:print|status)\(|(?:title|caption)=|\.(?:title|caption) \+?=)\s*f[\"'].*"
     for source in Path(ap.__file__).parent.rglob("*.py"):
-        for match in re.finditer(r"console\.(?:print|status)\(\s*f[\"'].*", source.read_text()):
+        for match in re.finditer(to_rich, source.read_text()):
             assert not re.search(r"\{(?!len\()", match[0]), f"{source}: {match[0]}"
+
+
+def test_what_an_evaluation_says_is_printed_as_it_is(tmp_path: Path) -> None:
+    """Names of arms, of kinds and of what is flagged; the book of one is empty, which the caption says."""
+    arms = {"reference": 2, "as trained": 3, "deployed": 1, "random": 1, "[/x]": 3, "[bold]y :smile:": 1}
+    some = [
+        dataclasses.replace(answer, kind="[/k]", flags={"[/f]": answer.row % 2 == 0})
+        for arm, solved in arms.items()
+        for answer in answers(arm, solved)
+    ]
+    write_evaluation(conclude("[/t]", {"prompts": 40}, some), tmp_path)
+    (tmp_path / "config.yaml").write_text("steps: 3")
+    code, text = run("inspect", tmp_path, columns=300)
+    assert code == 0
+    shown = io.StringIO()
+    arms_job.show(read_evaluation(tmp_path), Console(file=shown, width=300))
+    for said in (text, shown.getvalue()):
+        assert "[/x]: its book is empty" in said
+        assert all(word in said for word in ("[bold]y :smile:", "[/k] prompts", "[/f]"))
+    live = Console(file=(drawn := io.StringIO()), force_terminal=True, width=300)
+    with arms_job.asking(live, 40) as tell:
+        tell(answers("[/x]", 3)[:2])
+    assert "[/x]" in drawn.getvalue()
 
 
 # ── what is said in the library's own words ──────────────────────────────────────────────────────────────────────────

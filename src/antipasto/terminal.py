@@ -65,7 +65,7 @@ def doing(console: Console, what: str) -> AbstractContextManager[object]:
 
 def progress_bar(console: Console) -> Progress:
     """How far a job is; leaves nothing behind, and is not there where the output is not a terminal."""
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     return Progress(
         *columns,
         TextColumn("left"),

@@ -124,7 +124,7 @@ def asking(console: Console, total: int, done: int = 0) -> Iterator[Callable[[li
         What to call with new answers.
     """
     live = is_live(console)
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns, console=console, disable=not live, speed_estimate_period=24 * 3600.0) as bar:
         line = bar.add_task("asking", total=total, completed=done)
 
@@ -193,9 +193,10 @@ def rates_table(evaluations: Sequence[Evaluation]) -> Table:
     rows = {name: [(evaluation, name) for evaluation in evaluations] for name in first.names}
     table = _rates(f"{first.arms[0].n:,} answers of each model, {drawn}", "model", rows)
     if RANDOM in first.names:
-        table.caption = "random, permuted, …: that control's book out instead of the quarantine"
+        caption = Text("random, permuted, …: that control's book out instead of the quarantine", "table.caption")
         if empty := [name for name in first.empty if all(name in e.empty for e in evaluations)]:
-            table.caption += f"\n{plain(', '.join(empty))}: its book is empty, so that nothing is out"
+            caption.append(f"\n{plain(', '.join(empty))}: its book is empty, so that nothing is out")
+        table.caption = caption
     return table
 
 
@@ -255,4 +256,5 @@ def _means_table(evaluation: Evaluation) -> Table:
 
 def _table(title: str) -> Table:
     """Narrow enough for 80 columns."""
-    return Table(title=title, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), title_justify="left", caption_justify="left")
+    said = Text(plain(title), "table.title")
+    return Table(title=said, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), title_justify="left", caption_justify="left")

@@ -8,6 +8,7 @@ from typing import Any
 
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from antipasto.app.watch.compare import comparison_table
 from antipasto.app.watch.job import WatchConfig, Watched, watch
@@ -45,6 +46,6 @@ def _table(watched: Watched) -> Table:
     table = Table("steps", "above it [95%]", "rollouts", title=title, title_justify="left")
     for window in watched.windows:
         add_row(table, f"{window.first}–{window.last}", window.above, f"{window.above.total:,}")
-    table.caption = f"onset: {'none found' if watched.onset is None else watched.onset}"
+    table.caption = Text(f"onset: {'none found' if watched.onset is None else watched.onset}", "table.caption")
     table.caption_justify = "left"
     return table
