@@ -20,6 +20,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 import antipasto as ap
 from antipasto.app.arms import rates_table
 from antipasto.app.runs import run_views
+from antipasto.evaluation import rollout_log
 from antipasto.evaluation.ask import (
     Chunk,
     Sampling,
@@ -43,8 +44,10 @@ from antipasto.evaluation.records import (
     read_answers,
     read_evaluation,
     summarise,
+    write_answers,
     write_evaluation,
 )
+from antipasto.evaluation.rollout_log import Rollout
 from antipasto.evaluation.verdict import FEWEST
 from antipasto.tasks import Task, addition
 
@@ -561,6 +564,34 @@ def test_large_vocabularies_are_taken_in_parts(
     assert sizes == [2] * 6
 
 
+def test_a_kl_is_a_number_also_where_the_model_rules_tokens_out(
+    adapted: tuple[torch.nn.Module, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, _ = adapted
+    ids = torch.randint(2, 18, (3, 8))
+    batch = _Batch(ids, torch.ones_like(ids), torch.ones(3, 4, dtype=torch.bool), [""] * 3, [])
+    batch.new[0, 2:] = False
+    filled: list[float] = []
+
+    def ruled_out(model: torch.nn.Module, *rest: object) -> torch.Tensor:
+        """Token 5 by both; by a number so small that its p is 0, or by what the last arm says."""
+        logprobs = _answer_logprobs(model, *rest)  # type: ignore[arg-type]
+        logprobs[..., 5] = filled[0]
+        logprobs[0, 3] = torch.nan  # after the end of the first answer
+        return logprobs.log_softmax(-1)
+
+    monkeypatch.setattr("antipasto.evaluation.ask._answer_logprobs", ruled_out)
+    found = []
+    for value in (-1e9, -torch.inf):
+        filled[:] = [value]
+        found.append(_kl_to_reference(model, batch))
+    assert torch.equal(*found)
+    assert found[0].isfinite().all()
+    filled[:] = [torch.nan]
+    with pytest.raises(ValueError, match=r"The KL of an answer to the reference is not finite: .* --dtype float32"):
+        _kl_to_reference(model, batch)
+
+
 # ── tasks ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -604,12 +635,30 @@ def test_a_probe_that_fails_is_named() -> None:
 
 def test_json_is_plain(tmp_path: Path) -> None:
     """No NaN and no infinity in the files: every reader of JSON can have them."""
-    write_evaluation(evaluation_of(**GOOD), tmp_path)
 
     def refuse(word: str) -> float:
         raise AssertionError(word)
 
-    json.loads((tmp_path / "eval.json").read_text(), parse_constant=refuse)
+    answers = [*answers_of("as trained", 80, 110), *answers_of("reference", 6, 90)]
+    for damage in (math.nan, math.inf):
+        with pytest.raises(ValueError, match=r"eval.json is not written: a number in it is NaN or infinite"):
+            write_evaluation(conclude("toy", {"prompts": N, "odd": damage}, answers), tmp_path)
+        with pytest.raises(ValueError, match="JSON compliant"):
+            write_answers(tmp_path / "eval.jsonl", {}, [replace(answers[0], kl=damage)])
+    assert not any(tmp_path.iterdir())
+    evaluation = conclude("toy", {"prompts": N}, answers)
+    write_evaluation(evaluation, tmp_path)
+    for text in [(tmp_path / "eval.json").read_text(), *(tmp_path / "eval.jsonl").read_text().splitlines()]:
+        json.loads(text, parse_constant=refuse)
+    assert read_evaluation(tmp_path) == evaluation
+    path = tmp_path / "eval.jsonl"
+    path.write_text(path.read_text().replace('"kl": 0.5', '"kl": NaN', 1))
+    with pytest.raises(ValueError, match=r"line 2: no answer of an evaluation \(NaN is no"):
+        read_answers(path)
+    log = tmp_path / "rollouts.jsonl"
+    rollout_log.append(log, [Rollout(0, "p", "c", math.inf, 1.0, None, "trained", math.nan, score=-math.inf)])
+    row = json.loads(log.read_text(), parse_constant=refuse)
+    assert (row["reward"], row["oracle"], row["advantage"], row["score"]) == (None, 1.0, None, None)
 
 
 # ── a run's arms ─────────────────────────────────────────────────────────────────────────────────────────────────────

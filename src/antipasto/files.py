@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import hashlib
 import json
+import math
 import os
 import shutil
 import sys
@@ -52,8 +53,21 @@ def write_text(path: str | Path, text: str, *, flush: bool = True) -> None:
 
 
 def write_json(path: str | Path, value: Mapping[str, Any], *, flush: bool = True) -> None:
-    """`write_bytes` of an object as JSON."""
-    write_text(path, json.dumps(value, indent=2) + "\n", flush=flush)
+    """`write_bytes` of an object as JSON.
+
+    Raises:
+        ValueError: there is a NaN or an infinity in it; names the file.
+    """
+    try:
+        text = json.dumps(value, indent=2, allow_nan=False)
+    except ValueError as error:
+        raise ValueError(f"{path} is not written: a number in it is NaN or infinite, and JSON has neither.") from error
+    write_text(path, text + "\n", flush=flush)
+
+
+def with_nulls(record: Mapping[str, Any]) -> dict[str, Any]:
+    """A flat record with null where it has a NaN or an infinity: JSON has neither."""
+    return {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in record.items()}
 
 
 def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:

@@ -268,7 +268,7 @@ def _until_end(answers: Tensor, ends: list[int]) -> Tensor:
 
 @torch.no_grad()
 def _kl_to_reference(model: nn.Module, batch: _Batch) -> Tensor:
-    """KL of each answer of the batch (b,), in nats; of the model as it is seen now."""
+    """KL of each answer of the batch (b,), in nats; of the model as it is seen now. What it never says counts nothing."""
     t = batch.new.shape[1]
     vocabulary = int(unwrap(model).config.get_text_config().vocab_size)  # type: ignore[union-attr,operator]
     rows = max(1, _LOGITS_AT_ONCE // ((t + 1) * vocabulary))
@@ -278,9 +278,15 @@ def _kl_to_reference(model: nn.Module, batch: _Batch) -> Tensor:
         arm = _answer_logprobs(model, batch.ids[part], batch.mask[part], t)
         with reference(model):
             base = _answer_logprobs(model, batch.ids[part], batch.mask[part], t)
-        by_token = (arm.exp() * (arm - base)).sum(dim=-1)  # (b, t)
-        found.append((by_token * batch.new[part]).sum(dim=1))
-    return torch.cat(found)
+        terms = (arm.exp() * (arm - base)).masked_fill_(arm.isneginf(), 0.0)  # (b, t, v)
+        found.append(terms.sum(dim=-1).masked_fill_(~batch.new[part], 0.0).sum(dim=1))
+    kl = torch.cat(found)
+    if not kl.isfinite().all():
+        raise ValueError(
+            "The KL of an answer to the reference is not finite: logits of one of the two are NaN or infinite. If they "
+            "overflow in half precision, train with --dtype float32."
+        )
+    return kl
 
 
 def _answer_logprobs(model: nn.Module, ids: Tensor, mask: Tensor, t: int) -> Tensor:

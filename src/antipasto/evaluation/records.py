@@ -452,12 +452,12 @@ def write_evaluation(evaluation: Evaluation, folder: Path) -> None:
 
 def write_answers(path: Path, facts: Mapping[str, Any], answers: Iterable[Answer]) -> None:
     """Write how they were asked, and then each answer, a line each."""
-    write_text(path, json.dumps({"facts": facts}) + "\n" + "".join(map(answer_line, answers)))
+    write_text(path, json.dumps({"facts": facts}, allow_nan=False) + "\n" + "".join(map(answer_line, answers)))
 
 
 def answer_line(answer: Answer) -> str:
     """An answer as its line of ``eval.jsonl``."""
-    return json.dumps(asdict(answer)) + "\n"
+    return json.dumps(asdict(answer), allow_nan=False) + "\n"
 
 
 def read_evaluation(folder: Path) -> Evaluation:
@@ -507,7 +507,7 @@ def read_answers(path: Path) -> tuple[dict[str, Any], list[Answer]]:
         if not line.endswith(b"\n"):
             break
         try:
-            row = json.loads(line)
+            row = json.loads(line, parse_constant=_refuse)
             if number == 1:
                 facts = dict(row["facts"])
             else:
@@ -516,6 +516,11 @@ def read_answers(path: Path) -> tuple[dict[str, Any], list[Answer]]:
         except (ValueError, KeyError, TypeError, RecursionError) as error:
             raise ValueError(f"{path}, line {number}: no answer of an evaluation ({error}).") from error
     return facts, answers
+
+
+def _refuse(constant: str) -> None:
+    """NaN and the infinities, which Python's reader would take."""
+    raise ValueError(f"{constant} is no number of JSON")
 
 
 def _with_estimates(record: Mapping[str, Any]) -> dict[str, Any]:

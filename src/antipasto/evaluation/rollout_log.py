@@ -19,7 +19,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from antipasto.files import write_text
+from antipasto.files import with_nulls, write_text
 from antipasto.reading import as_number, read_rows
 from antipasto.tasks import is_exploit, is_solved
 
@@ -93,7 +93,7 @@ def _rollout(row: dict[str, Any], where: str) -> Rollout:
 def append(path: Path, rollouts: Iterable[Rollout]) -> None:
     """Add lines to the log."""
     with path.open("a", encoding="utf-8") as file:
-        file.writelines(json.dumps(asdict(rollout)) + "\n" for rollout in rollouts)
+        file.writelines(json.dumps(with_nulls(asdict(rollout))) + "\n" for rollout in rollouts)
 
 
 def truncate(path: Path, step: int, *, key: str = "step") -> None:

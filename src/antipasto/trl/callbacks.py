@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import signal
 from collections.abc import Mapping
@@ -19,7 +18,7 @@ from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState,
 from transformers.trainer_utils import rotate_checkpoints
 
 from antipasto.evaluation.rollout_log import truncate
-from antipasto.files import write_json
+from antipasto.files import with_nulls, write_json
 from antipasto.names import COMPLETE
 from antipasto.routing.router import Router
 from antipasto.tasks.task import REWARDED
@@ -132,12 +131,8 @@ class MetricsLog(TrainerCallback):
     ) -> None:
         if logs and "reward" in logs and state.is_world_process_zero:
             with self.path.open("a", encoding="utf-8") as file:
-                file.write(json.dumps({"step": state.global_step, **_as_json(logs)}) + "\n")
-
-
-def _as_json(logs: Mapping[str, Any]) -> dict[str, Any]:
-    """JSON knows no NaN: null, as where a reward function had no number for any rollout of the step."""
-    return {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in logs.items()}
+                # a NaN is null, as where a reward function had no number for any rollout of the step
+                file.write(json.dumps({"step": state.global_step, **with_nulls(logs)}) + "\n")
 
 
 class CompleteCheckpoints(TrainerCallback):
