@@ -33,6 +33,8 @@ from antipasto.adapter.basis import BasisCacheWarning, cache_file, load_basis
 from antipasto.app.inspection import show
 from antipasto.app.run_folder import RunFolder, read_yaml
 from antipasto.app.train.config import TrainConfig
+from antipasto.app.watch.sources import Columns, read_sources
+from antipasto.evaluation import rollout_log
 from antipasto.files import digest
 
 GOOD = frozen.HERE / "format-1"
@@ -322,3 +324,30 @@ def test_no_pickle_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
 def test_true_is_no_number(name: str) -> None:
     with pytest.raises(ValueError, match=f"{name} must be (int|float), got True"):
         TrainConfig.from_mapping(CONFIG | {name: True}, "config.yaml")
+
+
+@pytest.mark.parametrize("name", ["flagged", "truncated"])
+def test_what_is_no_flag_is_no_yes(name: str, tmp_path: Path) -> None:
+    """In the log of rollouts, read by us or by watch."""
+    log = tmp_path / "rollouts.jsonl"
+    row = {"step": 0, "prompt": "p", "completion": "c", "reward": 1.0}
+
+    def found(value: Any) -> set[bool | None]:
+        log.write_text("".join(json.dumps(one) + "\n" for one in (row, row | {name: value})))
+        *_, last = rollout_log.read(log, [])
+        read = {getattr(last, name)}
+        if name == "truncated":
+            *_, source = read_sources([log], Columns(), [])
+            read.add(source.truncated)
+        return read
+
+    for value, is_flag in ((True, True), (False, False), (1, True), (0.0, False), (None, None)):
+        assert found(value) == {is_flag}
+        assert {type(one) for one in found(value)} == {type(is_flag)}
+    for value in (0.1, 2, float("nan"), "false", [], {}):
+        words = re.escape(f"{log}, line 2: '{name}' must be true, false, 0, 1 or null, got ")
+        with pytest.raises(ValueError, match=words):
+            found(value)
+        if name == "truncated":
+            with pytest.raises(ValueError, match=words):
+                list(read_sources([log], Columns(), []))

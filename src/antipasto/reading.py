@@ -66,3 +66,19 @@ def as_number(row: Mapping[str, Any], key: str, where: str) -> float | None:
     except OverflowError:
         pass
     raise ValueError(f"{where}: {key!r} must be a number, got {shorten(repr(value), 40)}.")
+
+
+def as_flag(row: Mapping[str, Any], key: str, where: str) -> bool | None:
+    """A yes or no of a row; None where there is none.
+
+    Raises:
+        ValueError: it is something else, such as a score or a text; names the place.
+
+    Example:
+        >>> as_flag({"flagged": 1}, "flagged", "here"), as_flag({}, "flagged", "here")
+        (True, None)
+    """
+    value = row.get(key)
+    if value is None or (isinstance(value, (int, float)) and value in (0, 1)):
+        return None if value is None else bool(value)
+    raise ValueError(f"{where}: {key!r} must be true, false, 0, 1 or null, got {shorten(repr(value), 40)}.")

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from antipasto.files import with_nulls, write_text
-from antipasto.reading import as_number, read_rows
+from antipasto.reading import as_flag, as_number, read_rows
 from antipasto.tasks import is_exploit, is_solved
 
 
@@ -80,12 +80,12 @@ def _rollout(row: dict[str, Any], where: str) -> Rollout:
         completion=row["completion"],
         reward=reward,
         oracle=None if oracle is None or math.isnan(oracle) else oracle,
-        flagged=None if row.get("flagged") is None else bool(row["flagged"]),
+        flagged=as_flag(row, "flagged", where),
         view=view,
         advantage=as_number(row, "advantage", where),
         score=as_number(row, "score", where),
         hackward=as_number(row, "hackward", where),
-        truncated=row.get("truncated"),
+        truncated=as_flag(row, "truncated", where),
         completion_ids=row.get("completion_ids"),
     )
 

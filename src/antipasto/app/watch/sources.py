@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from antipasto.reading import as_number, read_rows
+from antipasto.reading import as_flag, as_number, read_rows
 from antipasto.tasks import REWARDED, completion_text, is_exploit, is_solved
 from antipasto.terminal import shorten
 
@@ -211,7 +211,6 @@ def _parse(row: Mapping[str, Any], where: str, columns: Columns, file: int, numb
     ids = row.get(_IDS)
     if ids is not None and not (isinstance(ids, list) and ids and all(type(token) is int for token in ids)):
         raise ValueError(f"{where}: {_IDS!r} must be a list of token ids, got {shorten(repr(ids), 60)}.")
-    truncated = row.get(_TRUNCATED)
     return Source(
         file,
         number,
@@ -219,7 +218,7 @@ def _parse(row: Mapping[str, Any], where: str, columns: Columns, file: int, numb
         prompt,
         completion,
         text,
-        None if truncated is None else bool(truncated),
+        as_flag(row, _TRUNCATED, where),
         ids,
         _label(_optional(row, columns.label, None, where), reward, oracle, columns, where),
         reward,
