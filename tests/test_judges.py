@@ -275,6 +275,7 @@ def draws_and_sets(folder: Path) -> None:
 
 def sets(folder: Path) -> None:
     torch.set_default_dtype(torch.float64)
+    torch.set_default_device("meta")
     torch.set_grad_enabled(False)
     os.chdir(folder)
 
@@ -282,7 +283,7 @@ def sets(folder: Path) -> None:
 def state() -> tuple[Any, ...]:
     return (
         random.getstate(), [repr(part) for part in np.random.get_state()], torch.get_rng_state().tolist(),
-        torch.get_default_dtype(), torch.is_grad_enabled(), Path.cwd(),
+        torch.get_default_dtype(), torch.get_default_device(), torch.is_grad_enabled(), Path.cwd(),
     )  # fmt: skip
 
 

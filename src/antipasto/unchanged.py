@@ -1,6 +1,6 @@
 """Somebody else's code, run in the middle of a training run that must not notice it.
 
-    with unchanged(): …                  default dtype, grad mode and working directory are put back
+    with unchanged(): …                  default dtype and device, grad mode and working directory are put back
     with unchanged(draws=False): …       and so are the random generators of Python, NumPy and torch: what was drawn was not
     copies(rows)                         what it may write into
     awaited(answers)                     what an async function returns in the end
@@ -33,12 +33,15 @@ def unchanged(*, draws: bool = True) -> Iterator[None]:
     import torch  # here and below: a task's name is checked without loading them
 
     dtype, grad, folder = torch.get_default_dtype(), torch.is_grad_enabled(), Path.cwd()
+    device = torch.get_default_device()
     try:
         with nullcontext() if draws else _generators_kept():
             yield
     finally:
         torch.set_default_dtype(dtype)
         torch.set_grad_enabled(grad)
+        if torch.get_default_device() != device:  # one that is set costs something in every call of torch, the CPU too
+            torch.set_default_device(None if device.type == "cpu" else device)
         os.chdir(folder)
 
 

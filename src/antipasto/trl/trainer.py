@@ -105,7 +105,7 @@ class RoutedGRPOTrainer(GRPOTrainer):
         ValueError: options that make no sense together; from training, an answer that is none, or a NaN or Inf in a gradient.
 
     Neither detector nor oracle can change the run: what they draw from the global random generators is drawn again after them.
-    Theirs and the reward functions' changes of default dtype, grad mode and working directory are taken back
+    Theirs and the reward functions' changes of default dtype and device, grad mode and working directory are taken back
     (`antipasto.unchanged`).
     """
 
