@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -652,8 +653,32 @@ def test_knobs_written_to_outside_of_a_step_are_warned_about_once(mode: Any) -> 
             optimizer.zero_grad()
             loss_of(model, i).backward()
             optimizer.step()
-    assert "its delta_s was written to between two steps, by up to" in str(said[0].message)
+    assert "its delta_s was written to outside of a step, by up to" in str(said[0].message)
     assert "around SGD" in str(said[0].message)
+
+
+@pytest.mark.parametrize("mode", ["route", "erase"])
+@pytest.mark.parametrize("kind", ["eval", "sync", "stop"])
+def test_knobs_written_to_after_the_last_step_are_warned_about(mode: Any, kind: str) -> None:
+    """But not where the run ends in an error, which is what there is to tell."""
+    model = make_model()
+    optimizer = Lookahead(torch.optim.SGD(trainable(model), lr=0.1), k=4) if kind == "sync" else READS["ScheduleFree"](
+        trainable(model)
+    )  # fmt: skip
+    with warnings.catch_warnings(record=True) as said, suppress(KeyboardInterrupt):
+        warnings.simplefilter("always")
+        with ap.Router(model, make_direction(), mode=mode).attach(optimizer):
+            for i in range(4):
+                optimizer.zero_grad()
+                loss_of(model, i).backward()
+                optimizer.step()
+            if kind != "sync":
+                optimizer.eval()
+            if kind == "stop":
+                raise KeyboardInterrupt
+    written = [one for one in said if "its delta_s was written to outside of a step" in str(one.message)]
+    assert len(written) == (kind != "stop")
+    assert all(one.filename == __file__ for one in written)
 
 
 def test_a_swap_that_is_taken_back_is_no_write() -> None:

@@ -215,6 +215,23 @@ def test_the_best_checkpoints_books_come_back_with_its_knobs(tmp_path: Path) -> 
     assert any(not torch.equal(router.book("random")[name], part) for name, part in last.items())
 
 
+def test_going_back_to_the_best_checkpoint_is_no_write_that_is_warned_about(tmp_path: Path) -> None:
+    """Warnings are errors here. The best is the first, by a loss that should be large."""
+    model = get_peft_model(load(), ap.AntiPastoConfig())
+    router = ap.Router(model, known_hack(model))
+    rows = [tokenizer()(addition.prompt("h", pair) + "!").input_ids for pair in addition.split("train")[:8]]
+    best = {"load_best_model_at_end": True, "metric_for_best_model": "loss", "greater_is_better": True}
+    every = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
+    rest = {"use_cpu": True, "report_to": "none", "disable_tqdm": True, "dataloader_pin_memory": False}
+    data = [{"input_ids": row, "labels": row} for row in rows]
+    args = TrainingArguments(str(tmp_path), max_steps=3, learning_rate=1e-2, **best, **every, **rest)
+    trainer = Trainer(model=model, args=args, train_dataset=data, eval_dataset=data)
+    RoutingCallback(router).install(trainer)
+    trainer.train()
+    assert router.steps == 1
+    assert not trainer.optimizer.optimizer._optimizer_step_post_hooks
+
+
 @pytest.mark.parametrize("level", ["update", "gradient"])
 def test_routing_in_a_plain_trainer_with_accumulation(tmp_path: Path, level: str) -> None:
     def knobs_after(batch_size: int, accumulation: int) -> torch.Tensor:

@@ -20,10 +20,9 @@ and Lion do: the optimizer sees δS where the plain run's saw θ. Where a step d
 LAMB, Adafactor, schedule-free averaging), or an optimizer writes to the parameters outside of ``step()`` (Lookahead,
 schedule-free's ``eval``), θ leaves the plain run. Both are warned about: the first is tried out on copies
 (`probing`) after each of the first steps, until three were conclusive, but not with a closure; the second is seen at
-the next step. With
-deployed sampling (`antipasto.trl.trainer`) part of the run is of δS, which the direction shapes; the books are then of that
-run. mode="erase" drops the moved part instead of keeping it; mode="measure" moves nothing, and keeps the direction's own book
-beside the controls'.
+the next step, or when the router lets go of the optimizer. With deployed sampling (`antipasto.trl.trainer`) part of the run is
+of δS, which the direction shapes; the books are then of that run. mode="erase" drops the moved part instead of keeping it;
+mode="measure" moves nothing, and keeps the direction's own book beside the controls'.
 
 Two guarantees at update level, for what ``step()`` moves, with any optimizer and whatever its momentum does. Coordinate gate:
 the coordinates it guards never move hack-ward, exactly. One-sided gate: no step moves δS hack-ward along V, up to rounding. At
@@ -185,8 +184,8 @@ class Router:
                 From the step: a gradient, a displacement or a part of the gradient that is not finite.
 
         Warns:
-            RoutingWarning: the optimizer decays the knobs; from the step, its step depends on their values, or they were
-                written to between two steps (see the module's text).
+            RoutingWarning: the optimizer decays the knobs; from the step, its step depends on their values; from there or the
+                end, they were written to outside of a step (see the module's text).
         """
         optimizer = getattr(optimizer, "optimizer", optimizer)
         self._check_optimizer(optimizer)
@@ -204,6 +203,8 @@ class Router:
         self._follow(self._delta_s[0].device)
         try:
             yield self
+            self._end_interrupted()
+            self._see_writes(stacklevel=4)
         finally:
             for handle in handles:
                 handle.remove()
@@ -362,20 +363,20 @@ class Router:
         self._seen["flagged_update"] = claimed.norm() / delta.norm().clamp_min(torch.finfo(delta.dtype).tiny)
         return claimed
 
-    def _see_writes(self) -> None:
+    def _see_writes(self, stacklevel: int = 5) -> None:
         """Warn, once, where δS is not what the last step left."""
         if self._left is None or self.level == "gradient" or self.mode == "measure":
             return
-        now = _flat(self._delta_s)
+        now = _flat(self._delta_s).to(self._left)
         if not torch.allclose(now, self._left, rtol=1e-5, atol=1e-8):
             changes = [float(part.abs().max()) for part in self._split(now - self._left)]
             name = list(self._sizes)[max(range(len(changes)), key=changes.__getitem__)]
             warnings.warn(
-                f"{name}: its delta_s was written to between two steps, by up to {max(changes):.2g} a coordinate, around "
+                f"{name}: its delta_s was written to outside of a step, by up to {max(changes):.2g} a coordinate, around "
                 f"{type(self._optimizer).__name__}. Such a move is not routed: it may be hack-ward, and training is no longer "
                 "what it would be without the router. Lookahead and schedule-free averaging do this.",
                 RoutingWarning,
-                stacklevel=5,
+                stacklevel=stacklevel,
             )
             self._left = None
             self._warned_of_writes = True

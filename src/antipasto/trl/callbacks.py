@@ -80,9 +80,9 @@ class RoutingCallback(TrainerCallback):
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
         """Let go of the optimizer; go back to the best checkpoint's books where the Trainer went back to its knobs."""
-        self.detach()
-        if args.load_best_model_at_end and state.best_model_checkpoint is not None:
-            self.router.load(Path(state.best_model_checkpoint) / self.FILE)
+        with self._attached:
+            if args.load_best_model_at_end and state.best_model_checkpoint is not None:
+                self.router.load(Path(state.best_model_checkpoint) / self.FILE)
 
     def on_log(
         self,
