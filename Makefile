@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-all test-oldest lint format docs docs-serve bench clean
+.PHONY: demo test test-all test-oldest bare lint format docs docs-serve bench clean
 
 demo: $(READY)
 	$(BIN)/antipasto demo $(ARGS)
@@ -21,6 +21,15 @@ test-oldest:
 	$(PYTHON) -m venv $(VENV)-oldest
 	$(VENV)-oldest/bin/pip install --quiet --disable-pip-version-check -c constraints-oldest.txt -e ".[dev]"
 	HF_HUB_OFFLINE=1 $(VENV)-oldest/bin/pytest -n 2 $(ARGS)
+
+# the wheel as it is built, with what it declares and without extras: each command works, or names the extra that it needs
+bare:
+	rm -rf $(VENV)-bare build/wheel
+	$(PYTHON) -m venv $(VENV)-bare
+	$(VENV)-bare/bin/pip install --quiet --disable-pip-version-check -c constraints.txt torch
+	$(VENV)-bare/bin/pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir build/wheel .
+	$(VENV)-bare/bin/pip install --quiet --disable-pip-version-check -c constraints.txt build/wheel/*.whl
+	$(VENV)-bare/bin/python scripts/check_bare_install.py
 
 lint: $(READY)
 	$(BIN)/ruff format --check .
@@ -60,4 +69,4 @@ bench: $(READY)
 	$(BIN)/python benchmarks/grpo_cost.py --rounds 3 | tee benchmarks/results/grpo.md
 
 clean:
-	rm -rf $(VENV) build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) $(VENV)-bare build dist site .pytest_cache .mypy_cache .ruff_cache .hypothesis
