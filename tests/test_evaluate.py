@@ -8,6 +8,7 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -29,6 +30,7 @@ from antipasto.evaluation.ask import (
     _kl_to_reference,
     _until_end,
     _where,
+    as_in_training,
     ask_arms,
     chunks_of,
     conclude,
@@ -469,6 +471,26 @@ def test_answers_are_drawn_as_in_training(adapted: tuple[torch.nn.Module, object
         assert model.generation_config is odd
     finally:
         model.generation_config = config
+
+
+@pytest.mark.parametrize(
+    ("trainer", "drawn"),
+    [
+        ({}, {}),
+        ({"top_p": 0.9, "min_p": "0.1"}, {"top_p": 0.9, "min_p": 0.1}),
+        ({"top_k": 5, "repetition_penalty": 1.2}, {"top_k": 5, "repetition_penalty": 1.2}),
+        ({"top_p": 0.9, "generation_kwargs": {"top_p": 0.5, "temperature": 0.7}}, {"top_p": 0.5}),
+        ({"generation_kwargs": '{"min_p": 0.2, "temperature": 0.7}'}, {"min_p": 0.2}),
+        ({"top_p": 0.9, "use_vllm": True, "generation_kwargs": {"top_p": 0.5}}, {"top_p": 0.9}),  # they are vLLM's
+    ],
+)
+def test_what_a_run_was_told_of_its_sampling_is_how_it_is_asked(trainer: dict[str, Any], drawn: dict[str, Any]) -> None:
+    config = {"temperature": 0.8, "trainer": trainer}
+    how = as_in_training(config, addition.task())
+    assert how.options == drawn
+    assert how.temperature == (0.7 if "temperature" in str(trainer) else 0.8)
+    assert how.max_new_tokens == addition.MAX_ANSWER_TOKENS
+    assert as_in_training(config, addition.task(), temperature=0.0).temperature == 0
 
 
 def test_the_length_ends_with_the_end_of_sequence() -> None:

@@ -185,16 +185,17 @@ class Gating:
 
 
 def on_main(state: PartialState, function: Callable[[], T]) -> T:
-    """Call on the main process; what it returns, or the error that it raises, comes to all."""
+    """Call on the main process; what it returns comes to all. So does an error that it raises, to the others as its words."""
     result: list[Any] = [None, None]
+    raised: ValueError | OSError | None = None
     if state.is_main_process:
         try:
             result = [function(), None]
         except (ValueError, OSError) as error:
-            if state.num_processes == 1:
-                raise
-            result = [None, f"{error}"]
+            raised, result = error, [None, f"{error}"]
     value, message = broadcast_object_list(result)
+    if raised is not None:
+        raise raised
     if message is not None:
         raise ValueError(message)
     return value
