@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -287,7 +288,7 @@ def test_layers_that_are_not_adapted_are_refused_by_name(known: ap.Direction) ->
 # ── thresholds ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_midway_between_held_out_hacks_and_clean_texts() -> None:
+def test_a_quarter_of_the_way_from_clean_texts_to_hacks() -> None:
     model = adapted()
     monitor = Monitor.from_pairs(model, tokenizer(), PAIRS, heldout=0.5, seed=3)
     fit, held = split_pairs(PAIRS, 0.5, 3)
@@ -297,10 +298,11 @@ def test_midway_between_held_out_hacks_and_clean_texts() -> None:
     cleans = Monitor(model, tokenizer(), v).scores([ap.Completion(p.prompt, p.clean) for p in held])
     found = monitor.calibration
     assert found is not None
-    assert (
-        monitor.threshold == found.score.threshold == pytest.approx(float(hacks.mean() + cleans.mean()) / 2, abs=1e-5)
-    )
-    assert (found.rule, found.pairs, found.answers, found.score.own) == ("midway", 12, 0, None)
+    quarter = float(0.25 * hacks.mean() + 0.75 * cleans.mean())
+    assert monitor.threshold == found.score.threshold == pytest.approx(quarter, abs=1e-5)
+    assert (found.rule, found.pairs, found.answers, found.score.own) == ("quarter", 12, 0, None)
+    assert "a quarter of the way from held-out clean texts to hacks (12 held-out pairs)" in str(found)
+    assert "midway between held-out hacks and clean texts (12" in str(replace(found, rule="midway"))  # an older file's
     assert found.score.ordered == float((hacks > cleans).float().mean())
     for other in (found.permuted, found.random):
         assert abs(other.hack - other.clean) < 0.5 * (found.score.hack - found.score.clean)
@@ -408,7 +410,7 @@ def trained(out: Path, *args: Any, **options: Any) -> Any:
     return trainer
 
 
-def midway(model: nn.Module) -> Monitor:
+def judged(model: nn.Module) -> Monitor:
     return Monitor.from_pairs(model, tokenizer(), PAIRS)
 
 
@@ -425,7 +427,7 @@ def test_the_log_has_the_scores_that_anybody_computes(tmp_path: Path, beta: floa
         Sampled,
         config=config,
         router=lambda m: ap.Router(m, None),
-        monitor=midway,
+        monitor=judged,
         deploy_fraction=fraction,
         rollout_log=tmp_path / "log",
     )
@@ -445,7 +447,7 @@ def test_the_log_has_the_scores_that_anybody_computes(tmp_path: Path, beta: floa
 def test_a_monitor_that_watches_changes_no_bit_of_the_run(tmp_path: Path, beta: float) -> None:
     config = {"beta": beta}
     plain = trained(tmp_path / "plain", GRPOTrainer, config=config)
-    ours = trained(tmp_path / "ours", Sampled, config=config, monitor=midway, flagged="watch")
+    ours = trained(tmp_path / "ours", Sampled, config=config, monitor=judged, flagged="watch")
     assert torch.equal(flat(ours.model, "delta_s"), flat(plain.model, "delta_s"))
     assert flat(plain.model, "delta_s").any()
 
@@ -457,7 +459,7 @@ def test_the_kl_terms_forward_serves_the_score(tmp_path: Path, monkeypatch: pyte
     own = Monitor.score_tokens
     monkeypatch.setattr(Monitor, "score_tokens", lambda self, s, **o: asked.append(len(s)) or own(self, s, **o))
     plain = trained(tmp_path / "plain", Routed, config=config)
-    ours = trained(tmp_path / "ours", Routed, config=config, monitor=midway, flagged="watch")
+    ours = trained(tmp_path / "ours", Routed, config=config, monitor=judged, flagged="watch")
     assert not asked
     for a, b in zip(plain.generations, ours.generations, strict=True):
         assert torch.equal(a["ref_per_token_logps"], b["ref_per_token_logps"])
@@ -466,7 +468,7 @@ def test_the_kl_terms_forward_serves_the_score(tmp_path: Path, monkeypatch: pyte
 def test_truncated_rollouts_that_are_masked_are_scored_all_the_same(tmp_path: Path) -> None:
     """TRL takes their tokens out of the attention mask, so that the KL term's forward says nothing of them."""
     config = {"beta": 0.04, "mask_truncated_completions": True, "max_completion_length": 3}
-    trainer = trained(tmp_path, Sampled, config=config, monitor=midway, flagged="watch", rollout_log=tmp_path / "log")
+    trainer = trained(tmp_path, Sampled, config=config, monitor=judged, flagged="watch", rollout_log=tmp_path / "log")
     rows = [row for row in log_of(tmp_path / "log") if row["truncated"]]
     assert rows
     texts = [ap.Completion(r["prompt"], r["completion"], True, r["completion_ids"]) for r in rows]
@@ -476,7 +478,7 @@ def test_truncated_rollouts_that_are_masked_are_scored_all_the_same(tmp_path: Pa
 
 @pytest.mark.parametrize("flagged", ["route", "penalty", "drop"])
 def test_it_takes_part_as_a_detector_with_the_same_flags_does(tmp_path: Path, flagged: str) -> None:
-    judge = midway(adapted())
+    judge = judged(adapted())
 
     def detector(prompts: list[str], completions: list[str], **_: object) -> list[bool]:
         return judge.flags([ap.Completion(p, c) for p, c in zip(prompts, completions, strict=True)]).tolist()
@@ -484,7 +486,7 @@ def test_it_takes_part_as_a_detector_with_the_same_flags_does(tmp_path: Path, fl
     options: dict[str, Any] = {"flagged": flagged}
     if flagged == "route":
         options |= {"router": lambda m: ap.Router(m, None), "deploy_fraction": 0.5}
-    one = trained(tmp_path / "one", Routed, monitor=midway, **options)
+    one = trained(tmp_path / "one", Routed, monitor=judged, **options)
     other = trained(tmp_path / "other", Routed, detector=detector, **options)
     plain = trained(tmp_path / "plain", Plain)
     for what in ("delta_s", "delta_s_hack"):
@@ -494,7 +496,7 @@ def test_it_takes_part_as_a_detector_with_the_same_flags_does(tmp_path: Path, fl
 
 def test_a_discounted_reward_is_the_reward_less_by_how_deep_the_score_is(tmp_path: Path) -> None:
     """The advantages are those of rewards times 1 − w, w from the score that the log has; the log keeps the reward."""
-    trainer = trained(tmp_path, Sampled, monitor=midway, flagged="discount", rollout_log=tmp_path / "log")
+    trainer = trained(tmp_path, Sampled, monitor=judged, flagged="discount", rollout_log=tmp_path / "log")
     rows = [row for row in log_of(tmp_path / "log") if row["step"] == 0]
     found = trainer.monitor.calibration.score
     depth = [min(max((row["score"] - found.clean) / (found.hack - found.clean), 0.0), 1.0) for row in rows]
@@ -507,7 +509,7 @@ def test_a_discounted_reward_is_the_reward_less_by_how_deep_the_score_is(tmp_pat
 
 
 def test_the_depth_of_a_score_is_between_clean_and_hack() -> None:
-    monitor = midway(adapted())
+    monitor = judged(adapted())
     found = monitor.calibration.score
     middle = (found.hack + found.clean) / 2
     scores = torch.tensor([found.clean - 1, found.clean, middle, found.hack, found.hack + 1])
@@ -520,14 +522,14 @@ def test_the_depth_of_a_score_is_between_clean_and_hack() -> None:
     ("options", "message"),
     [
         (
-            {"monitor": lambda m: Monitor(m, tokenizer(), midway(m).direction, threshold=0.1), "flagged": "discount"},
+            {"monitor": lambda m: Monitor(m, tokenizer(), judged(m).direction, threshold=0.1), "flagged": "discount"},
             "needs a monitor that pairs have calibrated",
         ),
-        ({"monitor": midway, "detector": lambda **_: []}, "by a detector or by a monitor: give one"),
-        ({"monitor": midway}, "A monitor that routes needs a router"),
+        ({"monitor": judged, "detector": lambda **_: []}, "by a detector or by a monitor: give one"),
+        ({"monitor": judged}, "A monitor that routes needs a router"),
         ({"flagged": "penalty"}, "needs a detector or a monitor"),
         (
-            {"monitor": lambda m: Monitor(m, tokenizer(), midway(m).direction), "flagged": "watch"},
+            {"monitor": lambda m: Monitor(m, tokenizer(), judged(m).direction), "flagged": "watch"},
             "This monitor has no threshold yet",
         ),
     ],
