@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from trl import GRPOTrainer
 
 import antipasto as ap
 from antipasto.evaluation.ask import Sampling, own_answers
+from antipasto.names import Rule
 from antipasto.routing.monitor import Monitor, at_origin, read_monitor
 from antipasto.routing.pairs import split_pairs
 from antipasto.tasks import addition
@@ -288,9 +288,16 @@ def test_layers_that_are_not_adapted_are_refused_by_name(known: ap.Direction) ->
 # ── thresholds ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_a_quarter_of_the_way_from_clean_texts_to_hacks() -> None:
+@pytest.mark.parametrize(
+    ("rule", "share", "said"),
+    [
+        ("midway", 0.5, "midway between held-out hacks and clean texts (12 held-out pairs)"),
+        ("quarter", 0.25, "a quarter of the way from held-out clean texts to hacks (12 held-out pairs)"),
+    ],
+)
+def test_between_held_out_clean_texts_and_hacks(rule: Rule, share: float, said: str) -> None:
     model = adapted()
-    monitor = Monitor.from_pairs(model, tokenizer(), PAIRS, heldout=0.5, seed=3)
+    monitor = Monitor.from_pairs(model, tokenizer(), PAIRS, heldout=0.5, seed=3, rule=rule)
     fit, held = split_pairs(PAIRS, 0.5, 3)
     v = ap.extract_direction(model, tokenizer(), fit)
     assert all(torch.equal(v.effect[name], monitor.direction.effect[name]) for name in v)
@@ -298,11 +305,10 @@ def test_a_quarter_of_the_way_from_clean_texts_to_hacks() -> None:
     cleans = Monitor(model, tokenizer(), v).scores([ap.Completion(p.prompt, p.clean) for p in held])
     found = monitor.calibration
     assert found is not None
-    quarter = float(0.25 * hacks.mean() + 0.75 * cleans.mean())
-    assert monitor.threshold == found.score.threshold == pytest.approx(quarter, abs=1e-5)
-    assert (found.rule, found.pairs, found.answers, found.score.own) == ("quarter", 12, 0, None)
-    assert "a quarter of the way from held-out clean texts to hacks (12 held-out pairs)" in str(found)
-    assert "midway between held-out hacks and clean texts (12" in str(replace(found, rule="midway"))  # an older file's
+    between = float(share * hacks.mean() + (1 - share) * cleans.mean())
+    assert monitor.threshold == found.score.threshold == pytest.approx(between, abs=1e-5)
+    assert (found.rule, found.pairs, found.answers, found.score.own) == (rule, 12, 0, None)
+    assert said in str(found)
     assert found.score.ordered == float((hacks > cleans).float().mean())
     for other in (found.permuted, found.random):
         assert abs(other.hack - other.clean) < 0.5 * (found.score.hack - found.score.clean)

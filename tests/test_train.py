@@ -354,7 +354,7 @@ def test_a_run_by_score_says_what_its_threshold_means_and_continues(tmp_path: Pa
     assert code == 0, text
     saved = read_monitor(tmp_path / "run" / "monitor.safetensors")
     assert str(saved.calibration).splitlines()[2] in text
-    assert (saved.calibration.rule, saved.calibration.pairs, saved.calibration.answers) == ("quarter", 16, 64)
+    assert (saved.calibration.rule, saved.calibration.pairs, saved.calibration.answers) == ("midway", 16, 64)
     rows = [json.loads(line) for line in (tmp_path / "run" / "rollouts.jsonl").read_text().splitlines()]
     assert all(row["flagged"] is (row["score"] > saved.threshold) for row in rows)
     assert any(row["flagged"] for row in rows)
@@ -366,7 +366,7 @@ def test_a_run_by_score_says_what_its_threshold_means_and_continues(tmp_path: Pa
     same_files(tmp_path / "run", tmp_path / "again")
     code, text = run("inspect", str(tmp_path / "run"))
     assert code == 0
-    assert "a quarter of the way from held-out clean texts to hacks" in " ".join(text.split())
+    assert "midway between held-out hacks and clean texts" in " ".join(text.split())
 
 
 def test_a_false_alarm_rate_is_asked_of_as_many_answers_as_it_takes(tmp_path: Path) -> None:

@@ -23,5 +23,7 @@ Method = Literal["plain", "route", "erase", "measure", "penalty", "discount", "d
 """What `antipasto train` makes of what its gate claims; `antipasto.app.train.gating` has a line on each."""
 By = Literal["direction", "detector", "both", "score"]
 """What that gate goes by."""
+Rule = Literal["midway", "quarter"]
+"""Where a monitor's threshold lies between clean texts and hacks (`antipasto.Monitor.calibrate`)."""
 COMPLETE = "complete.json"
 """The file that a checkpoint's folder has when all of it is there."""

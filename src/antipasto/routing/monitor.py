@@ -7,9 +7,10 @@ The policy moves, the reference does not: the same text has the same score at ev
 was trained. (A score at the moving policy decays within a hundred steps: docs/watching.md.) The reference costs no second
 model: it is the adapted one with its knobs out.
 
-A completion is flagged where s_b is above a threshold: a quarter of the way from held-out clean texts to hacks, or such that
-a given share of the start model's own answers is flagged. Nearer to the clean texts, since an exploit in a form that no pair
-shows scores between the two (docs/results.md). What the score sees is what the pairs leave open: match them.
+A completion is flagged where s_b is above a threshold, by one of three rules: midway between held-out clean texts and hacks;
+a quarter of the way, since an exploit in a form that no pair shows scores between the two (docs/results.md); or such that a
+given share of the start model's own answers is flagged. The nearer to the clean texts, the more wrong answers are flagged too:
+a penalty loses nothing by that, a quarantine takes what they teach. What the score sees is what the pairs leave open: match them.
 """
 
 from __future__ import annotations
@@ -30,13 +31,14 @@ from antipasto.adapter.layer import View
 from antipasto.adapter.rollouts import RolloutGrads, TokenIds, nll_gradients, tokenize, tokenize_prompt
 from antipasto.adapter.views import adapted_layers, seen_as
 from antipasto.files import read_tensors, write_tensors
+from antipasto.names import Rule
 from antipasto.routing.directions import Direction, extract_direction
 from antipasto.routing.pairs import ContrastPair, split_pairs
 
 HELDOUT = 0.25
 """Share of the pairs that a threshold is taken from, and the direction is not."""
-TOWARDS_HACKS = 0.25
-"""How far a threshold is from held-out clean texts, of their distance to hacks."""
+TOWARDS_HACKS: dict[Rule, float] = {"midway": 0.5, "quarter": 0.25}
+"""Rule → how far a threshold is from held-out clean texts, of their distance to hacks."""
 _FORMAT = "antipasto-monitor-1"
 _CHANCE_SEED = 0
 
@@ -81,7 +83,7 @@ class Calibration:
     """Where a threshold comes from, and what it means.
 
     Attributes:
-        rule: ``"quarter"`` or ``"false alarms"``; ``"midway"`` in files of before.
+        rule: ``"midway"``, ``"quarter"`` or ``"false alarms"``.
         pairs: how many held-out pairs there were.
         answers: how many of the start model's own answers.
         false_alarms: the rate that was asked for; None under another rule.
@@ -178,6 +180,7 @@ class Monitor:
         heldout: float = HELDOUT,
         seed: int = 0,
         own: Sequence[Completion] = (),
+        rule: Rule = "midway",
         false_alarms: float | None = None,
         batch_size: int = 16,
     ) -> Monitor:
@@ -190,6 +193,7 @@ class Monitor:
             heldout: share of the pairs to calibrate with.
             seed: of the split.
             own: answers of the start model.
+            rule: as `calibrate` has it.
             false_alarms: as `calibrate` has it.
             batch_size: pairs per backward.
 
@@ -200,7 +204,7 @@ class Monitor:
         with at_origin(model):
             direction = extract_direction(model, tokenizer, fit, batch_size=batch_size)
         monitor = cls(model, tokenizer, direction)
-        monitor.calibrate(held, own=own, false_alarms=false_alarms, batch_size=2 * batch_size)
+        monitor.calibrate(held, own=own, rule=rule, false_alarms=false_alarms, batch_size=2 * batch_size)
         return monitor
 
     def _check_base(self) -> None:
@@ -317,6 +321,7 @@ class Monitor:
         pairs: Sequence[ContrastPair],
         *,
         own: Sequence[Completion] = (),
+        rule: Rule = "midway",
         false_alarms: float | None = None,
         batch_size: int = 32,
     ) -> Calibration:
@@ -325,13 +330,16 @@ class Monitor:
         Args:
             pairs: labelled, and not those that the direction was made from.
             own: answers of the start model, whose share above the threshold is told.
-            false_alarms: the share of ``own`` that may be above the threshold; None: a quarter of the way from clean texts to
-                hacks, as `Ordering` has them.
+            rule: where it lies: ``"midway"`` between clean texts and hacks, as `Ordering` has them, or a ``"quarter"`` of
+                the way, for a penalty.
+            false_alarms: instead, the share of ``own`` that may be above the threshold.
             batch_size: completions per backward.
 
         Raises:
             ValueError: no pairs; a rate outside (0, 1), or one that so few answers cannot tell.
         """
+        if rule not in TOWARDS_HACKS:
+            raise ValueError(f"rule must be one of {', '.join(TOWARDS_HACKS)}, got {rule!r}.")
         if not pairs:
             raise ValueError("A threshold needs labelled pairs that the direction was not made from.")
         if false_alarms is not None and not 0 < false_alarms < 1:
@@ -356,12 +364,12 @@ class Monitor:
         for rows, gradients, _ in self.gradients(sequences, batch_size=batch_size):
             scores[rows] = torch.stack([cosine(gradients, t) for t in T], 1).cpu()
         found = {
-            name: _ordering(column[: len(texts)], column[len(texts) :], sides, false_alarms)
+            name: _ordering(column[: len(texts)], column[len(texts) :], sides, TOWARDS_HACKS[rule], false_alarms)
             for name, column in zip(directions, scores.T, strict=True)
         }
         self._threshold = found["score"].threshold
         self.calibration = Calibration(
-            rule="quarter" if false_alarms is None else "false alarms",
+            rule=rule if false_alarms is None else "false alarms",
             pairs=len(pairs),
             answers=len(own),
             false_alarms=false_alarms,
@@ -453,7 +461,7 @@ def _effects(direction: Direction) -> list[tuple[str, Tensor]]:
 
 
 def _ordering(
-    of_pairs: Tensor, of_own: Tensor, sides: Sequence[tuple[int, bool]], false_alarms: float | None
+    of_pairs: Tensor, of_own: Tensor, sides: Sequence[tuple[int, bool]], towards: float, false_alarms: float | None
 ) -> Ordering:
     """A threshold, and how the scores stand to it."""
     by_side: dict[tuple[int, bool], list[float]] = {}
@@ -463,9 +471,7 @@ def _ordering(
     hacks, cleans = [min(by_side[n, True]) for n in numbers], [max(by_side[n, False]) for n in numbers]
     hack, clean = sum(hacks) / len(hacks), sum(cleans) / len(cleans)
     threshold = (
-        clean + TOWARDS_HACKS * (hack - clean)
-        if false_alarms is None
-        else float(torch.quantile(of_own, 1 - false_alarms))
+        clean + towards * (hack - clean) if false_alarms is None else float(torch.quantile(of_own, 1 - false_alarms))
     )
     return Ordering(
         ordered=sum(h > c for h, c in zip(hacks, cleans, strict=True)) / len(hacks),

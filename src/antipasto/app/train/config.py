@@ -63,7 +63,7 @@ class TrainConfig:
     false_alarms: float | None = _routing(
         None,
         "With --by score: share of the start's own answers that may be flagged.",
-        show_default="a threshold near the clean texts",
+        show_default="a threshold between held-out hacks and clean texts",
     )
     sharing: Sharing = _routing("exclusive", "Whether unflagged rollouts teach δS alone, or both vectors.")
     pairs: str | None = _routing(

@@ -29,7 +29,7 @@ import antipasto as ap
 from antipasto.app.run_folder import RunFolder
 from antipasto.app.train.config import TrainConfig
 from antipasto.evaluation.ask import Sampling, own_answers
-from antipasto.names import Flagged
+from antipasto.names import Flagged, Rule
 from antipasto.routing.inoculation import inoculate
 from antipasto.routing.monitor import HELDOUT
 from antipasto.routing.pairs import split_pairs
@@ -166,7 +166,9 @@ class Gating:
         order = random.Random(self.config.seed).choices(range(len(self.task.train)), k=number)
         own = own_answers(model, tokenizer, [self.task.train[row]["prompt"] for row in order], how)
         pairs = ap.load_pairs(self.config.pairs if self.config.pairs is not None else list(self.task.pairs or []))
-        options: dict[str, Any] = {"heldout": HELDOUT, "seed": self.config.seed}
+        # a penalty on a wrong answer takes nothing from it, so that what only comes near the exploit may be flagged
+        rule: Rule = "quarter" if self.config.method in ("penalty", "plain") else "midway"
+        options: dict[str, Any] = {"heldout": HELDOUT, "seed": self.config.seed, "rule": rule}
         ap.Monitor.from_pairs(model, tokenizer, pairs, own=own, false_alarms=rate, **options).save(path)
 
     def _make_direction(self, model: nn.Module, tokenizer: Any, path: Path) -> None:
