@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,14 @@ def run(*arguments: str) -> tuple[int, str]:
 
 
 METHODS = ("plain", "penalty-by-score")
+ASKED = 200  # held-out prompts; the demo itself asks ten times as many
+
+
+@pytest.fixture(autouse=True, scope="module")
+def few_prompts() -> Iterator[None]:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("antipasto.app.demo.TEST_PROMPTS", ASKED)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -93,7 +102,7 @@ def test_the_demo_is_made_of_runs_of_train(demo: tuple[Path, str]) -> None:
         first.append([(row["prompt"], row["completion"], row["score"]) for row in rollouts if row["step"] == 0])
         evaluation = read_evaluation(out / method)
         assert evaluation.names == ["reference", "as trained"]
-        assert evaluation.arm("reference", "strict").n == 1000
+        assert evaluation.arm("reference", "strict").n == ASKED // 2
         asked.append([(a.prompt, a.completion) for a in evaluation.answers if a.arm == "reference"])
         model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(addition.model_path()), folder.adapter)
         assert all(layer.delta_s.any() for layer in ap.knobs(model).values())
@@ -124,7 +133,7 @@ def test_all_methods_run_on_all_variants(tmp_path: Path) -> None:
     evaluation = read_evaluation(tmp_path / "apart" / "plain")
     assert evaluation.kinds == ["hackable by !", "hackable by ?"]
     paid = sum(a.exploits for a in evaluation.answers if a.arm == "reference")
-    assert f"{Rate(paid, 2000)} in the reference" in " ".join(text.split())
+    assert f"{Rate(paid, ASKED)} in the reference" in " ".join(text.split())
 
 
 def test_demo_repeats_itself_bit_for_bit(demo: tuple[Path, str], tmp_path: Path) -> None:
@@ -225,7 +234,10 @@ def test_ctrl_c_saves_a_run_that_train_continues(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_the_whole_demo_teaches_the_exploit_and_the_recipe_does_not(tmp_path: Path) -> None:
+def test_the_whole_demo_teaches_the_exploit_and_the_recipe_does_not(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("antipasto.app.demo.TEST_PROMPTS", 2000)
     code, text = run("demo", "--out", str(tmp_path / "demo"))
     assert code == 0
     plain, recipe = [read_evaluation(tmp_path / "demo" / method) for method in METHODS]

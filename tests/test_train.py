@@ -303,7 +303,7 @@ def test_an_evaluation_that_is_killed_continues_to_the_same_answers(trained: tup
         runs.append(tmp_path / name)
         shutil.copytree(trained[0], runs[-1])
         (runs[-1] / "eval.json").unlink(missing_ok=True)
-    options = ["--prompts", "400", "--batch-size", "8"]
+    options = ["--prompts", "160", "--batch-size", "8"]
     partial = runs[0] / "eval.partial.jsonl"
     seen = 0
     for _ in range(2):
@@ -329,7 +329,7 @@ def test_an_evaluation_that_is_killed_continues_to_the_same_answers(trained: tup
     before = (runs[0] / "eval.jsonl").read_bytes()
     code, text = run("eval", str(runs[0]), *options, "--margin", "0.5")
     assert code == 0
-    assert "continuing: 2,400 answers are there" in text
+    assert "continuing: 960 answers are there" in text
     assert (runs[0] / "eval.jsonl").read_bytes() == before
     assert read_evaluation(runs[0]).margin == 0.5
     # a damaged file is no reason not to ask
