@@ -15,7 +15,6 @@ learning rate is chosen on fewer seeds than are then shown.
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import json
 import statistics
 import tempfile
@@ -53,10 +52,11 @@ def on_demo(steps: int, variant: str) -> Train:
 
     def train(adapter: peft.PeftConfig, learning_rate: float, seed: int) -> Trainer:
         config = demo.config_of("plain", seed=seed, steps=steps, variant=variant, learning_rate=learning_rate)
+        config.trainer["save_strategy"] = "no"
         with tempfile.TemporaryDirectory() as folder:
             trainer = GRPOTrainer(
                 model=AutoModelForCausalLM.from_pretrained(config.model),
-                args=dataclasses.replace(trainer_args(config, task, Path(folder), 1), save_strategy="no"),
+                args=trainer_args(config, task, Path(folder), 1),
                 reward_funcs=task.reward,
                 train_dataset=Dataset.from_list([{"prompt": row["prompt"]} for row in task.train]),
                 processing_class=AutoTokenizer.from_pretrained(config.model, padding_side="left"),
