@@ -64,8 +64,7 @@ def config_of(name: str, method: str, model: Path | None, out: Path, **options: 
     if chosen.get("pairs") == "shuffled":
         chosen["pairs"] = str(shuffled_pairs(name, out))
     if name in TOYS:
-        usual = demo.config_of("plain", variant=TOYS[name])
-        base = {field: getattr(usual, field) for field in usual.__dataclass_fields__}
+        base = dict(vars(demo.config_of("plain", variant=TOYS[name])))
     else:
         assert model is not None
         layers = options.pop("upper", UPPER)
@@ -111,7 +110,7 @@ def run(name: str, method: str, seed: int, options: argparse.Namespace) -> str:
 
     from antipasto.app.arms import evaluate_run
 
-    folder = options.out / name / folder_of(method) / f"seed-{seed}"
+    folder = options.out / name / demo.folder_of(method) / f"seed-{seed}"
     if not (folder / EVAL).exists():
         config = config_of(name, method, options.model, options.out, seed=seed, steps=options.steps)
         if not train(config, folder):
@@ -122,17 +121,12 @@ def run(name: str, method: str, seed: int, options: argparse.Namespace) -> str:
     return f"{folder}"
 
 
-def folder_of(method: str) -> str:
-    """What a method's folder is called."""
-    return method.replace(",", "").replace(" ", "-")
-
-
 # ── the table ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def cells(out: Path) -> list[Cell]:
     """What every evaluated run found: arm → kind → measure → [value, low, high]; and what was flagged in training."""
-    methods, found = {folder_of(method): method for method in METHODS}, []
+    methods, found = {demo.folder_of(method): method for method in METHODS}, []
     for path in sorted(out.glob(f"*/*/*/{EVAL}")):
         evaluation, (task, method, seed) = read_evaluation(path.parent), path.parts[-4:-1]
         arms: dict[str, Any] = {}

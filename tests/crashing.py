@@ -131,20 +131,8 @@ def write_until_killed(write: Callable[[Path, Callable[[], None]], None], folder
     assert os.waitstatus_to_exitcode(status) == -signal.SIGKILL
 
 
-TRAIN = [
-    "--task",
-    "addition",
-    "--method",
-    "route",
-    "--by",
-    "both",
-    "--prompts",
-    "2",
-    "--generations",
-    "4",
-    "--steps",
-    "6",
-]
+TRAIN = ["--task", "addition", "--method", "route", "--by", "both"]
+TRAIN += ["--prompts", "2", "--generations", "4", "--steps", "6"]
 TRAIN += ["--save-every", "1", "--trainer.save_total_limit", "1"]
 
 

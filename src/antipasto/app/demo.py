@@ -96,7 +96,7 @@ def run(
     with RunFolder(out).held(new=True):
         for number in range(seed, seed + seeds):
             for method in methods:
-                folder = out / (f"seed-{number}" if seeds > 1 else "") / method.replace(" ", "-")
+                folder = out / (f"seed-{number}" if seeds > 1 else "") / folder_of(method)
                 say(console, f"{method}, seed {number}")
                 if not train(config_of(method, seed=number, steps=steps, variant=variant), folder, console):
                     return None
@@ -109,6 +109,16 @@ def run(
         page = write_report([f for f in folders if f.parent == folders[0].parent], out / "report.html")
     say(console, f"run folders: {', '.join(f.name for f in folders[: len(methods)])} in {out}", f"report: {page}")
     return found
+
+
+def folder_of(method: str) -> str:
+    """What a method's folder is called.
+
+    Example:
+        >>> folder_of("penalty by score, slow")
+        'penalty-by-score-slow'
+    """
+    return method.replace(",", "").replace(" ", "-")
 
 
 def evaluate(folder: Path, console: Console, seed: int) -> Evaluation:
