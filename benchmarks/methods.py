@@ -140,6 +140,18 @@ def cells(out: Path) -> list[Cell]:
     return found
 
 
+def known(path: Path | None) -> list[Cell]:
+    """The runs of an earlier table."""
+    found: list[Cell] = [] if path is None or not path.exists() else json.loads(path.read_text())
+    return found
+
+
+def merged(found: Sequence[Cell]) -> list[Cell]:
+    """Of one task, method and seed the last one, in order."""
+    last = {(cell["task"], cell["method"], cell["seed"]): cell for cell in found}
+    return [last[key] for key in sorted(last)]
+
+
 def flagged(folder: Path) -> dict[str, list[int]]:
     """Of a run's rollouts: exploits and right answers, how many were flagged, of how many; empty where nothing flags."""
     of: dict[str, list[bool]] = {"exploit": [], "right": []}
@@ -206,20 +218,20 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--model", type=Path, help="of run, for a task of exploits/: the warm-started one")
     parser.add_argument("--methods", nargs="+", default=list(METHODS))
-    parser.add_argument("--seeds", type=int, nargs="+", default=[100, 101])
+    parser.add_argument("--seeds", type=int, nargs="+", help="of run, [100, 101]; those that table shows, all")
     parser.add_argument("--steps", type=int, help=f"of a run; {STEPS}, or the demo's")
     parser.add_argument("--prompts", type=int, help="held-out prompts of an evaluation; all if not given")
     parser.add_argument("--dial", action="store_true", help="evaluate runs with a quarantine along the dial as well")
     parser.add_argument("--workers", type=int, default=1, help="of one thread each")
-    parser.add_argument("--json", type=Path, help="of table: where to keep its numbers")
+    parser.add_argument("--json", type=Path, help="of table: its numbers; runs that are in it already stay")
     options = parser.parse_args()
     if unknown := sorted({*options.tasks} - {*TASKS, *TOYS}):
         parser.error(f"there is no task {', '.join(unknown)}: there are {', '.join([*TASKS, *TOYS])}")
     if unknown := sorted({*options.methods} - {*METHODS}):
         parser.error(f"there is no method {', '.join(unknown)}: there are {', '.join(METHODS)}")
     if options.what == "table":
-        found = cells(options.out)
-        print(table(found))
+        found = merged([*known(options.json), *cells(options.out)])
+        print(table([cell for cell in found if options.seeds is None or cell["seed"] in options.seeds]))
         if options.json is not None:
             options.json.write_text("[\n" + ",\n".join(map(json.dumps, found)) + "\n]\n")
         return
@@ -228,7 +240,8 @@ def main() -> None:
         parser.error("run takes one task of exploits/ and --model, or any of the demo's without one")
     os.environ["OMP_NUM_THREADS"] = "1"
     wanted = [
-        (task, method, seed) for seed, task, method in itertools.product(options.seeds, options.tasks, options.methods)
+        (task, method, seed)
+        for seed, task, method in itertools.product(options.seeds or [100, 101], options.tasks, options.methods)
     ]
     with multiprocessing.get_context("spawn").Pool(options.workers, maxtasksperchild=1) as pool:
         jobs = [pool.apply_async(run, (*cell, options)) for cell in wanted]

@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
+from typing import Any
 
 import torch
 from contestants import make_model
@@ -31,11 +32,12 @@ def make_direction(layers: dict[str, ap.LayerKnobs], seed: int) -> ap.Direction:
     return ap.Direction({name: t / t.norm() for name, t in effect.items()}, effect=effect)
 
 
-def timed(function: Callable[[], None], into: list[float]) -> Callable[[], None]:
-    def run() -> None:
+def timed(function: Callable[..., Any], into: list[float]) -> Callable[..., Any]:
+    def run(*arguments: Any) -> Any:
         start = time.perf_counter()
-        function()
+        result = function(*arguments)
         into.append(time.perf_counter() - start)
+        return result
 
     return run
 
@@ -61,7 +63,7 @@ def main() -> None:
     ids = torch.randint(0, 49152, (8, 128))
 
     hooks: list[float] = []
-    router._before_step, router._after_step = timed(router._before_step, hooks), timed(router._after_step, hooks)  # type: ignore[method-assign,assignment]
+    router._on_step, router._after_step = timed(router._on_step, hooks), timed(router._after_step, hooks)  # type: ignore[method-assign]
 
     def step(around: AbstractContextManager[object]) -> tuple[float, float]:
         start, cpu = time.perf_counter(), time.process_time()

@@ -12,8 +12,7 @@ import torch
 from torch import nn
 
 import antipasto as ap
-from antipasto.routing.probing import reads_values
-from antipasto.routing.router import RoutingWarning
+from antipasto.routing.probing import RoutingWarning, reads_values
 
 SIZES = (6, 5)  # r of the two layers
 Make = Callable[[list[nn.Parameter]], torch.optim.Optimizer]

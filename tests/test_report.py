@@ -49,7 +49,7 @@ from antipasto.evaluation.records import (
     write_evaluation,
 )
 from antipasto.files import write_tensors
-from antipasto.routing.router import _FORMAT as BOOKS_FORMAT
+from antipasto.routing.books import FORMAT as BOOKS_FORMAT
 
 HOSTILE = (
     '<script>window.__pwned=1;alert(1)</script></style></textarea></script>"\'><img src=x onerror="window.__pwned=1">'

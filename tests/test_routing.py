@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 import antipasto as ap
-from antipasto.routing.router import OWN_BOOK
+from antipasto.routing.books import OWN_BOOK
 
 SIZES = (6, 5)  # r of the two layers
 GATES = ["coordinate", "disjoint", "one_sided", "no_gate", "reverse"]
@@ -446,8 +446,15 @@ def test_stopped_and_continued_is_the_uninterrupted_run(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"books\.safetensors does not continue this run: it has the books"):
         ap.Router(make_model(), make_direction()).load(tmp_path / "books.safetensors")
     (tmp_path / "books.safetensors").write_bytes(b"nothing")
-    with pytest.raises(ValueError, match="does not continue this run"):
+    with pytest.raises(ValueError, match=r"books\.safetensors is not a book file that can be used"):
         second.load(tmp_path / "books.safetensors")
+
+
+@pytest.mark.parametrize("name", ["direction", "built-in chance"])
+def test_the_names_of_the_routers_own_books_are_taken(name: str) -> None:
+    v = make_direction()
+    with pytest.raises(ValueError, match=f"{name!r} is the name of a book that the router keeps"):
+        ap.Router(make_model(), v, controls={name: v.random(0)})
 
 
 # ── metrics ──────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -13,7 +13,7 @@ import torch
 from scripted import GROUP
 from two_processes import run
 
-from antipasto.routing.router import read_books
+from antipasto.routing.books import read_books
 from antipasto.tasks import addition
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*torch.utils.data.dataloader.*pin_memory.*")

@@ -31,14 +31,13 @@ from antipasto.app.run_folder import MONITOR, RunFolder
 from antipasto.evaluation.records import EVAL, read_evaluation
 from antipasto.evaluation.rollout_log import Rollout, read
 from antipasto.reading import as_number, read_json, read_rows
+from antipasto.routing.books import CHANCE, read_books
 from antipasto.routing.directions import Direction
 from antipasto.routing.gates import DEFAULT_THRESHOLD
 from antipasto.routing.monitor import read_monitor
-from antipasto.routing.router import read_books
 from antipasto.terminal import add_row, plain, shorten
 
 THRESHOLDS = (0.5, 0.65, 0.8, 1.0)
-CHANCE = "built-in chance"  # the book of the router's own random direction
 QUARANTINE = "quarantine"
 _TOP = 5
 _CONFIG_LINES = 24
@@ -282,13 +281,14 @@ def books_parts(path: Path, quarantine: Mapping[str, Tensor] | None = None) -> l
         quarantine: layer → δS_hack of the same run, to be compared with them.
     """
     saved = read_books(path)
-    books = {**saved.books, CHANCE: saved.chance}
-    if quarantine and quarantine.keys() == saved.chance.keys():
+    books = saved.books
+    layers = books[CHANCE]
+    if quarantine and quarantine.keys() == layers.keys():
         books = {QUARANTINE: dict(quarantine), **books}
     tensors = [tensor for book in books.values() for tensor in book.values()]
     if not tensors or any(tensor.ndim != 1 for tensor in tensors):
         raise ValueError(f"{path}: its books are not vectors, or there are none.")
-    flat = {name: torch.cat([book[layer].float() for layer in saved.chance]) for name, book in books.items()}
+    flat = {name: torch.cat([book[layer].float() for layer in layers]) for name, book in books.items()}
     if len({t.shape for t in flat.values()}) > 1:
         raise ValueError(f"{path}: its books are of different lengths, or of other layers than the adapter's.")
     numbers = [str(i) for i in range(1, len(flat) + 1)]

@@ -29,7 +29,7 @@ from antipasto.adapter.knobs import knobs
 from antipasto.adapter.layer import as_matrix
 from antipasto.app.checks import check_model_name
 from antipasto.names import Dtype
-from antipasto.routing.router import RoutingWarning
+from antipasto.routing.probing import RoutingWarning
 
 
 def load_model(name_or_path: str, *, dtype: Dtype = "auto") -> tuple[PreTrainedModel, Any]:

@@ -25,7 +25,8 @@ from antipasto.app.run_folder import RunFolder
 from antipasto.evaluation.records import REFERENCE, SHRUNK, TRAINED, dial_arm
 from antipasto.files import replacing_folder, write_json
 from antipasto.names import COMPLETE
-from antipasto.routing.router import Router, read_books
+from antipasto.routing.books import read_books
+from antipasto.routing.router import Router
 
 HAVE_QUARANTINE = ("route", "inoculate")
 """Methods that leave a quarantine, which does not ship."""
@@ -156,7 +157,7 @@ def _command() -> str:
 
 
 def _books(folder: RunFolder) -> dict[str, dict[str, torch.Tensor]]:
-    return read_books(folder.books).books if folder.books.exists() else {}
+    return read_books(folder.books).controls if folder.books.exists() else {}
 
 
 def run_views(

@@ -37,38 +37,39 @@ as far as it went, before the next one or when the router lets go of the optimiz
 
 from __future__ import annotations
 
-import json
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from antipasto.adapter.fingerprints import Fingerprint, check_same_base, fingerprints_from_json, fingerprints_to_json
+from antipasto.adapter.fingerprints import check_same_base
 from antipasto.adapter.knobs import current_fingerprints, knobs, require_finite_gradients
 from antipasto.adapter.layer import View
 from antipasto.adapter.views import seen_as
-from antipasto.files import read_tensors, write_tensors
 from antipasto.names import GateName, Level, Mode, Sharing
+from antipasto.routing.books import CHANCE, OWN_BOOK, Books, read_books
 from antipasto.routing.directions import Direction
 from antipasto.routing.gates import Control, Gate
 from antipasto.routing.momentum import GradientParts, MomentumSplit
-from antipasto.routing.probing import reads_values
+from antipasto.routing.probing import RoutingWarning, Watch
 
-OWN_BOOK = "direction"
-"""Name of the direction's own book in ``measure`` mode; in ``route`` mode ``delta_s_hack`` is that book."""
-
-_FORMAT = "antipasto-books-2"
 _CHANCE_SEED = 2410_04332  # no seed that a control would be given
-_MOMENTUM = ("momentum/deployed", "momentum/quarantined")
-_TRIES = 3
 
 
-class RoutingWarning(UserWarning):
-    """Something about a run that is routed is not what one would expect."""
+@dataclass
+class _Step:
+    """The step under way: what was there before it."""
+
+    delta_s: Tensor
+    hack: Tensor  # at gradient level, where the optimizer moves both knobs
+    parts: tuple[Tensor, Tensor] | None = None  # g_D and g_Q
+    skipped: bool = False  # by a GradScaler
+    unfilled: list[Tensor] = field(default_factory=list)  # parameters without a momentum buffer
 
 
 class Router:
@@ -126,48 +127,48 @@ class Router:
         if level == "gradient":
             for knob in self._hack:
                 knob.requires_grad_(True)
-        self._options = (gate, threshold)
-        self.direction: Direction | None = None
-        self._gate: Gate | None = None
-        self._chance: Gate | None = None
-        if direction is not None:
-            self._set_direction(direction)
-        entries = dict(controls or {})
-        if OWN_BOOK in entries:
-            raise ValueError(f"{OWN_BOOK!r} is the name of the direction's own book: give the control another.")
-        self._gates: dict[str, Gate] = {}
-        for name, entry in entries.items():
-            control = entry if isinstance(entry, Control) else Control(entry, *self._options)
-            control.direction.check_base(model, self._fingerprints)
-            self._gates[name] = Gate(control, self._sizes, self._device)
-        kept = [*self._gates, *([OWN_BOOK] if mode == "measure" else [])]
+        self.direction = direction
+        self._gates = self._made_gates(direction, dict(controls or {}), gate, threshold)
+        kept = [name for name in self._gates if name not in (OWN_BOOK, CHANCE)]
+        kept += [CHANCE, *([OWN_BOOK] if mode == "measure" else [])]
         self._books = {name: torch.zeros(sum(self._sizes.values()), device=self._device) for name in kept}
-        self._chance_book = torch.zeros(sum(self._sizes.values()), device=self._device)
         self._seen: dict[str, Tensor] = {}
-        self._hack_before = torch.empty(0)
-        self._before: Tensor | None = None
-        self._optimizer: torch.optim.Optimizer | None = None
         self.reduce: Callable[[Tensor], Tensor] | None = None
         self._parts = GradientParts(self._delta_s)
-        self._of_step: tuple[Tensor, Tensor] | None = None  # g_D and g_Q of the step under way
-        self._momentum: MomentumSplit | None = None
         self._saved_momentum: tuple[Tensor, Tensor] | None = None
-        self._skipped = False
-        self._without_buffer: list[Tensor] = []
-        self._left: Tensor | None = None  # δS as the last step left it; None once it was warned about
-        self._warned_of_writes = False
-        self._tries = 0
+        # while attached
+        self._optimizer: torch.optim.Optimizer | None = None
+        self._watch: Watch | None = None
+        self._momentum: MomentumSplit | None = None
+        self._step: _Step | None = None
         self._descent = torch.empty(0)
 
     @property
     def _device(self) -> torch.device:
         return self._delta_s[0].device
 
-    def _set_direction(self, direction: Direction) -> None:
-        direction.check_base(self.model, self._fingerprints)
-        gate = Gate(Control(direction, *self._options), self._sizes, self._device)
-        self._chance = Gate(Control(direction.random(_CHANCE_SEED), *self._options), self._sizes, self._device)
-        self.direction, self._gate = direction, gate
+    def _made_gates(
+        self,
+        direction: Direction | None,
+        controls: dict[str, Direction | Control],
+        gate: GateName,
+        threshold: float | None,
+    ) -> dict[str, Gate]:
+        """The direction's own, that of a random one of the same shape, and the controls': none without a direction."""
+        if taken := {OWN_BOOK, CHANCE} & {*controls}:
+            raise ValueError(f"{taken.pop()!r} is the name of a book that the router keeps: give the control another.")
+        if direction is None:
+            return {}
+        own = Control(direction, gate, threshold)
+        given = {
+            name: entry if isinstance(entry, Control) else Control(entry, gate, threshold)
+            for name, entry in controls.items()
+        }
+        for control in (own, *given.values()):
+            control.direction.check_base(self.model, self._fingerprints)
+        by_chance = Control(direction.random(_CHANCE_SEED), gate, threshold)
+        named = {OWN_BOOK: own, CHANCE: by_chance, **given}
+        return {name: Gate(control, self._sizes, self._device) for name, control in named.items()}
 
     # ── in the loop ──────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -197,14 +198,15 @@ class Router:
         if self.level == "gradient":
             # until the step splits it, the gradient counts once: clipping would else see it in both knobs
             handles += [knob.register_hook(torch.zeros_like) for knob in self._hack]
-        self._optimizer, self._momentum, self._left = optimizer, None, None
-        self._warned_of_writes = False
-        self._tries = _TRIES if self._keeps_the_run(optimizer) else 0
-        self._follow(self._delta_s[0].device)
+        self._optimizer, self._momentum = optimizer, None
+        by_name = dict(zip(self._sizes, self._delta_s, strict=True))
+        writes = self.level == "update" and self.mode != "measure"
+        self._watch = Watch(optimizer, by_name, tries=self._keeps_the_run(optimizer), writes=writes)
+        self._follow(self._device)
         try:
             yield self
             self._end_interrupted()
-            self._see_writes(stacklevel=4)
+            self._watch.see_writes(stacklevel=4)
         finally:
             for handle in handles:
                 handle.remove()
@@ -214,7 +216,7 @@ class Router:
                 if self._momentum is not None:  # attached again, to the same optimizer, it goes on
                     self._saved_momentum = self._momentum.deployed, self._momentum.quarantined
                 self._parts.drop()
-                self._optimizer = self._momentum = None
+                self._optimizer = self._watch = self._momentum = None
 
     def _keeps_the_run(self, optimizer: torch.optim.Optimizer) -> bool:
         """Whether θ is to be the plain run's, and nothing has been said yet of why it would not."""
@@ -226,11 +228,9 @@ class Router:
 
     def _follow(self, device: torch.device) -> None:
         """Move along with a model that has been moved since."""
-        for gate in (self._gate, self._chance, *self._gates.values()):
-            if gate is not None:
-                gate.to(device)
+        for gate in self._gates.values():
+            gate.to(device)
         self._books = {name: book.to(device) for name, book in self._books.items()}
-        self._chance_book = self._chance_book.to(device)
 
     def _check_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         if self._optimizer is not None:
@@ -273,28 +273,28 @@ class Router:
     def _on_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         self._end_interrupted()
         closure = kwargs.get("closure") if len(args) < 2 else args[1]  # args[0] is the optimizer
-        self._see_writes()
+        assert self._watch is not None
+        self._watch.see_writes(stacklevel=5)
         if closure is None:
-            self._before_step()
+            self._step = self._begun_step()
             return None
-        self._skipped, self._tries = False, 0  # a step with a closure cannot be tried out on copies
+        self._watch.stop_trying()
         if self.level == "gradient" and self.mode != "measure":
             raise ValueError(
                 "level='gradient' cannot route a step with a closure, which computes gradients of its own."
             )
-        before = _flat(self._delta_s)
+        step = self._step = _Step(_flat(self._delta_s), torch.empty(0))
 
         def looked_at() -> Any:
             loss = closure()
             try:
-                self._see_gradient()
+                step.parts = self._see_gradient()
             except ValueError:
                 with torch.no_grad():  # an optimizer that calls it several times has moved them by now
-                    _write(self._delta_s, self._split(before))
+                    _write(self._delta_s, self._split(step.delta_s))
                 raise
             return loss
 
-        self._before = before
         return (args[0], looked_at, *args[2:]), {name: value for name, value in kwargs.items() if name != "closure"}
 
     def flatten(self, grads: Mapping[str, Tensor]) -> Tensor:
@@ -308,9 +308,9 @@ class Router:
 
     def alignment(self, gradients: Tensor) -> Tensor:
         """How hack-ward the steps are that gradients (b, R) ask for: cosines (b,) with the direction (`Gate.alignment`)."""
-        if self._gate is None:
+        if OWN_BOOK not in self._gates:
             raise ValueError("This router has no direction.")
-        return self._gate.alignment(gradients)
+        return self._gates[OWN_BOOK].alignment(gradients)
 
     def add_gradients(self, deployed: Tensor, quarantined: Tensor) -> None:
         """Say, once per micro-batch, how the gradient splits: what the deployed knobs may learn from, and the rest.
@@ -332,15 +332,16 @@ class Router:
             raise ValueError("Rollouts are routed at level='update': at gradient level Adam would rescale their share.")
         self._parts.add(deployed, quarantined)
 
-    def _begin_split(self, g: Tensor) -> None:
-        """Before the step: bring the parts to the scale of the gradient that the optimizer will see."""
+    def _scaled_parts(self, g: Tensor) -> tuple[Tensor, Tensor] | None:
+        """Before the step: g_D and g_Q at the scale of the gradient that the optimizer will see; None if nothing is split."""
         if not self._parts.there() and self._momentum is None and self._saved_momentum is None:
-            return
+            return None
         assert self._optimizer is not None
         if self._momentum is None:
             self._momentum = self._begun_momentum(self._optimizer)
-        self._of_step = self._parts.scaled_to(g, self.reduce)
+        parts = self._parts.scaled_to(g, self.reduce)
         self._momentum.begin()
+        return parts
 
     def _begun_momentum(self, optimizer: torch.optim.Optimizer) -> MomentumSplit:
         """That of an optimizer which this router has split before goes on; in any other, all is the deployed part's."""
@@ -354,91 +355,46 @@ class Router:
             )
         return momentum
 
-    def _claimed(self, delta: Tensor, whole: bool) -> Tensor:
+    def _claimed(self, step: _Step, delta: Tensor, whole: bool) -> Tensor:
         """After the step: Δ_Q, what of it the rollouts of the quarantine have done."""
-        if self._momentum is None or self._of_step is None:
+        if self._momentum is None or step.parts is None:
             return torch.zeros_like(delta)
-        claimed = self._momentum.end(*self._of_step, delta, whole=whole)
-        self._of_step = None
+        claimed = self._momentum.end(*step.parts, delta, whole=whole)
         self._seen["flagged_update"] = claimed.norm() / delta.norm().clamp_min(torch.finfo(delta.dtype).tiny)
         return claimed
 
-    def _see_writes(self, stacklevel: int = 5) -> None:
-        """Warn, once, where δS is not what the last step left."""
-        if self._left is None or self.level == "gradient" or self.mode == "measure":
-            return
-        now = _flat(self._delta_s).to(self._left)
-        if not torch.allclose(now, self._left, rtol=1e-5, atol=1e-8):
-            changes = [float(part.abs().max()) for part in self._split(now - self._left)]
-            name = list(self._sizes)[max(range(len(changes)), key=changes.__getitem__)]
-            warnings.warn(
-                f"{name}: its delta_s was written to outside of a step, by up to {max(changes):.2g} a coordinate, around "
-                f"{type(self._optimizer).__name__}. Such a move is not routed: it may be hack-ward, and training is no longer "
-                "what it would be without the router. Lookahead and schedule-free averaging do this.",
-                RoutingWarning,
-                stacklevel=stacklevel,
-            )
-            self._left = None
-            self._warned_of_writes = True
-
-    def _try_out(self) -> None:
-        """Warn, once, where another step on this gradient would depend on the values of the knobs."""
-        optimizer = self._optimizer
-        assert optimizer is not None
-        name = type(optimizer).__name__
-        try:
-            reads = reads_values(optimizer, self._delta_s)
-        except Exception as error:  # of code that is not ours, on copies: it is told, and the real step goes on
-            said = f"{name}'s step could not be tried out on copies of the knobs ({type(error).__name__}: {error}): if"
-        else:
-            self._tries -= reads is not None
-            if not reads:
-                return
-            said = f"A step of {name} depends on the values of the knobs, and not on their gradients alone: since"
-        self._tries = 0
-        warnings.warn(
-            f"{said} it sees delta_s without the quarantine, training is no longer what it would be without the router. Adam, "
-            "AdamW with weight_decay=0, SGD, RMSprop and Lion keep it so.",
-            RoutingWarning,
-            stacklevel=6,
-        )
-
     @torch.no_grad()
-    def _see_gradient(self) -> None:
+    def _see_gradient(self) -> tuple[Tensor, Tensor] | None:
         """Look at the gradient that the optimizer is about to use; refuse what is not finite, having changed nothing."""
         grads = [torch.zeros_like(knob) if knob.grad is None else knob.grad for knob in self._delta_s]
         require_finite_gradients(dict(zip(self._sizes, grads, strict=True)), self.steps)
         g = _flat(grads)
-        scale = getattr(
-            self._optimizer, "grad_scale", None
-        )  # of a GradScaler, where the optimizer unscales in its step
-        self._begin_split(g if scale is None else g / scale)
+        # of a GradScaler, where the optimizer unscales in its step
+        scale = getattr(self._optimizer, "grad_scale", None)
+        parts = self._scaled_parts(g if scale is None else g / scale)
         self._see("hackward_in", self._descent * g)
+        return parts
 
     @torch.no_grad()
-    def _before_step(self) -> None:
-        found_inf = getattr(
-            self._optimizer, "found_inf", None
-        )  # of a GradScaler, where the optimizer skips in its step
-        self._skipped = found_inf is not None and bool(found_inf)
-        before = _flat(self._delta_s)
-        if self._skipped:
+    def _begun_step(self) -> _Step:
+        # of a GradScaler, where the optimizer skips in its step
+        found_inf = getattr(self._optimizer, "found_inf", None)
+        step = _Step(_flat(self._delta_s), _flat(self._hack) if self._hack else torch.empty(0))
+        step.skipped = found_inf is not None and bool(found_inf)
+        if step.skipped:
             assert self._optimizer is not None
             parameters = [p for group in self._optimizer.param_groups for p in group["params"]]
-            self._without_buffer = [p for p in parameters if "momentum_buffer" not in self._optimizer.state.get(p, {})]
-        else:
-            self._see_gradient()
-        if self.level == "gradient" and self.mode != "measure" and not self._skipped:
+            step.unfilled = [p for p in parameters if "momentum_buffer" not in self._optimizer.state.get(p, {})]
+            return step
+        step.parts = self._see_gradient()
+        if self.level == "gradient" and self.mode != "measure":
             self._split_gradient()
-        self._before = before
+        return step
 
     def _split_gradient(self) -> None:
         g = _flat([torch.zeros_like(knob) if knob.grad is None else knob.grad for knob in self._delta_s])
-        self._hack_before = _flat(self._hack) if self._hack else torch.zeros_like(g)
-        assert self._gate is not None
-        assert self._chance is not None
-        moved, self._seen["fired"] = self._gate.moved(-g)
-        self._seen["fired_random"] = self._chance.moved(-g)[1]
+        moved, self._seen["fired"] = self._gates[OWN_BOOK].moved(-g)
+        self._seen["fired_random"] = self._gates[CHANCE].moved(-g)[1]
         for knob, part in zip(self._delta_s, self._split(g + moved), strict=True):
             knob.grad = part.clone()
         for knob, part in zip(self._hack, self._split(-moved), strict=False):  # none where the moved part is erased
@@ -446,59 +402,62 @@ class Router:
 
     def _end_interrupted(self) -> None:
         """Route what a step that ended in an exception had moved by then."""
-        if self._before is None:
+        if self._step is None:
             return
-        if self._skipped or torch.equal(self._before, _flat(self._delta_s)):
-            self._before = self._of_step = None
+        if self._step.skipped or torch.equal(self._step.delta_s, _flat(self._delta_s)):
+            self._step = None
         else:
             self._after_step(whole=False)
 
     @torch.no_grad()
     def _after_step(self, whole: bool = True) -> None:
-        if self._before is None:  # of a step that called its base class's, which was routed
+        step, self._step = self._step, None
+        if step is None:  # of a step that called its base class's, which was routed
             return
-        before, after = self._before, _flat(self._delta_s)
-        self._before = None
-        if self._skipped:
+        if step.skipped:
             self._parts.drop()
             assert self._optimizer is not None
-            for parameter in self._without_buffer:  # torch's fused SGD makes it, and skips without having filled it
+            for parameter in step.unfilled:  # torch's fused SGD makes it, and skips without having filled it
                 self._optimizer.state.get(parameter, {}).pop("momentum_buffer", None)
             return
+        before, after = step.delta_s, _flat(self._delta_s)
         delta = after - before
         if self.level == "gradient" and self._hack:
-            delta = delta + (_flat(self._hack) - self._hack_before)  # of θ: here the optimizer moves both knobs
-        self._require_finite(delta, before)
-        claimed = self._claimed(delta, whole)
-        moved = chance_moved = claimed
-        if self._gate is not None and self._chance is not None:
-            by_gate, fired = self._gate.moved(delta - claimed)
-            by_chance, chance_fired = self._chance.moved(delta - claimed)
-            moved, chance_moved = claimed + by_gate, claimed + by_chance
-            if self.level == "update" or self.mode == "measure":
-                self._seen["fired"], self._seen["fired_random"] = fired, chance_fired
+            delta = delta + (_flat(self._hack) - step.hack)  # of θ: here the optimizer moves both knobs
+        self._require_finite(delta, step)
+        claimed = self._claimed(step, delta, whole)
+        moved = self._gated(delta, claimed)
         if self.level == "update" and self.mode != "measure":
+            own = moved[OWN_BOOK]
             # exact on both sides: what is moved entirely ends where it began, what is not moved stays where the step put it
-            _write(self._delta_s, self._split(torch.where(moved == 0, after, before + (delta - moved))))
+            _write(self._delta_s, self._split(torch.where(own == 0, after, before + (delta - own))))
             if self.mode == "route":
-                _write(self._hack, self._split(_flat(self._hack) + (delta if self.sharing == "classic" else moved)))
+                _write(self._hack, self._split(_flat(self._hack) + (delta if self.sharing == "classic" else own)))
         self._see("hackward_update", -delta)
         self._see("hackward_out", before - _flat(self._delta_s))
-        self._keep_books(delta, claimed, moved, chance_moved)
-        if not self._warned_of_writes:
-            self._left = _flat(self._delta_s)
+        for name, book in self._books.items():
+            book += moved[name]
         self.steps += 1
-        if whole and self._tries:
-            self._try_out()
+        assert self._watch is not None
+        self._watch.after_step(try_out=whole)
 
-    def _require_finite(self, delta: Tensor, before: Tensor) -> None:
+    def _gated(self, delta: Tensor, claimed: Tensor) -> dict[str, Tensor]:
+        """What each gate moves: all that is claimed, and its part of the rest."""
+        moved, fired = {OWN_BOOK: claimed, CHANCE: claimed}, {}
+        for name, gate in self._gates.items():
+            part, fired[name] = gate.moved(delta - claimed)
+            moved[name] = claimed + part
+        if fired and (self.level == "update" or self.mode == "measure"):
+            self._seen["fired"], self._seen["fired_random"] = fired[OWN_BOOK], fired[CHANCE]
+        return moved
+
+    def _require_finite(self, delta: Tensor, step: _Step) -> None:
         """Put the knobs back and say so where the optimizer's own step made a NaN or Inf of them."""
         if delta.isfinite().all():
             return
-        _write(self._delta_s, self._split(before))
+        _write(self._delta_s, self._split(step.delta_s))
         if self.level == "gradient" and self._hack:
-            _write(self._hack, self._split(self._hack_before))
-        self._of_step = None
+            _write(self._hack, self._split(step.hack))
         bad = next(
             name for name, part in zip(self._sizes, self._split(delta), strict=True) if not part.isfinite().all()
         )
@@ -508,18 +467,10 @@ class Router:
             "Look at its learning rate and its eps."
         )
 
-    def _keep_books(self, delta: Tensor, claimed: Tensor, moved: Tensor, chance_moved: Tensor) -> None:
-        self._chance_book += chance_moved
-        if self.mode == "measure":
-            self._books[OWN_BOOK] += moved
-        for name, gate in self._gates.items():
-            self._books[name] += claimed + gate.moved(delta - claimed)[0]
-
     def _see(self, name: str, u: Tensor) -> None:
-        if self._gate is None or self._chance is None:
-            return
-        self._seen[name] = self._gate.hackward(u)
-        self._seen[f"{name}_random"] = self._chance.hackward(u)
+        if self._gates:
+            self._seen[name] = self._gates[OWN_BOOK].hackward(u)
+            self._seen[f"{name}_random"] = self._gates[CHANCE].hackward(u)
 
     # ── what it says ─────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -535,14 +486,14 @@ class Router:
         book = _flat(own) if own else self._books.get(OWN_BOOK)
         numbers = {name: float(value) for name, value in self._seen.items()}
         numbers["quarantine_norm"] = 0.0 if book is None else float(book.norm())
-        if self._chance is not None:
-            numbers["quarantine_norm_random"] = float(self._chance_book.norm())
+        if self._gates:
+            numbers["quarantine_norm_random"] = float(self._books[CHANCE].norm())
         return numbers
 
     @property
     def books(self) -> tuple[str, ...]:
-        """The names of the books."""
-        return tuple(self._books)
+        """The names of the books, but for the router's own of chance."""
+        return tuple(name for name in self._books if name != CHANCE)
 
     def book(self, name: str) -> dict[str, Tensor]:
         """What a control would have moved so far: layer name → (r,).
@@ -550,9 +501,12 @@ class Router:
         Raises:
             ValueError: there is no such book.
         """
-        if name not in self._books:
-            raise ValueError(f"There is no book {name!r}; there are {sorted(self._books)}.")
-        return dict(zip(self._sizes, self._split(self._books[name]), strict=True))
+        if name not in self.books:
+            raise ValueError(f"There is no book {name!r}; there are {sorted(self.books)}.")
+        return self._by_layer(self._books[name])
+
+    def _by_layer(self, flat: Tensor) -> dict[str, Tensor]:
+        return dict(zip(self._sizes, self._split(flat), strict=True))
 
     def deployed(self, name: str | None = None) -> AbstractContextManager[None]:
         """Context: the quarantine out; or, by name, a control's book out instead.
@@ -575,18 +529,16 @@ class Router:
 
     def save(self, path: str | Path) -> None:
         """Write the books, the direction as it is, the split momentum and the number of steps; the adapter holds the knobs."""
-        tensors = {f"book/{book}/{layer}": part for book in self._books for layer, part in self.book(book).items()}
-        tensors |= {f"chance/{n}": part for n, part in zip(self._sizes, self._split(self._chance_book), strict=True)}
-        if self.direction is not None:
-            tensors |= self.direction.to_tensors()
         momentum = self._saved_momentum
         if self._momentum is not None:
             momentum = self._momentum.deployed, self._momentum.quarantined
-        if momentum is not None:
-            tensors |= dict(zip(_MOMENTUM, momentum, strict=True))
-        facts = {"steps": self.steps, "books": sorted(self._books)}
-        metadata = {"format": _FORMAT, "fingerprints": fingerprints_to_json(self._fingerprints), **_as_json(facts)}
-        write_tensors(path, {k: t.clone() for k, t in tensors.items()}, metadata)
+        Books(
+            steps=self.steps,
+            books={name: self._by_layer(book) for name, book in self._books.items()},
+            direction={} if self.direction is None else self.direction.to_tensors(),
+            fingerprints=self._fingerprints,
+            momentum=momentum,
+        ).write(path)
 
     def load(self, path: str | Path) -> None:
         """Continue from what `save` wrote.
@@ -595,16 +547,15 @@ class Router:
             ValueError: the file is not a book file, is damaged, or has other books or layers than this router; names it.
             OSError: the file cannot be read.
         """
+        saved = read_books(path)
         try:
-            saved = _read_books(path)
-            if sorted(saved.books) != sorted(self._books):
-                raise ValueError(f"it has the books {sorted(saved.books)}, this router {sorted(self._books)}")
+            if sorted(saved.controls) != sorted(self.books):
+                raise ValueError(f"it has the books {sorted(saved.controls)}, this router {sorted(self.books)}")
             books = {
                 name: torch.cat([saved.books[name][layer] for layer in self._sizes]).to(self._device)
                 for name in self._books
             }
-            chance = torch.cat([saved.chance[layer] for layer in self._sizes])
-            if any(len(book) != len(self._chance_book) for book in (chance, *books.values())):
+            if any(len(books[name]) != len(book) for name, book in self._books.items()):
                 raise ValueError("its layers have another r")
             layers = knobs(self.model, adapter_name=self.adapter_name)
             check_same_base(
@@ -620,60 +571,12 @@ class Router:
         if saved.momentum is not None:
             m_D, m_Q = saved.momentum
             self._saved_momentum = m_D.to(self._device), m_Q.to(self._device)
-        self._left = None  # whoever loads the books has loaded the knobs as well
-        self._chance_book = chance.to(self._device)
+        if self._watch is not None:
+            self._watch.forget()  # whoever loads the books has loaded the knobs as well
         self._books, self.steps = books, saved.steps
 
     def _split(self, flat: Tensor) -> tuple[Tensor, ...]:
         return flat.split(list(self._sizes.values()))
-
-
-class Books(NamedTuple):
-    """What `Router.save` wrote: what each control would have moved, name → layer → (r,), and what belongs to it."""
-
-    steps: int
-    books: dict[str, dict[str, Tensor]]
-    chance: dict[str, Tensor]
-    direction: dict[str, Tensor]
-    fingerprints: dict[str, Fingerprint]
-    momentum: tuple[Tensor, Tensor] | None
-
-
-def read_books(path: str | Path) -> Books:
-    """Read what `Router.save` wrote, without a router.
-
-    Raises:
-        ValueError: the file is not a book file, or is damaged; names it.
-        OSError: the file cannot be read.
-    """
-    try:
-        return _read_books(path)
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is not a book file that can be used: {error}.") from error
-
-
-def _read_books(path: str | Path) -> Books:
-    tensors, metadata = read_tensors(path, _FORMAT)
-    facts = {key: json.loads(metadata[key]) for key in ("steps", "books")}
-    fingerprints = fingerprints_from_json(metadata["fingerprints"])
-    chance = {key.removeprefix("chance/"): t for key, t in tensors.items() if key.startswith("chance/")}
-    if not chance or not isinstance(facts["steps"], int) or not isinstance(facts["books"], list):
-        raise ValueError("it does not hold what books hold")
-    for key, tensor in tensors.items():
-        if key.startswith(("book/", "chance/", "momentum/")) and not (tensor.ndim == 1 and tensor.isfinite().all()):
-            raise ValueError(f"{key} is not a vector of finite numbers")
-    return Books(
-        steps=facts["steps"],
-        books={name: {layer: tensors[f"book/{name}/{layer}"] for layer in chance} for name in facts["books"]},
-        chance=chance,
-        direction={key: t for key, t in tensors.items() if not key.startswith(("book/", "chance/", "momentum/"))},
-        fingerprints=fingerprints,
-        momentum=(tensors[_MOMENTUM[0]], tensors[_MOMENTUM[1]]) if _MOMENTUM[0] in tensors else None,
-    )
-
-
-def _as_json(facts: Mapping[str, Any]) -> dict[str, str]:
-    return {key: json.dumps(value) for key, value in facts.items()}
 
 
 def _flat(tensors: Any) -> Tensor:

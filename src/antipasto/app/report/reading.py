@@ -17,9 +17,9 @@ from antipasto.app.report.rollouts import Rollouts, read_rollouts
 from antipasto.app.run_folder import RunFolder
 from antipasto.evaluation.records import EVAL, PARTIAL, Evaluation, read_evaluation
 from antipasto.reading import as_number, read_json, read_rows
+from antipasto.routing.books import Books, read_books
 from antipasto.routing.directions import Direction
 from antipasto.routing.gates import DEFAULT_THRESHOLD
-from antipasto.routing.router import Books, read_books
 
 ROUTED = ("route", "erase", "measure")
 """Methods that keep books."""

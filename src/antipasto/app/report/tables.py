@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from antipasto.app.inspection import CHANCE, QUARANTINE, Knobs, cosine, norms
+from antipasto.app.inspection import QUARANTINE, Knobs, cosine, norms
 from antipasto.app.report.layers import kind_of
 from antipasto.app.report.plots import ARM_COLOURS
 from antipasto.evaluation.records import (
@@ -24,7 +24,7 @@ from antipasto.evaluation.records import (
     short,
 )
 from antipasto.evaluation.verdict import where_the_exploit_is
-from antipasto.routing.router import Books
+from antipasto.routing.books import CHANCE, Books
 
 _KNOWN = (REFERENCE, TRAINED, DEPLOYED, RANDOM, "permuted", "labels shuffled", "non-hack contrast", "shrunk")
 _TITLES = {"solve": "solved", "exploit": "exploited", "reward": "reward", "kl": "KL", "length": "length"}
@@ -282,10 +282,11 @@ def knob_rows(knobs: dict[str, Knobs]) -> list[tuple[object, ...]]:
 
 def book_rows(books: Books, knobs: dict[str, Knobs] | None) -> list[tuple[str, str, str]]:
     """Book, norm, overlap with the quarantine: their cosine over all layers together."""
-    flat = {name: torch.cat([book[layer].float() for layer in books.chance]) for name, book in _all(books).items()}
+    layers = books.books[CHANCE]
+    flat = {name: torch.cat([book[layer].float() for layer in layers]) for name, book in books.books.items()}
     held = None
-    if knobs is not None and knobs.keys() == books.chance.keys():
-        parts = [knobs[layer].hack for layer in books.chance]
+    if knobs is not None and knobs.keys() == layers.keys():
+        parts = [knobs[layer].hack for layer in layers]
         if all(part is not None for part in parts):
             held = torch.cat([part for part in parts if part is not None])
     rows = [] if held is None else [(QUARANTINE, f"{held.norm():.3g}", "1.00")]
@@ -293,7 +294,3 @@ def book_rows(books: Books, knobs: dict[str, Knobs] | None) -> list[tuple[str, s
         overlap = None if held is None or held.shape != vector.shape else cosine(held, vector)
         rows.append((name, f"{vector.norm():.3g}", "–" if overlap is None else f"{overlap:.2f}".replace("-", "−")))
     return rows
-
-
-def _all(books: Books) -> dict[str, dict[str, torch.Tensor]]:
-    return {**books.books, CHANCE: books.chance}
