@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,7 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 import antipasto as ap
+from antipasto import files
 from antipasto.app.cli import app
 from antipasto.app.run_folder import RunFolder
 from antipasto.evaluation.records import read_evaluation
@@ -367,6 +369,20 @@ def test_a_run_by_score_says_what_its_threshold_means_and_continues(tmp_path: Pa
     code, text = run("inspect", str(tmp_path / "run"))
     assert code == 0
     assert "midway between held-out hacks and clean texts" in " ".join(text.split())
+
+
+@pytest.mark.parametrize("method", [["--method", "penalty"], ["--method", "route", "--by", "direction"]])
+def test_a_run_hashes_every_weight_once(method: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    def counted(tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> str:
+        hashed.update(tensor.data_ptr() for name, tensor in tensors.items() if name == "weight")
+        return files.digest(tensors, metadata)
+
+    hashed: Counter[int] = Counter()
+    monkeypatch.setattr("antipasto.adapter.fingerprints.digest", counted)
+    words = ["train", MODEL, "--task", "addition", *method, "--steps", "1", *SMALL[:4]]
+    assert run(*words, "--out", str(tmp_path / "run"))[0] == 0
+    assert len(hashed) == 21
+    assert {*hashed.values()} == {1}
 
 
 def test_a_false_alarm_rate_is_asked_of_as_many_answers_as_it_takes(tmp_path: Path) -> None:

@@ -26,8 +26,10 @@ import json
 import math
 import re
 import warnings
-from collections.abc import Mapping
-from typing import NamedTuple
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -183,7 +185,32 @@ def weight_digest(weight: Tensor) -> str:
         >>> weight_digest(torch.zeros(2, 2)) == weight_digest(torch.zeros(2, 2, dtype=torch.float16))
         False
     """
-    return digest({"weight": weight.detach()})
+    known = _known.get()
+    if known is None:
+        return digest({"weight": weight.detach()})
+    key = (weight.data_ptr(), weight.device, weight.dtype, tuple(weight.shape), weight.stride())
+    if key not in known:  # the tensor is kept, so that no other one can come to stand at its address
+        known[key] = digest({"weight": weight.detach()}), weight.detach()
+    return known[key][0]
+
+
+_known: ContextVar[dict[Any, tuple[str, Tensor]] | None] = ContextVar("_known", default=None)
+
+
+@contextmanager
+def hashed_once() -> Iterator[None]:
+    """Context in which nobody writes to a weight, such as the start of a run: each is hashed once, however many ask.
+
+    Example:
+        >>> with hashed_once():
+        ...     weight_digest(torch.zeros(2, 2)) == weight_digest(torch.zeros(2, 2))
+        True
+    """
+    token = _known.set({} if _known.get() is None else _known.get())
+    try:
+        yield
+    finally:
+        _known.reset(token)
 
 
 def sketch(weight: Tensor) -> tuple[float, ...]:

@@ -14,6 +14,7 @@ from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from contextvars import copy_context
 from dataclasses import replace
 from typing import Any, NamedTuple, cast
 
@@ -504,7 +505,9 @@ def _bases_for(targets: dict[str, nn.Module], config: AntiPastoConfig) -> dict[s
     workers = min(threads, len(targets), _MAX_WORKERS) if on_cpu else 1
 
     with ThreadPoolExecutor(workers, initializer=torch.set_num_threads, initargs=(max(threads // workers, 1),)) as pool:
-        jobs = {name: pool.submit(_basis_for, name, module, config) for name, module in targets.items()}
+        jobs = {
+            name: pool.submit(copy_context().run, _basis_for, name, module, config) for name, module in targets.items()
+        }
         try:
             # shown only when it takes long enough for someone to wonder
             shown = tqdm(jobs.items(), desc="singular bases", unit="layer", delay=2.0, leave=False)

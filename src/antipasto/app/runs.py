@@ -17,6 +17,7 @@ from torch import nn
 from transformers import Trainer
 
 from antipasto.adapter import AntiPastoConfig
+from antipasto.adapter.fingerprints import hashed_once
 from antipasto.adapter.knobs import deployed, reference, scaled
 from antipasto.adapter.layer import View
 from antipasto.adapter.views import seen_as
@@ -101,11 +102,12 @@ def load_run(root: Path, *, dial: float = 0.0) -> LoadedRun:
         raise ValueError(folder.unfinished)
     model, tokenizer = load_model(facts["base"]["model"], dtype=config.get("dtype", "auto"))
     with_template_options(tokenizer, (config.get("trainer") or {}).get("chat_template_kwargs"))
-    with quiet():
+    with quiet(), hashed_once():
         adapter = AntiPastoConfig.from_pretrained(str(folder.adapter))
         adapter.cache_dir = config.get("cache_dir", "auto")
         adapted = PeftModel.from_pretrained(model.to(best_device()), folder.adapter, config=adapter).eval()
-    if base_fingerprint(adapted) != facts["base"]["fingerprint"]:
+        now = base_fingerprint(adapted)
+    if now != facts["base"]["fingerprint"]:
         raise ValueError(
             f"{facts['base']['model']} has other weights now than when {root} was trained: its knobs mean nothing there."
         )

@@ -20,6 +20,7 @@ from transformers import PrinterCallback
 from transformers.integrations import TensorBoardCallback
 
 import antipasto as ap
+from antipasto.adapter.fingerprints import hashed_once
 from antipasto.app.models import base_fingerprint, load_model, process_state, quiet, with_template_options
 from antipasto.app.run_folder import RunFolder, step_of
 from antipasto.app.runs import finish_run, run_facts
@@ -104,7 +105,8 @@ def _run(config: TrainConfig, folder: RunFolder, console: Console, state: Partia
     with_template_options(tokenizer, args.chat_template_kwargs)
     check_chats(tokenizer, config.model, task)
     checkpoint = on_main(state, folder.last_checkpoint) if resume else None
-    with quiet(), nullcontext() if resume or not state.is_main_process else _beginning(config, folder):
+    begins = not resume and state.is_main_process
+    with quiet(), hashed_once(), _beginning(config, folder) if begins else nullcontext():
         trainer = RoutedGRPOTrainer(
             model=model,
             args=args,

@@ -28,6 +28,7 @@ from rich.console import Console
 from rich.text import Text
 
 from antipasto.adapter import AntiPastoConfig
+from antipasto.adapter.fingerprints import hashed_once
 from antipasto.adapter.knobs import wrap
 from antipasto.adapter.rollouts import TokenIds
 from antipasto.app.checks import find_files
@@ -209,7 +210,7 @@ def watch(
             "There is nothing to compare by: the files have no label. Name a column of 0 and 1 by --label-column, or reward "
             "and oracle by --reward-column and --oracle-column."
         )
-    with _held(out):
+    with _held(out), hashed_once():
         with console.status(Text(f"loading {plain(base)}")):
             model, tokenizer = load_model(base, dtype=config.dtype)
             wrap(model.to(best_device()), adapter)
