@@ -17,7 +17,7 @@ from rich.table import Table
 
 from antipasto.routing.monitor import Completion, Monitor
 from antipasto.routing.ordering import auc
-from antipasto.routing.pairs import ContrastPair, check_prompt, json_lines
+from antipasto.routing.pairs import ContrastPair, check_fields, json_lines
 from antipasto.terminal import add_row, shorten
 
 CLEAN = "clean"
@@ -106,12 +106,7 @@ def load_forms(path: str | Path) -> dict[str, list[Completion]]:
     """
     forms: dict[str, list[Completion]] = {}
     for where, row in json_lines(path):
-        if not isinstance(row, Mapping):
-            raise ValueError(f"{where}: expected an object with form, prompt and text, got {type(row).__name__}.")
-        for field in ("form", "prompt", "text"):
-            if field not in row:
-                raise ValueError(f"{where}: no field {field!r}; there are {sorted(map(str, row))}.")
-        check_prompt(row["prompt"], where)
+        check_fields(row, ("form", "prompt", "text"), where)
         for field in ("form", "text"):
             if not isinstance(row[field], str):
                 raise ValueError(f"{where}: field {field!r} must be a text, got {type(row[field]).__name__}.")

@@ -94,15 +94,21 @@ def json_lines(path: str | Path) -> list[tuple[str, Any]]:
     return rows
 
 
-def _to_pair(row: Any, where: str) -> ContrastPair:
-    if isinstance(row, ContrastPair):
-        row = dataclasses.asdict(row)
+def check_fields(row: Any, fields: Sequence[str], where: str) -> None:
+    """Refuse a row that is no object with these fields, or whose prompt is none."""
     if not isinstance(row, Mapping):
-        raise ValueError(f"{where}: expected an object with prompt, hack and clean, got {type(row).__name__}.")
-    for field in ("prompt", "hack", "clean"):
+        named = f"{', '.join(fields[:-1])} and {fields[-1]}"
+        raise ValueError(f"{where}: expected an object with {named}, got {type(row).__name__}.")
+    for field in fields:
         if field not in row:
             raise ValueError(f"{where}: no field {field!r}; there are {sorted(map(str, row))}.")
     check_prompt(row["prompt"], where)
+
+
+def _to_pair(row: Any, where: str) -> ContrastPair:
+    if isinstance(row, ContrastPair):
+        row = dataclasses.asdict(row)
+    check_fields(row, ("prompt", "hack", "clean"), where)
     pair = ContrastPair(row["prompt"], _side(row, "hack", where), _side(row, "clean", where))
     if both := sorted({*pair.hacks} & {*pair.cleans}):
         raise ValueError(f"{where}: fields 'hack' and 'clean' are the same text, {both[0]!r:.80}.")

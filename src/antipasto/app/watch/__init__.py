@@ -9,7 +9,8 @@ job        all of it, so that it can be interrupted at any moment
 page       what came of it → one HTML file
 """
 
-from antipasto.app.watch.job import WatchConfig, Watched, watch
+from antipasto.app.watch.job import WatchConfig, watch
+from antipasto.app.watch.result import Watched
 from antipasto.app.watch.sources import Columns
 
 __all__ = ["Columns", "WatchConfig", "Watched", "watch"]

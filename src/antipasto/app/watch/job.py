@@ -34,10 +34,11 @@ from antipasto.adapter.rollouts import TokenIds
 from antipasto.app.checks import find_files
 from antipasto.app.locks import held
 from antipasto.app.models import base_fingerprint, best_device, load_model, quiet
-from antipasto.app.onset import Onset, find_onset
+from antipasto.app.onset import find_onset
 from antipasto.app.run_folder import LOCK
-from antipasto.app.watch.compare import Comparison, compare_scores
+from antipasto.app.watch.compare import compare_scores
 from antipasto.app.watch.page import write_page
+from antipasto.app.watch.result import PAGE, Watched, Window
 from antipasto.app.watch.scoring import SCORES, Scorer, is_finite
 from antipasto.app.watch.sources import (
     Columns,
@@ -58,13 +59,7 @@ from antipasto.routing.monitor import Completion, Monitor
 from antipasto.routing.pairs import ContrastPair, load_pairs
 from antipasto.terminal import plain, progress_bar
 
-FACTS, SCORES_FILE, MONITOR, COMPARE, PAGE = (
-    "watch.json",
-    "scores.jsonl",
-    "monitor.safetensors",
-    "compare.json",
-    "watch.html",
-)
+FACTS, SCORES_FILE, MONITOR, COMPARE = "watch.json", "scores.jsonl", "monitor.safetensors", "compare.json"
 FORMAT = "antipasto-watch-1"
 WINDOWS = 4
 _CHUNK = 2048  # rollouts that are scored, and written, together
@@ -102,62 +97,6 @@ class WatchConfig:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}.")
-
-
-@dataclass(frozen=True)
-class Window:
-    """Some steps, one after the other.
-
-    Attributes:
-        first: step.
-        last: step.
-        above: share of its scored rollouts above the threshold.
-    """
-
-    first: int
-    last: int
-    above: Rate
-
-
-@dataclass(frozen=True)
-class Watched:
-    """What came of it.
-
-    Attributes:
-        out: the folder.
-        files: names of the files.
-        index: of the rollouts that were scored.
-        scores: by name of `SCORES`, (n,) each; NaN for a probe that there is none of.
-        monitor: what scored them.
-        above: share above the threshold, of all.
-        windows: the same by window of steps.
-        onset: where it begins to rise; None: it does not, or too little to tell.
-        comparison: None unless it was asked for.
-        by_oracle: whether a label is what reward and oracle say together.
-        facts: as `watch.json` has them.
-    """
-
-    out: Path
-    files: list[Path]
-    index: Index
-    scores: dict[str, np.ndarray]
-    monitor: Monitor
-    above: Rate
-    windows: list[Window]
-    onset: Onset | None
-    comparison: Comparison | None
-    by_oracle: bool
-    facts: dict[str, Any]
-
-    @property
-    def page(self) -> Path:
-        """The page."""
-        return self.out / PAGE
-
-    @property
-    def flagged(self) -> np.ndarray:
-        """Which are above the threshold, (n,) bool."""
-        return self.scores["score"] > self.monitor.threshold
 
 
 def watch(

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -14,13 +14,11 @@ from antipasto.app.report.plots import Line, Plot, curves
 from antipasto.app.report.rollouts import EACH, LONGEST, MARKUP
 from antipasto.app.report.tables import Block, share_block
 from antipasto.app.watch.compare import Comparison
+from antipasto.app.watch.result import Watched
 from antipasto.app.watch.sources import Columns, Source, read_sources
 from antipasto.evaluation.records import Rate
 from antipasto.files import write_text
 from antipasto.routing.monitor import Ordering
-
-if TYPE_CHECKING:
-    from antipasto.app.watch.job import Watched
 
 BUDGET = 600_000
 """Characters of rollouts on a page."""
