@@ -42,6 +42,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "inoculate": {"method": "inoculate"},
     "penalty by score, slow": {"method": "penalty", "by": "score", "slow": 3},
     "penalty by score, shuffled": {"method": "penalty", "by": "score", "pairs": "shuffled"},  # a control
+    "penalty by score, mended": {"method": "penalty", "by": "score", "pairs": "mended"},
 }
 TOYS = {addition.task_name(variant): variant for variant in addition.VARIANTS}
 UPPER = 12  # of the layers of a real model have knobs, which is cheaper: the backward ends below them
@@ -61,8 +62,8 @@ def config_of(name: str, method: str, model: Path | None, out: Path, **options: 
     """
     chosen = dict(METHODS[method])
     slow = chosen.pop("slow", 1)
-    if chosen.get("pairs") == "shuffled":
-        chosen["pairs"] = str(shuffled_pairs(name, out))
+    if "pairs" in chosen:
+        chosen["pairs"] = str(other_pairs(name, chosen["pairs"], out))
     if name in TOYS:
         base = dict(vars(demo.config_of("plain", variant=TOYS[name])))
     else:
@@ -84,13 +85,27 @@ def upper(model: Path, number: int) -> str:
     return rf".*\.layers\.({'|'.join(map(str, range(layers - number, layers)))})\.\w+\.(\w+_proj)"
 
 
-def shuffled_pairs(name: str, out: Path) -> Path:
-    """The task's pairs with hack and clean texts swapped in every other one: what they say of the exploit cancels out."""
-    path = out / f"{name}-shuffled.jsonl"
+def has_pairs(name: str, method: str) -> bool:
+    """Whether a task has the pairs that a method wants: mended ones are of a task of which a run was read."""
+    return METHODS[method].get("pairs") != "mended" or (name in TASKS and exploit_of(name).found is not None)
+
+
+def other_pairs(name: str, which: str, out: Path) -> Path:
+    """A file of other pairs than the task's own.
+
+    Shuffled: hack and clean texts swapped in every other one, so that what they say of the exploit cancels out. Mended: with
+    hacks that a run was found to write, beside the task's (`Exploit.pairs`).
+    """
+    path = out / f"{name}-{which}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
-    rows = list(addition.task(TOYS[name]).pairs or []) if name in TOYS else exploit_of(name).pairs()
-    swapped = [{**row, "hack": row["clean"], "clean": row["hack"]} if i % 2 else row for i, row in enumerate(rows)]
-    path.write_text("".join(json.dumps(row) + "\n" for row in swapped))
+    if which == "mended":
+        rows = exploit_of(name).pairs(mended=True)
+    else:
+        rows = (
+            [dict(row) for row in addition.task(TOYS[name]).pairs or []] if name in TOYS else exploit_of(name).pairs()
+        )
+        rows = [{**row, "hack": row["clean"], "clean": row["hack"]} if i % 2 else row for i, row in enumerate(rows)]
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
 
@@ -217,7 +232,7 @@ def main() -> None:
     parser.add_argument("tasks", nargs="*", help=f"of run: {', '.join([*TASKS, *TOYS])}")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--model", type=Path, help="of run, for a task of exploits/: the warm-started one")
-    parser.add_argument("--methods", nargs="+", default=list(METHODS))
+    parser.add_argument("--methods", nargs="+", help="all, but for those that the tasks have no pairs for")
     parser.add_argument("--seeds", type=int, nargs="+", help="of run, [100, 101]; those that table shows, all")
     parser.add_argument("--steps", type=int, help=f"of a run; {STEPS}, or the demo's")
     parser.add_argument("--prompts", type=int, help="held-out prompts of an evaluation; all if not given")
@@ -227,8 +242,9 @@ def main() -> None:
     options = parser.parse_args()
     if unknown := sorted({*options.tasks} - {*TASKS, *TOYS}):
         parser.error(f"there is no task {', '.join(unknown)}: there are {', '.join([*TASKS, *TOYS])}")
-    if unknown := sorted({*options.methods} - {*METHODS}):
-        parser.error(f"there is no method {', '.join(unknown)}: there are {', '.join(METHODS)}")
+    can = [method for method in METHODS if all(has_pairs(name, method) for name in options.tasks)]
+    if unknown := sorted({*(options.methods or [])} - {*can}):
+        parser.error(f"there is no method {', '.join(unknown)}: there are {', '.join(can)}")
     if options.what == "table":
         found = merged([*known(options.json), *cells(options.out)])
         print(table([cell for cell in found if options.seeds is None or cell["seed"] in options.seeds]))
@@ -241,7 +257,7 @@ def main() -> None:
     os.environ["OMP_NUM_THREADS"] = "1"
     wanted = [
         (task, method, seed)
-        for seed, task, method in itertools.product(options.seeds or [100, 101], options.tasks, options.methods)
+        for seed, task, method in itertools.product(options.seeds or [100, 101], options.tasks, options.methods or can)
     ]
     with multiprocessing.get_context("spawn").Pool(options.workers, maxtasksperchild=1) as pool:
         jobs = [pool.apply_async(run, (*cell, options)) for cell in wanted]
