@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
+import pty
 import re
+import select
 import shutil
 import signal
 import subprocess
 import sys
+import termios
 import time
 from collections import Counter
 from pathlib import Path
@@ -31,6 +36,7 @@ from antipasto.tasks import addition
 MODEL = str(addition.model_path())
 SMALL = ["--prompts", "2", "--generations", "4", "--steps", "2", "--save-every", "1"]
 SIX = ["--prompts", "2", "--generations", "4", "--steps", "6", "--save-every", "2"]
+BOTH = ["train", MODEL, "--task", "addition", "--method", "route", "--by", "both"]
 ARTEFACTS = ("adapter/adapter_model.safetensors", "books.safetensors", "rollouts.jsonl")
 
 
@@ -74,7 +80,7 @@ def same_files(one: Path, other: Path) -> None:
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """A run of six steps, by direction and by detector: its folder and what it printed."""
     out = tmp_path_factory.mktemp("runs") / "run"
-    code, text = run("train", MODEL, "--task", "addition", "--method", "route", "--by", "both", "--out", str(out), *SIX)
+    code, text = run(*BOTH, "--out", str(out), *SIX)
     assert code == 0, text
     return out, text
 
@@ -144,20 +150,45 @@ def test_killed_and_resumed_it_ends_in_the_same_place(trained: tuple[Path, str],
     assert steps == [1, 2, 3, 4, 5, 6]
 
 
-def test_ctrl_c_saves_and_says_how_to_continue(trained: tuple[Path, str], tmp_path: Path) -> None:
-    out, _ = trained
+@pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_saves_and_says_how_to_continue(sent: signal.Signals, trained: tuple[Path, str], tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    arguments = ("train", MODEL, "--task", "addition", "--method", "route", "--by", "both", "--out", str(folder), *SIX)
-    running = process(*arguments)
+    running = process(*BOTH, "--out", str(folder), *SIX)
     wait_for(folder / "metrics.jsonl")
-    running.send_signal(signal.SIGINT)
+    running.send_signal(sent)
     text, _ = running.communicate()
     assert running.returncode == 130, text
     assert f"antipasto train --resume {folder}" in text
     assert "Traceback" not in text
+    continues_to_the_same(trained[0], folder)
+
+
+def test_a_run_whose_terminal_is_closed_saves(trained: tuple[Path, str], tmp_path: Path) -> None:
+    def in_front() -> None:  # of a terminal of its own, whose end is its SIGHUP
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+        signal.signal(signal.SIGHUP, signal.SIG_DFL)
+
+    folder = tmp_path / "run"
+    ours, its = pty.openpty()
+    words = [sys.executable, "-m", "antipasto", *BOTH, "--out", str(folder), *SIX]
+    running = subprocess.Popen(words, stdin=its, stdout=its, stderr=its, start_new_session=True, preexec_fn=in_front)
+    os.close(its)
+    deadline = time.monotonic() + 90
+    while not (folder / "metrics.jsonl").exists():
+        assert time.monotonic() < deadline
+        if select.select([ours], [], [], 0.02)[0]:
+            os.read(ours, 4096)  # or it would wait for us
+    os.close(ours)
+    assert running.wait(90) == 130
+    assert not (folder / "adapter" / "complete.json").exists()
+    continues_to_the_same(trained[0], folder)
+
+
+def continues_to_the_same(whole: Path, folder: Path) -> None:
+    """Resumed, an interrupted run ends as one that was not; and then there is nothing to resume."""
     code, text = run("train", "--resume", str(folder))
     assert code == 0, text
-    same_files(out, folder)
+    same_files(whole, folder)
     code, text = run("train", "--resume", str(folder))
     assert code == 2
     assert "finished" in text
