@@ -119,6 +119,7 @@ except SystemExit as end:
         (["watch", "no/such/model", "--rollouts", __file__, "--pairs", __file__], 2),
         (["watch", MODEL, "--rollouts", "nowhere-*.jsonl", "--pairs", __file__], 2),
         (["inspect", MODEL], 2),
+        (["extract", MODEL, "--pairs", __file__, "--out", __file__], 2),
     ],
 )
 def test_help_and_wrong_words_load_no_torch(arguments: list[str], code: int) -> None:

@@ -58,6 +58,34 @@ def check_file(path: str | Path) -> None:
         )
 
 
+def check_new_file(path: str | Path, *, force: bool) -> None:
+    """Refuse to write over a file that is there, unless ``force`` says so, or onto a folder.
+
+    Raises:
+        ValueError: names it, and says what to do.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise ValueError(f"{path} is a folder: --out names the file to write.")
+    if path.exists() and not force:
+        raise ValueError(f"{path} exists: choose another --out, or --force to overwrite it.")
+
+
+def check_new_folder(path: str | Path, *, force: bool) -> None:
+    """Refuse to write into a folder with something in it, unless ``force`` says so, or in place of a file.
+
+    Raises:
+        ValueError: names it, and says what to do.
+    """
+    path = Path(path)
+    if path.exists() and not path.is_dir():
+        raise ValueError(f"{path} is a file: give a folder that is new or empty.")
+    if not force and path.is_dir() and any(path.iterdir()):
+        raise ValueError(
+            f"{path} exists and is not empty: choose another --out, or replace an earlier export by --force."
+        )
+
+
 def find_files(patterns: Sequence[str | Path]) -> list[Path]:
     """The files that are named, or that a pattern with ``*`` matches, each once.
 

@@ -27,7 +27,7 @@ from rich.console import Console
 from safetensors import SafetensorError
 
 import antipasto
-from antipasto.app.checks import check_file, check_model_name, find_files
+from antipasto.app.checks import check_file, check_model_name, check_new_file, check_new_folder, find_files
 from antipasto.app.run_folder import RunFolder, parse_yaml, read_yaml
 from antipasto.app.train.config import ADAPTER, TrainConfig, names_of, targets_of
 from antipasto.names import Dtype, Estimator
@@ -316,6 +316,7 @@ def extract(
     with _readable_errors(load=False):
         check_model_name(model)
         check_file(pairs)
+        check_new_file(out, force=force)
     with _readable_errors():
         from antipasto.app import commands
 
@@ -659,6 +660,7 @@ def export(
     """
     with _readable_errors(load=False):
         RunFolder(run).check()
+        check_new_folder(out, force=force)
     with _readable_errors():
         from antipasto.app.export import export_run
 

@@ -16,6 +16,7 @@ from antipasto.adapter.basis import cache_file, is_cached, load_basis
 from antipasto.adapter.knobs import wrap
 from antipasto.adapter.layer import as_matrix
 from antipasto.adapter.model import find_targets, rank_of
+from antipasto.app.checks import check_new_file
 from antipasto.app.inspection import guarded, strongest_layers
 from antipasto.app.models import best_device, load_model, load_shapes, load_weights
 from antipasto.names import Dtype, Estimator
@@ -223,10 +224,7 @@ def extract(
         ValueError: ``out`` exists, the pairs are bad or too few, the model cannot be loaded or adapted.
         OSError: a file cannot be read or written.
     """
-    if out.exists() and (out.is_dir() or not force):
-        raise ValueError(
-            f"{out} exists: choose another --out{'' if out.is_dir() else ', or overwrite it with --force'}."
-        )
+    check_new_file(out, force=force)
     pairs = load_pairs(pairs_file)
     fit, held = split_pairs(pairs, heldout, seed)
     out.parent.mkdir(parents=True, exist_ok=True)

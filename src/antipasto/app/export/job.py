@@ -14,6 +14,7 @@ from rich.text import Text
 from transformers import AutoConfig
 from yaml import YAMLError
 
+from antipasto.app.checks import check_new_folder
 from antipasto.app.export.card import TAG, About, render
 from antipasto.app.export.check import HALF, Check, ask, check, refuse
 from antipasto.app.export.weights import Dtypes, Written, write_checkpoint, write_lora
@@ -132,14 +133,9 @@ def _check_out(out: Path, root: Path, base: str, *, force: bool) -> None:
     Raises:
         ValueError: it is a file, or a folder with something else in it.
     """
-    if out.exists() and not out.is_dir():
-        raise ValueError(f"{out} is a file: give a folder that is new or empty.")
+    check_new_folder(out, force=force)
     if not out.exists() or not any(out.iterdir()):
         return
-    if not force:
-        raise ValueError(
-            f"{out} exists and is not empty: choose another --out, or replace an earlier export by --force."
-        )
     for kept in (root.resolve(), Path(base).resolve()):
         if out in (kept, *kept.parents):
             raise ValueError(f"{out} holds {kept}, which --force would delete: choose another --out.")

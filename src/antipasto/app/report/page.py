@@ -9,6 +9,7 @@ from typing import Any
 
 import yaml
 
+from antipasto.app.checks import check_new_file
 from antipasto.app.report import figures, tables
 from antipasto.app.report.answers import side_by_side
 from antipasto.app.report.html import page_of
@@ -39,10 +40,7 @@ def write_report(runs: Sequence[Path], out: Path | None = None, *, force: bool =
     """
     own = out is None and len(runs) == 1
     path = runs[0] / "report.html" if own else out or Path("report.html")
-    if path.is_dir():
-        raise ValueError(f"{path} is a folder: --out names the file to write.")
-    if path.exists() and not own and not force:
-        raise ValueError(f"{path} exists: choose another --out, or --force to overwrite it.")
+    check_new_file(path, force=own or force)
     write_text(path, render(read_runs(runs, budget=BUDGET)))
     return path
 
