@@ -25,8 +25,7 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import antipasto as ap
-from antipasto.names import Level
-from antipasto.routing.gates import DEFAULT_THRESHOLD
+from antipasto.names import THRESHOLD, Level
 from antipasto.tasks import addition
 
 if TYPE_CHECKING:  # the extra `plots`; what the pictures show can be computed without it
@@ -237,8 +236,8 @@ def effect_sizes(ink: Ink) -> Figure:
         panel.text(*{None: (1.12, 0.16), 0: (0.25, 0.05)}[seed], name, color=colour, fontsize=9)
     for tau in (0.2, 0.4, 0.65, 0.8, 1.0):
         print(f"| {tau} | " + " | ".join(f"{share[round(tau * 100)]:.3f}" for share in shares.values()) + " |")
-    panel.axvline(DEFAULT_THRESHOLD, color=ink.text, linewidth=0.8, linestyle=(0, (3, 3)))
-    panel.text(DEFAULT_THRESHOLD, 0.93, f" {DEFAULT_THRESHOLD:g}, default", color=ink.text, fontsize=9)
+    panel.axvline(THRESHOLD, color=ink.text, linewidth=0.8, linestyle=(0, (3, 3)))
+    panel.text(THRESHOLD, 0.93, f" {THRESHOLD:g}, default", color=ink.text, fontsize=9)
     panel.set(xlabel="threshold τ", ylabel="share of coordinates with |t| > τ", xlim=(0, 2), ylim=(0, 1))
     _bare(panel, ink, left=True)
     return figure

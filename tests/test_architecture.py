@@ -37,6 +37,24 @@ def test_a_circle_is_found(draw: ModuleType) -> None:
         draw.floors({*draw.arrows(), ("adapter", "tasks")})
 
 
+def test_every_file_has_a_line_in_its_room() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    rooms: dict[str, set[str]] = {}
+    for part, place in zip(text.split("**Application**"), ("", "app/"), strict=True):
+        room = ""
+        for first, files in re.findall(r"^\| (?:`(\w+/)`)? ?\| (`[^|]*) \|", part, re.MULTILINE):
+            room = first or room
+            rooms.setdefault(place + room, set()).update(re.findall(r"`(\w+\.py)`", files))
+    code = ROOT / "src" / "antipasto"
+    there: dict[str, set[str]] = {}
+    for path in code.rglob("*.py"):
+        if path.name not in ("__init__.py", "__main__.py"):
+            room = f"{path.parent.relative_to(code).as_posix()}/".removeprefix("./").removeprefix("app/")
+            there.setdefault(("app/" if "app" in path.parts else "") + room, set()).add(path.name)
+    assert rooms["app/"] - {"__main__.py"} == there["app/"]
+    assert {**rooms, "app/": there["app/"]} == there
+
+
 def test_there_are_walks() -> None:
     assert len(WALKS) > 12
 

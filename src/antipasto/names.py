@@ -1,4 +1,7 @@
-"""What options are called that several modules take. No torch: the command line reads them before it loads anything."""
+"""Options that several modules take: what their values are called, and what some are by default.
+
+No torch: the command line reads them first.
+"""
 
 from typing import Literal
 
@@ -25,5 +28,9 @@ By = Literal["direction", "detector", "both", "score"]
 """What that gate goes by."""
 Rule = Literal["midway", "quarter"]
 """Where a monitor's threshold lies between clean texts and hacks (`antipasto.Monitor.calibrate`)."""
+THRESHOLD = 0.65
+"""Of the gates by coordinate: the effect size above which a coordinate is guarded."""
+HELDOUT = 0.25
+"""Share of the pairs that a direction is not made from, but judged by."""
 COMPLETE = "complete.json"
 """The file that a checkpoint's folder has when all of it is there."""

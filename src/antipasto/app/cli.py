@@ -30,7 +30,7 @@ import antipasto
 from antipasto.app.checks import check_file, check_model_name, check_new_file, check_new_folder, find_files
 from antipasto.app.run_folder import RunFolder, parse_yaml, read_yaml
 from antipasto.app.train.config import ADAPTER, TrainConfig, names_of, targets_of
-from antipasto.names import Dtype, Estimator
+from antipasto.names import HELDOUT, Dtype, Estimator
 from antipasto.options import near
 from antipasto.tasks.loading import check_task_name
 from antipasto.terminal import plain, say
@@ -303,7 +303,7 @@ def extract(
     k: Annotated[int, typer.Option("--k", min=1, help="Rows a layer; more than one with 'svd' only.")] = 1,
     heldout: Annotated[
         float, typer.Option(min=0, max=1, callback=_finite, help="Share of pairs to score with and not use.")
-    ] = 0.25,
+    ] = HELDOUT,
     seed: Annotated[int, typer.Option(min=0, help="Of the split into fitted and held-out pairs.")] = 0,
     batch_size: Annotated[int, typer.Option(min=1, help="Pairs per backward: lower it if memory runs out.")] = 16,
     force: Annotated[bool, typer.Option("--force", help="Overwrite --out.")] = False,
@@ -352,7 +352,7 @@ def map_forms(
     ] = None,
     heldout: Annotated[
         float, typer.Option(min=0, max=1, help="Share of the pairs that the threshold is taken from.")
-    ] = 0.25,
+    ] = HELDOUT,
     seed: Annotated[int, typer.Option(min=0, help="Of the split of the pairs.")] = 0,
     batch_size: Annotated[int, typer.Option(min=1, help="Texts per backward: lower it if memory runs out.")] = 32,
     **adapter: Any,

@@ -19,12 +19,11 @@ from antipasto.adapter.model import find_targets, rank_of
 from antipasto.app.checks import check_new_file
 from antipasto.app.inspection import guarded, strongest_layers
 from antipasto.app.models import best_device, load_model, load_shapes, load_weights
-from antipasto.names import Dtype, Estimator
+from antipasto.names import HELDOUT, THRESHOLD, Dtype, Estimator
 from antipasto.routing.confounds import confounds
 from antipasto.routing.directions import Direction, extract_direction
 from antipasto.routing.forms import CLEAN, FormScores, load_forms, of_pairs, score_forms
-from antipasto.routing.gates import DEFAULT_THRESHOLD
-from antipasto.routing.monitor import HELDOUT, Monitor
+from antipasto.routing.monitor import Monitor
 from antipasto.routing.pairs import ContrastPair, load_pairs, split_pairs
 from antipasto.terminal import add_row, plain, progress_bar, say
 
@@ -199,7 +198,7 @@ def extract(
     dtype: Dtype = "auto",
     estimator: Estimator = "tstat",
     k: int = 1,
-    heldout: float = 0.25,
+    heldout: float = HELDOUT,
     seed: int = 0,
     batch_size: int = 16,
     force: bool = False,
@@ -318,7 +317,7 @@ def _direction_table(
     )
     add_row(
         table,
-        f"coordinates with an effect size above {DEFAULT_THRESHOLD}",
+        f"coordinates with an effect size above {THRESHOLD}",
         f"{guarded(direction):,} of {total:,}",
         f"{guarded(shuffled):,} (labels shuffled)",
     )

@@ -30,14 +30,14 @@ from antipasto.app.checks import check_file
 from antipasto.app.run_folder import MONITOR, RunFolder
 from antipasto.evaluation.records import EVAL, read_evaluation
 from antipasto.evaluation.rollout_log import Rollout, read
+from antipasto.names import THRESHOLD
 from antipasto.reading import as_number, read_json, read_rows
 from antipasto.routing.books import CHANCE, read_books
 from antipasto.routing.directions import Direction
-from antipasto.routing.gates import DEFAULT_THRESHOLD
 from antipasto.routing.monitor import read_monitor
 from antipasto.terminal import add_row, plain, shorten
 
-THRESHOLDS = (0.5, 0.65, 0.8, 1.0)
+THRESHOLDS = (0.5, THRESHOLD, 0.8, 1.0)
 QUARANTINE = "quarantine"
 _TOP = 5
 _CONFIG_LINES = 24
@@ -229,7 +229,7 @@ def direction_parts(direction: Direction) -> list[RenderableType]:
     )
     for threshold in THRESHOLDS:
         number = guarded(direction, threshold)
-        mark = " (default)" if threshold == DEFAULT_THRESHOLD else ""
+        mark = " (default)" if threshold == THRESHOLD else ""
         add_row(table, f"{threshold}{mark}", f"{number:,}", f"{number / coordinates:.1%}")
     return [*parts, table, strongest_layers(direction)]
 
@@ -243,7 +243,7 @@ def monitor_parts(path: Path) -> list[RenderableType]:
     return [*map(_sentence, str(saved.calibration).splitlines()), *direction_parts(saved.direction)]
 
 
-def guarded(direction: Direction, threshold: float = DEFAULT_THRESHOLD) -> int:
+def guarded(direction: Direction, threshold: float = THRESHOLD) -> int:
     """How many coordinates have an effect size above a threshold."""
     return sum(int((t.abs() > threshold).sum()) for t in (direction.effect or {}).values())
 
@@ -253,18 +253,18 @@ def strongest_layers(direction: Direction) -> Table:
     assert direction.effect is not None
     table = _table(
         f"strongest layers, of {len(direction)}",
-        *("layer", f"above {DEFAULT_THRESHOLD}", "largest", "held-out"),
-        numbers=(f"above {DEFAULT_THRESHOLD}", "largest", "held-out"),
+        *("layer", f"above {THRESHOLD}", "largest", "held-out"),
+        numbers=(f"above {THRESHOLD}", "largest", "held-out"),
         caption="above, largest: effect sizes; held-out: pairs that this layer alone orders right",
     )
     ranked = sorted(
         direction.effect.items(),
-        key=lambda item: (int((item[1].abs() > DEFAULT_THRESHOLD).sum()), float(item[1].abs().max())),
+        key=lambda item: (int((item[1].abs() > THRESHOLD).sum()), float(item[1].abs().max())),
         reverse=True,
     )
     for name, effect in ranked[:_TOP]:
         share = None if direction.heldout is None else direction.heldout.layers.get(name)
-        number = int((effect.abs() > DEFAULT_THRESHOLD).sum())
+        number = int((effect.abs() > THRESHOLD).sum())
         largest = f"{effect.abs().max():.2f}"
         add_row(table, name, f"{number} of {len(effect)}", largest, "-" if share is None else f"{share:.0%}")
     return table

@@ -20,13 +20,11 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from antipasto.names import GateName
+from antipasto.names import THRESHOLD, GateName
 from antipasto.routing.directions import Direction
 
 GATES: tuple[GateName, ...] = get_args(GateName)
 BY_COORDINATE = ("coordinate", "disjoint")
-
-DEFAULT_THRESHOLD = 0.65
 
 
 @dataclass(frozen=True)
@@ -46,7 +44,7 @@ class Gate:
         _check(control)
         rows = max(len(V) for V in v.values())
         self.kind = control.gate
-        self.threshold = DEFAULT_THRESHOLD if control.threshold is None else control.threshold
+        self.threshold = THRESHOLD if control.threshold is None else control.threshold
         self.layers = len(sizes)
         self.segment = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(list(sizes.values()))).to(device)
         blocks = [torch.zeros(rows, r) for r in sizes.values()]

@@ -32,12 +32,10 @@ from antipasto.adapter.layer import View
 from antipasto.adapter.rollouts import RolloutGrads, TokenIds, nll_gradients, tokenize, tokenize_prompt
 from antipasto.adapter.views import adapted_layers, seen_as
 from antipasto.files import read_tensors, write_tensors
-from antipasto.names import Rule
+from antipasto.names import HELDOUT, Rule
 from antipasto.routing.directions import Direction, extract_direction
 from antipasto.routing.pairs import ContrastPair, split_pairs
 
-HELDOUT = 0.25
-"""Share of the pairs that a threshold is taken from, and the direction is not."""
 TOWARDS_HACKS: dict[Rule, float] = {"midway": 0.5, "quarter": 0.25}
 """Rule → how far a threshold is from held-out clean texts, of their distance to hacks."""
 _FORMAT = "antipasto-monitor-1"

@@ -16,10 +16,10 @@ from antipasto.app.inspection import Knobs, read_adapter
 from antipasto.app.report.rollouts import Rollouts, read_rollouts
 from antipasto.app.run_folder import RunFolder
 from antipasto.evaluation.records import EVAL, PARTIAL, Evaluation, read_evaluation
+from antipasto.names import THRESHOLD
 from antipasto.reading import as_number, read_json, read_rows
 from antipasto.routing.books import Books, read_books
 from antipasto.routing.directions import Direction
-from antipasto.routing.gates import DEFAULT_THRESHOLD
 
 ROUTED = ("route", "erase", "measure")
 """Methods that keep books."""
@@ -61,7 +61,7 @@ class Run:
     def threshold(self) -> float:
         """The effect size that the coordinate gate guards."""
         value = as_number(self.config, "threshold", f"{self.folder}, its config")
-        return DEFAULT_THRESHOLD if value is None else value
+        return THRESHOLD if value is None else value
 
 
 def read_runs(folders: Sequence[Path], *, budget: int) -> list[Run]:

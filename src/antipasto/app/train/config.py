@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any, get_args
 
 from antipasto.app.run_folder import write_yaml
-from antipasto.names import By, Dtype, Estimator, GateName, Method, Sharing
+from antipasto.names import THRESHOLD, By, Dtype, Estimator, GateName, Method, Sharing
 from antipasto.options import check_bounds, check_finite, check_types, near
 
 CONTROLS = ("random", "permuted")
@@ -73,7 +73,9 @@ class TrainConfig:
     estimator: Estimator = _routing("tstat", "Of the direction's rows.")
     k: int = _routing(1, "Rows a layer, with svd.", min=1)
     gate: GateName = _routing("coordinate", "Which part of a step a direction claims.")
-    threshold: float | None = _routing(None, "Effect size that the coordinate gate guards.", show_default="0.65")
+    threshold: float | None = _routing(
+        None, "Effect size that the coordinate gate guards.", show_default=str(THRESHOLD)
+    )
     controls: tuple[str, ...] = _routing(
         CONTROLS, "Directions that keep books beside it, or none.", type=str, metavar="NAMES"
     )

@@ -29,9 +29,8 @@ import antipasto as ap
 from antipasto.app.run_folder import RunFolder
 from antipasto.app.train.config import TrainConfig
 from antipasto.evaluation.ask import Sampling, own_answers
-from antipasto.names import Flagged, Rule
+from antipasto.names import HELDOUT, Flagged, Rule
 from antipasto.routing.inoculation import inoculate
-from antipasto.routing.monitor import HELDOUT
 from antipasto.routing.pairs import split_pairs
 from antipasto.tasks import Task
 from antipasto.terminal import doing, say

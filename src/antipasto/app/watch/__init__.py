@@ -2,10 +2,11 @@
 
 sources    files of any trainer → rollouts
 scoring    rollouts → scores at the reference, and those of what one would compare them with
-onset      when a share begins to rise, with its interval
 auc        the area under a ROC curve, with its interval
 compare    scores against labels, by window of steps
 job        all of it, so that it can be interrupted at any moment
+result     what came of it
+command    what it says on a terminal
 page       what came of it → one HTML file
 """
 
