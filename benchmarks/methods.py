@@ -37,6 +37,7 @@ from antipasto.tasks import addition
 METHODS: dict[str, dict[str, Any]] = {
     **demo.METHODS,
     "route by score, classic": {"method": "route", "by": "score", "sharing": "classic"},
+    "measure": {"method": "measure", "by": "direction"},  # a plain run that logs the live score
     "disjoint": {"method": "route", "by": "direction", "gate": "disjoint"},
     "discount": {"method": "discount"},
     "inoculate": {"method": "inoculate"},

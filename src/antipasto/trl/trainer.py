@@ -45,6 +45,7 @@ from antipasto.tasks import completion_text, is_exploit
 from antipasto.trl.advantages import deployed_positions, group_advantages, share_of
 from antipasto.trl.callbacks import RoutingCallback
 from antipasto.trl.judges import Judge, Role, ask
+from antipasto.trl.rewards import discounted, penalised
 from antipasto.unchanged import unchanged
 
 DEPLOY_FRACTION = 0.5
@@ -263,12 +264,11 @@ class RoutedGRPOTrainer(GRPOTrainer):
             here = torch.tensor(flags, device=rewards.device)
             self._all_flags = self.accelerator.gather(here)
         if self.flagged == "penalty":
-            paid = self._all_flags & ((rewards * weights).nansum(1) > 0)  # less than 0 is not a reward
-            rewards = torch.where(paid[:, None] & ~rewards.isnan(), 0.0, rewards)
+            rewards = penalised(rewards, self._all_flags, weights)
         if self.flagged == "discount":
             assert self.monitor is not None
             depth = self.monitor.depth(torch.tensor(self._scores, device=rewards.device))
-            rewards = _discounted(rewards, self.accelerator.gather(depth), weights)
+            rewards = discounted(rewards, self.accelerator.gather(depth), weights)
         nobody_scored = rewards.isnan().all(1)
         self._all_rewards = (rewards * weights).nansum(1).masked_fill(nobody_scored, torch.nan)
         return rewards
@@ -530,12 +530,6 @@ class RoutedGRPOTrainer(GRPOTrainer):
                     self._routing.detach()
         self._flush()  # a generation that the run's end cut short
         return result
-
-
-def _discounted(rewards: Tensor, depth: Tensor, weights: Tensor) -> Tensor:
-    """(b, functions) times 1 − depth where all functions together reward a rollout; less than nothing stays as it is."""
-    paid = (rewards * weights).nansum(1) > 0
-    return rewards * (1 - depth * paid)[:, None]
 
 
 def _with_gradient(loss: Tensor, outputs: list[Tensor], gradients: list[Tensor]) -> Tensor:
