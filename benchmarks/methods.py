@@ -19,10 +19,12 @@ import itertools
 import json
 import multiprocessing
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from statistics import mean
 from typing import Any
+from unittest.mock import patch
 
 from exploits.bench import HACKABLE, STRICT, UNGRADED
 from exploits.warm_start import TASKS, exploit_of
@@ -42,6 +44,7 @@ METHODS: dict[str, dict[str, Any]] = {
     "discount": {"method": "discount"},
     "inoculate": {"method": "inoculate"},
     "penalty by score, slow": {"method": "penalty", "by": "score", "slow": 3},
+    "penalty by score, permuted": {"method": "penalty", "by": "score", "monitor": "permuted"},  # a control
     "penalty by score, shuffled": {"method": "penalty", "by": "score", "pairs": "shuffled"},  # a control
     "penalty by score, mended": {"method": "penalty", "by": "score", "pairs": "mended"},
 }
@@ -63,6 +66,7 @@ def config_of(name: str, method: str, model: Path | None, out: Path, **options: 
     """
     chosen = dict(METHODS[method])
     slow = chosen.pop("slow", 1)
+    chosen.pop("monitor", None)
     if "pairs" in chosen:
         chosen["pairs"] = str(other_pairs(name, chosen["pairs"], out))
     if name in TOYS:
@@ -120,6 +124,24 @@ def train(config: TrainConfig, folder: Path) -> bool:
     return (began and RunFolder(folder).is_finished) or run(config, folder, Console(), resume=began)
 
 
+@contextmanager
+def permuted_monitor() -> Iterator[None]:
+    """Context: a monitor that is made of pairs has its direction's coordinates shuffled, and a threshold by the same rule."""
+    import antipasto as ap
+    from antipasto.routing.pairs import split_pairs
+
+    def from_pairs(cls: type[ap.Monitor], model: Any, tokenizer: Any, pairs: Any, **options: Any) -> ap.Monitor:
+        direction = made(model, tokenizer, pairs, **options).direction
+        heldout, seed = options.pop("heldout"), options.pop("seed")
+        monitor = cls(model, tokenizer, direction.permuted(seed))
+        monitor.calibrate(split_pairs(pairs, heldout, seed)[1], **options)
+        return monitor
+
+    made = ap.Monitor.from_pairs
+    with patch.object(ap.Monitor, "from_pairs", classmethod(from_pairs)):
+        yield
+
+
 def run(name: str, method: str, seed: int, options: argparse.Namespace) -> str:
     """One run and its evaluation, from where they were."""
     from rich.console import Console
@@ -129,8 +151,9 @@ def run(name: str, method: str, seed: int, options: argparse.Namespace) -> str:
     folder = options.out / name / demo.folder_of(method) / f"seed-{seed}"
     if not (folder / EVAL).exists():
         config = config_of(name, method, options.model, options.out, seed=seed, steps=options.steps)
-        if not train(config, folder):
-            return f"{folder} was stopped"
+        with permuted_monitor() if METHODS[method].get("monitor") else nullcontext():
+            if not train(config, folder):
+                return f"{folder} was stopped"
         asked = {"prompts": options.prompts, "temperature": None, "seed": 0, "margin": 0.05}
         asked["dial"] = options.dial and config.method in ("route", "inoculate")
         evaluate_run(folder, Console(), **asked, batch_size=500 if name in TOYS else 64)
