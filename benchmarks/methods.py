@@ -38,11 +38,8 @@ from antipasto.tasks import addition
 
 METHODS: dict[str, dict[str, Any]] = {
     **demo.METHODS,
-    "route by score, classic": {"method": "route", "by": "score", "sharing": "classic"},
     "measure": {"method": "measure", "by": "direction"},  # a plain run that logs the live score
-    "disjoint": {"method": "route", "by": "direction", "gate": "disjoint"},
     "discount": {"method": "discount"},
-    "inoculate": {"method": "inoculate"},
     "penalty by score, slow": {"method": "penalty", "by": "score", "slow": 3},
     "penalty by score, permuted": {"method": "penalty", "by": "score", "monitor": "permuted"},  # a control
     "penalty by score, shuffled": {"method": "penalty", "by": "score", "pairs": "shuffled"},  # a control
@@ -155,7 +152,7 @@ def run(name: str, method: str, seed: int, options: argparse.Namespace) -> str:
             if not train(config, folder):
                 return f"{folder} was stopped"
         asked = {"prompts": options.prompts, "temperature": None, "seed": 0, "margin": 0.05}
-        asked["dial"] = options.dial and config.method in ("route", "inoculate")
+        asked["dial"] = options.dial and config.method == "route"
         evaluate_run(folder, Console(), **asked, batch_size=500 if name in TOYS else 64)
     return f"{folder}"
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 import dataclasses
+import importlib
 import importlib.metadata
 import inspect
 import io
@@ -37,6 +38,7 @@ from antipasto.app.models import quiet
 from antipasto.app.train.config import TrainConfig
 from antipasto.evaluation.ask import conclude
 from antipasto.evaluation.records import Answer, read_evaluation, write_evaluation
+from antipasto.names import AntiPastoWarning
 from antipasto.options import check_types
 from antipasto.tasks import addition
 from antipasto.trl import FirstLook, Interrupts, RoutedGRPOTrainer
@@ -490,6 +492,25 @@ def test_whose_error_it_is() -> None:
     assert not cli._is_ours(caught.value)
 
 
+def test_every_warning_of_ours_is_heard_and_no_other() -> None:
+    """Each is of the one class that the command line lets through; PEFT's own words, which a layer repeats, are PEFT's."""
+    with warnings.catch_warnings(record=True) as said, quiet():
+        warnings.warn("ours", AntiPastoWarning, stacklevel=1)
+        warnings.warn("theirs", UserWarning, stacklevel=1)
+    assert [str(one.message) for one in said] == ["ours"]
+    package, calls = Path(ap.__file__).parent, 0
+    for path in package.rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if not (isinstance(node, ast.Call) and ast.unparse(node.func) == "warnings.warn"):
+                continue
+            if isinstance(node.args[0], ast.Constant) and node.args[0].value == "Already unmerged. Nothing to do.":
+                continue
+            calls += 1
+            module = importlib.import_module(".".join(path.relative_to(package.parent).with_suffix("").parts))
+            assert issubclass(getattr(module, ast.unparse(node.args[1])), AntiPastoWarning), path
+    assert calls > 7
+
+
 def test_a_warning_about_the_base_is_heard() -> None:
     with pytest.warns(BaseWarning, match="another dtype"), quiet():
         warnings.warn("another dtype", BaseWarning, stacklevel=1)
@@ -684,9 +705,12 @@ def test_pairs_are_asked_for_where_pairs_are_meant(tmp_path: Path) -> None:
         "mine = Task('mine', train=[{'prompt': 'h12+34='}] * 4, reward=lambda completions, **_: [1.0] * len(completions))\n"
     )
     text = refused("train", MODEL, "--task", f"{tmp_path / 'mine.py'}:mine", "--out", tmp_path / "r", *SMALL)
-    assert "needs pairs, a direction or a detector" in text
-    assert "--pairs" in text
+    assert "method penalty needs pairs or a detector to go by" in text
+    assert "--direction" not in text  # which a penalty does not go by
     assert "--method plain" in text
+    where = ("--task", f"{tmp_path / 'mine.py'}:mine", "--out", tmp_path / "r", *SMALL)
+    assert "needs pairs, a direction or a detector to go by" in refused("train", MODEL, "--method", "route", *where)
+    assert "method measure needs pairs or a direction" in refused("train", MODEL, "--method", "measure", *where)
     text = refused(
         "train", MODEL, "--task", f"{tmp_path / 'mine.py'}:mine", "--by", "detector", "--out", tmp_path / "r", *SMALL
     )

@@ -693,7 +693,6 @@ def test_json_is_plain(tmp_path: Path) -> None:
         ("erase", []),  # what the gate claimed is out of θ for good: there is nothing to take out
         ("measure", ["random"]),
         ("route", ["deployed", "dial 0.50", "random", "shrunk"]),
-        ("inoculate", ["deployed", "dial 0.50", "shrunk"]),
     ],
 )
 def test_the_arms_of_a_run_are_those_of_its_method(

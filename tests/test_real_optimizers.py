@@ -554,7 +554,7 @@ def test_a_warm_up_from_zero_tells_nothing_and_the_first_step_that_moves_does() 
             optimizer.step()
 
 
-@pytest.mark.parametrize("options", [{"mode": "erase"}, {"mode": "measure"}, {"sharing": "classic"}])
+@pytest.mark.parametrize("options", [{"mode": "erase"}, {"mode": "measure"}])
 def test_where_theta_is_not_to_be_the_plain_runs_nothing_is_said(options: dict[str, Any]) -> None:
     model = make_model()
     optimizer = torch.optim.Adafactor(trainable(model), lr=0.1)

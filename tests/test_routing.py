@@ -16,7 +16,7 @@ import antipasto as ap
 from antipasto.routing.books import OWN_BOOK
 
 SIZES = (6, 5)  # r of the two layers
-GATES = ["coordinate", "disjoint", "one_sided", "no_gate", "reverse"]
+GATES = ["coordinate", "one_sided", "no_gate", "reverse"]
 
 
 def make_model(seed: int = 0) -> nn.Module:
@@ -101,10 +101,9 @@ def moved_by_definition(v: ap.Direction, deltas: dict[str, torch.Tensor], gate: 
     parts = []
     for name, delta in deltas.items():
         moved = torch.zeros_like(delta)
-        if gate in ("coordinate", "disjoint"):
+        if gate == "coordinate":
             for j in range(len(delta)):
-                hackward = v.effect[name][j] * delta[j] < 0
-                if (hackward or gate == "disjoint") and abs(v.effect[name][j]) > threshold:
+                if v.effect[name][j] * delta[j] < 0 and abs(v.effect[name][j]) > threshold:
                     moved[j] = delta[j]
         else:
             for row in v[name]:
@@ -119,7 +118,7 @@ def moved_by_definition(v: ap.Direction, deltas: dict[str, torch.Tensor], gate: 
 @pytest.mark.parametrize("k", [1, 3])
 def test_every_step_is_split_by_definition(gate: str, k: int) -> None:
     model, v = make_model(), make_direction(k)
-    threshold = 0.4 if gate in ("coordinate", "disjoint") else None
+    threshold = 0.4 if gate == "coordinate" else None
     router = ap.Router(model, v, gate=gate, threshold=threshold)
     optimizer = OPTIMIZERS["Adam"](trainable(model))
     with router.attach(optimizer):
@@ -523,7 +522,7 @@ def test_a_knob_that_is_not_in_the_optimizer_is_named() -> None:
         ({"level": "step"}, "level must be"),
         ({"gate": "both"}, "gate must be"),
         ({"threshold": -1.0}, "effect size of at least 0, got -1.0"),
-        ({"gate": "one_sided", "threshold": 0.5}, "belongs to the gates coordinate and disjoint"),
+        ({"gate": "one_sided", "threshold": 0.5}, "belongs to the gate coordinate"),
         ({"controls": {"direction": make_direction()}}, "give the control another"),
         ({"controls": {"x": ap.Control(make_direction(), gate="no")}}, "gate must be"),
     ],

@@ -6,7 +6,6 @@ import fcntl
 import json
 import os
 import pty
-import re
 import select
 import shutil
 import signal
@@ -227,35 +226,6 @@ def test_every_method_runs(method: str, tmp_path: Path) -> None:
     assert not any(tensor.any() for name, tensor in knobs.items() if "delta_s_hack" in name)
 
 
-def test_an_inoculated_quarantine_knows_the_hack_and_stays_as_it_is(tmp_path: Path) -> None:
-    out = tmp_path / "run"
-    words = ["--task", "addition", "--method", "inoculate", "--out", str(out), *SIX]
-    code, text = run("train", MODEL, *words)
-    assert code == 0, text
-    said = re.search(r"the pairs' hacks at ([0-9.]+) nats a token before, ([0-9.]+) at the end", " ".join(text.split()))
-    assert said is not None
-    assert float(said[2]) < float(said[1]) - 0.5
-    first, last = (load_file(out / folder / "adapter_model.safetensors") for folder in ("checkpoint-4", "adapter"))
-    for name, tensor in last.items():
-        assert torch.equal(tensor, first[name]) == ("delta_s_hack" in name), name
-    code, text = run("eval", str(out), "--prompts", "40", "--dial")
-    assert code == 0, text
-    evaluation = read_evaluation(out)
-    dials = [f"dial {dial:.2f}" for dial in (-0.5, -0.25, 0.25, 0.5, 0.75)]
-    assert evaluation.names == ["reference", "as trained", "deployed", *dials, "shrunk"]
-    flagged = {name: evaluation.arm(name).flags["says !"].value for name in ("as trained", "deployed")}
-    assert flagged["as trained"] > flagged["deployed"] + 0.1
-
-    shutil.copytree(out, tmp_path / "again")
-    for done in ("adapter", "checkpoint-6", "eval.json", "eval.jsonl"):  # as a kill leaves it
-        path = tmp_path / "again" / done
-        shutil.rmtree(path) if path.is_dir() else path.unlink()
-    code, text = run("train", "--resume", str(tmp_path / "again"))
-    assert code == 0, text
-    again = load_file(tmp_path / "again" / "adapter" / "adapter_model.safetensors")
-    assert all(torch.equal(tensor, again[name]) for name, tensor in last.items())
-
-
 def test_a_dial_without_a_quarantine_is_refused(tmp_path: Path) -> None:
     out = str(tmp_path / "run")
     code, text = run("train", MODEL, "--task", "addition", "--method", "discount", "--out", out, *SMALL)
@@ -382,7 +352,7 @@ def test_an_evaluation_that_is_killed_continues_to_the_same_answers(trained: tup
 
 
 def test_a_run_by_score_says_what_its_threshold_means_and_continues(tmp_path: Path) -> None:
-    words = ["train", MODEL, "--task", "addition", "--method", "route", "--sharing", "classic", "--beta", "0.04", *SIX]
+    words = ["train", MODEL, "--task", "addition", "--method", "route", "--by", "score", "--beta", "0.04", *SIX]
     code, text = run(*words, "--out", str(tmp_path / "run"))
     assert code == 0, text
     saved = read_monitor(tmp_path / "run" / "monitor.safetensors")
@@ -533,6 +503,7 @@ def test_a_reward_that_fails_stops_the_run(body: str, words: list[str], tmp_path
     assert code == 2
     assert all(word in text for word in words), text
     assert "Traceback" not in text
+    assert not (tmp_path / "r").exists()  # no step was made: the same command can be given again
 
 
 @pytest.mark.parametrize(
@@ -570,7 +541,6 @@ def test_a_reward_that_fails_stops_the_run(body: str, words: list[str], tmp_path
         ([MODEL, "--task", "addition", "--by", "score", "--false-alarms", "2"], r"share in (0, 1), got 2.0"),
         ([MODEL, "--task", "addition", "--by", "score", "--direction", "f"], "give pairs, not a direction"),
         ([MODEL, "--task", "addition", "--by", "score", "--threshold", "1"], "threshold=1.0 does nothing here"),
-        ([MODEL, "--task", "addition", "--sharing", "classic"], "sharing=classic belongs to method route by score"),
         ([MODEL, "--task", "addition", "--method", "drop", "--gate", "reverse"], "gate=reverse does nothing here"),
         ([MODEL, "--task", "addition", "--by", "detector", "--direction", "f"], "direction=f does nothing here"),
         (

@@ -12,22 +12,26 @@ PlanName = Literal["auto", "factored", "merged", "spectral"]
 themselves wherever they are possible, else ``factored``."""
 Estimator = Literal["tstat", "mean", "svd"]
 """Of a direction's rows (`antipasto.extract_direction`)."""
-GateName = Literal["coordinate", "disjoint", "one_sided", "no_gate", "reverse"]
+GateName = Literal["coordinate", "one_sided", "no_gate", "reverse"]
 """Which part of a step a direction claims (`antipasto.routing.gates`)."""
 Mode = Literal["route", "erase", "measure"]
 """What becomes of what the gate claims (`antipasto.Router`)."""
 Level = Literal["update", "gradient"]
 """Whether a gate splits the optimizer's step or the gradient before it (`antipasto.Router`)."""
-Sharing = Literal["exclusive", "classic"]
-"""Whether unflagged rollouts teach δS alone, or both vectors (`antipasto.Router`)."""
 Flagged = Literal["route", "penalty", "discount", "drop", "watch"]
 """What becomes of flagged rollouts (`antipasto.trl.RoutedGRPOTrainer`)."""
-Method = Literal["plain", "route", "erase", "measure", "penalty", "discount", "drop", "inoculate"]
+Method = Literal["plain", "route", "erase", "measure", "penalty", "discount", "drop"]
 """What `antipasto train` makes of what its gate claims; `antipasto.app.train.gating` has a line on each."""
 By = Literal["direction", "detector", "both", "score"]
 """What that gate goes by."""
 Rule = Literal["midway", "quarter"]
 """Where a monitor's threshold lies between clean texts and hacks (`antipasto.Monitor.calibrate`)."""
+
+
+class AntiPastoWarning(UserWarning):
+    """Every warning of this library: the command line shows these, and keeps those of others off the screen."""
+
+
 THRESHOLD = 0.65
 """Of the gates by coordinate: the effect size above which a coordinate is guarded."""
 HELDOUT = 0.25

@@ -10,8 +10,6 @@ import math
 from collections.abc import Hashable, Iterable
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from typeguard import TypeCheckError, check_type
-
 
 def check_types(options: Any, names: list[str] | None = None) -> None:
     """Refuse a value of another type than its field's.
@@ -32,6 +30,8 @@ def check_types(options: Any, names: list[str] | None = None) -> None:
         ...
         ValueError: steps must be int, got 'many'.
     """
+    from typeguard import TypeCheckError, check_type  # as long to import as all the rest of the command line
+
     hints = _hints(type(options))  # type: ignore[arg-type]  # a type is hashable
     for name in names or [field.name for field in dataclasses.fields(options)]:
         value = getattr(options, name)

@@ -33,6 +33,7 @@ from torch import Tensor
 
 from antipasto.adapter.fingerprints import Fingerprint, dtype_name, sketch, weight_digest
 from antipasto.files import digest, read_tensors, write_tensors
+from antipasto.names import AntiPastoWarning
 
 WEIGHT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
 """The dtypes of the weights that a basis can be computed for."""
@@ -66,7 +67,7 @@ class Basis(NamedTuple):
         return Basis(self.U[:, :rank].clone(), self.S[:rank].clone(), self.Vh[:rank].clone())
 
 
-class BasisCacheWarning(UserWarning):
+class BasisCacheWarning(AntiPastoWarning):
     """A file of the basis cache was bad and is replaced, or could not be written."""
 
 

@@ -36,6 +36,7 @@ import torch
 from torch import Tensor
 
 from antipasto.files import digest
+from antipasto.names import AntiPastoWarning
 
 SKETCH_NUMBERS = 8
 _LINE = re.compile(
@@ -47,7 +48,7 @@ _TURN = 1 / 3  # in radians
 _SHOWN = 3  # layers named in a message
 
 
-class BaseWarning(UserWarning):
+class BaseWarning(AntiPastoWarning):
     """A file is used on weights that are its base's up to rounding, but on which some numbers may not mean the same."""
 
 

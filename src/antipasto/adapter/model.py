@@ -35,6 +35,7 @@ from transformers.pytorch_utils import Conv1D
 
 from antipasto.adapter.basis import WEIGHT_DTYPES, Basis, load_identified_basis
 from antipasto.adapter.fingerprints import Fingerprint, check_same_base
+from antipasto.names import AntiPastoWarning
 
 from .config import TARGET_MODULES, AntiPastoConfig
 from .layer import AntiPastoLinear, as_matrix
@@ -332,6 +333,7 @@ def _leave_out(config: AntiPastoConfig, model: nn.Module, left: dict[str, str], 
         f"The default target set leaves out of this {type(model).__name__} what cannot be adapted: "
         + "; ".join(f"{count} × {leaf} ({reason})" for (leaf, reason), count in counts.items())
         + ". Name target_modules to choose yourself.",
+        AntiPastoWarning,
         stacklevel=2,
     )
 

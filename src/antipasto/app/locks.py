@@ -15,6 +15,8 @@ from pathlib import Path
 
 from filelock import FileLock, Timeout
 
+from antipasto.names import AntiPastoWarning
+
 _TEMPORARY = re.compile(r"\.(?P<name>.+)-[0-9a-f]{32}\.(?P<kind>tmp|old)")  # as `antipasto.files` names them
 
 
@@ -38,7 +40,8 @@ def held(lock: Path, what: Path) -> Iterator[None]:
             f"Another antipasto process is writing into {what}: wait until it has ended, or choose another folder."
         ) from None
     except NotImplementedError:
-        warnings.warn(f"No locks on the file system of {what}: nothing may be started twice there.", stacklevel=3)
+        said = f"No locks on the file system of {what}: nothing may be started twice there."
+        warnings.warn(said, AntiPastoWarning, stacklevel=3)
         yield
         return
     try:

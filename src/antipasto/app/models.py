@@ -23,13 +23,11 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from antipasto.adapter.basis import BasisCacheWarning
-from antipasto.adapter.fingerprints import BaseWarning, weight_digest
+from antipasto.adapter.fingerprints import weight_digest
 from antipasto.adapter.knobs import knobs
 from antipasto.adapter.layer import as_matrix
 from antipasto.app.checks import check_model_name
-from antipasto.names import Dtype
-from antipasto.routing.probing import RoutingWarning
+from antipasto.names import AntiPastoWarning, Dtype
 
 
 def load_model(name_or_path: str, *, dtype: Dtype = "auto") -> tuple[PreTrainedModel, Any]:
@@ -153,8 +151,7 @@ def quiet() -> Iterator[None]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            for ours in (BasisCacheWarning, BaseWarning, RoutingWarning):
-                warnings.simplefilter("default", ours)
+            warnings.simplefilter("default", AntiPastoWarning)
             yield
     finally:
         transformers.logging.set_verbosity(verbosity)

@@ -65,7 +65,11 @@ class RunFolder:
             ValueError: says what to do.
         """
         if self.root.exists() and (not self.root.is_dir() or any(p.name != LOCK for p in self.root.iterdir())):
-            hint = f", or continue that run: antipasto train --resume {self.root}" if self.config.exists() else ""
+            hint = ""
+            if self.run.is_file():
+                hint = f", or continue that run: antipasto train --resume {self.root}"
+            elif self.config.is_file():
+                hint = f", or begin that run again: antipasto train --config {self.config} --out ANOTHER"
             raise ValueError(f"{self.root} exists and is not an empty folder: choose another --out{hint}.")
 
     @contextmanager

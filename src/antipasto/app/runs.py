@@ -29,7 +29,7 @@ from antipasto.names import COMPLETE
 from antipasto.routing.books import read_books
 from antipasto.routing.router import Router
 
-HAVE_QUARANTINE = ("route", "inoculate")
+ROUTED = "route"
 """Methods that leave a quarantine, which does not ship."""
 
 
@@ -61,7 +61,7 @@ class LoadedRun:
     @property
     def has_quarantine(self) -> bool:
         """Whether there is a quarantine to leave out of what ships; else the run ships as it was trained."""
-        return self.method in HAVE_QUARANTINE
+        return self.method == ROUTED
 
     @property
     def task(self) -> str | None:
@@ -112,9 +112,9 @@ def load_run(root: Path, *, dial: float = 0.0) -> LoadedRun:
             f"{facts['base']['model']} has other weights now than when {root} was trained: its knobs mean nothing there."
         )
     method = str(facts.get("method", config["method"]))
-    if dial and method not in HAVE_QUARANTINE:
+    if dial and method != ROUTED:
         raise ValueError(f"{root}: --dial is of a quarantine, and a run by method {method} has none.")
-    return LoadedRun(folder, config, facts, adapted, tokenizer, dial if method in HAVE_QUARANTINE else 1.0)
+    return LoadedRun(folder, config, facts, adapted, tokenizer, dial if method == ROUTED else 1.0)
 
 
 def run_facts(trainer: Trainer, base: str, fingerprint: str, *, task: str, method: str) -> dict[str, Any]:
@@ -189,11 +189,11 @@ def run_views(
         dials: how much of the quarantine to leave in, of a run that has one.
     """
     views: dict[str, AbstractContextManager[None]] = {REFERENCE: reference(model), TRAINED: nullcontext()}
-    if method in HAVE_QUARANTINE:
+    if method == ROUTED:
         views |= {dial_arm(dial): deployed(model, dial) for dial in (0.0, *dials)}
     if method in ("route", "measure"):  # under erase, what the direction claimed is out of θ already, for good
         for name, book in books.items():
             views[name] = seen_as(model, View.TRAINED, {layer: -part for layer, part in book.items()})
-    if method in HAVE_QUARANTINE and shrink is not None:
+    if method == ROUTED and shrink is not None:
         views[SHRUNK] = scaled(model, shrink)
     return views

@@ -2,7 +2,6 @@
 
     gate         moved
     coordinate   Δ_j where t_j Δ_j < 0 and |t_j| > τ, with t the direction's effect sizes      (default)
-    disjoint     Δ_j where |t_j| > τ: those coordinates are the quarantine's alone
     one_sided    −c V,  c = relu(−V Δ)                   the hack-ward part along the direction
     no_gate      −c V,  c = −V Δ                         all that runs along the direction, either way
     reverse      −c V,  c = −relu(V Δ)                   the part that runs against the hack: a control
@@ -24,7 +23,6 @@ from antipasto.names import THRESHOLD, GateName
 from antipasto.routing.directions import Direction
 
 GATES: tuple[GateName, ...] = get_args(GateName)
-BY_COORDINATE = ("coordinate", "disjoint")
 
 
 @dataclass(frozen=True)
@@ -82,8 +80,8 @@ class Gate:
 
     def moved(self, delta: Tensor) -> tuple[Tensor, Tensor]:
         """The part of a displacement that goes into the quarantine, (R,), and the share of places where the gate fired."""
-        if self.kind in BY_COORDINATE:
-            mask = self.guarded if self.kind == "disjoint" else self.guarded & (self.effect * delta < 0)
+        if self.kind == "coordinate":
+            mask = self.guarded & (self.effect * delta < 0)
             moved, fired = torch.where(mask, delta, torch.zeros_like(delta)), mask.float().mean()
         else:
             c = -self.along(delta)  # (K, L)
@@ -96,13 +94,11 @@ class Gate:
 def _check(control: Control) -> None:
     if control.gate not in GATES:
         raise ValueError(f"gate must be one of {', '.join(GATES)}, got {control.gate!r}.")
-    if control.gate in BY_COORDINATE and control.direction.effect is None:
+    if control.gate == "coordinate" and control.direction.effect is None:
         raise ValueError(
             f"gate={control.gate!r} needs a direction with effect sizes; this one has rows only: use 'one_sided'."
         )
-    if control.gate not in BY_COORDINATE and control.threshold is not None:
-        raise ValueError(
-            f"threshold={control.threshold} belongs to the gates coordinate and disjoint; {control.gate!r} has none."
-        )
+    if control.gate != "coordinate" and control.threshold is not None:
+        raise ValueError(f"threshold={control.threshold} belongs to the gate coordinate; {control.gate!r} has none.")
     if control.threshold is not None and not (math.isfinite(control.threshold) and control.threshold >= 0):
         raise ValueError(f"threshold is an effect size of at least 0, got {control.threshold}.")

@@ -20,12 +20,13 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from antipasto.names import AntiPastoWarning
 from antipasto.unchanged import unchanged
 
 _TRIES = 3
 
 
-class RoutingWarning(UserWarning):
+class RoutingWarning(AntiPastoWarning):
     """Something about a run that is routed is not what one would expect."""
 
 

@@ -9,10 +9,6 @@ that the deployed knobs may learn from and g_Q the rest, the optimizer's own ste
 
     moved = Δ_Q + gate(Δ_D)
 
-That is *exclusive* routing: each part of the step has one owner. Under *classic* routing (Cloud et al. 2024,
-arXiv:2410.04332) the quarantine learns from everything, δS_hack += Δ, while δS still gets Δ − moved alone; θ then moves by
-both, and is no longer what it would be without the router.
-
 θ = δS + δS_hack is the same after an update-level move, so **routing does not change the training run** that samples from θ,
 and each further direction can keep a book of what it would have moved in that same run (`controls`). That takes an optimizer
 whose step depends on the gradients and on what it remembers of them alone, as those of SGD, Adam, AdamW without decay, RMSprop
@@ -51,7 +47,7 @@ from antipasto.adapter.fingerprints import check_same_base
 from antipasto.adapter.knobs import current_fingerprints, knobs, require_finite_gradients
 from antipasto.adapter.layer import View
 from antipasto.adapter.views import seen_as
-from antipasto.names import GateName, Level, Mode, Sharing
+from antipasto.names import GateName, Level, Mode
 from antipasto.routing.books import CHANCE, OWN_BOOK, Books, read_books
 from antipasto.routing.directions import Direction
 from antipasto.routing.gates import Control, Gate
@@ -79,11 +75,10 @@ class Router:
         model: an adapted model. Its active adapter is the one that is routed.
         direction: which way is hack-ward. None where rollouts alone are routed, by `add_gradients`.
         mode: ``"route"`` moves into the quarantine, ``"erase"`` drops, ``"measure"`` only watches.
-        sharing: ``"exclusive"``: the quarantine gets what is moved; ``"classic"``: it learns all of every step as well.
         level: ``"update"`` or ``"gradient"``. At gradient level ``delta_s_hack`` is made to require a gradient: create the
             optimizer afterwards, with both knobs in it.
-        gate: ``"coordinate"``, ``"disjoint"``, ``"one_sided"``, ``"no_gate"`` or ``"reverse"``.
-        threshold: of the gates by coordinate: the effect size above which one is guarded; 0.65 if None.
+        gate: ``"coordinate"``, ``"one_sided"``, ``"no_gate"`` or ``"reverse"``.
+        threshold: of the coordinate gate: the effect size above which one is guarded; 0.65 if None.
         controls: name → `Direction`, under the same gate and threshold, or `Control`; each keeps a book of what it would have
             moved of the same displacements, at update level.
 
@@ -97,7 +92,6 @@ class Router:
         direction: Direction | None,
         *,
         mode: Mode = "route",
-        sharing: Sharing = "exclusive",
         level: Level = "update",
         gate: GateName = "coordinate",
         threshold: float | None = None,
@@ -109,11 +103,7 @@ class Router:
             raise ValueError(f"level must be update or gradient, got {level!r}.")
         if direction is None and (controls or threshold is not None or level == "gradient"):
             raise ValueError("controls, threshold and level='gradient' are about a direction, and there is none.")
-        if sharing not in ("exclusive", "classic"):
-            raise ValueError(f"sharing must be exclusive or classic, got {sharing!r}.")
-        if sharing == "classic" and (mode != "route" or level != "update"):
-            raise ValueError("sharing='classic' fills a quarantine, at update level: mode='route', level='update'.")
-        self.model, self.mode, self.sharing, self.level = model, mode, sharing, level
+        self.model, self.mode, self.level = model, mode, level
         self.steps = 0
         layers = knobs(model)
         self.adapter_name = next(iter(layers.values())).adapter
@@ -223,7 +213,7 @@ class Router:
         groups = [
             group for group in optimizer.param_groups if any(p is k for p in group["params"] for k in self._delta_s)
         ]
-        routes = self.mode == "route" and self.level == "update" and self.sharing == "exclusive"
+        routes = self.mode == "route" and self.level == "update"
         return routes and not any(group.get("weight_decay") for group in groups)
 
     def _follow(self, device: torch.device) -> None:
@@ -432,7 +422,7 @@ class Router:
             # exact on both sides: what is moved entirely ends where it began, what is not moved stays where the step put it
             _write(self._delta_s, self._split(torch.where(own == 0, after, before + (delta - own))))
             if self.mode == "route":
-                _write(self._hack, self._split(_flat(self._hack) + (delta if self.sharing == "classic" else own)))
+                _write(self._hack, self._split(_flat(self._hack) + own))
         self._see("hackward_update", -delta)
         self._see("hackward_out", before - _flat(self._delta_s))
         for name, book in self._books.items():

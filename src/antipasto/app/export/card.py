@@ -37,7 +37,6 @@ METHODS = {
     "penalty": "flagged rollouts got reward 0",
     "discount": "the reward of a rollout shrank as its score rose",
     "drop": "nobody learned from flagged rollouts",
-    "inoculate": "a quarantine that knew the exploit stood beside what was trained",
     "plain": "GRPO, and nothing else",
 }
 

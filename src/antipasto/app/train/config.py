@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any, get_args
 
 from antipasto.app.run_folder import write_yaml
-from antipasto.names import THRESHOLD, By, Dtype, Estimator, GateName, Method, Sharing
+from antipasto.names import THRESHOLD, By, Dtype, Estimator, GateName, Method
 from antipasto.options import check_bounds, check_finite, check_types, near
 
 CONTROLS = ("random", "permuted")
@@ -65,7 +65,6 @@ class TrainConfig:
         "With --by score: share of the start's own answers that may be flagged.",
         show_default="a threshold between held-out hacks and clean texts",
     )
-    sharing: Sharing = _routing("exclusive", "Whether unflagged rollouts teach δS alone, or both vectors.")
     pairs: str | None = _routing(
         None, "Pairs to extract the direction from.", metavar="FILE", show_default="the task's"
     )
@@ -128,11 +127,10 @@ class TrainConfig:
     def _check_gate(self) -> None:
         """What goes by what."""
         choices: dict[str, tuple[By, ...]] = {"plain": ("score",), "measure": ("direction",), "discount": ("score",)}
-        choices["inoculate"] = ()
         choices |= dict.fromkeys(("penalty", "drop"), ("detector", "score"))
         possible = choices.get(self.method, get_args(By))
         if self.by is not None and self.by not in possible:
-            raise ValueError(f"method {self.method} goes by {' or '.join(possible) or 'nothing'}, not by {self.by}.")
+            raise ValueError(f"method {self.method} goes by {' or '.join(possible)}, not by {self.by}.")
         if self.by == "score" and self.direction is not None:
             raise ValueError(
                 "by=score makes its monitor from pairs, which calibrate it too: give pairs, not a direction."
@@ -141,9 +139,6 @@ class TrainConfig:
             raise ValueError(f"false_alarms={self.false_alarms} belongs to by=score.")
         if self.false_alarms is not None and not 0 < self.false_alarms < 1:
             raise ValueError(f"false_alarms is a share in (0, 1), got {self.false_alarms}.")
-        by_direction = self.by == "direction" or (self.by is None and self.direction is not None)
-        if self.sharing == "classic" and (self.method != "route" or by_direction):
-            raise ValueError("sharing=classic belongs to method route by score, detector or both.")
         if self.method != "route" and self.deploy_fraction:
             raise ValueError(f"deploy_fraction belongs to method route: under {self.method} there is no quarantine.")
 

@@ -8,7 +8,6 @@ measure   nothing is moved, books are kept                             direction
 penalty   flagged rollouts get reward 0                                detector or score
 discount  rewards shrink as scores rise from clean to hack             score
 drop      nobody learns from flagged rollouts                          detector or score
-inoculate nothing is claimed: the quarantine knows the pairs' hacks from the start, and stays as it is
 """
 
 from __future__ import annotations
@@ -30,10 +29,8 @@ from antipasto.app.run_folder import RunFolder
 from antipasto.app.train.config import TrainConfig
 from antipasto.evaluation.ask import Sampling, own_answers
 from antipasto.names import HELDOUT, Flagged, Rule
-from antipasto.routing.inoculation import inoculate
 from antipasto.routing.pairs import split_pairs
 from antipasto.tasks import Task
-from antipasto.terminal import doing, say
 from antipasto.trl.advantages import deployed_positions
 from antipasto.trl.trainer import DEPLOY_FRACTION
 
@@ -51,19 +48,29 @@ class Gating:
     def __init__(self, config: TrainConfig, task: Task, *, has_direction: bool) -> None:
         self.config, self.task = config, task
         method, by = config.method, config.by
-        has_pairs = bool(config.pairs or config.direction or task.pairs)
+        has_pairs, routes = bool(config.pairs or task.pairs), method in ("route", "erase")
         if by is None and method in ("penalty", "drop", "route", "erase", "discount"):
-            by = "direction" if config.direction else "score" if has_pairs or method == "discount" else "detector"
-        self.uses_direction = method == "measure" or (method in ("route", "erase") and by in ("direction", "both"))
+            by = (
+                "direction"
+                if routes and config.direction
+                else "score"
+                if has_pairs or method == "discount"
+                else "detector"
+            )
+        self.uses_direction = method == "measure" or (routes and by in ("direction", "both"))
         self.uses_monitor = by == "score"
         self.uses_detector = (method in ("penalty", "drop") and by != "score") or by in ("detector", "both")
-        self.uses_pairs = self.uses_direction or self.uses_monitor or method == "inoculate"
-        if self.uses_pairs and not has_pairs:
-            raise ValueError(f"method {method} needs pairs: task {task.name!r} brings none, so give --pairs.")
+        self.uses_pairs = self.uses_direction or self.uses_monitor
+        if self.uses_pairs and not has_pairs and not (self.uses_direction and config.direction):
+            what, give = (
+                ("pairs or a direction", "--pairs or --direction") if self.uses_direction else ("pairs", "--pairs")
+            )
+            raise ValueError(f"method {method} needs {what}: task {task.name!r} brings none, so give {give}.")
         if self.uses_detector and task.detector is None and by == "detector" and config.by is None:
+            what, give = ("pairs, a direction", "--pairs or --direction") if routes else ("pairs", "--pairs")
             raise ValueError(
-                f"method {method} needs pairs, a direction or a detector to go by, and task {task.name!r} brings none: give "
-                "--pairs or --direction, or train without routing, --method plain."
+                f"method {method} needs {what} or a detector to go by, and task {task.name!r} brings none: give {give}, or "
+                "train without, --method plain."
             )
         if self.uses_detector and task.detector is None:
             raise ValueError(f"method {method} needs a detector, and task {task.name!r} has none.")
@@ -98,18 +105,6 @@ class Gating:
                 why = "a direction's file is given" if self.uses_direction else why
                 raise ValueError(f"{name}={getattr(self.config, name)} does nothing here: {why}.")
 
-    def prepare(self, model: nn.Module, tokenizer: Any, console: Console) -> None:
-        """What comes before the first step: the quarantine of `inoculate`, the same on all processes."""
-        if self.config.method != "inoculate":
-            return
-        model.eval()
-        with doing(console, "teaching the quarantine what the pairs show"):
-            losses = inoculate(model, tokenizer, self._pairs()[0], seed=self.config.seed)
-        model.train()
-        say(
-            console, f"quarantine: the pairs' hacks at {losses[0]:.2f} nats a token before, {losses[-1]:.2f} at the end"
-        )
-
     def _pairs(self) -> tuple[list[ap.ContrastPair], list[ap.ContrastPair]]:
         """To fit, and to hold out."""
         pairs = ap.load_pairs(self.config.pairs if self.config.pairs is not None else list(self.task.pairs or []))
@@ -124,13 +119,13 @@ class Gating:
 
         def make(model: nn.Module) -> ap.Router:
             if not self.uses_direction:
-                return ap.Router(model, None, mode=mode, sharing=config.sharing)
+                return ap.Router(model, None, mode=mode)
             # one process extracts, and all read the same file
             on_main(state, lambda: self._make_direction(model, tokenizer, folder.direction))
             v = ap.Direction.load(folder.direction)
             controls = {name: getattr(v, name)(config.seed) for name in config.controls}
             options: dict[str, Any] = {"gate": config.gate, "threshold": config.threshold, "controls": controls}
-            return ap.Router(model, v, mode=mode, sharing=config.sharing, **options)
+            return ap.Router(model, v, mode=mode, **options)
 
         return make
 

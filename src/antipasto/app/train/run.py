@@ -6,6 +6,7 @@ import dataclasses
 import re
 import secrets
 import shlex
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from datetime import datetime
@@ -86,7 +87,9 @@ def run(config: TrainConfig, out: Path, console: Console, *, resume: bool = Fals
             held.enter_context(folder.held(new=not resume))
 
         on_main(state, hold)
-        return _run(config, folder, console, state, resume=resume)
+        begins = not resume and state.is_main_process
+        with _beginning(config, folder) if begins else nullcontext():
+            return _run(config, folder, console, state, resume=resume)
 
 
 def _run(config: TrainConfig, folder: RunFolder, console: Console, state: PartialState, *, resume: bool) -> bool:
@@ -105,8 +108,7 @@ def _run(config: TrainConfig, folder: RunFolder, console: Console, state: Partia
     with_template_options(tokenizer, args.chat_template_kwargs)
     check_chats(tokenizer, config.model, task)
     checkpoint = on_main(state, folder.last_checkpoint) if resume else None
-    begins = not resume and state.is_main_process
-    with quiet(), hashed_once(), _beginning(config, folder) if begins else nullcontext():
+    with quiet(), hashed_once():
         trainer = RoutedGRPOTrainer(
             model=model,
             args=args,
@@ -136,7 +138,6 @@ def _run(config: TrainConfig, folder: RunFolder, console: Console, state: Partia
             trainer.add_callback(interrupts)
             trainer.add_callback(bar)
             if checkpoint is None:
-                how.prepare(trainer.model, tokenizer, console)
                 trainer.add_callback(FirstLook(console))
             else:
                 say(console, f"continuing from {checkpoint}")
@@ -155,13 +156,15 @@ def _run(config: TrainConfig, folder: RunFolder, console: Console, state: Partia
 
 @contextmanager
 def _beginning(config: TrainConfig, folder: RunFolder) -> Iterator[None]:
-    """Say from the beginning what the folder is; where the run cannot begin, leave it as empty as it was."""
+    """Say from the beginning what the folder is; where it comes to no step, leave it as empty as it was."""
     write_text(folder.config, config.to_yaml())
     try:
         yield
     except Exception:
-        for path in (folder.config, folder.direction, folder.run):
-            path.unlink(missing_ok=True)
+        if not folder.metrics.exists():
+            shutil.rmtree(folder.tensorboard, ignore_errors=True)
+            for path in (folder.config, folder.direction, folder.monitor, folder.run, folder.rollouts):
+                path.unlink(missing_ok=True)
         raise
 
 
