@@ -352,6 +352,8 @@ def test_a_run_that_is_killed_before_its_first_step_says_what_it_is(
     words = f"The run in {out} has not reached its first step. If it was stopped, there is nothing to continue: begin it again"
     for command in (["train", "--resume", out], ["eval", out], ["export", out, "--out", tmp_path / "shipped"]):
         assert words in refused(*command)
+    again = refused("train", MODEL, "--task", "addition", "--out", out, *SMALL)
+    assert f"or begin that run again: antipasto train --config {out / 'config.yaml'} --out ANOTHER" in again
     code, text = run("inspect", out, columns=1000)
     assert (code, words in text) == (0, True)
     assert run("report", out)[0] == 0
