@@ -345,7 +345,7 @@ def test_a_run_that_is_killed_before_its_first_step_says_what_it_is(
     def killed(**_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(sys.modules["antipasto.app.train.run"], "RoutedGRPOTrainer", killed)
+    monkeypatch.setattr(importlib.import_module("antipasto.app.train.run"), "RoutedGRPOTrainer", killed)
     out = tmp_path / "run"
     code, _ = run("train", MODEL, "--task", "addition", "--out", out, *SMALL)
     assert code == 130
@@ -359,7 +359,7 @@ def test_a_run_that_is_killed_before_its_first_step_says_what_it_is(
     assert run("report", out)[0] == 0
     assert words in (out / "report.html").read_text()
     # and what cannot begin leaves the folder as it was
-    monkeypatch.setattr(sys.modules["antipasto.app.train.run"], "RoutedGRPOTrainer", lambda **_: json.loads("{"))
+    monkeypatch.setattr(importlib.import_module("antipasto.app.train.run"), "RoutedGRPOTrainer", lambda **_: json.loads("{"))
     run("train", MODEL, "--task", "addition", "--out", tmp_path / "other", *SMALL)
     assert not (tmp_path / "other").exists()
 
