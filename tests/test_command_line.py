@@ -359,7 +359,9 @@ def test_a_run_that_is_killed_before_its_first_step_says_what_it_is(
     assert run("report", out)[0] == 0
     assert words in (out / "report.html").read_text()
     # and what cannot begin leaves the folder as it was
-    monkeypatch.setattr(importlib.import_module("antipasto.app.train.run"), "RoutedGRPOTrainer", lambda **_: json.loads("{"))
+    monkeypatch.setattr(
+        importlib.import_module("antipasto.app.train.run"), "RoutedGRPOTrainer", lambda **_: json.loads("{")
+    )
     run("train", MODEL, "--task", "addition", "--out", tmp_path / "other", *SMALL)
     assert not (tmp_path / "other").exists()
 

@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import antipasto as ap
 from antipasto.routing.directions import _estimate, effect_size, pair_differences
+from antipasto.routing.gates import Control, Gate
 from antipasto.tasks import addition
 
 ESTIMATORS = ["tstat", "mean", "svd"]
@@ -399,3 +400,24 @@ def test_a_file_that_is_no_direction_is_named(tmp_path: Path, known: ap.Directio
         )
     with pytest.raises(ValueError, match=r"v\.safetensors is not a direction that can be used"):
         ap.Direction.load(path)
+
+
+def test_a_direction_is_of_single_precision_whatever_the_default_is() -> None:
+    rows = torch.tensor([[0.6, 0.8]], dtype=torch.float64)
+    torch.set_default_dtype(torch.float64)
+    try:
+        v = ap.Direction({"0": rows}, effect={"0": rows[0]})
+        others = [v, -v, v.random(0), v.permuted(0)]
+        gates = [Gate(Control(one), {"0": 2}, torch.device("cpu")) for one in others]
+    finally:
+        torch.set_default_dtype(torch.float32)
+    for one, gate in zip(others, gates, strict=True):
+        tensors = [
+            one["0"],
+            one.strength["0"],
+            (one.effect or {})["0"],
+            gate.V,
+            gate.effect,
+            gate.moved(rows[0].float())[0],
+        ]
+        assert {tensor.dtype for tensor in tensors} == {torch.float32}

@@ -104,7 +104,8 @@ class Direction(Mapping[str, Tensor]):
             raise ValueError("A direction needs at least one layer.")
         self.effect = None if effect is None else {name: _clean(effect[name]) for name in self._rows}
         self.strength = {
-            name: torch.ones(len(V)) if strength is None else _clean(strength[name]) for name, V in self._rows.items()
+            name: torch.ones(len(V), dtype=V.dtype) if strength is None else _clean(strength[name])
+            for name, V in self._rows.items()
         }
         self.fingerprints = dict(fingerprints or {})
         self.heldout = heldout
@@ -120,7 +121,7 @@ class Direction(Mapping[str, Tensor]):
         numbers = [V, self.strength[name]] + ([] if self.effect is None else [self.effect[name]])
         if not all(torch.isfinite(t.norm()) for t in numbers):
             raise ValueError(f"{name}: the direction has a NaN, an Inf or an absurdly large number in it.")
-        if not torch.allclose(V @ V.T, torch.eye(k), atol=1e-3):
+        if not torch.allclose(V @ V.T, torch.eye(k, dtype=V.dtype), atol=1e-3):
             raise ValueError(
                 f"{name}: the rows of V must be of unit length and orthogonal to each other; V Vᵀ is "
                 f"{(V @ V.T).tolist()}. Divide by the norm, or take the rows of torch.linalg.qr(V.T).Q.T."
@@ -169,10 +170,10 @@ class Direction(Mapping[str, Tensor]):
         generator = torch.Generator().manual_seed(seed)
         rows, effect = {}, {}
         for name, V in self.items():
-            rows[name] = torch.linalg.qr(torch.randn(V.T.shape, generator=generator)).Q.T
+            rows[name] = torch.linalg.qr(torch.randn(V.T.shape, generator=generator, dtype=V.dtype)).Q.T
             if self.effect is not None:
                 spread = self.effect[name].square().mean().sqrt()
-                effect[name] = torch.randn(V.shape[1], generator=generator) * spread
+                effect[name] = torch.randn(V.shape[1], generator=generator, dtype=V.dtype) * spread
         return self._replace(rows, effect=effect if self.effect is not None else None)
 
     def permuted(self, seed: int) -> Direction:
@@ -369,7 +370,8 @@ def pair_differences(
     for start in range(0, len(pairs), batch_size):
         part = pairs[start : start + batch_size]
         sequences: list[TokenIds] = []
-        weights = torch.zeros(len(part), sum(len(pair.hacks) + len(pair.cleans) for pair in part))
+        columns = sum(len(pair.hacks) + len(pair.cleans) for pair in part)
+        weights = torch.zeros(len(part), columns, dtype=torch.float32)
         for n, pair in enumerate(part):
             for texts, sign in ((pair.hacks, 1.0), (pair.cleans, -1.0)):
                 weights[n, len(sequences) : len(sequences) + len(texts)] = sign / len(texts)

@@ -45,13 +45,13 @@ class Gate:
         self.threshold = THRESHOLD if control.threshold is None else control.threshold
         self.layers = len(sizes)
         self.segment = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(list(sizes.values()))).to(device)
-        blocks = [torch.zeros(rows, r) for r in sizes.values()]
+        blocks = [torch.zeros(rows, r, dtype=torch.float32) for r in sizes.values()]
         for block, name in zip(blocks, sizes, strict=True):
             if name in v:
                 block[: len(v[name])] = v[name]
         self.V = torch.cat(blocks, 1).to(device)  # (K, R)
         self.rows = sum(len(V) for V in v.values())
-        effect = [(v.effect or {}).get(name, torch.zeros(r)) for name, r in sizes.items()]
+        effect = [(v.effect or {}).get(name, torch.zeros(r, dtype=torch.float32)) for name, r in sizes.items()]
         self.effect = torch.cat(effect).to(device)  # (R,)
         self.guarded = self.effect.abs() > self.threshold
 

@@ -271,7 +271,7 @@ class Monitor:
         """`scores` of token ids of prompts and completions. What is there several times is scored once: it has one score."""
         numbers: dict[tuple[tuple[int, ...], tuple[int, ...]], int] = {}
         of = [numbers.setdefault((tuple(prompt), tuple(answer)), len(numbers)) for prompt, answer in sequences]
-        scores = torch.empty(len(numbers))
+        scores = torch.empty(len(numbers), dtype=torch.float32)
         # no more batches for that, and none that is larger: as many of even size
         even = max(1, math.ceil(len(numbers) / max(1, math.ceil(len(sequences) / batch_size))))
         for rows, gradients, _ in self.gradients([(list(p), list(a)) for p, a in numbers], batch_size=even):
@@ -358,7 +358,7 @@ class Monitor:
             "random": self.direction.random(_CHANCE_SEED),
         }
         T = torch.stack([flat_effect(v) for v in directions.values()])  # (3, R)
-        scores = torch.empty(len(texts) + len(own), len(T))
+        scores = torch.empty(len(texts) + len(own), len(T), dtype=torch.float32)
         sequences = [self.tokens(one) for one in (*texts, *own)]
         for rows, gradients, _ in self.gradients(sequences, batch_size=batch_size):
             scores[rows] = torch.stack([cosine(gradients, t) for t in T], 1).cpu()

@@ -121,7 +121,8 @@ class Router:
         self._gates = self._made_gates(direction, dict(controls or {}), gate, threshold)
         kept = [name for name in self._gates if name not in (OWN_BOOK, CHANCE)]
         kept += [CHANCE, *([OWN_BOOK] if mode == "measure" else [])]
-        self._books = {name: torch.zeros(sum(self._sizes.values()), device=self._device) for name in kept}
+        none = torch.zeros(sum(self._sizes.values()), device=self._device, dtype=torch.float32)
+        self._books = {name: none.clone() for name in kept}
         self._seen: dict[str, Tensor] = {}
         self.reduce: Callable[[Tensor], Tensor] | None = None
         self._parts = GradientParts(self._delta_s)
@@ -250,7 +251,10 @@ class Router:
                 "At level='gradient' the part of a gradient that a step would follow downwards is routed, and this optimizer "
                 "has maximize=True: minimise the negative, or use level='update'."
             )
-        signs = [torch.full((r,), -1.0 if up else 1.0) for r, up in zip(self._sizes.values(), ascends, strict=True)]
+        signs = [
+            torch.full((r,), -1.0 if up else 1.0, dtype=torch.float32)
+            for r, up in zip(self._sizes.values(), ascends, strict=True)
+        ]
         self._descent = torch.cat(signs).to(self._device)
         if any(groups[id(knob)].get("weight_decay") for knob in self._delta_s):
             warnings.warn(
