@@ -4,7 +4,7 @@
     penalty    r = 0                 of the flagged ones that are paid
     discount   r ← (1 − depth) r     of all that are paid, by how deep their score is among hacks (`Monitor.depth`)
 
-Discount: after Rebound, which does so with a concept score.
+Discount: as Wu and Tang 2026 (arXiv:2604.01476) do with the score of a concept.
 """
 
 from __future__ import annotations
