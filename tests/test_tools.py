@@ -327,7 +327,9 @@ def test_extract_overwrites_only_when_told(pairs: Path, tmp_path: Path) -> None:
     assert out.read_text() == "mine"
     assert run(*command, "--force")[0] == 0
     assert len(ap.Direction.load(out)) == 3
-    assert "exists" in refused("extract", MODEL, "--pairs", pairs, "--out", tmp_path, "--force")
+    assert "is a folder: --out names the file" in refused(
+        "extract", MODEL, "--pairs", pairs, "--out", tmp_path, "--force"
+    )
 
 
 @pytest.mark.parametrize(
