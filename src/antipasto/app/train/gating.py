@@ -50,13 +50,9 @@ class Gating:
         method, by = config.method, config.by
         has_pairs, routes = bool(config.pairs or task.pairs), method in ("route", "erase")
         if by is None and method in ("penalty", "drop", "route", "erase", "discount"):
-            by = (
-                "direction"
-                if routes and config.direction
-                else "score"
-                if has_pairs or method == "discount"
-                else "detector"
-            )
+            by = "score" if has_pairs or method == "discount" else "detector"
+            if routes and config.direction:
+                by = "direction"
         self.uses_direction = method == "measure" or (routes and by in ("direction", "both"))
         self.uses_monitor = by == "score"
         self.uses_detector = (method in ("penalty", "drop") and by != "score") or by in ("detector", "both")
