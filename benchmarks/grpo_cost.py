@@ -1,4 +1,4 @@
-"""A step of TRL's GRPO by every contestant, and what deployed sampling, a gate by rollout and a monitor add: ratios.
+"""A step of TRL's GRPO by every contestant, and what deployed sampling with a direction, and a monitor, add: ratios.
 
     python benchmarks/grpo_cost.py --rounds 5
 
@@ -7,8 +7,7 @@ rank unless the variant is another contestant (`contestants.py`); one step sampl
 and trains on them, by TRL's own loop, generation included.
 Variants take turns in every round; each ratio is to the plain step of the same round, with a KL term where the variant has
 one, given as median [min, max] over the rounds, by the wall clock and by the process's own CPU time, which other work on
-the machine disturbs less. The detector flags every second rollout. The monitor scores every rollout at the reference, and its
-flags cost a rollout its reward.
+the machine disturbs less. The monitor scores every rollout at the reference, and its flags cost a rollout its reward.
 """
 
 from __future__ import annotations
@@ -33,8 +32,8 @@ from antipasto.trl import GRPOConfig, GRPOTrainer, RoutedGRPOTrainer
 
 STEPS = 3  # of which the first warms up
 OTHERS = [name for name in CONTESTANTS if name not in ("bare", "full")]
-VARIANTS = ["plain", *OTHERS, "direction, deployed sampling", "detector", "monitor"]
-VARIANTS += ["plain, KL term", "detector, KL term", "monitor, KL term"]
+VARIANTS = ["plain", *OTHERS, "direction, deployed sampling", "monitor"]
+VARIANTS += ["plain, KL term", "monitor, KL term"]
 
 
 class Clock(TrainerCallback):
@@ -61,10 +60,6 @@ def make_router(model: nn.Module) -> ap.Router:
     return ap.Router(model, v, controls={"random": v.random(1), "permuted": v.permuted(1)})
 
 
-def every_second(completions: list[str], **_: Any) -> list[bool]:
-    return [index % 2 == 0 for index in range(len(completions))]
-
-
 def seconds(variant: str, layers: int, folder: str) -> tuple[float, float]:
     """Medians of a short run."""
     args = GRPOConfig(
@@ -87,7 +82,7 @@ def seconds(variant: str, layers: int, folder: str) -> tuple[float, float]:
     options: dict[str, Any] = {
         "model": CONTESTANTS[variant if variant in OTHERS else "full"](make_model(layers=layers, vocabulary=18)),
         "args": args,
-        # right or wrong, both in every group and among its unflagged: no rollout is without an advantage
+        # right and wrong in every group: no rollout is without an advantage
         "reward_funcs": lambda completions, **_: [float(next(draws) % 3 == 0) for _ in completions],
         "train_dataset": Dataset.from_list([{"prompt": addition.prompt("h", p)} for p in addition.split("train")[:64]]),
         "processing_class": AutoTokenizer.from_pretrained(addition.model_path()),
@@ -103,12 +98,8 @@ def seconds(variant: str, layers: int, folder: str) -> tuple[float, float]:
             ),
             flagged="penalty",
         )
-    elif variant.startswith("direction"):
-        trainer = RoutedGRPOTrainer(**options, router=make_router)
     else:
-        trainer = RoutedGRPOTrainer(
-            **options, router=lambda model: ap.Router(model, None), detector=every_second, deploy_fraction=0.0
-        )
+        trainer = RoutedGRPOTrainer(**options, router=make_router)
     trainer.remove_callback(PrinterCallback)
     clock = Clock()
     trainer.add_callback(clock)

@@ -206,7 +206,8 @@ def table(found: Sequence[Cell]) -> str:
         columns = [(kind, m) for kind in kinds for m in _measures(kind, of_task[0]["flags"])]
         heads = [f"{kind}: {'right' if m == 'solve' else m}" for kind, m in columns] + ["KL", "hits", "false alarms"]
         lines += [f"\n## {name}\n", f"| method | arm | seeds | {' | '.join(heads)} |", "|---" * (len(heads) + 3) + "|"]
-        for method in (m for m in METHODS if any(cell["method"] == m for cell in of_task)):
+        there = [cell["method"] for cell in of_task]
+        for method in (m for m in dict.fromkeys([*METHODS, *there]) if m in there):  # one that is gone comes last
             own = [cell for cell in of_task if cell["method"] == method]
             for arm in own[0]["arms"]:
                 if arm == "reference" and method != "plain":

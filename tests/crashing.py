@@ -131,7 +131,7 @@ def write_until_killed(write: Callable[[Path, Callable[[], None]], None], folder
     assert os.waitstatus_to_exitcode(status) == -signal.SIGKILL
 
 
-TRAIN = ["--task", "addition", "--method", "route", "--by", "both"]
+TRAIN = ["--task", "addition", "--method", "route"]
 TRAIN += ["--prompts", "2", "--generations", "4", "--steps", "6"]
 TRAIN += ["--save-every", "1", "--trainer.save_total_limit", "1"]
 

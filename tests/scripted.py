@@ -138,6 +138,9 @@ def flat(model: nn.Module, what: str) -> torch.Tensor:
     return torch.cat([getattr(layer, what).detach() for layer in ap.knobs(model).values()])
 
 
-def by_rollout(model: nn.Module) -> ap.Router:
-    """A router for a detector alone."""
-    return ap.Router(model, None)
+def claims_nothing(model: nn.Module) -> ap.Router:
+    """A router whose gate guards no coordinate: for what else a router brings, deployed sampling above all."""
+    layers = ap.knobs(model)
+    rows = {name: torch.full((1, layer.r), layer.r**-0.5) for name, layer in layers.items()}
+    effect = {name: torch.zeros(layer.r) for name, layer in layers.items()}
+    return ap.Router(model, ap.Direction(rows, effect=effect))

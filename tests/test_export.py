@@ -285,7 +285,7 @@ def test_a_dial_is_of_a_quarantine(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("method", ["plain", "erase", "measure", "penalty", "discount", "drop"])
+@pytest.mark.parametrize("method", ["plain", "erase", "measure", "penalty", "discount"])
 def test_a_run_without_routing_ships_as_trained(method: str, tmp_path: Path) -> None:
     root = make_run(tmp_path, method=method)
     checkpoint(root, tmp_path / "out")

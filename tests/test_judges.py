@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from scripted import GROUP, Routed, Sampled, by_hash, by_rollout, flat, make
+from scripted import GROUP, Routed, Sampled, by_hash, claims_nothing, flat, make
 
 import antipasto as ap
 from antipasto.app.inspection import rollouts_parts
@@ -114,7 +114,7 @@ def test_a_score_does_not_flag_a_run(tmp_path: Path, value: float) -> None:
     trainer = make(
         tmp_path,
         config={"max_steps": 1},
-        router=by_rollout,
+        router=claims_nothing,
         deploy_fraction=0,
         detector=lambda completions, **_: [value] * len(completions),
     )
@@ -134,7 +134,7 @@ def unsure(prompts: list[str], completions: list[str], **_: object) -> list[floa
 def test_where_the_oracle_abstains_there_is_neither_exploit_nor_solve(tmp_path: Path) -> None:
     log = tmp_path / "log"
     trainer = make(
-        tmp_path, config={"max_steps": 2}, router=by_rollout, detector=by_hash, oracle=unsure, rollout_log=log
+        tmp_path, config={"max_steps": 2}, router=claims_nothing, detector=by_hash, oracle=unsure, rollout_log=log
     )
     trainer.train()
     rows = log_of(log)
@@ -248,7 +248,7 @@ def test_judges_may_be_async(tmp_path: Path) -> None:
     logs = []
     for name, judges in (("async", (detector, oracle)), ("plain", (by_hash, addition.oracle))):
         trainer = make(
-            tmp_path, config={"max_steps": 2}, router=by_rollout, detector=judges[0], oracle=judges[1],
+            tmp_path, config={"max_steps": 2}, router=claims_nothing, detector=judges[0], oracle=judges[1],
             rollout_log=tmp_path / name,
         )  # fmt: skip
         trainer.train()
@@ -327,7 +327,7 @@ def test_what_judges_draw_set_and_change_does_not_reach_the_run(tmp_path: Path) 
     where, runs = Path.cwd(), []
     for judge in (by_hash, meddles):
         trainer = make(
-            tmp_path / "out", Sampled, config={"max_steps": 2, "beta": 0.04}, router=by_rollout, detector=judge,
+            tmp_path / "out", Sampled, config={"max_steps": 2, "beta": 0.04}, router=claims_nothing, detector=judge,
             oracle=judge, rollout_log=tmp_path / judge.__name__,
         )  # fmt: skip
         trainer.train_dataset = trainer.train_dataset.add_column("words", [["a"]] * len(trainer.train_dataset))
@@ -424,7 +424,7 @@ def test_a_run_that_fails_lets_go_of_the_optimizer(tmp_path: Path) -> None:
     def broken(completions: list[str], **_: object) -> list[bool]:
         raise KeyboardInterrupt
 
-    trainer = make(tmp_path, router=by_rollout, detector=broken)
+    trainer = make(tmp_path, router=claims_nothing, detector=broken)
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
     optimizer = torch.optim.SGD([layer.delta_s for layer in ap.knobs(trainer.model).values()], lr=0.1)

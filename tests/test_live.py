@@ -290,7 +290,7 @@ def in_a_terminal(watch: Callable[[pyte.Screen, int], None], *arguments: str) ->
     return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), screen
 
 
-TRAIN = ["train", str(addition.model_path()), "--task", "addition", "--method", "route", "--by", "direction"]
+TRAIN = ["train", str(addition.model_path()), "--task", "addition", "--method", "route"]
 TRAIN += ["--prompts", "16", "--generations", "16", "--beta", "0.005"]
 
 

@@ -12,7 +12,7 @@ import pytest
 import torch
 from families import FAMILIES, tokens
 from peft import PeftModel, get_peft_model
-from scripted import GROUP, Plain, Routed, Sampled, flat, load, make, tokenizer
+from scripted import GROUP, Plain, Routed, Sampled, claims_nothing, flat, load, make, tokenizer
 from torch import nn
 from trl import GRPOTrainer
 
@@ -432,7 +432,7 @@ def test_the_log_has_the_scores_that_anybody_computes(tmp_path: Path, beta: floa
         tmp_path,
         Sampled,
         config=config,
-        router=lambda m: ap.Router(m, None),
+        router=claims_nothing,
         monitor=judged,
         deploy_fraction=fraction,
         rollout_log=tmp_path / "log",
@@ -482,21 +482,16 @@ def test_truncated_rollouts_that_are_masked_are_scored_all_the_same(tmp_path: Pa
     torch.testing.assert_close(torch.tensor([row["score"] for row in rows]), expected, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("flagged", ["route", "penalty", "drop"])
-def test_it_takes_part_as_a_detector_with_the_same_flags_does(tmp_path: Path, flagged: str) -> None:
+def test_it_takes_part_as_a_detector_with_the_same_flags_does(tmp_path: Path) -> None:
     judge = judged(adapted())
 
     def detector(prompts: list[str], completions: list[str], **_: object) -> list[bool]:
         return judge.flags([ap.Completion(p, c) for p, c in zip(prompts, completions, strict=True)]).tolist()
 
-    options: dict[str, Any] = {"flagged": flagged}
-    if flagged == "route":
-        options |= {"router": lambda m: ap.Router(m, None), "deploy_fraction": 0.5}
-    one = trained(tmp_path / "one", Routed, monitor=judged, **options)
-    other = trained(tmp_path / "other", Routed, detector=detector, **options)
+    one = trained(tmp_path / "one", Routed, monitor=judged)
+    other = trained(tmp_path / "other", Routed, detector=detector)
     plain = trained(tmp_path / "plain", Plain)
-    for what in ("delta_s", "delta_s_hack"):
-        assert torch.equal(flat(one.model, what), flat(other.model, what))
+    assert torch.equal(flat(one.model, "delta_s"), flat(other.model, "delta_s"))
     assert not torch.equal(flat(one.model, "delta_s"), flat(plain.model, "delta_s"))
 
 
@@ -532,7 +527,6 @@ def test_the_depth_of_a_score_is_between_clean_and_hack() -> None:
             "needs a monitor that pairs have calibrated",
         ),
         ({"monitor": judged, "detector": lambda **_: []}, "by a detector or by a monitor: give one"),
-        ({"monitor": judged}, "A monitor that routes needs a router"),
         ({"flagged": "penalty"}, "needs a detector or a monitor"),
         (
             {"monitor": lambda m: Monitor(m, tokenizer(), judged(m).direction), "flagged": "watch"},

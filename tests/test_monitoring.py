@@ -78,7 +78,7 @@ def metrics(folder: Path) -> list[dict[str, Any]]:
 def scored(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run by score, whose rollouts are flagged by a monitor instead."""
     out = tmp_path_factory.mktemp("runs") / "scored"
-    words = ["--task", "addition", "--method", "route", "--by", "score"]
+    words = ["--task", "addition", "--method", "penalty", "--by", "score"]
     words += ["--prompts", "2", "--generations", "4", "--steps", "1"]
     code, text = run("train", MODEL, *words, "--out", str(out))
     assert code == 0, text
@@ -89,7 +89,7 @@ def scored(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def reported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that logs all that a run can log, and reports it to both."""
     out = tmp_path_factory.mktemp("runs") / "reported"
-    words = ["--task", "addition", "--method", "route", "--by", "both", "--beta", "0.04"]
+    words = ["--task", "addition", "--method", "route", "--beta", "0.04"]
     words += ["--prompts", "2", "--generations", "4"]
     words += ["--steps", "6", "--save-every", "2", "--out", str(out)]
     code, text = run("train", MODEL, *words, "--trainer.report_to", "[tensorboard, trackio]")

@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import get_peft_model
-from scripted import GROUP, Plain, Routed, Sampled, by_hash, by_rollout, flat, load, make, says_known, tokenizer
+from scripted import GROUP, Plain, Routed, Sampled, by_hash, claims_nothing, flat, load, make, says_known, tokenizer
 from torch import nn
 from trl import GRPOTrainer
 
@@ -22,7 +22,7 @@ from antipasto.adapter import functional
 from antipasto.adapter.rows import RowViews
 from antipasto.evaluation import rollout_log
 from antipasto.tasks import addition
-from antipasto.trl.advantages import deployed_positions, group_advantages, share_of
+from antipasto.trl.advantages import deployed_positions, group_advantages
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:.*torch.utils.data.dataloader.*pin_memory.*"),
@@ -53,10 +53,6 @@ def nobody(completions: list[str], **_: object) -> list[bool]:
     return [False] * len(completions)
 
 
-def everybody(completions: list[str], **_: object) -> list[bool]:
-    return [True] * len(completions)
-
-
 def trained(out: Path, *args: Any, **options: Any) -> Any:
     trainer = make(out, *args, **options)
     trainer.train()
@@ -65,6 +61,10 @@ def trained(out: Path, *args: Any, **options: Any) -> Any:
 
 def known_hack(model: nn.Module) -> ap.Direction:
     return ap.extract_direction(model, tokenizer(), ap.load_pairs(addition.hack_pairs(24, seed=0)))
+
+
+def load_adapted() -> nn.Module:
+    return get_peft_model(load(), ap.AntiPastoConfig())
 
 
 def scatter(model: nn.Module, what: str, scale: float, seed: int = 0) -> None:
@@ -95,9 +95,8 @@ def same_history(a: Any, b: Any) -> None:
         {},
         {"detector": says_known, "flagged": "watch"},
         {"detector": nobody, "flagged": "penalty"},
-        {"detector": nobody, "flagged": "drop"},
     ],
-    ids=["no router", "watch", "nobody to penalize", "nobody to drop"],
+    ids=["no router", "watch", "nobody to penalize"],
 )
 def test_bit_for_bit_the_run_of_trls_own_trainer(tmp_path: Path, beta: float, options: dict[str, Any]) -> None:
     config = {"beta": beta, "per_device_train_batch_size": GROUP, "gradient_accumulation_steps": 2}
@@ -110,23 +109,12 @@ def test_bit_for_bit_the_run_of_trls_own_trainer(tmp_path: Path, beta: float, op
 
 
 @pytest.mark.parametrize("beta", [0.0, 0.04])
-def test_where_nobody_is_flagged_nothing_is_moved(tmp_path: Path, beta: float) -> None:
-    """Bit for bit the run without a detector; a router sums the gradient row by row, so plain GRPO's up to rounding."""
-    options = {"config": {"beta": beta}, "router": by_rollout, "deploy_fraction": 0}
+def test_where_the_gate_claims_nothing_nothing_is_moved(tmp_path: Path, beta: float) -> None:
+    """A router sums the gradient row by row: plain GRPO's up to rounding."""
     plain = trained(tmp_path / "plain", GRPOTrainer, config={"beta": beta})
-    without = trained(tmp_path / "without", Sampled, **options)
-    ours = trained(tmp_path / "ours", Sampled, detector=nobody, **options)
-    assert torch.equal(flat(ours.model, "delta_s"), flat(without.model, "delta_s"))
+    ours = trained(tmp_path / "ours", Sampled, config={"beta": beta}, router=claims_nothing, deploy_fraction=0)
     torch.testing.assert_close(flat(ours.model, "delta_s"), flat(plain.model, "delta_s"), atol=1e-5, rtol=1e-3)
     assert not flat(ours.model, "delta_s_hack").any()
-
-
-@pytest.mark.parametrize("beta", [0.0, 0.04])
-def test_where_all_are_flagged_the_quarantine_learns_it_all(tmp_path: Path, beta: float) -> None:
-    plain = trained(tmp_path / "plain", Plain, config={"beta": beta})
-    ours = trained(tmp_path, config={"beta": beta}, router=by_rollout, detector=everybody, deploy_fraction=0)
-    assert not flat(ours.model, "delta_s").any()
-    torch.testing.assert_close(flat(ours.model, "delta_s_hack"), flat(plain.model, "delta_s"), atol=1e-5, rtol=1e-3)
 
 
 class Backwards:
@@ -164,25 +152,22 @@ CASES: dict[str, dict[str, Any]] = {
     "sequences": {"importance_sampling_level": "sequence"},
     "sgd": SGD,
 }
-NEEDS_TWO = {"KL", "accumulation, KL", "checkpointing, KL", "grpo, batch, KL", "entropy bonus"}
 
 
-@pytest.mark.parametrize(
-    ("case", "detector"), [*((case, by_hash) for case in CASES), ("defaults", says_known), ("KL", says_known)]
-)
-def test_theta_follows_the_plain_run(tmp_path: Path, case: str, detector: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("case", CASES)
+def test_theta_follows_the_plain_run(tmp_path: Path, case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every rollout's own gradient among it, for the backwards of the plain run."""
     config, count = CASES[case], Backwards(monkeypatch)
     plain = trained(tmp_path / "plain", Plain, config=config)
     backwards = count.take()
     assert backwards > 0
+    v = known_hack(load_adapted())
+    count.take()
     ours = trained(
-        tmp_path, config=config, router=by_rollout, detector=detector, deploy_fraction=0, rollout_log=tmp_path / "log"
+        tmp_path, config=config, router=lambda m: ap.Router(m, v), deploy_fraction=0, rollout_log=tmp_path / "log"
     )
-    assert any(row["flagged"] for row in log_of(tmp_path / "log"))
-    if case in NEEDS_TWO:  # of the micro-batches in which anybody is flagged
-        assert backwards < count.take() <= 2 * backwards
-    elif case != "off-policy":
-        assert count.take() == backwards
+    assert count.take() == backwards
+    assert any(row["hackward"] for row in log_of(tmp_path / "log"))
     theta = flat(ours.model, "delta_s") + flat(ours.model, "delta_s_hack")
     torch.testing.assert_close(theta, flat(plain.model, "delta_s"), atol=1e-4, rtol=1e-2)
     assert flat(ours.model, "delta_s_hack").norm() > 0.05 * theta.norm()
@@ -192,15 +177,7 @@ def test_theta_follows_the_plain_run(tmp_path: Path, case: str, detector: Any, m
         assert all(b[name] == pytest.approx(a[name], rel=1e-3, abs=1e-5) for name in same if name in a)
 
 
-# ── the deployed part ────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def among_unflagged(rewards: list[float], flags: list[bool], scale: bool) -> list[float]:
-    """Advantages of one group as if the flagged ones had not been sampled; 0 for these."""
-    others = [r for r, f in zip(rewards, flags, strict=True) if not f]
-    mean = sum(others) / max(len(others), 1)
-    std = math.sqrt(sum((r - mean) ** 2 for r in others) / max(len(others) - 1, 1))
-    return [0.0 if f else (r - mean) / (std + 1e-4 if scale else 1.0) for r, f in zip(rewards, flags, strict=True)]
+# ── what flagged rollouts are paid ───────────────────────────────────────────────────────────────────────────────────
 
 
 def reinforce(
@@ -219,124 +196,14 @@ def reinforce(
     return torch.cat(torch.autograd.grad(total, knobs))
 
 
-@pytest.mark.parametrize(
-    ("detector", "loss_type", "scale_rewards"),
-    [(by_hash, "grpo", "group"), (by_hash, "dr_grpo", "none"), (says_known, "grpo", "none")],
-)
-def test_the_deployed_step_is_reinforce_among_the_unflagged(
-    tmp_path: Path, loss_type: str, scale_rewards: str, detector: Any
-) -> None:
-    config = {**SGD, "max_steps": 1, "loss_type": loss_type, "scale_rewards": scale_rewards}
-    plain = trained(tmp_path / "plain", Plain, config=config)
-    ours = trained(
-        tmp_path, config=config, router=by_rollout, detector=detector, deploy_fraction=0, rollout_log=tmp_path / "log"
-    )
-    rows = log_of(tmp_path / "log")
-    rewards, flags = [row["reward"] for row in rows], [row["flagged"] for row in rows]
-    scale = scale_rewards == "group"
-    advantages = [
-        a
-        for i in range(0, len(rows), GROUP)
-        for a in among_unflagged(rewards[i : i + GROUP], flags[i : i + GROUP], scale)
-    ]
-    assert any(flags)
-    assert any(advantages)
-    want = 0.1 * reinforce(ours.generations[0], advantages, loss_type, get_peft_model(load(), ap.AntiPastoConfig()))
-    close = {"atol": 1e-6 + 1e-4 * float(want.abs().max()), "rtol": 1e-3}
-    torch.testing.assert_close(flat(ours.model, "delta_s"), want, **close)
-    whole = flat(plain.model, "delta_s")
-    torch.testing.assert_close(flat(ours.model, "delta_s_hack"), whole - want, **close)
-    assert (whole - want).norm() > 0.01 * want.norm()
-
-
-@pytest.mark.parametrize(
-    ("beta", "config"),
-    [(0.04, {}), (0.0, {"scale_rewards": "batch"}), (0.04, {"loss_type": "grpo", "scale_rewards": "none"})],
-)
-def test_one_step_of_the_deployed_knobs_is_that_of_a_run_that_drops(
-    tmp_path: Path, beta: float, config: dict[str, Any]
-) -> None:
-    config = {**SGD, "max_steps": 1, "beta": beta, **config}
-    plain = trained(tmp_path / "plain", Plain, config=config)
-    route = trained(tmp_path / "route", config=config, router=by_rollout, detector=by_hash, deploy_fraction=0)
-    erase = trained(
-        tmp_path / "erase", config=config, router=lambda m: ap.Router(m, None, mode="erase"), detector=by_hash
-    )
-    drop = trained(tmp_path / "drop", config=config, detector=by_hash, flagged="drop")
-    want = flat(drop.model, "delta_s")
-    close = {"atol": 1e-4 * float(want.abs().max()), "rtol": 1e-3}
-    torch.testing.assert_close(flat(route.model, "delta_s"), want, **close)
-    assert torch.equal(flat(erase.model, "delta_s"), flat(route.model, "delta_s"))
-    assert not flat(erase.model, "delta_s_hack").any()
-    assert not torch.allclose(want, flat(plain.model, "delta_s"), atol=0.1 * float(want.abs().max()))
-
-
-@pytest.mark.parametrize("scale", ["group", "batch", "none"])
-def test_prompts_with_nobody_flagged_keep_the_plain_runs_advantages(tmp_path: Path, scale: Any) -> None:
-    """But for scale_rewards="batch", where the spread that they are divided by is of the unflagged."""
-
-    def first_prompt(prompts: list[str], completions: list[str], **_: object) -> list[bool]:
-        return [prompt == prompts[0] and len(text) < 4 for prompt, text in zip(prompts, completions, strict=True)]
-
-    config = {"max_steps": 1, "scale_rewards": scale}
-    options = {"router": by_rollout, "detector": first_prompt, "deploy_fraction": 0, "rollout_log": tmp_path / "log"}
-    (generation,) = trained(tmp_path, config=config, **options).generations
-    rows = log_of(tmp_path / "log")
-    flags = generation["flagged"].view(-1, GROUP)
-    assert flags.tolist() == torch.tensor([row["flagged"] for row in rows]).view(-1, GROUP).tolist()
-    assert flags.any(1).tolist() == [True, False]
-    rewards = torch.tensor([row["reward"] for row in rows]).view(-1, GROUP)
-    nobody_deployed = torch.zeros(GROUP, dtype=torch.bool)
-    want = group_advantages(rewards.masked_fill(flags, torch.nan), nobody_deployed, scale).view(-1)
-    torch.testing.assert_close(generation["deployed_advantages"], want)
-    equal = torch.equal(generation["deployed_advantages"][GROUP:], generation["advantages"][GROUP:])
-    assert equal is (scale != "batch")
-
-
-def test_a_loss_that_is_scaled_before_its_backward_is_split_at_that_scale(tmp_path: Path) -> None:
-    """Whoever scales it: accelerate under accumulation, a wrapper."""
-    knobs = []
-    for scale in (1.0, 0.5):
-        config = {**SGD, "max_steps": 1, "beta": 0.5, "learning_rate": 0.1 / scale}
-        trainer = make(tmp_path / f"{scale}", config=config, router=by_rollout, detector=by_hash, deploy_fraction=0)
-        scatter(trainer.model, "delta_s", 0.05)
-        before, backward = flat(trainer.model, "delta_s"), trainer.accelerator.backward
-        trainer.accelerator.backward = lambda loss, s=scale, b=backward, **options: b(loss * s, **options)
-        trainer.train()
-        knobs.append(torch.cat([flat(trainer.model, "delta_s") - before, flat(trainer.model, "delta_s_hack")]))
-    torch.testing.assert_close(*knobs, atol=1e-4 * float(knobs[0].abs().max()), rtol=1e-3)
-
-
-def test_off_policy_the_deployed_step_is_that_of_a_run_that_drops(tmp_path: Path) -> None:
-    """With a KL term and ratios other than 1, and both shares in the batch."""
-    config = {**SGD, "max_steps": 1, "beta": 0.5}
-    runs = []
-    for flagged in ("route", "drop"):
-        trainer = make(
-            tmp_path / flagged,
-            config=config,
-            router=by_rollout,
-            detector=by_hash,
-            flagged=flagged,
-            deploy_fraction=0.5,
-        )
-        scatter(trainer.model, "delta_s", 0.05)
-        scatter(trainer.model, "delta_s_hack", 0.05, seed=1)
-        before = flat(trainer.model, "delta_s")
-        trainer.train()
-        runs.append(flat(trainer.model, "delta_s") - before)
-    torch.testing.assert_close(*runs, atol=1e-4 * float(runs[1].abs().max()) + 1e-7, rtol=1e-2)
-    assert runs[0].any()
-
-
-def test_a_penalty_zeroes_the_reward_and_the_log_keeps_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize("config", [{"beta": 0.04}, {"use_adaptive_entropy": True}], ids=["KL", "adaptive entropy"])
+def test_a_penalty_zeroes_the_reward_and_the_log_keeps_it(tmp_path: Path, config: dict[str, Any]) -> None:
     def zeroed(prompts: list[str], completions: list[str], **_: object) -> list[float]:
         raw = addition.reward(prompts, completions)
         return [0.0 if "!" in text else r for text, r in zip(completions, raw, strict=True)]
 
-    config = {"beta": 0.04}
     want = trained(tmp_path / "want", config=config, rewards=zeroed)
-    ours = trained(tmp_path, config=config, detector=says_known, flagged="penalty", rollout_log=tmp_path / "log")
+    ours = trained(tmp_path, config=config, detector=says_known, rollout_log=tmp_path / "log")
     for a, b in zip(ours.generations, want.generations, strict=True):
         assert torch.equal(a["advantages"], b["advantages"])
     assert torch.equal(flat(ours.model, "delta_s"), flat(want.model, "delta_s"))
@@ -448,27 +315,6 @@ def test_shares_that_cannot_be(n: int, fraction: float, message: str) -> None:
         deployed_positions(n, fraction)
 
 
-def test_share_of_is_exact_where_it_is_0_or_1_and_none_where_there_is_none() -> None:
-    whole = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
-    whole[3] = 0
-    part = whole * torch.tensor([[0.0], [1.0], [-0.37], [5.0]])
-    shares = share_of(whole, part)
-    assert shares is not None
-    assert shares[0] == 0
-    assert shares[1] == 1
-    assert shares[2] == pytest.approx(-0.37)
-    assert shares[3] == 0  # 0 of 0
-    tiny = share_of(whole * 1e-12, part * 1e-12)
-    torch.testing.assert_close(tiny, shares)
-    assert share_of(whole * 1e-30, whole * 1e-30).tolist() == [1, 1, 1, 0]  # their squares are 0
-    turned = part.clone()
-    turned[2, 0] += 1e-3
-    assert share_of(whole, turned) is None
-    from_nothing = part.clone()
-    from_nothing[3, 0] = 1e-3  # a part of what is not there
-    assert share_of(whole, from_nothing) is None
-
-
 # ── deployed sampling ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -494,7 +340,7 @@ def logps(model: nn.Module, generation: dict[str, torch.Tensor]) -> torch.Tensor
 
 
 def twin_of(trainer: Any) -> nn.Module:
-    twin = get_peft_model(load(), ap.AntiPastoConfig()).eval()
+    twin = load_adapted().eval()
     for name, layer in ap.knobs(trainer.model).items():
         ap.knobs(twin)[name].delta_s.data.copy_(layer.delta_s)
         ap.knobs(twin)[name].delta_s_hack.data.copy_(layer.delta_s_hack)
@@ -514,7 +360,7 @@ def test_every_row_is_of_the_policy_that_its_view_says(tmp_path: Path, checkpoin
         "generation_kwargs": {"do_sample": False, "temperature": None, "top_k": None, "top_p": None},
         "gradient_checkpointing": checkpointing,
     }
-    trainer = make(tmp_path, Sampled, config=config, router=by_rollout, rollout_log=tmp_path / "log")
+    trainer = make(tmp_path, Sampled, config=config, router=claims_nothing, rollout_log=tmp_path / "log")
     scatter(trainer.model, "delta_s", 0.02)
     scatter(trainer.model, "delta_s_hack", 0.4, seed=1)
     twin = twin_of(trainer)
@@ -560,7 +406,9 @@ def test_deployed_rows_of_untrained_knobs_are_the_reference_bit_for_bit(tmp_path
         "per_device_train_batch_size": 16,
     }
     for fraction in (1.0, 0.5):
-        trainer = make(tmp_path / f"{fraction}", Sampled, config=config, router=by_rollout, deploy_fraction=fraction)
+        trainer = make(
+            tmp_path / f"{fraction}", Sampled, config=config, router=claims_nothing, deploy_fraction=fraction
+        )
         scatter(trainer.model, "delta_s_hack", 0.4)
         trainer.train()
         (generation,) = trainer.generations
@@ -578,7 +426,7 @@ def test_deployed_rows_of_untrained_knobs_are_the_reference_bit_for_bit(tmp_path
 def test_both_shares_add_up_in_one_step(tmp_path: Path) -> None:
     """δS moves by the sum of both policies' gradients, each at its own knobs, with advantages within the share."""
     config = {**SGD, "max_steps": 1, "loss_type": "grpo"}
-    trainer = make(tmp_path, config=config, router=by_rollout, rollout_log=tmp_path / "log")
+    trainer = make(tmp_path, config=config, router=claims_nothing, rollout_log=tmp_path / "log")
     scatter(trainer.model, "delta_s", 0.05)
     scatter(trainer.model, "delta_s_hack", 0.1, seed=1)
     twin, before = twin_of(trainer), flat(trainer.model, "delta_s")
@@ -618,7 +466,6 @@ def test_metrics_of_a_generation(tmp_path: Path) -> None:
         exploits = [row["reward"] == 1 and row["oracle"] == 0 for row in mine]
         assert metrics["exploit"] == pytest.approx(sum(exploits) / len(mine))
         assert 0 <= metrics["routing/hackward_in"] <= 1
-        assert metrics["routing/flagged_update"] > 0
 
 
 def test_evaluation_is_of_the_policy_as_trained_and_leaves_no_rollouts(tmp_path: Path) -> None:
@@ -633,7 +480,7 @@ def test_evaluation_is_of_the_policy_as_trained_and_leaves_no_rollouts(tmp_path:
             "eval_steps": 1,
             "per_device_eval_batch_size": 16,
         },
-        router=by_rollout,
+        router=claims_nothing,
         detector=by_hash,
         rollout_log=tmp_path / "log",
     )
@@ -677,7 +524,7 @@ def test_with_vllm_each_share_is_sampled_from_its_own_weights(tmp_path: Path) ->
         tmp_path,
         kind=Sampled,
         config={"max_steps": 2, "beta": 0.04},
-        router=by_rollout,
+        router=claims_nothing,
         detector=by_hash,
         rollout_log=tmp_path / "log",
     )
@@ -717,7 +564,7 @@ def test_with_vllm_each_share_is_sampled_from_its_own_weights(tmp_path: Path) ->
 
 
 def test_with_vllm_and_no_shares_the_policy_as_trained_is_pushed_once_a_step(tmp_path: Path) -> None:
-    trainer = make(tmp_path, Sampled, config={"max_steps": 2}, router=by_rollout, deploy_fraction=0)
+    trainer = make(tmp_path, Sampled, config={"max_steps": 2}, router=claims_nothing, deploy_fraction=0)
     scatter(trainer.model, "delta_s_hack", 0.1)
     twin, engine = twin_of(trainer), Engine(trainer.model)
     trainer.use_vllm, trainer._last_loaded_step, trainer.vllm_generation = True, -1, engine
@@ -729,7 +576,7 @@ def test_with_vllm_and_no_shares_the_policy_as_trained_is_pushed_once_a_step(tmp
 
 
 def test_with_vllm_pictures_are_refused(tmp_path: Path) -> None:
-    trainer = make(tmp_path, Sampled, router=by_rollout)
+    trainer = make(tmp_path, Sampled, router=claims_nothing)
     trainer.use_vllm, trainer._views = True, RowViews()
     trainer.model.train()
     with pytest.raises(ValueError, match="is for text alone"):
@@ -779,7 +626,7 @@ def test_hackward_is_the_cosine_of_the_rollouts_own_gradient(tmp_path: Path) -> 
     )
     trainer.train()
     v = torch.cat([V.sum(0) for V in trainer.router.direction.values()])
-    twin = get_peft_model(load(), ap.AntiPastoConfig())
+    twin = load_adapted()
     (generation,) = trainer.generations
     rows = log_of(tmp_path / "log")
     for b, row in enumerate(rows):
@@ -869,33 +716,23 @@ def test_truncate(tmp_path: Path) -> None:
 # ── what is refused ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def by_gradient(model: nn.Module) -> ap.Router:
-    return ap.Router(model, known_hack(model), level="gradient")
-
-
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"flagged": "ignore"}, "flagged must be one of route, penalty, discount, drop, watch, got 'ignore'"),
-        ({"flagged": "drop"}, "flagged='drop' needs a detector"),
-        ({"flagged": "watch"}, "flagged='watch' needs a detector"),
-        ({"detector": nobody}, "A detector that routes needs a router"),
-        ({"detector": nobody, "router": by_gradient}, "A detector routes at level='update'"),
+        ({"flagged": "drop", "detector": nobody}, "flagged must be one of penalty, discount, watch, got 'drop'"),
+        ({"flagged": "penalty"}, "flagged='penalty' needs a detector or a monitor"),
+        ({"flagged": "watch"}, "flagged='watch' needs a detector or a monitor"),
         ({"deploy_fraction": 0.5}, r"deploy_fraction=0\.5 needs a router that fills a quarantine"),
-        ({"deploy_fraction": 0.3, "router": by_rollout}, "both shares must be whole numbers"),
+        ({"deploy_fraction": 0.3, "router": claims_nothing}, "both shares must be whole numbers"),
         (
-            {"router": by_rollout, "config": {"multi_objective_aggregation": "normalize_then_sum"}},
+            {"router": claims_nothing, "config": {"multi_objective_aggregation": "normalize_then_sum"}},
             "multi_objective_aggregation='sum_then_normalize'",
         ),
         (
-            {"detector": nobody, "flagged": "drop", "config": {"multi_objective_aggregation": "normalize_then_sum"}},
+            {"detector": nobody, "config": {"multi_objective_aggregation": "normalize_then_sum"}},
             "multi_objective_aggregation='sum_then_normalize'",
         ),
-        (
-            {"detector": nobody, "flagged": "drop", "config": {"use_adaptive_entropy": True}},
-            "fp16, an auxiliary loss of experts or adaptive entropy",
-        ),
-        ({"router": by_rollout, "config": {"use_transformers_continuous_batching": True}}, "Set deploy_fraction=0"),
+        ({"router": claims_nothing, "config": {"use_transformers_continuous_batching": True}}, "Set deploy_fraction=0"),
     ],
 )
 def test_options_that_make_no_sense(tmp_path: Path, options: dict[str, Any], message: str) -> None:
@@ -906,7 +743,7 @@ def test_options_that_make_no_sense(tmp_path: Path, options: dict[str, Any], mes
 def test_without_a_quarantine_to_sample_apart_from_more_is_possible(tmp_path: Path) -> None:
     make(tmp_path, detector=nobody, flagged="watch", config={"multi_objective_aggregation": "normalize_then_sum"})
     assert make(tmp_path, router=lambda m: ap.Router(m, known_hack(m), mode="erase")).deploy_fraction == 0
-    assert make(tmp_path, router=by_rollout).deploy_fraction == 0.5
+    assert make(tmp_path, router=claims_nothing).deploy_fraction == 0.5
 
 
 @pytest.mark.parametrize("role", ["detector", "oracle"])
@@ -938,19 +775,11 @@ def test_judges_see_the_columns(tmp_path: Path) -> None:
         assert [dataset[i]["prompt"] for i in columns["serial"]] == columns["prompts"]
 
 
-def test_an_optimizer_that_cannot_be_split_is_refused_where_it_matters(tmp_path: Path) -> None:
-    config = {"optim": "rmsprop", "max_steps": 1}
-    trainer = make(tmp_path, config=config, router=by_rollout, detector=by_hash)
-    with pytest.raises(ValueError, match="cannot be routed under RMSprop"):
-        trainer.train()
-    trained(tmp_path, config=config, router=lambda m: ap.Router(m, known_hack(m)))
-
-
 def test_a_run_that_fails_leaves_the_model_as_it_was(tmp_path: Path) -> None:
     def broken(completions: list[str], **_: object) -> list[bool]:
         raise KeyboardInterrupt
 
-    trainer = make(tmp_path, router=by_rollout, detector=broken)
+    trainer = make(tmp_path, router=claims_nothing, detector=broken)
     with pytest.raises(KeyboardInterrupt):
         trainer.train()
     for layer in ap.knobs(trainer.model).values():
@@ -970,8 +799,7 @@ def test_unscorable_rollouts_teach_nobody(tmp_path: Path) -> None:
         tmp_path,
         config={"max_steps": 1},
         rewards=some,
-        router=by_rollout,
-        detector=says_known,
+        router=claims_nothing,
         rollout_log=tmp_path / "log",
     )
     rows = log_of(tmp_path / "log")
@@ -981,6 +809,3 @@ def test_unscorable_rollouts_teach_nobody(tmp_path: Path) -> None:
     (generation,) = trainer.generations
     want = group_advantages(rewards, deployed, "group").view(-1)
     torch.testing.assert_close(generation["advantages"], want)
-    flags = torch.tensor([row["flagged"] for row in rows]).view_as(rewards)
-    want = group_advantages(rewards.masked_fill(flags, math.nan), deployed, "group").view(-1)
-    torch.testing.assert_close(generation["deployed_advantages"], want)

@@ -310,11 +310,11 @@ def test_extract_is_extract_direction_of_the_split(pairs: Path, tmp_path: Path) 
 
 def test_extract_takes_its_options(pairs: Path, tmp_path: Path) -> None:
     out = tmp_path / "d.safetensors"
-    options = ["--estimator", "svd", "--k", 2, "--rank", 8, "--target-modules", "up_proj", "--heldout", 0]
+    options = ["--rank", 8, "--target-modules", "up_proj", "--heldout", 0]
     code, text = run("extract", MODEL, "--pairs", pairs, "--out", out, *options)
     assert code == 0, text
     direction = ap.Direction.load(out)
-    assert {V.shape for V in direction.values()} == {(2, 8)}
+    assert {V.shape for V in direction.values()} == {(1, 8)}
     assert len(direction) == 3
     assert direction.heldout is None
 
@@ -352,13 +352,10 @@ def test_extract_refuses_options_that_make_no_sense(pairs: Path, tmp_path: Path)
     command = ["extract", MODEL, "--pairs", pairs, "--out", tmp_path / "out"]
     assert "leave 0 to fit" in refused(*command, "--heldout", "0.99")
     assert "share in [0, 1), got 1.0" in refused(*command, "--heldout", "1")
-    assert "svd" in refused(*command, "--k", "2")
     assert "--target-modules takes names" in refused(*command, "--target-modules", "q_proj,,k_proj")
     assert "There is no file" in refused("extract", MODEL, "--pairs", tmp_path / "none", "--out", tmp_path / "out")
     for wrong in (
-        ["--estimator", "best"],
         ["--heldout", "-1"],
-        ["--k", "0"],
         ["--hedlout", "0.5"],
         ["--dtype", "int8"],
     ):

@@ -35,7 +35,7 @@ from antipasto.tasks import addition
 MODEL = str(addition.model_path())
 SMALL = ["--prompts", "2", "--generations", "4", "--steps", "2", "--save-every", "1"]
 SIX = ["--prompts", "2", "--generations", "4", "--steps", "6", "--save-every", "2"]
-BOTH = ["train", MODEL, "--task", "addition", "--method", "route", "--by", "both"]
+ROUTE = ["train", MODEL, "--task", "addition", "--method", "route"]
 ARTEFACTS = ("adapter/adapter_model.safetensors", "books.safetensors", "rollouts.jsonl")
 
 
@@ -66,7 +66,9 @@ def wait_for(path: Path, seconds: float = 90) -> None:
 
 
 def same_files(one: Path, other: Path) -> None:
-    for name in ARTEFACTS:
+    there = [name for name in ARTEFACTS if (one / name).exists()]  # books are a router's
+    assert there == [name for name in ARTEFACTS if (other / name).exists()]
+    for name in there:
         if name.endswith("safetensors"):
             tensors, others = load_file(one / name), load_file(other / name)
             assert tensors.keys() == others.keys()
@@ -77,9 +79,9 @@ def same_files(one: Path, other: Path) -> None:
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
-    """A run of six steps, by direction and by detector: its folder and what it printed."""
+    """A routed run of six steps: its folder and what it printed."""
     out = tmp_path_factory.mktemp("runs") / "run"
-    code, text = run(*BOTH, "--out", str(out), *SIX)
+    code, text = run(*ROUTE, "--out", str(out), *SIX)
     assert code == 0, text
     return out, text
 
@@ -92,7 +94,7 @@ def test_a_run_leaves_everything_that_it_was(trained: tuple[Path, str]) -> None:
     assert names >= {"config.yaml", "run.json", "metrics.jsonl", "rollouts.jsonl", "adapter", "direction.safetensors"}
     assert names >= {"books.safetensors", "checkpoint-4", "checkpoint-6"}
     config = yaml.safe_load((out / "config.yaml").read_text())
-    assert (config["model"], config["task"], config["by"], config["steps"]) == (MODEL, "addition", "both", 6)
+    assert (config["model"], config["task"], config["method"], config["steps"]) == (MODEL, "addition", "route", 6)
     facts = json.loads((out / "run.json").read_text())
     assert facts["versions"].keys() == {"antipasto", "torch", "transformers", "peft", "trl"}
     assert len(facts["base"]["fingerprint"]) == 64
@@ -130,9 +132,7 @@ def test_its_config_repeats_it(trained: tuple[Path, str], tmp_path: Path) -> Non
 def test_killed_and_resumed_it_ends_in_the_same_place(trained: tuple[Path, str], tmp_path: Path, after: str) -> None:
     out, _ = trained
     folder = tmp_path / "run"
-    running = process(
-        "train", MODEL, "--task", "addition", "--method", "route", "--by", "both", "--out", str(folder), *SIX
-    )
+    running = process(*ROUTE, "--out", str(folder), *SIX)
     wait_for(folder / after / "complete.json")
     running.send_signal(signal.SIGKILL)
     running.communicate()
@@ -152,7 +152,7 @@ def test_killed_and_resumed_it_ends_in_the_same_place(trained: tuple[Path, str],
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
 def test_ctrl_c_saves_and_says_how_to_continue(sent: signal.Signals, trained: tuple[Path, str], tmp_path: Path) -> None:
     folder = tmp_path / "run"
-    running = process(*BOTH, "--out", str(folder), *SIX)
+    running = process(*ROUTE, "--out", str(folder), *SIX)
     wait_for(folder / "metrics.jsonl")
     running.send_signal(sent)
     text, _ = running.communicate()
@@ -169,7 +169,7 @@ def test_a_run_whose_terminal_is_closed_saves(trained: tuple[Path, str], tmp_pat
 
     folder = tmp_path / "run"
     ours, its = pty.openpty()
-    words = [sys.executable, "-m", "antipasto", *BOTH, "--out", str(folder), *SIX]
+    words = [sys.executable, "-m", "antipasto", *ROUTE, "--out", str(folder), *SIX]
     running = subprocess.Popen(words, stdin=its, stdout=its, stderr=its, start_new_session=True, preexec_fn=in_front)
     os.close(its)
     deadline = time.monotonic() + 90
@@ -215,7 +215,7 @@ def test_a_run_does_not_continue_on_another_base(trained: tuple[Path, str], tmp_
     assert "other weights" in text
 
 
-@pytest.mark.parametrize("method", ["plain", "erase", "measure", "penalty", "drop"])
+@pytest.mark.parametrize("method", ["plain", "erase", "measure", "penalty", "discount"])
 def test_every_method_runs(method: str, tmp_path: Path) -> None:
     code, text = run("train", MODEL, "--task", "addition", "--method", method, "--out", str(tmp_path / "run"), *SMALL)
     assert code == 0, text
@@ -352,12 +352,12 @@ def test_an_evaluation_that_is_killed_continues_to_the_same_answers(trained: tup
 
 
 def test_a_run_by_score_says_what_its_threshold_means_and_continues(tmp_path: Path) -> None:
-    words = ["train", MODEL, "--task", "addition", "--method", "route", "--by", "score", "--beta", "0.04", *SIX]
+    words = ["train", MODEL, "--task", "addition", "--method", "penalty", "--beta", "0.04", *SIX]
     code, text = run(*words, "--out", str(tmp_path / "run"))
     assert code == 0, text
     saved = read_monitor(tmp_path / "run" / "monitor.safetensors")
     assert str(saved.calibration).splitlines()[2] in text
-    assert (saved.calibration.rule, saved.calibration.pairs, saved.calibration.answers) == ("midway", 16, 64)
+    assert (saved.calibration.rule, saved.calibration.pairs, saved.calibration.answers) == ("quarter", 16, 64)
     rows = [json.loads(line) for line in (tmp_path / "run" / "rollouts.jsonl").read_text().splitlines()]
     assert all(row["flagged"] is (row["score"] > saved.threshold) for row in rows)
     assert any(row["flagged"] for row in rows)
@@ -369,10 +369,10 @@ def test_a_run_by_score_says_what_its_threshold_means_and_continues(tmp_path: Pa
     same_files(tmp_path / "run", tmp_path / "again")
     code, text = run("inspect", str(tmp_path / "run"))
     assert code == 0
-    assert "midway between held-out hacks and clean texts" in " ".join(text.split())
+    assert "a quarter of the way from held-out clean texts to hacks" in " ".join(text.split())
 
 
-@pytest.mark.parametrize("method", [["--method", "penalty"], ["--method", "route", "--by", "direction"]])
+@pytest.mark.parametrize("method", [["--method", "penalty"], ["--method", "route"]])
 def test_a_run_hashes_every_weight_once(method: list[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     def counted(tensors: dict[str, torch.Tensor], metadata: dict[str, str] | None = None) -> str:
         hashed.update(tensor.data_ptr() for name, tensor in tensors.items() if name == "weight")
@@ -523,9 +523,10 @@ def test_a_reward_that_fails_stops_the_run(body: str, words: list[str], tmp_path
         ([MODEL, "--task", "addition", "--trainer.warmup_steps", "abc"], "invalid float value: 'abc'"),
         (
             [MODEL, "--task", "addition", "--method", "penalty", "--by", "direction"],
-            "penalty goes by detector or score, not by direction",
+            "penalty goes by score or detector, not by direction",
         ),
-        ([MODEL, "--task", "addition", "--method", "plain", "--by", "both"], "plain goes by score, not by both"),
+        ([MODEL, "--task", "addition", "--method", "route", "--by", "score"], "route goes by direction, not by score"),
+        ([MODEL, "--task", "addition", "--method", "drop"], "'--method'"),
         (
             [MODEL, "--task", "addition", "--by", "detector", "--false-alarms", "0.1"],
             "false_alarms=0.1 belongs to by=score",
@@ -539,14 +540,9 @@ def test_a_reward_that_fails_stops_the_run(body: str, words: list[str], tmp_path
             "controls=() does nothing here: this run goes by no direction",
         ),
         ([MODEL, "--task", "addition", "--by", "score", "--false-alarms", "2"], r"share in (0, 1), got 2.0"),
-        ([MODEL, "--task", "addition", "--by", "score", "--direction", "f"], "give pairs, not a direction"),
+        ([MODEL, "--task", "addition", "--by", "score", "--direction", "f"], "direction=f does nothing here"),
         ([MODEL, "--task", "addition", "--by", "score", "--threshold", "1"], "threshold=1.0 does nothing here"),
-        ([MODEL, "--task", "addition", "--method", "drop", "--gate", "reverse"], "gate=reverse does nothing here"),
         ([MODEL, "--task", "addition", "--by", "detector", "--direction", "f"], "direction=f does nothing here"),
-        (
-            [MODEL, "--task", "addition", "--method", "route", "--direction", "f", "--estimator", "svd"],
-            "estimator=svd does nothing here",
-        ),
         ([MODEL, "--task", "addition", "--prompts", "100000"], "fewer than one generation takes"),
         ([MODEL, "--task", "addition", "--trainer.num_iterations", "2"], "save_every must be a multiple"),
         ([MODEL, "--task", "addition", "--trainer.model_init_kwargs", "{a: 1}"], "use dtype"),

@@ -70,12 +70,6 @@ def test_two_processes_are_one(tmp_path: Path, per_rank: int, accumulation: int)
         for layer, part in layers.items():
             assert torch.equal(books.books[name][layer], twin.books[name][layer])
             torch.testing.assert_close(books.books[name][layer], part, atol=1e-4, rtol=1e-2)
-    assert books.momentum is not None
-    assert plain.momentum is not None
-    for mine, theirs, wanted in zip(books.momentum, twin.momentum, plain.momentum, strict=True):
-        assert torch.equal(mine, theirs)
-        assert (mine - wanted).norm() < 1e-3 * wanted.norm()
-
     rows, wanted_rows = ([json.loads(line) for line in (f / "log").read_text().splitlines()] for f in (two, one))
     assert len(rows) == len(wanted_rows) == 4 * 2 * per_rank * accumulation
     assert any(row["flagged"] for row in rows)
@@ -86,7 +80,7 @@ def test_two_processes_are_one(tmp_path: Path, per_rank: int, accumulation: int)
 
 def test_the_command_line_under_accelerate_launch(tmp_path: Path) -> None:
     out = tmp_path / "run"
-    words = f"train {addition.model_path()} --task addition --method route --by both --out {out}".split()
+    words = f"train {addition.model_path()} --task addition --method route --by direction --out {out}".split()
     words += ["--prompts", "2", "--generations", "4"]
 
     def launch(*more: str) -> subprocess.CompletedProcess[str]:

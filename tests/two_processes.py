@@ -21,7 +21,7 @@ def router(model: nn.Module) -> ap.Router:
 
 
 def run(out: Path, per_rank: int, accumulation: int) -> Any:
-    """Direction, detector and deployed sampling; a KL term, so that a split costs a second backward."""
+    """Direction, detector and deployed sampling, with a KL term."""
     trainer = make(
         out,
         config={

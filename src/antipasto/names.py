@@ -12,18 +12,18 @@ PlanName = Literal["auto", "factored", "merged", "spectral"]
 themselves wherever they are possible, else ``factored``."""
 Estimator = Literal["tstat", "mean", "svd"]
 """Of a direction's rows (`antipasto.extract_direction`)."""
-GateName = Literal["coordinate", "one_sided", "no_gate", "reverse"]
+GateName = Literal["coordinate", "one_sided"]
 """Which part of a step a direction claims (`antipasto.routing.gates`)."""
 Mode = Literal["route", "erase", "measure"]
 """What becomes of what the gate claims (`antipasto.Router`)."""
 Level = Literal["update", "gradient"]
 """Whether a gate splits the optimizer's step or the gradient before it (`antipasto.Router`)."""
-Flagged = Literal["route", "penalty", "discount", "drop", "watch"]
+Flagged = Literal["penalty", "discount", "watch"]
 """What becomes of flagged rollouts (`antipasto.trl.RoutedGRPOTrainer`)."""
-Method = Literal["plain", "route", "erase", "measure", "penalty", "discount", "drop"]
+Method = Literal["plain", "penalty", "discount", "route", "erase", "measure"]
 """What `antipasto train` makes of what its gate claims; `antipasto.app.train.gating` has a line on each."""
-By = Literal["direction", "detector", "both", "score"]
-"""What that gate goes by."""
+By = Literal["score", "detector", "direction"]
+"""What the method goes by: what flags a rollout, or which part of a step is routed."""
 Rule = Literal["midway", "quarter"]
 """Where a monitor's threshold lies between clean texts and hacks (`antipasto.Monitor.calibrate`)."""
 

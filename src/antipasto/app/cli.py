@@ -30,7 +30,7 @@ import antipasto
 from antipasto.app.checks import check_file, check_model_name, check_new_file, check_new_folder, find_files
 from antipasto.app.run_folder import RunFolder, parse_yaml, read_yaml
 from antipasto.app.train.config import ADAPTER, TrainConfig, names_of, targets_of
-from antipasto.names import HELDOUT, Dtype, Estimator
+from antipasto.names import HELDOUT, Dtype
 from antipasto.options import near
 from antipasto.tasks.loading import check_task_name
 from antipasto.terminal import plain, say
@@ -152,13 +152,13 @@ def demo(
     ] = "rare",
     compare: Annotated[
         bool,
-        typer.Option("--compare", help="Also train by a detector, and with a quarantine, by score and by direction."),
+        typer.Option("--compare", help="Also train by a detector, and by routing and erasing what a direction claims."),
     ] = False,
     out: Annotated[Path | None, typer.Option(help="Folder, new or empty.", show_default="runs/demo-<time>")] = None,
 ) -> None:
     """Train a small model on a reward that can be fooled, by plain RL and by the default recipe; see what either ships.
 
-    About two minutes a seed on two cores, six more with --compare. Each is a run folder as `antipasto train` leaves it.
+    About two minutes a seed on two cores, three more with --compare. Each is a run folder as `antipasto train` leaves it.
     """
     out = out or Path("runs") / f"demo-{datetime.now():%Y%m%d-%H%M%S}"
     with _readable_errors(load=False):
@@ -297,10 +297,6 @@ def extract(
         Path, typer.Option(metavar="FILE", help="JSON lines with prompt, hack and clean.", show_default=False)
     ],
     out: Annotated[Path, typer.Option(metavar="FILE", help="The direction, a safetensors file.", show_default=False)],
-    estimator: Annotated[
-        Estimator, typer.Option(help="What the rows are made of; effect sizes come with each.")
-    ] = "tstat",
-    k: Annotated[int, typer.Option("--k", min=1, help="Rows a layer; more than one with 'svd' only.")] = 1,
     heldout: Annotated[
         float, typer.Option(min=0, max=1, callback=_finite, help="Share of pairs to score with and not use.")
     ] = HELDOUT,
@@ -327,8 +323,6 @@ def extract(
             _config(**adapter),
             Console(),
             dtype=adapter["dtype"],
-            estimator=estimator,
-            k=k,
             heldout=heldout,
             seed=seed,
             batch_size=batch_size,

@@ -19,7 +19,7 @@ from antipasto.adapter.model import find_targets, rank_of
 from antipasto.app.checks import check_new_file
 from antipasto.app.inspection import guarded, strongest_layers
 from antipasto.app.models import best_device, load_model, load_shapes, load_weights
-from antipasto.names import HELDOUT, THRESHOLD, Dtype, Estimator
+from antipasto.names import HELDOUT, THRESHOLD, Dtype
 from antipasto.routing.confounds import confounds
 from antipasto.routing.directions import Direction, extract_direction
 from antipasto.routing.forms import CLEAN, FormScores, load_forms, of_pairs, score_forms
@@ -196,8 +196,6 @@ def extract(
     console: Console,
     *,
     dtype: Dtype = "auto",
-    estimator: Estimator = "tstat",
-    k: int = 1,
     heldout: float = HELDOUT,
     seed: int = 0,
     batch_size: int = 16,
@@ -212,8 +210,6 @@ def extract(
         config: which layers, at what rank.
         console: where to print.
         dtype: of the model's weights.
-        estimator: as `extract_direction`.
-        k: as `extract_direction`.
         heldout: share of the pairs, in [0, 1), that are scored and not used.
         seed: of the split, and of the shuffled labels.
         batch_size: pairs per backward.
@@ -231,12 +227,8 @@ def extract(
         model, tokenizer = load_model(name_or_path, dtype=dtype)
     wrap(model.to(best_device()), config)
     with console.status(f"extracting from {len(fit)} pairs"):
-        direction = extract_direction(
-            model, tokenizer, fit, estimator=estimator, k=k, heldout=held, batch_size=batch_size
-        )
-        shuffled = extract_direction(
-            model, tokenizer, fit, estimator=estimator, k=k, shuffle_labels=seed, batch_size=batch_size
-        )
+        direction = extract_direction(model, tokenizer, fit, heldout=held, batch_size=batch_size)
+        shuffled = extract_direction(model, tokenizer, fit, shuffle_labels=seed, batch_size=batch_size)
     direction.save(out)
     console.print(confounds(pairs, tokenizer).table())
     console.print(_direction_table(direction, shuffled, fit, held))

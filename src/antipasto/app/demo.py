@@ -29,9 +29,6 @@ METHODS: dict[str, dict[str, Any]] = {
     "plain": {"method": "plain", "by": "score"},
     "penalty by score": {"method": "penalty", "by": "score"},
     "penalty by detector": {"method": "penalty", "by": "detector"},
-    "drop by score": {"method": "drop", "by": "score"},
-    "route by score": {"method": "route", "by": "score"},
-    "route by detector": {"method": "route", "by": "detector"},
     "route by direction": {"method": "route", "by": "direction"},
     "erase by direction": {"method": "erase", "by": "direction"},
 }

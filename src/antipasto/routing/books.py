@@ -2,7 +2,6 @@
 
     book/NAME/LAYER     (r,)   what a control would have moved; `OWN_BOOK` is the direction's own, of mode="measure"
     chance/LAYER        (r,)   the same of the router's own random direction
-    momentum/…          (R,)   m_D and m_Q (`momentum`), where rollouts were routed
     direction           as `Direction.to_tensors` has it
 
 Metadata: how many steps, the names of the books, the fingerprints of the weights that they are of.
@@ -27,7 +26,6 @@ CHANCE = "built-in chance"
 """The book of the router's own random direction."""
 
 FORMAT = "antipasto-books-2"
-_MOMENTUM = ("momentum/deployed", "momentum/quarantined")
 
 
 @dataclass(frozen=True)
@@ -39,14 +37,12 @@ class Books:
         books: what each control would have moved, name → layer → (r,); `CHANCE` among them.
         direction: as `Direction.to_tensors` has it; empty where there is none.
         fingerprints: layer → that of its weight.
-        momentum: m_D and m_Q, (R,) each.
     """
 
     steps: int
     books: dict[str, dict[str, Tensor]]
     direction: dict[str, Tensor]
     fingerprints: dict[str, Fingerprint]
-    momentum: tuple[Tensor, Tensor] | None = None
 
     @property
     def controls(self) -> dict[str, dict[str, Tensor]]:
@@ -61,8 +57,6 @@ class Books:
             for layer, part in book.items()
         }
         tensors |= self.direction
-        if self.momentum is not None:
-            tensors |= dict(zip(_MOMENTUM, self.momentum, strict=True))
         facts: Mapping[str, Any] = {"steps": self.steps, "books": sorted(self.controls)}
         metadata = {"format": FORMAT, "fingerprints": fingerprints_to_json(self.fingerprints)}
         metadata |= {key: json.dumps(value) for key, value in facts.items()}
@@ -100,10 +94,9 @@ def _read(path: str | Path) -> Books:
         },
         direction={key: tensor for key, tensor in tensors.items() if not _is_ours(key)},
         fingerprints=fingerprints,
-        momentum=(tensors[_MOMENTUM[0]], tensors[_MOMENTUM[1]]) if _MOMENTUM[0] in tensors else None,
     )
 
 
 def _is_ours(key: str) -> bool:
-    """Whether a tensor is a book's or the momentum's, and not the direction's."""
+    """Whether a tensor is not the direction's: a book's, or a momentum, which earlier versions wrote."""
     return key.startswith(("book/", "chance/", "momentum/"))

@@ -3,8 +3,6 @@
     gate         moved
     coordinate   Δ_j where t_j Δ_j < 0 and |t_j| > τ, with t the direction's effect sizes      (default)
     one_sided    −c V,  c = relu(−V Δ)                   the hack-ward part along the direction
-    no_gate      −c V,  c = −V Δ                         all that runs along the direction, either way
-    reverse      −c V,  c = −relu(V Δ)                   the part that runs against the hack: a control
 
 A gradient step moves along −g, so Δ is hack-ward where −V Δ > 0, or t_j Δ_j < 0.
 """
@@ -84,8 +82,7 @@ class Gate:
             mask = self.guarded & (self.effect * delta < 0)
             moved, fired = torch.where(mask, delta, torch.zeros_like(delta)), mask.float().mean()
         else:
-            c = -self.along(delta)  # (K, L)
-            c = {"one_sided": c.relu(), "no_gate": c, "reverse": -(-c).relu()}[self.kind]
+            c = (-self.along(delta)).relu()  # (K, L)
             moved = -(c[:, self.segment] * self.V).sum(0)
             fired = (c != 0).sum() / self.rows
         return moved, fired

@@ -9,9 +9,8 @@ model: it is the adapted one with its knobs out.
 
 A completion is flagged where s_b is above a threshold, by one of three rules: midway between held-out clean texts and hacks;
 a quarter of the way, since an exploit in a form that no pair shows scores between the two (docs/results.md); or such that a
-given share of the start model's own answers is flagged. The nearer to the clean texts, the more wrong answers are flagged too:
-a penalty loses nothing by that, a quarantine takes what they teach. What the score sees is what the pairs leave open: match
-them.
+given share of the start model's own answers is flagged. The nearer to the clean texts, the more wrong answers are flagged too,
+by which a penalty loses nothing, since they are paid nothing. What the score sees is what the pairs leave open: match them.
 """
 
 from __future__ import annotations

@@ -4,10 +4,7 @@
                              moved = gate(Δ);   δS = δS_before + (Δ − moved);   δS_hack += moved
     gradient level           before the step:  the same gate on Δ = −g;  δS.grad = g + moved;  δS_hack.grad = −moved
 
-A direction claims a part by its gate (`gates`). A detector claims whole rollouts: with g_D the part of the gradient
-that the deployed knobs may learn from and g_Q the rest, the optimizer's own step is Δ = Δ_D + Δ_Q (`momentum`), and
-
-    moved = Δ_Q + gate(Δ_D)
+A direction claims a part by its gate (`gates`).
 
 θ = δS + δS_hack is the same after an update-level move, so **routing does not change the training run** that samples from θ,
 and each further direction can keep a book of what it would have moved in that same run (`controls`). That takes an optimizer
@@ -34,7 +31,7 @@ as far as it went, before the next one or when the router lets go of the optimiz
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -51,7 +48,6 @@ from antipasto.names import GateName, Level, Mode
 from antipasto.routing.books import CHANCE, OWN_BOOK, Books, read_books
 from antipasto.routing.directions import Direction
 from antipasto.routing.gates import Control, Gate
-from antipasto.routing.momentum import GradientParts, MomentumSplit
 from antipasto.routing.probing import RoutingWarning, Watch
 
 _CHANCE_SEED = 2410_04332  # no seed that a control would be given
@@ -63,7 +59,6 @@ class _Step:
 
     delta_s: Tensor
     hack: Tensor  # at gradient level, where the optimizer moves both knobs
-    parts: tuple[Tensor, Tensor] | None = None  # g_D and g_Q
     skipped: bool = False  # by a GradScaler
     unfilled: list[Tensor] = field(default_factory=list)  # parameters without a momentum buffer
 
@@ -73,11 +68,11 @@ class Router:
 
     Args:
         model: an adapted model. Its active adapter is the one that is routed.
-        direction: which way is hack-ward. None where rollouts alone are routed, by `add_gradients`.
+        direction: which way is hack-ward.
         mode: ``"route"`` moves into the quarantine, ``"erase"`` drops, ``"measure"`` only watches.
         level: ``"update"`` or ``"gradient"``. At gradient level ``delta_s_hack`` is made to require a gradient: create the
             optimizer afterwards, with both knobs in it.
-        gate: ``"coordinate"``, ``"one_sided"``, ``"no_gate"`` or ``"reverse"``.
+        gate: ``"coordinate"`` or ``"one_sided"``.
         threshold: of the coordinate gate: the effect size above which one is guarded; 0.65 if None.
         controls: name → `Direction`, under the same gate and threshold, or `Control`; each keeps a book of what it would have
             moved of the same displacements, at update level.
@@ -89,7 +84,7 @@ class Router:
     def __init__(
         self,
         model: nn.Module,
-        direction: Direction | None,
+        direction: Direction,
         *,
         mode: Mode = "route",
         level: Level = "update",
@@ -101,8 +96,6 @@ class Router:
             raise ValueError(f"mode must be route, erase or measure, got {mode!r}.")
         if level not in ("update", "gradient"):
             raise ValueError(f"level must be update or gradient, got {level!r}.")
-        if direction is None and (controls or threshold is not None or level == "gradient"):
-            raise ValueError("controls, threshold and level='gradient' are about a direction, and there is none.")
         self.model, self.mode, self.level = model, mode, level
         self.steps = 0
         layers = knobs(model)
@@ -124,13 +117,9 @@ class Router:
         none = torch.zeros(sum(self._sizes.values()), device=self._device, dtype=torch.float32)
         self._books = {name: none.clone() for name in kept}
         self._seen: dict[str, Tensor] = {}
-        self.reduce: Callable[[Tensor], Tensor] | None = None
-        self._parts = GradientParts(self._delta_s)
-        self._saved_momentum: tuple[Tensor, Tensor] | None = None
         # while attached
         self._optimizer: torch.optim.Optimizer | None = None
         self._watch: Watch | None = None
-        self._momentum: MomentumSplit | None = None
         self._step: _Step | None = None
         self._descent = torch.empty(0)
 
@@ -140,16 +129,14 @@ class Router:
 
     def _made_gates(
         self,
-        direction: Direction | None,
+        direction: Direction,
         controls: dict[str, Direction | Control],
         gate: GateName,
         threshold: float | None,
     ) -> dict[str, Gate]:
-        """The direction's own, that of a random one of the same shape, and the controls': none without a direction."""
+        """The direction's own, that of a random one of the same shape, and the controls'."""
         if taken := {OWN_BOOK, CHANCE} & {*controls}:
             raise ValueError(f"{taken.pop()!r} is the name of a book that the router keeps: give the control another.")
-        if direction is None:
-            return {}
         own = Control(direction, gate, threshold)
         given = {
             name: entry if isinstance(entry, Control) else Control(entry, gate, threshold)
@@ -173,7 +160,7 @@ class Router:
 
         Raises:
             ValueError: a knob is not in the optimizer, the router is attached already, or ``maximize=True`` at gradient level.
-                From the step: a gradient, a displacement or a part of the gradient that is not finite.
+                From the step: a gradient or a displacement that is not finite.
 
         Warns:
             RoutingWarning: the optimizer decays the knobs; from the step, its step depends on their values; from there or the
@@ -184,12 +171,11 @@ class Router:
         handles = [
             optimizer.register_step_pre_hook(lambda _, args, kwargs: self._on_step(args, kwargs)),
             optimizer.register_step_post_hook(lambda *_: self._after_step()),
-            *self._parts.watch(),
         ]
         if self.level == "gradient":
             # until the step splits it, the gradient counts once: clipping would else see it in both knobs
             handles += [knob.register_hook(torch.zeros_like) for knob in self._hack]
-        self._optimizer, self._momentum = optimizer, None
+        self._optimizer = optimizer
         by_name = dict(zip(self._sizes, self._delta_s, strict=True))
         writes = self.level == "update" and self.mode != "measure"
         self._watch = Watch(optimizer, by_name, tries=self._keeps_the_run(optimizer), writes=writes)
@@ -204,10 +190,7 @@ class Router:
             try:
                 self._end_interrupted()
             finally:
-                if self._momentum is not None:  # attached again, to the same optimizer, it goes on
-                    self._saved_momentum = self._momentum.deployed, self._momentum.quarantined
-                self._parts.drop()
-                self._optimizer = self._watch = self._momentum = None
+                self._optimizer = self._watch = None
 
     def _keeps_the_run(self, optimizer: torch.optim.Optimizer) -> bool:
         """Whether θ is to be the plain run's, and nothing has been said yet of why it would not."""
@@ -282,7 +265,7 @@ class Router:
         def looked_at() -> Any:
             loss = closure()
             try:
-                step.parts = self._see_gradient()
+                self._see_gradient()
             except ValueError:
                 with torch.no_grad():  # an optimizer that calls it several times has moved them by now
                     _write(self._delta_s, self._split(step.delta_s))
@@ -302,72 +285,14 @@ class Router:
 
     def alignment(self, gradients: Tensor) -> Tensor:
         """How hack-ward the steps are that gradients (b, R) ask for: cosines (b,) with the direction (`Gate.alignment`)."""
-        if OWN_BOOK not in self._gates:
-            raise ValueError("This router has no direction.")
         return self._gates[OWN_BOOK].alignment(gradients)
 
-    def add_gradients(self, deployed: Tensor, quarantined: Tensor) -> None:
-        """Say, once per micro-batch, how the gradient splits: what the deployed knobs may learn from, and the rest.
-
-        The optimizer's next step is then split between the two (`momentum`).
-
-        Args:
-            deployed: g_D (R,), as `flatten` orders the knobs.
-            quarantined: g_Q (R,). The two add up to what the backward adds to the knobs' gradients.
-
-        They belong to the gradient that the knobs then hold: they add up over micro-batches as it does, and are gone when it
-        is, whether a step used it or not.
-
-        Raises:
-            ValueError: routing is at gradient level, or the knobs have no gradient yet; or, at the step, the two do not add up
-                to the gradient, or the optimizer is none whose step can be split.
-        """
-        if self.level == "gradient":
-            raise ValueError("Rollouts are routed at level='update': at gradient level Adam would rescale their share.")
-        self._parts.add(deployed, quarantined)
-
-    def _scaled_parts(self, g: Tensor) -> tuple[Tensor, Tensor] | None:
-        """Before the step: g_D and g_Q at the scale of the gradient that the optimizer will see; None if nothing is split."""
-        if not self._parts.there() and self._momentum is None and self._saved_momentum is None:
-            return None
-        assert self._optimizer is not None
-        if self._momentum is None:
-            self._momentum = self._begun_momentum(self._optimizer)
-        parts = self._parts.scaled_to(g, self.reduce)
-        self._momentum.begin()
-        return parts
-
-    def _begun_momentum(self, optimizer: torch.optim.Optimizer) -> MomentumSplit:
-        """That of an optimizer which this router has split before goes on; in any other, all is the deployed part's."""
-        momentum, saved, self._saved_momentum = MomentumSplit(optimizer, self._delta_s), self._saved_momentum, None
-        if saved is not None and not momentum.continue_from(*saved) and not momentum.is_fresh:
-            warnings.warn(
-                f"The momentum in this {type(optimizer).__name__} is not the one that was split before: all of it counts as "
-                "the deployed knobs'. Keep the router attached to the optimizer that it splits, or give it a new one.",
-                RoutingWarning,
-                stacklevel=2,
-            )
-        return momentum
-
-    def _claimed(self, step: _Step, delta: Tensor, whole: bool) -> Tensor:
-        """After the step: Δ_Q, what of it the rollouts of the quarantine have done."""
-        if self._momentum is None or step.parts is None:
-            return torch.zeros_like(delta)
-        claimed = self._momentum.end(*step.parts, delta, whole=whole)
-        self._seen["flagged_update"] = claimed.norm() / delta.norm().clamp_min(torch.finfo(delta.dtype).tiny)
-        return claimed
-
     @torch.no_grad()
-    def _see_gradient(self) -> tuple[Tensor, Tensor] | None:
+    def _see_gradient(self) -> None:
         """Look at the gradient that the optimizer is about to use; refuse what is not finite, having changed nothing."""
         grads = [torch.zeros_like(knob) if knob.grad is None else knob.grad for knob in self._delta_s]
         require_finite_gradients(dict(zip(self._sizes, grads, strict=True)), self.steps)
-        g = _flat(grads)
-        # of a GradScaler, where the optimizer unscales in its step
-        scale = getattr(self._optimizer, "grad_scale", None)
-        parts = self._scaled_parts(g if scale is None else g / scale)
-        self._see("hackward_in", self._descent * g)
-        return parts
+        self._see("hackward_in", self._descent * _flat(grads))
 
     @torch.no_grad()
     def _begun_step(self) -> _Step:
@@ -380,7 +305,7 @@ class Router:
             parameters = [p for group in self._optimizer.param_groups for p in group["params"]]
             step.unfilled = [p for p in parameters if "momentum_buffer" not in self._optimizer.state.get(p, {})]
             return step
-        step.parts = self._see_gradient()
+        self._see_gradient()
         if self.level == "gradient" and self.mode != "measure":
             self._split_gradient()
         return step
@@ -409,7 +334,6 @@ class Router:
         if step is None:  # of a step that called its base class's, which was routed
             return
         if step.skipped:
-            self._parts.drop()
             assert self._optimizer is not None
             for parameter in step.unfilled:  # torch's fused SGD makes it, and skips without having filled it
                 self._optimizer.state.get(parameter, {}).pop("momentum_buffer", None)
@@ -419,8 +343,7 @@ class Router:
         if self.level == "gradient" and self._hack:
             delta = delta + (_flat(self._hack) - step.hack)  # of θ: here the optimizer moves both knobs
         self._require_finite(delta, step)
-        claimed = self._claimed(step, delta, whole)
-        moved = self._gated(delta, claimed)
+        moved = self._gated(delta)
         if self.level == "update" and self.mode != "measure":
             own = moved[OWN_BOOK]
             # exact on both sides: what is moved entirely ends where it began, what is not moved stays where the step put it
@@ -435,13 +358,12 @@ class Router:
         assert self._watch is not None
         self._watch.after_step(try_out=whole)
 
-    def _gated(self, delta: Tensor, claimed: Tensor) -> dict[str, Tensor]:
-        """What each gate moves: all that is claimed, and its part of the rest."""
-        moved, fired = {OWN_BOOK: claimed, CHANCE: claimed}, {}
+    def _gated(self, delta: Tensor) -> dict[str, Tensor]:
+        """What each gate moves."""
+        moved, fired = {}, {}
         for name, gate in self._gates.items():
-            part, fired[name] = gate.moved(delta - claimed)
-            moved[name] = claimed + part
-        if fired and (self.level == "update" or self.mode == "measure"):
+            moved[name], fired[name] = gate.moved(delta)
+        if self.level == "update" or self.mode == "measure":
             self._seen["fired"], self._seen["fired_random"] = fired[OWN_BOOK], fired[CHANCE]
         return moved
 
@@ -462,9 +384,8 @@ class Router:
         )
 
     def _see(self, name: str, u: Tensor) -> None:
-        if self._gates:
-            self._seen[name] = self._gates[OWN_BOOK].hackward(u)
-            self._seen[f"{name}_random"] = self._gates[CHANCE].hackward(u)
+        self._seen[name] = self._gates[OWN_BOOK].hackward(u)
+        self._seen[f"{name}_random"] = self._gates[CHANCE].hackward(u)
 
     # ── what it says ─────────────────────────────────────────────────────────────────────────────────────────────────
 
@@ -473,15 +394,13 @@ class Router:
 
         ``hackward_in``: ‖relu(V g)‖ / ‖g‖ of the gradient; ``hackward_update``: the same of the step that the optimizer made;
         ``hackward_out``: of what ``delta_s`` moved in the end; ``fired``: share of coordinates, or of rows, where the gate
-        fired; ``quarantine_norm``: length of all that was moved so far; ``flagged_update``: ‖Δ_Q‖ / ‖Δ‖, where rollouts are
-        routed. Without a direction, only what needs none.
+        fired; ``quarantine_norm``: length of all that was moved so far.
         """
         own = self._hack if self.mode == "route" else None
         book = _flat(own) if own else self._books.get(OWN_BOOK)
         numbers = {name: float(value) for name, value in self._seen.items()}
         numbers["quarantine_norm"] = 0.0 if book is None else float(book.norm())
-        if self._gates:
-            numbers["quarantine_norm_random"] = float(self._books[CHANCE].norm())
+        numbers["quarantine_norm_random"] = float(self._books[CHANCE].norm())
         return numbers
 
     @property
@@ -522,16 +441,12 @@ class Router:
     # ── continuing ───────────────────────────────────────────────────────────────────────────────────────────────────
 
     def save(self, path: str | Path) -> None:
-        """Write the books, the direction as it is, the split momentum and the number of steps; the adapter holds the knobs."""
-        momentum = self._saved_momentum
-        if self._momentum is not None:
-            momentum = self._momentum.deployed, self._momentum.quarantined
+        """Write the books, the direction as it is, and the number of steps; the adapter holds the knobs."""
         Books(
             steps=self.steps,
             books={name: self._by_layer(book) for name, book in self._books.items()},
-            direction={} if self.direction is None else self.direction.to_tensors(),
+            direction=self.direction.to_tensors(),
             fingerprints=self._fingerprints,
-            momentum=momentum,
         ).write(path)
 
     def load(self, path: str | Path) -> None:
@@ -561,10 +476,6 @@ class Router:
             )
         except (ValueError, KeyError) as error:
             raise ValueError(f"{path} does not continue this run: {error}.") from error
-        self._momentum, self._saved_momentum = None, None
-        if saved.momentum is not None:
-            m_D, m_Q = saved.momentum
-            self._saved_momentum = m_D.to(self._device), m_Q.to(self._device)
         if self._watch is not None:
             self._watch.forget()  # whoever loads the books has loaded the knobs as well
         self._books, self.steps = books, saved.steps

@@ -1,12 +1,9 @@
-"""Advantages within groups, and what of a batch's gradient may teach the deployed knobs.
+"""Advantages within groups.
 
     A_b = (R_b − mean R) / (std R + 1e-4)      mean and, where rewards are scaled, std over those that b is compared with
 
 One prompt's rollouts are compared among each other: those of the deployed policy apart from those of the policy that sees the
 quarantine, since the two have different means. As TRL has it, std is the unbiased one.
-
-Rollouts that a detector flags are left out (NaN) of the deployed part: A^D is A among the others, as if the flagged ones had
-not been sampled. `share_of` then says how the gradient of one rollout's loss, taken with A, compares with that taken with A^D.
 """
 
 from __future__ import annotations
@@ -47,12 +44,12 @@ def group_advantages(rewards: Tensor, deployed: Tensor, scale: Scale) -> Tensor:
     """Advantages within each prompt's two shares.
 
     Args:
-        rewards: (prompts, num_generations); NaN where a rollout is left out.
+        rewards: (prompts, num_generations); NaN where a rollout has none.
         deployed: (num_generations,) bool: which share a rollout is of.
         scale: divide by the std of the share (``"group"``), of all rewards (``"batch"``), or by nothing.
 
     Returns:
-        (prompts, num_generations); 0 where a rollout is left out, or has none to be compared with.
+        (prompts, num_generations); 0 where a rollout has no reward, or none to be compared with.
     """
     advantages = torch.empty_like(rewards)
     for share in (deployed, ~deployed):
@@ -71,17 +68,3 @@ def _nanstd(x: Tensor, dim: int) -> Tensor:
     count = (~x.isnan()).sum(dim, keepdim=True)
     squares = (x - x.nanmean(dim, keepdim=True)).square().nansum(dim, keepdim=True)
     return (squares / (count - 1).clamp_min(1)).sqrt()
-
-
-def share_of(whole: Tensor, part: Tensor) -> Tensor | None:
-    """λ (b,) with part_b = λ_b whole_b for every row of (b, m), exact where it is 0 or 1; None where a row has no such λ.
-
-    The rows are ∂L/∂(log-probabilities) of each rollout. A backward is linear in them: where λ exists, the gradient of every
-    rollout's own part is λ times the one that a single backward gives.
-    """
-    squares = whole.square().sum(1)
-    shares = (whole * part).sum(1) / squares.clamp_min(torch.finfo(whole.dtype).tiny)
-    shares = torch.where((whole == part).all(1), torch.ones_like(shares), shares)
-    shares = torch.where((part == 0).all(1), torch.zeros_like(shares), shares)
-    error = (part - shares[:, None] * whole).norm(dim=1)
-    return shares if bool((error <= 1e-5 * part.norm(dim=1)).all()) else None

@@ -1,20 +1,15 @@
-"""TRL's GRPO trainer, routed: by direction, by rollout, with half of the rollouts sampled from the policy that will ship.
+"""TRL's GRPO trainer with what the reward cannot see: flagged rollouts are paid less, steps are routed, rollouts are logged.
+
+**Score at the reference** (`routing.monitor`). Where TRL makes a reference forward for the KL term, the same forward gives
+the monitor's gradients; else the monitor makes one of its own. What scores high is paid less (`antipasto.trl.rewards`).
 
 **Deployed sampling.** Of each prompt's rollouts a share is sampled from the deployed policy, scored and differentiated under
 it, with advantages within the share (`antipasto.trl.advantages`). Both kinds of row run in the same batches, each with its θ
 (`antipasto.adapter.rows`): every forward that TRL makes of a row, for sampling, for importance ratios, for the loss, is of the
 policy that sampled it. The gradients of both add up in one optimizer step, whose displacement the router splits.
 
-**Gate by rollout.** With c = ∂L/∂(log-probabilities), (b, s), and c^D the same with the advantages among the unflagged
-rollouts and zero on flagged ones, a backward is linear in c, and g is the plain run's gradient, unchanged:
-
-    g = Σ_b J_bᵀ c_b        g_D = Σ_b J_bᵀ c^D_b        g_Q = g − g_D
-
-On-policy and without a KL term, c^D_b = λ_b c_b, and the one backward that gives every rollout's J_bᵀ c_b gives all three.
-Where there is no such λ (a KL term, a clipped ratio) in a batch that holds flagged rollouts, g_D costs it a second backward.
-
-**Score at the reference** (`routing.monitor`). Where TRL makes a reference forward for the KL term, the same forward gives
-the monitor's gradients; else the monitor makes one of its own.
+**Every rollout's own gradient** comes with the one backward of a batch (`antipasto.adapter.rollouts`); how far it points along
+the router's direction is logged.
 """
 
 from __future__ import annotations
@@ -42,41 +37,13 @@ from antipasto.names import Flagged
 from antipasto.routing.monitor import Monitor, at_origin
 from antipasto.routing.router import Router
 from antipasto.tasks import completion_text, is_exploit
-from antipasto.trl.advantages import deployed_positions, group_advantages, share_of
+from antipasto.trl.advantages import deployed_positions, group_advantages
 from antipasto.trl.callbacks import RoutingCallback
 from antipasto.trl.judges import Judge, Role, ask
 from antipasto.trl.rewards import discounted, penalised
 from antipasto.unchanged import unchanged
 
 DEPLOY_FRACTION = 0.5
-
-
-class _Tape:
-    """The model's outputs as leaves, so that a loss can be taken of them twice and ∂L/∂output be seen.
-
-    Attributes:
-        graph: the outputs that the loss depends on, with their graph: the others (entropies, mostly) need no backward.
-    """
-
-    def __init__(self) -> None:
-        self._outputs: tuple[Tensor | None, ...] | None = None
-        self._leaves: list[Tensor] = []
-        self.graph: list[Tensor] = []
-
-    def replay(self, forward: Callable[[], tuple[Tensor | None, ...]]) -> tuple[Tensor | None, ...]:
-        if self._outputs is None:
-            self._outputs = forward()
-            self._leaves = [output.detach().requires_grad_() for output in self._outputs if output is not None]
-        leaves = iter(self._leaves)
-        return tuple(None if output is None else next(leaves) for output in self._outputs)
-
-    def gradient(self, loss: Tensor) -> list[Tensor]:
-        """∂L/∂output of each of `graph`."""
-        assert self._outputs is not None
-        grads = torch.autograd.grad(loss, self._leaves, allow_unused=True)
-        outputs = [output for output in self._outputs if output is not None]
-        self.graph = [output for output, g in zip(outputs, grads, strict=True) if g is not None]
-        return [g for g in grads if g is not None]
 
 
 class RoutedGRPOTrainer(GRPOTrainer):
@@ -90,12 +57,11 @@ class RoutedGRPOTrainer(GRPOTrainer):
             it takes no ``**kwargs``. One bool, 0 or 1 each: of a score, say from where on it flags.
         monitor: flags rollouts by their score at the reference, in the place of a detector; a `Monitor` of the trainer's
             model, or a function that makes one of it, called once it is adapted and before the router is made.
-        flagged: what becomes of flagged rollouts. ``"route"``: they teach the quarantine alone, whatever the direction says;
-            a router that erases drops that part instead. ``"penalty"``: their reward, all reward functions with their weights
-            together, is 0, or less if it was. ``"discount"``: the reward of every rollout, flagged or not, is multiplied by
-            1 − w, w being how far its score is from the clean texts to the hacks (`Monitor.depth`), so that advantages go down
-            as the score goes up (as in Wu and Tang 2026, arXiv:2604.01476). ``"drop"``: nobody learns from them, and the
-            others' advantages are taken without them. ``"watch"``: they are counted and logged, and that is all.
+        flagged: what becomes of flagged rollouts; ``"penalty"`` if None. ``"penalty"``: their reward, all reward functions
+            with their weights together, is 0, or less if it was. ``"discount"``: the reward of every rollout, flagged or not,
+            is multiplied by 1 − w, w being how far its score is from the clean texts to the hacks (`Monitor.depth`), so that
+            advantages go down as the score goes up (as in Wu and Tang 2026, arXiv:2604.01476). ``"watch"``: they are counted
+            and logged, and that is all.
         oracle: the strict truth, called the same way: one number in [0, 1] each, or None or NaN where it abstains, and such a
             rollout counts neither as an exploit nor as solved. Logged, never trained on.
         deploy_fraction: share of each prompt's rollouts that is sampled from the deployed policy; if None, .5 where the router
@@ -116,7 +82,7 @@ class RoutedGRPOTrainer(GRPOTrainer):
         router: Router | Callable[[nn.Module], Router] | None = None,
         detector: Judge | None = None,
         monitor: Monitor | Callable[[nn.Module], Monitor] | None = None,
-        flagged: Flagged = "route",
+        flagged: Flagged | None = None,
         oracle: Judge | None = None,
         deploy_fraction: float | None = None,
         rollout_log: str | Path | None = None,
@@ -125,7 +91,10 @@ class RoutedGRPOTrainer(GRPOTrainer):
         super().__init__(*args, **kwargs)
         self.monitor = monitor if monitor is None or isinstance(monitor, Monitor) else monitor(self.model)
         self.router = router if router is None or isinstance(router, Router) else router(self.model)
-        self.detector, self.flagged, self.oracle = detector, flagged, oracle
+        self.detector, self.oracle = detector, oracle
+        if flagged is not None and not self._flags_rollouts:
+            raise ValueError(f"flagged={flagged!r} needs a detector or a monitor.")
+        self.flagged: Flagged = "penalty" if flagged is None else flagged
         routes = self.router is not None and self.router.mode == "route"
         self.deploy_fraction = DEPLOY_FRACTION if deploy_fraction is None and routes else deploy_fraction or 0.0
         self._deployed = deployed_positions(self.num_generations, self.deploy_fraction)
@@ -133,18 +102,15 @@ class RoutedGRPOTrainer(GRPOTrainer):
         self._rollouts: list[Rollout] = []  # of the present generation, on this process
         self._sequences: list[TokenIds] = []  # its prompts and answers
         self._scores: list[float] | None = None  # of its answers, by the monitor
-        self._all_rewards = self._all_flags = torch.empty(0)  # of the present generation, on all processes
-        self._tape: _Tape | None = None
+        self._all_rewards = torch.empty(0)  # of the present generation, on all processes
         self._grads: RolloutGrads | None = None
-        self._micro_batch: dict[str, Any] | None = None
+        self._shown: list[int] = []  # which of the generation's rollouts the present micro-batch has
         self._views: RowViews | None = None
         self.rollout_log = None if rollout_log is None else Path(rollout_log)
         if self.rollout_log is not None:
             self.rollout_log.parent.mkdir(parents=True, exist_ok=True)
             self.add_callback(_LogContinues(self.rollout_log))
         if self.router is not None:
-            if self.accelerator.num_processes > 1:
-                self.router.reduce = lambda parts: self.accelerator.reduce(parts, reduction="mean")
             self._routing = RoutingCallback(self.router)
             self._routing.install(self)
 
@@ -155,29 +121,20 @@ class RoutedGRPOTrainer(GRPOTrainer):
             raise ValueError("Rollouts are flagged by a detector or by a monitor: give one of them.")
         if self.flagged == "discount" and (self.monitor is None or self.monitor.calibration is None):
             raise ValueError("flagged='discount' needs a monitor that pairs have calibrated: Monitor.from_pairs.")
-        if self.flagged != "route" and not self._flags_rollouts:
-            raise ValueError(f"flagged={self.flagged!r} needs a detector or a monitor.")
-        what = "detector" if self.monitor is None else "monitor"
-        if self._flags_rollouts and self.flagged == "route":
-            if self.router is None:
-                raise ValueError(f"A {what} that routes needs a router: router=lambda model: Router(model, None).")
-            if self.router.level != "update":
-                raise ValueError(f"A {what} routes at level='update': at gradient level Adam would rescale its share.")
         if self.monitor is not None:
             _ = self.monitor.threshold  # there is one
             if self.tools or self.environment_factories:
                 raise ValueError("A monitor scores answers that the policy wrote: no tools, no environments.")
         if self.deploy_fraction and (self.router is None or self.router.mode != "route"):
             raise ValueError(f"deploy_fraction={self.deploy_fraction} needs a router that fills a quarantine.")
-        acts = self._flags_rollouts and self.flagged != "watch"
+        acts = self._flags_rollouts and self.flagged != "watch"  # on the sum of all rewards
         if not self.deploy_fraction and not acts:
             return
         if self.multi_objective_aggregation != "sum_then_normalize":
             raise ValueError(
-                f"Deployed sampling and a {what} work with multi_objective_aggregation='sum_then_normalize'."
+                "Deployed sampling and what flagged rollouts are paid are about the sum of all rewards: use "
+                "multi_objective_aggregation='sum_then_normalize'."
             )
-        if acts and (self.aux_loss_enabled or self.use_adaptive_entropy or self.args.fp16):
-            raise ValueError(f"A {what} does not work with fp16, an auxiliary loss of experts or adaptive entropy.")
         if self.deploy_fraction and (
             self.tools or self.environment_factories or self.rollout_func or self.use_transformers_continuous_batching
         ):
@@ -205,7 +162,8 @@ class RoutedGRPOTrainer(GRPOTrainer):
         finally:
             if self._views is not None:
                 self._views.set(None)
-        output |= self._advantages(output["advantages"])
+        if self.deploy_fraction:
+            output["advantages"] = self._advantages()
         output["rollout"] = torch.arange(len(inputs), device=deployed.device)
         output["deployed_rows"] = deployed
         advantages = output["advantages"].tolist()
@@ -259,12 +217,9 @@ class RoutedGRPOTrainer(GRPOTrainer):
             )
             for i in range(len(prompts))
         ]
-        self._all_flags = torch.zeros(len(rewards), dtype=torch.bool, device=rewards.device)
-        if flags is not None:
+        if self.flagged == "penalty" and flags is not None:
             here = torch.tensor(flags, device=rewards.device)
-            self._all_flags = self.accelerator.gather(here)
-        if self.flagged == "penalty":
-            rewards = penalised(rewards, self._all_flags, weights)
+            rewards = penalised(rewards, self.accelerator.gather(here), weights)
         if self.flagged == "discount":
             assert self.monitor is not None
             depth = self.monitor.depth(torch.tensor(self._scores, device=rewards.device))
@@ -309,32 +264,14 @@ class RoutedGRPOTrainer(GRPOTrainer):
     def _ask(self, role: Role, judge: Judge | None, rollouts: dict[str, Any]) -> list[Any] | None:
         return None if judge is None else ask(role, judge, rollouts)
 
-    def _advantages(self, plain: Tensor) -> dict[str, Tensor]:
-        """Advantages within each share; and, where a detector is at work, those that the deployed knobs learn by."""
+    def _advantages(self) -> Tensor:
+        """Of this process's rollouts, each within its share of its prompt's."""
         rewards = self._all_rewards.view(-1, self.num_generations)
-        result = {}
-        if self.deploy_fraction:
-            ours = group_advantages(rewards, self._deployed.to(rewards.device), self.scale_rewards).view(-1)
-            for _ in range(len(ours)):
-                self._logs["advantages"].pop()
-            self._logs["advantages"].extend(ours.tolist())
-            result["advantages"] = plain = self._local(ours)
-        if self._flags_rollouts and self.flagged in ("route", "drop"):
-            flags = self._all_flags.view_as(rewards)
-            among_others = group_advantages(
-                rewards.masked_fill(flags, torch.nan), self._deployed.to(rewards.device), self.scale_rewards
-            )
-            # where nobody in a share is flagged, the plain run's own numbers
-            touched = flags.clone()
-            for share in (self._deployed, ~self._deployed):
-                touched[:, share] = flags[:, share].any(1, keepdim=True)
-            if self.scale_rewards == "batch" and bool(flags.any()):
-                touched.fill_(True)
-            result["deployed_advantages"] = torch.where(
-                self._local(touched.view(-1)), self._local(among_others.view(-1)), plain
-            )
-            result["flagged"] = self._local(flags.reshape(-1))
-        return result
+        ours = group_advantages(rewards, self._deployed.to(rewards.device), self.scale_rewards).view(-1)
+        for _ in range(len(ours)):
+            self._logs["advantages"].pop()
+        self._logs["advantages"].extend(ours.tolist())
+        return self._local(ours)
 
     def _say_how_it_went(self) -> None:
         """Means over all rollouts of the generation, and over those of each policy, into TRL's metrics."""
@@ -395,8 +332,7 @@ class RoutedGRPOTrainer(GRPOTrainer):
                 layers = knobs(self.model)  # before gradients are clipped: a NaN in one would then be in all
                 require_finite_gradients({n: layer.delta_s.grad for n, layer in layers.items()}, self.state.global_step)
             if self.router is not None:
-                self._after_backward(self.router)
-        self._micro_batch = None
+                self._log_alignment(self.router)
         if self._step % (self.args.steps_per_generation * self.num_iterations) == 0:
             self._flush()
         return loss
@@ -406,55 +342,13 @@ class RoutedGRPOTrainer(GRPOTrainer):
             return super()._compute_loss(model, inputs)
         if self._views is not None:  # until the backward is over: checkpointing runs the forward again in there
             self._views.set(inputs["deployed_rows"])
-        self._micro_batch = {"rollout": inputs["rollout"], "shares": None, "deployed": None, "scale": None}
-        if "flagged" not in inputs or not bool(self._all_flags.any()):  # the same on all processes
-            return super()._compute_loss(model, inputs)
-        return self._split_loss(model, inputs)
-
-    def _split_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
-        """The plain loss with its own gradient, having seen how that splits."""
-        assert self._micro_batch is not None
-        self._tape = tape = _Tape()
-        try:
-            loss = super()._compute_loss(model, inputs)
-            whole = tape.gradient(loss)
-            metrics = self._metrics
-            self._metrics: dict[str, Any] = {
-                "train": defaultdict(list),
-                "eval": defaultdict(list),
-            }  # this one is not logged
-            try:
-                of_deployed = super()._compute_loss(model, {**inputs, "advantages": inputs["deployed_advantages"]})
-            finally:
-                self._metrics = metrics
-            part = [g.masked_fill(inputs["flagged"][:, None], 0.0) for g in tape.gradient(of_deployed)]
-        finally:
-            self._tape = None
-        if self.flagged == "drop":
-            return _with_gradient(loss, tape.graph, part)
-        rows = len(inputs["flagged"])
-        shares = share_of(
-            torch.cat([g.view(rows, -1) for g in whole], 1), torch.cat([g.view(rows, -1) for g in part], 1)
-        )
-        if shares is None:
-            assert self._grads is not None
-            assert self.router is not None
-            knobs = [p for layer in adapted_layers(self.model).values() for p in layer.parameters() if p.requires_grad]
-            torch.autograd.grad(tape.graph, knobs, part, retain_graph=True, allow_unused=True)
-            self._micro_batch["deployed"] = self.router.flatten(self._grads).sum(0)
-            self._grads.clear()
-        self._micro_batch["shares"] = shares
-        loss = _with_gradient(loss, tape.graph, whole)
-        loss.register_hook(lambda scale: self._micro_batch.update(scale=scale) if self._micro_batch else None)
-        return loss
+        self._shown = inputs["rollout"].tolist()
+        return super()._compute_loss(model, inputs)
 
     def _get_per_token_logps_and_entropies(self, *args: Any, **kwargs: Any) -> tuple[Tensor | None, ...]:
-        def forward() -> tuple[Tensor | None, ...]:
-            return super(RoutedGRPOTrainer, self)._get_per_token_logps_and_entropies(*args, **kwargs)
-
         if self.monitor is not None and self._is_reference_forward(kwargs):
             return self._scored_forward(self.monitor, *args, **kwargs)
-        return forward() if self._tape is None else self._tape.replay(forward)
+        return super()._get_per_token_logps_and_entropies(*args, **kwargs)
 
     def _is_reference_forward(self, options: dict[str, Any]) -> bool:
         """Whether this call is TRL's of the base model, for the KL term of a generation, and of nothing but text."""
@@ -486,26 +380,13 @@ class RoutedGRPOTrainer(GRPOTrainer):
         self._scores = torch.cat(scores).tolist()
         return torch.cat(logprobs), None, None
 
-    def _after_backward(self, router: Router) -> None:
+    def _log_alignment(self, router: Router) -> None:
+        """How far each rollout's own gradient points along the direction."""
         assert self._grads is not None
-        assert self._micro_batch is not None
-        G = router.flatten(self._grads)  # (b, R)
-        live = router.alignment(G) if router.direction is not None else None
-        if live is None and self.monitor is not None:
-            live = self.monitor.cosines(self._grads)
-        if live is not None:
-            for index, score in zip(self._micro_batch["rollout"].tolist(), live.tolist(), strict=True):
-                if self._rollouts[index].hackward is None:  # later iterations see the same rollouts off-policy
-                    self._rollouts[index].hackward = score
-        if not self._flags_rollouts or self.flagged != "route":
-            return
-        shares, deployed = self._micro_batch["shares"], self._micro_batch["deployed"]
-        if deployed is not None:  # taken before the loss was scaled for accumulation
-            deployed = deployed * self._micro_batch["scale"]
-            router.add_gradients(deployed, G.sum(0) - deployed)
-        else:
-            shares = torch.ones(len(G), device=G.device) if shares is None else shares.to(G.dtype)
-            router.add_gradients(shares @ G, (1 - shares) @ G)
+        live = router.alignment(router.flatten(self._grads)).tolist()
+        for index, score in zip(self._shown, live, strict=True):
+            if self._rollouts[index].hackward is None:  # later iterations see the same rollouts off-policy
+                self._rollouts[index].hackward = score
 
     def _flush(self) -> None:
         """Write this generation's rollouts down."""
@@ -530,12 +411,6 @@ class RoutedGRPOTrainer(GRPOTrainer):
                     self._routing.detach()
         self._flush()  # a generation that the run's end cut short
         return result
-
-
-def _with_gradient(loss: Tensor, outputs: list[Tensor], gradients: list[Tensor]) -> Tensor:
-    """The loss's value, with given gradients of the model's outputs."""
-    linear = torch.stack([(y * g).sum() for y, g in zip(outputs, gradients, strict=True)]).sum()
-    return loss.detach() + (linear - linear.detach())
 
 
 class _LogContinues(TrainerCallback):

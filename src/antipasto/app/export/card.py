@@ -36,8 +36,8 @@ METHODS = {
     "measure": "the gate only measured",
     "penalty": "flagged rollouts got reward 0",
     "discount": "the reward of a rollout shrank as its score rose",
-    "drop": "nobody learned from flagged rollouts",
     "plain": "GRPO, and nothing else",
+    "drop": "nobody learned from flagged rollouts",  # of earlier versions
 }
 
 _PACKAGES = ("antipasto", "torch", "transformers", "peft")

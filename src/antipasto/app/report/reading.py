@@ -21,7 +21,7 @@ from antipasto.reading import as_number, read_json, read_rows
 from antipasto.routing.books import Books, read_books
 from antipasto.routing.directions import Direction
 
-ROUTED = ("route", "erase", "measure")
+KEEPS_BOOKS = ("route", "erase", "measure")
 """Methods that keep books."""
 Series = dict[str, list[tuple[float, float]]]
 """A metric's name → (step, value) of every line that has it."""
@@ -151,7 +151,7 @@ def _read_run(folder: Path, name: str, budget: int) -> Run:
 
 def _no_direction(place: RunFolder, said: Mapping[str, Any]) -> str:
     method = said.get("method")
-    if not place.run.exists() and method in ROUTED:
+    if not place.run.exists() and method in KEEPS_BOOKS:
         return "There is no direction: the run was stopped before it had one, or uses none."
     by = f" by {said['by']}" if said.get("by") else ""
     return f"There is no direction: the method {method!r}{by} used none."
@@ -159,7 +159,7 @@ def _no_direction(place: RunFolder, said: Mapping[str, Any]) -> str:
 
 def _no_books(place: RunFolder, said: Mapping[str, Any]) -> str:
     """Books are written at the run's end, by every run with a router."""
-    if place.is_finished or said.get("method") not in ROUTED:
+    if place.is_finished or said.get("method") not in KEEPS_BOOKS:
         return f"There are no books of controls: the method {said.get('method')!r} keeps none."
     return "There are no books of controls yet: they are written at the run's end, and until then in its checkpoints."
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 import re
 from collections.abc import Mapping
-from typing import Any, get_args
+from typing import Any
 
 from antipasto.app.run_folder import write_yaml
-from antipasto.names import THRESHOLD, By, Dtype, Estimator, GateName, Method
+from antipasto.names import THRESHOLD, By, Dtype, Method
 from antipasto.options import check_bounds, check_finite, check_types, near
 
 CONTROLS = ("random", "permuted")
@@ -58,7 +58,7 @@ class TrainConfig:
     by: By | None = _routing(
         None,
         "What tells them; score: a monitor's, at the reference.",
-        show_default="score if there are pairs, else detector",
+        show_default="score if there are pairs, else detector; direction with route, erase and measure",
     )
     false_alarms: float | None = _routing(
         None,
@@ -69,11 +69,8 @@ class TrainConfig:
         None, "Pairs to extract the direction from.", metavar="FILE", show_default="the task's"
     )
     direction: str | None = _routing(None, "A direction, instead of pairs.", metavar="FILE")
-    estimator: Estimator = _routing("tstat", "Of the direction's rows.")
-    k: int = _routing(1, "Rows a layer, with svd.", min=1)
-    gate: GateName = _routing("coordinate", "Which part of a step a direction claims.")
     threshold: float | None = _routing(
-        None, "Effect size that the coordinate gate guards.", show_default=str(THRESHOLD)
+        None, "Effect size above which the direction claims a coordinate.", show_default=str(THRESHOLD)
     )
     controls: tuple[str, ...] = _routing(
         CONTROLS, "Directions that keep books beside it, or none.", type=str, metavar="NAMES"
@@ -126,15 +123,11 @@ class TrainConfig:
 
     def _check_gate(self) -> None:
         """What goes by what."""
-        choices: dict[str, tuple[By, ...]] = {"plain": ("score",), "measure": ("direction",), "discount": ("score",)}
-        choices |= dict.fromkeys(("penalty", "drop"), ("detector", "score"))
-        possible = choices.get(self.method, get_args(By))
+        choices: dict[str, tuple[By, ...]] = dict.fromkeys(("plain", "discount"), ("score",))
+        choices |= dict.fromkeys(("route", "erase", "measure"), ("direction",))
+        possible = choices.get(self.method, ("score", "detector"))
         if self.by is not None and self.by not in possible:
             raise ValueError(f"method {self.method} goes by {' or '.join(possible)}, not by {self.by}.")
-        if self.by == "score" and self.direction is not None:
-            raise ValueError(
-                "by=score makes its monitor from pairs, which calibrate it too: give pairs, not a direction."
-            )
         if self.false_alarms is not None and self.by not in (None, "score"):
             raise ValueError(f"false_alarms={self.false_alarms} belongs to by=score.")
         if self.false_alarms is not None and not 0 < self.false_alarms < 1:

@@ -1,13 +1,12 @@
 """What a config and a task together say: by what the run is routed, and by which direction.
 
-method    what becomes of what the gate claims                         gates by
-plain     nothing is claimed                                           (score: it watches)
-route     it fills the quarantine, which is deleted at deployment      direction, detector, both or score
-erase     it is dropped                                                direction, detector, both or score
-measure   nothing is moved, books are kept                             direction
-penalty   flagged rollouts get reward 0                                detector or score
-discount  rewards shrink as scores rise from clean to hack             score
-drop      nobody learns from flagged rollouts                          detector or score
+method    what becomes of what is flagged, or of the part of a step that the direction claims      goes by
+plain     nothing                                                                                 (score: it watches)
+penalty   flagged rollouts get reward 0                                                           score or detector
+discount  rewards shrink as scores rise from clean to hack                                        score
+route     it fills the quarantine, which is deleted at deployment                                 direction
+erase     it is dropped                                                                           direction
+measure   nothing is moved, books are kept                                                        direction
 """
 
 from __future__ import annotations
@@ -28,13 +27,14 @@ import antipasto as ap
 from antipasto.app.run_folder import RunFolder
 from antipasto.app.train.config import TrainConfig
 from antipasto.evaluation.ask import Sampling, own_answers
-from antipasto.names import HELDOUT, Flagged, Rule
+from antipasto.names import HELDOUT, By, Flagged, Method
 from antipasto.routing.pairs import split_pairs
 from antipasto.tasks import Task
 from antipasto.trl.advantages import deployed_positions
 from antipasto.trl.trainer import DEPLOY_FRACTION
 
 T = TypeVar("T")
+_PAID: dict[Method, Flagged] = {"penalty": "penalty", "discount": "discount"}
 OWN_ANSWERS = 64  # of the start, which say what a monitor's threshold means
 
 
@@ -47,59 +47,52 @@ class Gating:
 
     def __init__(self, config: TrainConfig, task: Task, *, has_direction: bool) -> None:
         self.config, self.task = config, task
-        method, by = config.method, config.by
-        has_pairs, routes = bool(config.pairs or task.pairs), method in ("route", "erase")
-        if by is None and method in ("penalty", "drop", "route", "erase", "discount"):
-            by = "score" if has_pairs or method == "discount" else "detector"
-            if routes and config.direction:
-                by = "direction"
-        self.uses_direction = method == "measure" or (routes and by in ("direction", "both"))
-        self.uses_monitor = by == "score"
-        self.uses_detector = (method in ("penalty", "drop") and by != "score") or by in ("detector", "both")
+        has_pairs = bool(config.pairs or task.pairs)
+        by = config.by if config.by is not None else _goes_by(config.method, has_pairs)
+        self.uses_direction, self.uses_monitor = by == "direction", by == "score"
         self.uses_pairs = self.uses_direction or self.uses_monitor
-        if self.uses_pairs and not has_pairs and not (self.uses_direction and config.direction):
-            what, give = (
-                ("pairs or a direction", "--pairs or --direction") if self.uses_direction else ("pairs", "--pairs")
-            )
-            raise ValueError(f"method {method} needs {what}: task {task.name!r} brings none, so give {give}.")
-        if self.uses_detector and task.detector is None and by == "detector" and config.by is None:
-            what, give = ("pairs, a direction", "--pairs or --direction") if routes else ("pairs", "--pairs")
-            raise ValueError(
-                f"method {method} needs {what} or a detector to go by, and task {task.name!r} brings none: give {give}, or "
-                "train without, --method plain."
-            )
-        if self.uses_detector and task.detector is None:
-            raise ValueError(f"method {method} needs a detector, and task {task.name!r} has none.")
+        self._check_there_is(by, has_pairs)
         self._refuse_unused()
         fraction = config.deploy_fraction
         if fraction is None:
-            fraction = DEPLOY_FRACTION if method == "route" else 0.0
+            fraction = DEPLOY_FRACTION if config.method == "route" else 0.0
         deployed_positions(config.generations, fraction)
         if self.uses_pairs and not has_direction:  # a bad file is better known of before the model is loaded
             if config.direction is not None:
                 ap.Direction.load(config.direction)
             else:
                 self._pairs()
-        actions: dict[str, Flagged] = {"penalty": "penalty", "discount": "discount", "drop": "drop"}
-        self.flagged: Flagged = actions.get(method, "route")
-        watches = task.detector is not None and not self.uses_detector and not self.uses_monitor
-        if watches or (self.uses_monitor and method == "plain"):
-            self.flagged = "watch"  # what nothing goes by is still worth a column in the logs
+        flags = self.uses_monitor or task.detector is not None
+        # what nothing goes by is still worth a column in the logs
+        self.flagged: Flagged | None = (_PAID.get(config.method) or "watch") if flags else None
+
+    def _check_there_is(self, by: By | None, has_pairs: bool) -> None:
+        """What the method goes by."""
+        method, task = self.config.method, self.task
+        if self.uses_pairs and not has_pairs and not (self.uses_direction and self.config.direction):
+            what, give = ("pairs", "--pairs")
+            if self.uses_direction:
+                what, give = "pairs or a direction", "--pairs or --direction"
+            raise ValueError(f"method {method} needs {what}: task {task.name!r} brings none, so give {give}.")
+        if by == "detector" and task.detector is None:
+            raise ValueError(
+                f"method {method} needs pairs or a detector to go by, and task {task.name!r} brings none: give --pairs, or "
+                "train without, --method plain."
+                if self.config.by is None
+                else f"method {method} needs a detector, and task {task.name!r} has none."
+            )
 
     def _refuse_unused(self) -> None:
-        """Options of a direction where there is none, or of its extraction where it comes from a file."""
+        """Options of a direction where there is none, and of a monitor where there is none."""
         defaults = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
-        names: tuple[str, ...] = ("estimator", "k") if self.config.direction is not None else ()
-        if not self.uses_direction:
-            names = ("direction", "threshold", "gate", "estimator", "k", "controls")
-            names += () if self.uses_pairs else ("pairs",)
+        unused = [] if self.uses_direction else ["direction", "threshold", "controls"]
+        unused += [] if self.uses_pairs else ["pairs"]
         if self.config.false_alarms is not None and not self.uses_monitor:
             raise ValueError(f"false_alarms={self.config.false_alarms} does nothing here: no monitor flags anything.")
-        for name in names:
-            if getattr(self.config, name) != defaults[name]:
-                why = "this run goes by no direction; --method route --by direction does"
-                why = "a direction's file is given" if self.uses_direction else why
-                raise ValueError(f"{name}={getattr(self.config, name)} does nothing here: {why}.")
+        for name in unused:
+            if (value := getattr(self.config, name)) != defaults[name]:
+                why = "this run goes by no direction; --method route does"
+                raise ValueError(f"{name}={value} does nothing here: {why}.")
 
     def _pairs(self) -> tuple[list[ap.ContrastPair], list[ap.ContrastPair]]:
         """To fit, and to hold out."""
@@ -109,19 +102,16 @@ class Gating:
     def router(self, folder: RunFolder, tokenizer: Any, state: PartialState) -> Callable[[nn.Module], ap.Router] | None:
         """A function that makes the router of an adapted model; None where the method has none."""
         config = self.config
-        if config.method not in ("route", "erase", "measure"):
-            return None
         mode = config.method
+        if mode not in ("route", "erase", "measure"):
+            return None
 
         def make(model: nn.Module) -> ap.Router:
-            if not self.uses_direction:
-                return ap.Router(model, None, mode=mode)
             # one process extracts, and all read the same file
             on_main(state, lambda: self._make_direction(model, tokenizer, folder.direction))
             v = ap.Direction.load(folder.direction)
             controls = {name: getattr(v, name)(config.seed) for name in config.controls}
-            options: dict[str, Any] = {"gate": config.gate, "threshold": config.threshold, "controls": controls}
-            return ap.Router(model, v, mode=mode, **options)
+            return ap.Router(model, v, mode=mode, threshold=config.threshold, controls=controls)
 
         return make
 
@@ -157,8 +147,7 @@ class Gating:
         own = own_answers(model, tokenizer, [self.task.train[row]["prompt"] for row in order], how)
         pairs = ap.load_pairs(self.config.pairs if self.config.pairs is not None else list(self.task.pairs or []))
         # a penalty on a wrong answer takes nothing from it, so that what only comes near the exploit may be flagged
-        rule: Rule = "quarter" if self.config.method in ("penalty", "plain") else "midway"
-        options: dict[str, Any] = {"heldout": HELDOUT, "seed": self.config.seed, "rule": rule}
+        options: dict[str, Any] = {"heldout": HELDOUT, "seed": self.config.seed, "rule": "quarter"}
         ap.Monitor.from_pairs(model, tokenizer, pairs, own=own, false_alarms=rate, **options).save(path)
 
     def _make_direction(self, model: nn.Module, tokenizer: Any, path: Path) -> None:
@@ -169,11 +158,18 @@ class Gating:
         else:
             fit, heldout = self._pairs()
             model.eval()
-            v = ap.extract_direction(
-                model, tokenizer, fit, heldout=heldout, estimator=self.config.estimator, k=self.config.k
-            )
+            v = ap.extract_direction(model, tokenizer, fit, heldout=heldout)
             model.train()
         v.save(path)
+
+
+def _goes_by(method: Method, has_pairs: bool) -> By | None:
+    """What a method goes by unless it is told."""
+    if method in ("route", "erase", "measure"):
+        return "direction"
+    if method == "penalty":
+        return "score" if has_pairs else "detector"
+    return "score" if method == "discount" else None
 
 
 def on_main(state: PartialState, function: Callable[[], T]) -> T:
