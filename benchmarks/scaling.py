@@ -118,28 +118,39 @@ def paper() -> None:
         lora = 16 * sum(o + i for o, i in shapes)
         each = [f"{weights / n / GIB:,.1f} GiB" for n in (8, 8, 64, 64)]
         print(f"| {name} | LoRA r=16 | {lora:,} | {4 * lora / 2**20:.1f} MiB | | " + " | ".join(each) + " |")
-    print("\nMultiplications of forward and backward, added to the bare layers' 2 T o i, as a share of it:\n")
-    heads = ["model", "tokens", "full rank, fp32", "full rank, factored (bf16)", "rank 256", "rank 64", "LoRA r=16"]
+    print(
+        "\nMultiplications of forward and backward, added to the bare layers' 2 T o i, as a share; tokens of a step:\n"
+    )
+    heads = [
+        "model",
+        "tokens",
+        "full rank, fp32",
+        "full rank, bf16",
+        "… factored",
+        "rank 256, bf16",
+        "rank 64, bf16",
+        "LoRA r=16",
+    ]
     print("| " + " | ".join(heads) + " |\n" + "|---" * len(heads) + "|")
     for name, sizes in ON_PAPER.items():
         shapes = linears(*sizes)
         for tokens in (1024, 16384):
             bare = sum(2 * tokens * o * i for o, i in shapes)
-            auto = sum(added(tokens, o, i, min(o, i)) for o, i in shapes) / bare
-            factored = [
-                sum(2 * tokens * min(rank or o, o, i) * (o + i) for o, i in shapes) / bare for rank in (None, 256, 64)
+            shares = [
+                sum(added(tokens, o, i, min(rank or o, o, i), low=low) for o, i in shapes) / bare
+                for rank, low in ((None, False), (None, True), (256, True), (64, True))
             ]
+            shares.insert(2, sum(2 * tokens * min(o, i) * (o + i) for o, i in shapes) / bare)
             lora_share = sum(3 * tokens * 16 * (o + i) for o, i in shapes) / bare
-            print(
-                f"| {name} | {tokens} | {auto:.2f} | "
-                + " | ".join(f"{share:.2f}" for share in (*factored, lora_share))
-                + " |"
-            )
+            numbers = " | ".join(f"{share:.2f}" for share in (*shares, lora_share))
+            print(f"| {name} | {tokens} | {numbers} |")
 
 
-def added(T: int, o: int, i: int, r: int) -> int:
-    """Multiplications that the cheapest execution adds, as `antipasto.adapter.plans` counts them."""
-    return min(execution_costs(Call(T, o, i, r, True, True, False, o != i, True, 1)).values())
+def added(T: int, o: int, i: int, r: int, *, low: bool) -> int:
+    """Multiplications that the cheapest execution adds, as `antipasto.adapter.plans` counts them; in bf16 if ``low``."""
+    exact = not low
+    call = Call(T, o, i, r, True, True, False, exact and o != i, exact, 1, low=low)
+    return min(execution_costs(call).values())
 
 
 def main() -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import gc
 import weakref
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from torch import Tensor, nn
 
 import antipasto as ap
+from antipasto.adapter import choice
 from antipasto.adapter.basis import decompose
 from antipasto.adapter.choice import Asked
 from antipasto.adapter.functional import Route, merged_linear, merged_weight, spectral_linear_reference
@@ -142,7 +144,7 @@ def taken(knobs: ap.LayerKnobs, x: Tensor) -> Execution:
     layer = knobs.layer
     assert layer.basis is not None
     asked = Asked(layer.plan, layer.hold_weights, by_sequence=False)
-    return layer.choice.make(asked, x, theta, layer.base_layer.weight, layer.basis, None)[0]
+    return layer.choice.make(asked, x, theta, layer.base_layer.weight, layer.basis, None, x.dtype)[0]
 
 
 def test_each_plan_is_taken_where_it_is_named_and_auto_takes_what_is_cheapest() -> None:
@@ -501,3 +503,192 @@ def test_every_sequences_own_gradient(plan: str, shape: tuple[int, int]) -> None
         knobs.delta_s.grad = None
         model(x[row : row + 1]).square().sum().backward()
         torch.testing.assert_close(grads["0"][row], knobs.delta_s.grad, atol=2e-4, rtol=1e-4)
+
+
+# ── low precision ────────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def low_precision(shape: tuple[int, int], plan: str, *, autocast: bool) -> tuple[nn.Module, Any]:
+    """A layer in bf16, or in fp32 under autocast to it; its θ is not zero."""
+    torch.manual_seed(0)
+    o, i = shape
+    model = nn.Sequential(nn.Linear(i, o)).to(torch.float32 if autocast else torch.bfloat16)
+    ap.wrap(model, ap.AntiPastoConfig(target_modules=["0"], cache_dir=None, plan=plan))  # type: ignore[arg-type]
+    (layer,) = ap.knobs(model).values()
+    layer.delta_s.data.copy_(0.1 * layer.S.float() * torch.randn(layer.r))
+    return model, layer
+
+
+LOW = pytest.mark.parametrize("autocast", [False, True], ids=["bf16", "autocast"])
+
+
+@LOW
+@pytest.mark.parametrize("shape", [(48, 96), (96, 48), (64, 64)])
+def test_in_low_precision_one_matmul_is_as_near_to_the_formula_as_two(shape: tuple[int, int], autocast: bool) -> None:
+    """Output and both gradients, against fp64, to within half as much again: W_θ is rounded, and W need not be."""
+    errors: dict[str, list[float]] = {}
+    for plan in ("auto", "factored"):
+        model, layer = low_precision(shape, plan, autocast=autocast)
+        generator = torch.Generator().manual_seed(1)
+        x = torch.randn(4, 60, shape[1], generator=generator).to(layer.layer.base_layer.weight.dtype)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            y = model(x.requires_grad_())
+        assert y.dtype is torch.bfloat16
+        weight = torch.randn(y.shape, generator=generator).to(y)
+        got = [y, *torch.autograd.grad(y, [x, layer.delta_s], weight)]
+        base = layer.layer.base_layer
+        exact = [
+            t.detach().double().requires_grad_() for t in (x, base.weight, base.bias, layer.U, layer.Vh, layer.delta_s)
+        ]
+        want_y = spectral_linear_reference(*exact)
+        want = [want_y, *torch.autograd.grad(want_y, [exact[0], exact[5]], weight.double())]
+        errors[plan] = [
+            float((g.double() - w).detach().norm() / w.detach().norm()) for g, w in zip(got, want, strict=True)
+        ]
+    for merged, factored in zip(errors["auto"], errors["factored"], strict=True):
+        assert 0 < merged <= 1.5 * factored
+
+
+@LOW
+def test_in_low_precision_what_samples_is_what_is_differentiated(autocast: bool) -> None:
+    """The same bits with gradient and without, whatever came before; and at θ = 0 those of the base layer."""
+    model, layer = low_precision((48, 96), "auto", autocast=autocast)
+    x = torch.randn(3, 7, 96).to(layer.layer.base_layer.weight.dtype)
+
+    def run(module: nn.Module) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            return module(x)
+
+    with torch.no_grad():
+        sampled = run(model)
+    assert torch.equal(run(model), sampled)
+    layer.layer.plan = "factored"
+    assert not torch.equal(run(model), sampled)
+    layer.layer.plan = "auto"
+    layer.delta_s.data.zero_()
+    assert torch.equal(run(model), run(layer.layer.base_layer))
+    with torch.no_grad():
+        assert torch.equal(run(model), run(layer.layer.base_layer))
+
+
+def test_autocast_and_no_autocast_have_a_held_weight_each() -> None:
+    model, _ = low_precision((48, 96), "auto", autocast=True)
+    x = torch.randn(3, 96)
+    with torch.no_grad():
+        full = model(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            low = model(x)
+        assert (full.dtype, low.dtype) == (torch.float32, torch.bfloat16)
+        assert torch.equal(model(x), full)
+        torch.testing.assert_close(low.float(), full, atol=2e-2, rtol=2e-2)
+
+
+@LOW
+def test_in_low_precision_a_weight_is_built_once_an_optimizer_step(
+    autocast: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, layer = low_precision((48, 96), "auto", autocast=autocast)
+    built: list[Tensor] = []
+    monkeypatch.setattr(choice, "merged_weight", lambda *args: built.append(merged_weight(*args)) or built[-1])
+    optimizer = torch.optim.SGD([layer.delta_s], lr=0.1)
+    for step in range(1, 4):
+        for _ in range(2):  # it samples, and two micro-batches are differentiated
+            x = torch.randn(3, 96).to(layer.layer.base_layer.weight.dtype)
+            with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+                with torch.no_grad():
+                    model(x)
+                model(x).float().square().sum().backward()
+        optimizer.step()
+        assert len(built) == step
+    layer.layer.hold_weights = False
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        alone = model(x)
+        layer.layer.plan = "factored"
+        assert torch.equal(model(x), alone)
+    assert len(built) == 3
+
+
+def test_fp16_is_computed_by_the_factored_form() -> None:
+    """W_θ x may overflow where U (θ ⊙ (Vh x)), in fp32, does not."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(8, 6)).half()
+    ap.wrap(model, ap.AntiPastoConfig(target_modules=["0"], cache_dir=None))
+    (layer,) = ap.knobs(model).values()
+    layer.delta_s.data.fill_(0.5)
+    auto = model(torch.ones(2, 8).half())
+    layer.layer.plan = "factored"
+    assert torch.equal(model(torch.ones(2, 8).half()), auto)
+
+
+@pytest.mark.parametrize("with_grad", [True, False])
+def test_in_low_precision_rows_that_see_other_knobs_are_factored_also_where_they_are_sampled(with_grad: bool) -> None:
+    call = Call(7, 64, 48, 48, with_grad, with_grad, with_grad, False, False, weights=2, low=True)
+    assert cheapest(call)[0] is Execution.FACTORED
+    alike = Call(7, 64, 48, 48, with_grad, with_grad, with_grad, False, False, weights=1, low=True)
+    assert cheapest(alike)[0] is Execution.MERGED
+    assert cheapest(alike, "factored")[0] is Execution.FACTORED
+
+
+# ── while nobody writes to the knobs ─────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fixed_knobs_are_looked_at_once_for_each_view(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No forward after the first compares anything on the device; the bits are those of a forward that does."""
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 6)).to(dtype)
+    layers = ap.wrap(model, ap.AntiPastoConfig(target_modules=["0", "2"], cache_dir=None)).values()
+    for layer in layers:
+        layer.delta_s.data.normal_()
+        layer.delta_s_hack.data.normal_()
+    x, want = torch.randn(3, 6, dtype=dtype), {}
+    views = {
+        "trained": nullcontext,
+        "deployed": lambda: ap.deployed(model),
+        "base": lambda: ap.reference(model),
+    }
+    with torch.no_grad():
+        for name, view in views.items():
+            with view():
+                want[name] = model(x)
+        with ap.fixed(model):
+            for name, view in views.items():
+                with view():
+                    assert torch.equal(model(x), want[name])
+            with monkeypatch.context() as patch:
+                for function in ("equal", "any", "all"):
+                    patch.setattr(torch, function, None)
+                    patch.setattr(Tensor, function, None)
+                again = {}
+                for name in views:
+                    with views[name]():
+                        again[name] = [model(x) for _ in range(3)]
+            assert all(torch.equal(y, want[name]) for name, ys in again.items() for y in ys)
+        for layer in layers:
+            layer.delta_s.data.mul_(2)
+        assert not torch.equal(model(x), want["trained"])
+    assert all(layer.layer.fixed is None for layer in layers)
+
+
+def test_a_gradient_and_rows_that_differ_are_as_without() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 8))
+    (layer,) = ap.wrap(model, ap.AntiPastoConfig(target_modules=["0"], cache_dir=None)).values()
+    layer.delta_s.data.normal_()
+    layer.delta_s_hack.data.normal_()
+    x = torch.randn(2, 6)
+    with mixed(model) as rows, ap.fixed(model):
+        with torch.no_grad():
+            model(x)
+            rows.set(torch.tensor([True, False]))
+            shown = model(x)
+        with ap.deployed(model, 1.0):
+            pass
+        rows.set(None)
+        model(x).sum().backward()
+    assert layer.delta_s.grad is not None
+    with torch.no_grad():
+        both = model(x)
+        with ap.deployed(model):
+            deployed = model(x)
+    torch.testing.assert_close(shown, torch.stack([deployed[0], both[1]]))

@@ -15,6 +15,7 @@ from antipasto.adapter.knobs import (
     wrap,
 )
 from antipasto.adapter.rollouts import RolloutGrads, rollout_grads
+from antipasto.adapter.views import fixed
 from antipasto.routing.confounds import confounds
 from antipasto.routing.directions import Direction, extract_direction
 from antipasto.routing.forms import load_forms, score_forms
@@ -41,6 +42,7 @@ __all__ = [
     "deployed",
     "drop_quarantine",
     "extract_direction",
+    "fixed",
     "knobs",
     "load_basis",
     "load_forms",

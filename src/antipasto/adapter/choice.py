@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch._C._functorch import is_functorch_wrapped_tensor
 
 from antipasto.adapter.basis import Basis
-from antipasto.adapter.functional import Route, merged_weight
+from antipasto.adapter.functional import Route, is_low, merged_weight
 from antipasto.adapter.held import HeldWeights, source
 from antipasto.adapter.plans import Call, Execution, cheapest, is_well_conditioned
 from antipasto.adapter.rows import RowViews, per_token
@@ -41,24 +41,29 @@ class Merged(NamedTuple):
     route: Route
 
 
-def does_nothing_but(base: nn.Module, x: Tensor, theta: Tensor, basis: Basis) -> bool:
-    """Whether a matmul is all that the base layer does, and one with W_θ instead loses nothing in this dtype."""
+def matmul_dtype(base: nn.Module, x: Tensor, theta: Tensor, basis: Basis) -> torch.dtype | None:
+    """The dtype in which the base layer multiplies, if a matmul is all that it does and one with W_θ can stand in for it.
+
+    None where it does more than that, or in fp16: W_θ x may overflow where U (θ ⊙ (Vh x)), in fp32, does not.
+    """
     if type(base) is not nn.Linear or "forward" in vars(base):  # offloading puts a forward of its own there
-        return False
-    weight, bias, dtype = base.weight, base.bias, x.dtype
-    return (
-        (dtype is torch.float32 or dtype is torch.float64)
-        and weight.dtype is dtype
-        and basis.U.dtype is dtype
-        and theta.dtype is dtype
+        return None
+    weight, bias, device = base.weight, base.bias, x.device.type
+    if weight.is_meta:
+        return None
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    possible = (
+        dtype in (torch.float64, torch.float32, torch.bfloat16)
+        and (weight.dtype is dtype or torch.is_autocast_enabled(device))
+        and basis.U.dtype is weight.dtype
+        and theta.dtype is torch.promote_types(weight.dtype, torch.float32)
         and not (base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks)
         and not (weight.requires_grad or (bias is not None and bias.requires_grad))
         and type(weight.data) is Tensor
-        and not weight.is_meta
-        and not torch.is_autocast_enabled(x.device.type)
         and not torch.compiler.is_compiling()
         and not (is_functorch_wrapped_tensor(x) or is_functorch_wrapped_tensor(theta))
     )
+    return dtype if possible else None
 
 
 class Choice:
@@ -89,6 +94,7 @@ class Choice:
         weight: Tensor,
         basis: Basis,
         rows: RowViews | None,
+        dtype: torch.dtype,
         *,
         has_bias: bool = False,
     ) -> tuple[Execution, Merged | None]:
@@ -101,6 +107,7 @@ class Choice:
             weight: W (o, i).
             basis: of W, or of what W was.
             rows: which rows see what, if they differ.
+            dtype: of the matmul.
             has_bias: whether the layer has one.
         """
         W = weight.detach()
@@ -111,12 +118,12 @@ class Choice:
         needs_theta = with_grad and (theta.requires_grad or asked.by_sequence)
         if asked.hold_weights and not differ and asked.plan != "spectral" and not (needs_x or needs_theta):
             # as in a decoding loop: it will be asked again; where rows differ, two W_θ would be too much to build for that
-            return Execution.MERGED, Merged([self._weight(thetas[0], W, basis, hold=True)], None, Route.FACTORED)
+            return Execution.MERGED, Merged([self._weight(thetas[0], W, basis, dtype, hold=True)], None, Route.FACTORED)
         zero = not all(t.any() for t in thetas)
         if zero and differ:  # the rows where θ is zero are the base model's, to the bit
             return Execution.FACTORED, None
-        (o, i), full_rank = W.shape, basis.rank == min(W.shape)
-        is_basis = full_rank and self._is_basis_of(W, basis)
+        (o, i), full_rank, low = W.shape, basis.rank == min(W.shape), is_low(dtype)
+        is_basis = full_rank and not low and self._is_basis_of(W, basis)
         call = Call(
             tokens=x.shape[:-1].numel(),
             o=o,
@@ -130,18 +137,20 @@ class Choice:
             is_basis=is_basis and not zero,
             weights=0 if zero else len(thetas),
             bias=has_bias,
+            low=low,
         )
-        execution, route = cheapest(call, asked.plan)
+        keeps = low and asked.hold_weights
+        execution, route = cheapest(call, "factored" if low and not keeps else asked.plan)
         if execution is not Execution.MERGED:
             return execution, None
-        weights = [self._weight(t, W, basis, hold=False) for t in thetas]
+        weights = [self._weight(t, W, basis, dtype, hold=keeps) for t in thetas]
         return execution, Merged(weights, _which(x, rows) if differ else None, route)
 
-    def _weight(self, theta: Tensor, W: Tensor, basis: Basis, *, hold: bool) -> Tensor:
+    def _weight(self, theta: Tensor, W: Tensor, basis: Basis, dtype: torch.dtype, *, hold: bool) -> Tensor:
         """W_θ; W itself where θ is zero, which takes nobody's place among the held ones."""
         if not theta.any():
-            return W
-        return self.held.get(theta, W, lambda: merged_weight(W, basis.U, basis.Vh, theta), hold=hold)
+            return W.to(dtype)
+        return self.held.get(theta, W, dtype, lambda: merged_weight(W, basis.U, basis.Vh, theta, dtype), hold=hold)
 
     def _is_basis_of(self, W: Tensor, basis: Basis) -> bool:
         """Whether W is U diag(S) Vh, up to rounding; found out anew only where W was replaced or written to."""

@@ -73,7 +73,8 @@ class AntiPastoConfig(PeftConfig):
             the library.
         format: version of what is saved.
         hold_weights: keep each layer's W_θ from one forward without gradient to the next, until the knobs change: generation
-            and evaluation at the base model's speed, for the memory of the adapted weights once more. Not saved either.
+            and evaluation at the base model's speed, for the memory of the adapted weights once more. In bf16, and under
+            autocast to it, W_θ is kept through training as well. Not saved either.
 
     Raises:
         ValueError: a rank below 1, an unknown plan, options that exclude each other, or a file of a later format.

@@ -171,15 +171,27 @@ class Route(enum.Enum):
         return self in (Route.FACTORED, Route.INPUT, Route.OUTPUT)
 
 
-def merged_weight(weight: Tensor, U: Tensor, Vh: Tensor, theta: Tensor) -> Tensor:
-    """``W_θ = W + U diag(θ) Vh`` (o, i), of one dtype.
+def is_low(dtype: torch.dtype) -> bool:
+    """Whether a dtype has fewer digits than fp32."""
+    return torch.promote_types(dtype, torch.float32) is not dtype
+
+
+def merged_weight(weight: Tensor, U: Tensor, Vh: Tensor, theta: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    """``W_θ = W + U diag(θ) Vh`` (o, i), rounded once to ``dtype``: that of the weight if None.
+
+    In low precision ΔW is a product of that precision, and so has its relative error; the sum is taken in the wider of the
+    dtypes of W and ΔW, and an addition of two bf16 numbers rounds once.
 
     Example:
         >>> merged_weight(torch.ones(2, 2), torch.eye(2), torch.eye(2), torch.tensor([1.0, 2.0]))
         tensor([[2., 1.],
                 [1., 3.]])
     """
-    return torch.addmm(weight, U * theta, Vh)  # (o, r) @ (r, i) -> (o, i)
+    dtype = weight.dtype if dtype is None else dtype
+    with _no_autocast(weight.device):
+        if not is_low(dtype):
+            return torch.addmm(weight, U * theta, Vh)  # (o, r) @ (r, i) -> (o, i)
+        return (weight + (U * theta).to(dtype) @ Vh.to(dtype)).to(dtype)
 
 
 class _MergedLinear(torch.autograd.Function):
@@ -239,7 +251,7 @@ def _theta_gradient(
     theta: Tensor,
 ) -> Tensor:
     """∂L/∂θ in the shape of θ, by a route; ``seen`` is y − b for the output's routes and x for the others."""
-    U, S, Vh = basis
+    U, S, Vh = basis[0].to(grad_y.dtype), basis[1], basis[2].to(grad_y.dtype)
     match route:
         case Route.FACTORED:
             return _sum_to((grad_y @ U) * (seen @ Vh.T), theta)
@@ -271,11 +283,11 @@ def merged_linear(
     """``W_θ x + b`` for a W_θ that is at hand, differentiable once by x and θ.
 
     Args:
-        x: (..., i).
+        x: (..., i), which is cast to the dtype of W_θ.
         bias: b, (o,) or None; frozen.
         theta: (r,); or, for a `Route` by token, (..., r) as far as it broadcasts to (..., r) of x's leading shape.
         weights: W_θ (o, i) as `merged_weight` makes it, without gradient; several where rows of x see different ones.
-        basis: U (o, r), S (r,), Vh (r, i) of W, all of the dtype of x and W.
+        basis: U (o, r), S (r,), Vh (r, i) of W.
         route: how ∂L/∂θ is computed. Those that divide by S + θ need full rank, r = i at the input and r = o at the output.
         which: (x.shape[0],), the index in ``weights`` of each row; None where there is one weight.
 
@@ -289,9 +301,13 @@ def merged_linear(
         >>> merged_linear(torch.ones(1, 2), None, theta, [W_theta], basis, Route.WEIGHT)
         tensor([[4., 4.]], grad_fn=<_MergedLinearBackward>)
     """
-    if not torch.is_grad_enabled() or not (x.requires_grad or theta.requires_grad):
-        return _by_rows(x, weights, which, lambda rows, weight: F.linear(rows, weight, bias))
-    return _MergedLinear.apply(x, theta, bias, weights, which, basis, route)
+    dtype = weights[0].dtype
+    bias = None if bias is None else bias.to(dtype)
+    with _no_autocast(x.device):
+        x = x.to(dtype)
+        if not torch.is_grad_enabled() or not (x.requires_grad or theta.requires_grad):
+            return _by_rows(x, weights, which, lambda rows, weight: F.linear(rows, weight, bias))
+        return _MergedLinear.apply(x, theta, bias, weights, which, basis, route)
 
 
 def _no_autocast(device: torch.device) -> AbstractContextManager[Any]:

@@ -36,13 +36,16 @@ class HeldWeights:
     def __init__(self) -> None:
         self._entries: list[_Entry] = []
 
-    def get(self, theta: Tensor, weight: Tensor, build: Callable[[], Tensor], *, hold: bool) -> Tensor:
+    def get(
+        self, theta: Tensor, weight: Tensor, dtype: torch.dtype, build: Callable[[], Tensor], *, hold: bool
+    ) -> Tensor:
         """W_θ, at hand or built.
 
         Args:
             theta: (r,).
             weight: W.
-            build: makes W_θ.
+            dtype: of W_θ.
+            build: makes it.
             hold: keep it until other θ come; else, only for as long as somebody else does. A forward with gradient leaves W_θ
                 to its graph, so that the backward frees it.
         """
@@ -50,7 +53,7 @@ class HeldWeights:
         for entry in self._entries:
             if entry.source == where and entry.theta.device == theta.device and torch.equal(entry.theta, theta):
                 merged = entry.weak()
-                if merged is not None:
+                if merged is not None and merged.dtype is dtype:
                     entry.strong = merged if hold else None
                     return merged
         # built in inference mode, it could not be used with gradient afterwards

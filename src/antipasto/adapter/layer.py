@@ -14,7 +14,8 @@ from __future__ import annotations
 
 import enum
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -24,7 +25,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from antipasto.adapter.basis import Basis
-from antipasto.adapter.choice import Asked, Choice, does_nothing_but
+from antipasto.adapter.choice import Asked, Choice, matmul_dtype
 from antipasto.adapter.fingerprints import Fingerprint
 from antipasto.adapter.functional import delta_weight, merged_linear, spectral_delta
 from antipasto.adapter.plans import Execution
@@ -82,6 +83,21 @@ def as_matrix(base_layer: nn.Module) -> Tensor:
     return weight.T if isinstance(base_layer, Conv1D) else weight
 
 
+@dataclass(frozen=True)
+class Fixed:
+    """What a call took that others will take as well, as long as the knobs are what they are."""
+
+    seen: Hashable
+    offset: Tensor | None
+    weight: Tensor
+    bias: Tensor | None
+
+    def multiply(self, x: Tensor) -> Tensor:
+        """``W_θ x + b``, in the dtype of W_θ."""
+        bias = None if self.bias is None else self.bias.to(self.weight.dtype)
+        return F.linear(x.to(self.weight.dtype), self.weight, bias)
+
+
 _PLAIN_FORWARDS = (nn.Linear.forward, Conv1D.forward)
 
 
@@ -131,6 +147,7 @@ class AntiPastoLinear(nn.Module, BaseTunerLayer):
         plan: how it is computed, as the config of its last adapter says.
         hold_weights: whether W_θ of a forward without gradient is kept for the next; from there as well.
         choice: chooses how a call is computed, and has the W_θ at hand.
+        fixed: where set, nobody writes to the knobs (`views.fixed`), and what a forward without gradient takes is here.
     """
 
     adapter_layer_names = ("delta_s",)
@@ -152,6 +169,7 @@ class AntiPastoLinear(nn.Module, BaseTunerLayer):
         self.spread_theta: Callable[[Tensor, Tensor], Tensor] | None = None
         self.plan: PlanName = "auto"
         self.hold_weights = True
+        self.fixed: list[Fixed] | None = None
         self.choice = Choice()
         self.merged_adapters: list[str] = []
         self._unmerged: tuple[nn.Parameter] | None = None  # in a tuple: else it would be registered
@@ -343,17 +361,24 @@ class AntiPastoLinear(nn.Module, BaseTunerLayer):
             if self.merged:
                 self.unmerge()
             return self.base_layer(x, *args, **kwargs)
+        seen = self._fixed_key(x) if self.fixed is not None and not (args or kwargs) else None
+        if seen is not None and (known := self._known(seen)) is not None:
+            return known.multiply(x)
         theta = None if self.merged else self.theta(self.active_adapters)
         if theta is None:
             return self.base_layer(x, *args, **kwargs)
         assert self.basis is not None
         base_layer, spread = self.get_base_layer(), self.spread_theta if torch.is_grad_enabled() else None
         execution, merged = Execution.FACTORED, None
-        if self.plan != "factored" and not args and not kwargs and does_nothing_but(base_layer, x, theta, self.basis):
+        may_merge = self.plan != "factored" and not args and not kwargs
+        dtype = matmul_dtype(base_layer, x, theta, self.basis) if may_merge else None
+        if dtype is not None:
             weight = cast(Tensor, base_layer.weight)
             asked = Asked(self.plan, self.hold_weights, by_sequence=spread is not None)
             has_bias = base_layer.bias is not None
-            execution, merged = self.choice.make(asked, x, theta, weight, self.basis, self.rows, has_bias=has_bias)
+            execution, merged = self.choice.make(
+                asked, x, theta, weight, self.basis, self.rows, dtype, has_bias=has_bias
+            )
         if spread is not None:
             theta = spread(theta, x)
         elif theta.ndim > 1:
@@ -365,9 +390,22 @@ class AntiPastoLinear(nn.Module, BaseTunerLayer):
             y = spectral_delta(x, U, Vh, S + theta, x.dtype)
             return y if bias is None else y + bias
         if merged is not None:
+            if seen is not None and self.fixed is not None and self.hold_weights:
+                self.fixed.append(Fixed(seen, self.offset, merged.weights[0], bias))
             return merged_linear(x, bias, theta, merged.weights, self.basis, merged.route, merged.which)
         y = self.base_layer(x, *args, **kwargs)
         return y + spectral_delta(x, U, Vh, theta, y.dtype)
+
+    def _fixed_key(self, x: Tensor) -> Hashable:
+        """What W_θ depends on beside the knobs; None where a gradient is wanted or rows see different knobs."""
+        if torch.is_grad_enabled() or self.merged or not (self.rows is None or self.rows.are_alike):
+            return None
+        low = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
+        return self.view, tuple(self.active_adapters), low
+
+    def _known(self, seen: Hashable) -> Fixed | None:
+        found = (one for one in self.fixed or () if one.seen == seen and one.offset is self.offset)
+        return next(found, None)
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """ΔW = U diag(θ) Vh of one adapter, (o, i) in at least fp32, laid out as the base layer's weight is.

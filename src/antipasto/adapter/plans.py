@@ -9,14 +9,19 @@ For T tokens, W (o, i) and rank r, what a plan adds to the base layer's T·o·i 
                 factored  T r (o + i)      input side   2 T i²      input Gram   T i² + i³
                 weight    T o i + o r i    output side  2 T o²      output Gram  T o² + o³
 
-Merged and spectral execution need W, x and the knobs in one dtype of at least fp32: in bf16, W + ΔW rounds most of a small ΔW
-away, and W is not the product of bf16 singular vectors. Spectral execution needs full rank, and the W that the basis is of; at
-θ = 0, where W itself must come out, it gives way. The routes by one side divide by σ = S + θ: they are taken at full rank, on
-the W that the basis is of, where max(|σ|, S) ≤ 100 min |σ|, which costs at most two of the seven digits; weights that are not
-square are nearly always so. S counts because W_θ is rounded at the size of W, however small θ leaves it. Where some σ is 0, or
-too small or large for its products with x and ∂L/∂y, there is no dividing. With a bias, y − b has lost what b rounds away, and
-W_θ x anew would cost more than the factored route: no route by the output then. Sequences with a gradient each need a route by
-token.
+In bf16, and under autocast to it, every call is merged, with or without gradient, and W_θ is held until the knobs change: it
+is built once an optimizer step. Calls are factored where no weight may be held (``hold_weights=False``) or the rows of a
+batch see different knobs. What samples and what is differentiated then goes by one rule, so that the importance ratios of an
+on-policy step are 1 up to rounding. W_θ is rounded once, which costs no more than the roundings of the factored form
+(docs/results.md).
+
+Spectral execution, and the routes that divide by σ = S + θ, take W for the product of its singular vectors. They need full
+rank, the W that the basis is of, and W, x and the knobs in one dtype of at least fp32. At θ = 0 spectral execution gives
+way: W itself must come out. The routes by one side are taken where max(|σ|, S) ≤ 100 min |σ|, which costs at most two of the
+seven digits; weights that are not square are nearly always so. S counts because W_θ is rounded at the size of W, however
+small θ leaves it. Where some σ is 0, or too small or large for its products with x and ∂L/∂y, there is no dividing. With a
+bias, y − b has lost what b rounds away, and W_θ x anew would cost more than the factored route: no route by the output then.
+Sequences with a gradient each need a route by token.
 """
 
 from __future__ import annotations
@@ -76,6 +81,7 @@ class Call:
         is_basis: whether W is still what the basis is of.
         weights: how many W_θ would have to be built.
         bias: whether the layer has one.
+        low: whether it is computed in fewer digits than fp32's.
     """
 
     tokens: int
@@ -89,12 +95,16 @@ class Call:
     is_basis: bool
     weights: int
     bias: bool = False
+    low: bool = False
 
 
 def route_costs(call: Call) -> dict[Route, int]:
     """What each route of ∂L/∂θ costs a call, in multiplications; those that divide by σ only where they may."""
     T, o, i, r = call.tokens, call.o, call.i, call.r
-    costs = {Route.FACTORED: T * r * (o + i), Route.WEIGHT: T * o * i + o * r * i}
+    costs = {Route.FACTORED: T * r * (o + i)}
+    if call.low:  # the only one that sums over the tokens in fp32
+        return costs
+    costs[Route.WEIGHT] = T * o * i + o * r * i
     if call.well_conditioned and r == i:
         grad_x = 0 if call.needs_x else T * o * i  # which this route works with
         costs |= {Route.INPUT: 2 * T * i * i + grad_x, Route.INPUT_GRAM: T * i * i + i**3 + grad_x}
@@ -115,6 +125,9 @@ def execution_costs(call: Call) -> dict[Execution, int]:
         Execution.FACTORED: there + back,
         Execution.MERGED: call.weights * o * r * i + (min(route_costs(call).values()) if call.needs_theta else 0),
     }
+    if call.low:
+        only = Execution.MERGED if call.weights <= 1 else Execution.FACTORED
+        return {only: costs[only]}
     if call.is_basis and r == min(o, i):
         costs[Execution.SPECTRAL] = there + back - T * o * i * (1 + call.needs_x)
     return costs

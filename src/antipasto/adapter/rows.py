@@ -62,6 +62,11 @@ class RowViews:
         # of the present call: a row that sees delta_s alone and one that sees both, as far as there are any
         self.examples: list[int] = []
 
+    @property
+    def are_alike(self) -> bool:
+        """Whether all rows see both knobs."""
+        return self._deployed is None
+
     def set(self, deployed: Tensor | None) -> None:
         """From here on, the rows where ``deployed`` (n,) is true see ``delta_s`` alone; None: all see both knobs."""
         self._deployed, self._next, self.quarantine = deployed, 0, None

@@ -80,6 +80,41 @@ def seen_as(model: nn.Module, view: View, offsets: Mapping[str, Tensor] | None =
 
 
 @contextmanager
+def fixed(model: nn.Module) -> Iterator[None]:
+    """Context in which nobody writes to the knobs, as while a model generates: they are looked at once for each view.
+
+    Elsewhere every forward compares the knobs with those that W_θ was built of, layer by layer, and waits for a GPU's answer.
+    Views may change inside, adapters be switched; a write to a knob or to a base weight is not seen until the context ends.
+    Nothing changes where a gradient is wanted, rows of a batch see different knobs, or ``hold_weights`` is off.
+
+    Args:
+        model: the adapted model.
+
+    Example:
+        >>> import torch
+        >>> from antipasto import AntiPastoConfig, wrap
+        >>> model = nn.Sequential(nn.Linear(4, 3))
+        >>> layer = wrap(model, AntiPastoConfig(target_modules=["0"], cache_dir=None))["0"]
+        >>> _ = layer.delta_s.data.fill_(1.0)
+        >>> x = torch.ones(1, 4)
+        >>> with fixed(model), torch.no_grad():
+        ...     y = model(x)
+        ...     same = torch.equal(model(x), y)
+        >>> same
+        True
+    """
+    layers = list(adapted_layers(model).values())
+    before = [layer.fixed for layer in layers]
+    for layer in layers:
+        layer.fixed = []
+    try:
+        yield
+    finally:
+        for layer, old in zip(layers, before, strict=True):
+            layer.fixed = old
+
+
+@contextmanager
 def mixed(model: nn.Module) -> Iterator[RowViews]:
     """Context under which rows of one batch may see different knobs, as `RowViews.set` says; at first, all see both.
 

@@ -21,7 +21,7 @@ from transformers import GenerationConfig
 
 from antipasto.adapter.knobs import deployed, reference, scaled
 from antipasto.adapter.rollouts import templated
-from antipasto.adapter.views import unwrap
+from antipasto.adapter.views import fixed, unwrap
 from antipasto.evaluation.records import (
     DEPLOYED,
     RANDOM,
@@ -218,7 +218,8 @@ def _batches(model: nn.Module, tokenizer: Any, prompts: Sequence[Any], how: Samp
             torch.manual_seed(seed)
             for start in range(0, len(prompts), how.batch_size):
                 asked = _tokenize(tokenizer, list(prompts[start : start + how.batch_size])).to(device)
-                ids = model.generate(**asked, **how.arguments())  # type: ignore[operator]
+                with fixed(model):
+                    ids = model.generate(**asked, **how.arguments())  # type: ignore[operator]
                 answers = ids[:, asked["input_ids"].shape[1] :]
                 new = _until_end(answers, ends)
                 texts = tokenizer.batch_decode(answers, skip_special_tokens=True)

@@ -30,7 +30,7 @@ from antipasto.adapter.knobs import knobs, require_finite_gradients
 from antipasto.adapter.layer import View
 from antipasto.adapter.rollouts import RolloutGrads, TokenIds, backward_by_sequence, completion_nll, rollout_grads
 from antipasto.adapter.rows import RowViews
-from antipasto.adapter.views import adapted_layers, mixed, seen_as
+from antipasto.adapter.views import adapted_layers, fixed, mixed, seen_as
 from antipasto.evaluation import rollout_log
 from antipasto.evaluation.rollout_log import Rollout
 from antipasto.names import Flagged
@@ -299,7 +299,8 @@ class RoutedGRPOTrainer(GRPOTrainer):
         self, prompt_ids: list[Any], images: Any, multimodal_fields: dict[str, Any], num_generations: int, **kwargs: Any
     ) -> tuple[list[Any], Any]:
         if not (self.use_vllm and self.deploy_fraction and self.model.training):
-            return super()._generate_single_turn(prompt_ids, images, multimodal_fields, num_generations, **kwargs)
+            with nullcontext() if self.use_vllm else fixed(self.model):  # vLLM has its weights by merging
+                return super()._generate_single_turn(prompt_ids, images, multimodal_fields, num_generations, **kwargs)
         assert self._views is not None
         if images or multimodal_fields:
             raise ValueError("Deployed sampling under vLLM is for text alone. Set deploy_fraction=0.")
