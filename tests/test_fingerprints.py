@@ -449,7 +449,7 @@ def test_a_direction_and_books_know_when_the_weight_under_them_changed(tmp_path:
         ap.Router(model, v)
     v.fingerprints.clear()
     router = ap.Router(model, v, controls={"random": v.random(0)})
-    with pytest.raises(ValueError, match=r"does not continue this run: It was made on another base: 1 of its 14"):
+    with pytest.raises(ValueError, match=r"does not belong to this run: It was made on another base: 1 of its 14"):
         router.load(tmp_path / "books")
 
 
