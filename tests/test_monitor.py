@@ -522,9 +522,9 @@ def test_the_depth_of_a_score_is_between_clean_and_hack() -> None:
     [
         (
             {"monitor": lambda m: Monitor(m, tokenizer(), judged(m).direction, threshold=0.1), "flagged": "discount"},
-            "needs a monitor that pairs have calibrated",
+            "needs a monitor calibrated on pairs",
         ),
-        ({"monitor": judged, "detector": lambda **_: []}, "by a detector or by a monitor: give one"),
+        ({"monitor": judged, "detector": lambda **_: []}, "by a detector or by a monitor: give only one"),
         ({"flagged": "penalty"}, "needs a detector or a monitor"),
         (
             {"monitor": lambda m: Monitor(m, tokenizer(), judged(m).direction), "flagged": "watch"},
