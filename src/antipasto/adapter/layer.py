@@ -1,4 +1,4 @@
-"""One adapted layer: the frozen base layer, its singular basis, and two knobs per adapter.
+"""One adapted layer: the frozen base layer, its singular basis, and two knobs per adapter, δS and δS_hack.
 
     y = base(x) + U (θ ⊙ (Vh x)),   θ = Σ over the active adapters of  δS + δS_hack       (`functional`)
 

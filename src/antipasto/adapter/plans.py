@@ -13,9 +13,9 @@ Conditions:
 
 * Merged and spectral execution need W, x and the knobs in one dtype of at least fp32. In bf16, W + ΔW rounds most of a small
   ΔW away, and the product of bf16 singular vectors is not W.
-* Spectral execution needs full rank and the very W that the basis was computed from. It is not used at θ = 0, where the
+* Spectral execution needs full rank and the same W that the basis was computed from. It is not used at θ = 0, where the
   result must be exactly that of W.
-* One-sided routes divide by σ = S + θ. They need full rank, the very W of the basis, and max(|σ|, S) ≤ 100 min |σ|, which
+* One-sided routes divide by σ = S + θ. They need full rank, the W of the basis, and max(|σ|, S) ≤ 100 min |σ|, which
   costs at most two of the seven digits. Weights that are not square nearly always qualify. S is in the maximum because W_θ is
   rounded at the scale of W, however small σ is. No σ may be 0, or overflow or underflow in products with x and ∂L/∂y.
 * Output routes are not used with a bias: y − b has lost what rounding with b removed, and computing W_θ x again would cost
