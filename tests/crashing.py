@@ -69,7 +69,7 @@ def look_at_peft_adapter(folder: Path) -> str:
     try:
         return look_at_adapter(folder)
     except ValueError as error:
-        assert "of another save than" in str(error), error  # noqa: PT017
+        assert "was not saved together with the" in str(error), error  # noqa: PT017
         return "refused"
 
 

@@ -735,8 +735,8 @@ def test_chats_need_a_chat_template(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("template", "words"),
     [
-        (None, "has no chat template: give a model that was taught chats"),
-        ("{{ raise_exception('no such role') }}", "refuses a prompt (no such role): give chats"),
+        (None, "has no chat template: use a chat model"),
+        ("{{ raise_exception('no such role') }}", "rejects a prompt (no such role): use the roles"),
     ],
 )
 def test_pairs_that_are_chats_need_a_template_that_takes_them(

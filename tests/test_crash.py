@@ -127,7 +127,7 @@ def test_a_cache_that_vanishes_is_done_without(tmp_path: Path, monkeypatch: pyte
 
     if before == "the first is decomposed":
         monkeypatch.setattr(module, "decompose", vanish)
-        with pytest.warns(BasisCacheWarning, match=r"cannot be written .* Going on without"):
+        with pytest.warns(BasisCacheWarning, match=r"cannot be written .* Continuing without it"):
             second = load_basis(2 * torch.eye(3), cache_dir=cache)
     else:
         vanish(torch.eye(3))

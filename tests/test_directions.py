@@ -269,7 +269,7 @@ def test_a_smaller_adapter_beside_a_larger_one_has_directions_of_its_own_rank(to
     with router.deployed("c"), ap.scaled(model, 0.5):
         model(torch.tensor([[2, 3]]))
     model.set_adapter("large")
-    with pytest.raises(ValueError, match="of the adapter 'default', but 'large' is active"):
+    with pytest.raises(ValueError, match="routes the adapter 'default', but 'large' is active"):
         router.deployed("c")
     with pytest.raises(ValueError, match="the direction has r=3, the layer 96"):
         ap.Router(model, v)
@@ -332,7 +332,7 @@ def test_overlap() -> None:
     ("rows", "options", "message"),
     [
         ({}, {}, "at least one layer"),
-        ({"l": torch.ones(4)}, {}, "l: the rows of V must be of unit length"),
+        ({"l": torch.ones(4)}, {}, "l: the rows of V must have unit length"),
         ({"l": torch.eye(4)[[0, 0]]}, {}, "orthogonal"),
         ({"l": torch.eye(4)[0]}, {"effect": {"l": torch.ones(3)}}, r"effect has shape \(3,\), expected \(4,\)"),
         ({"l": torch.eye(4)[0]}, {"strength": {"l": torch.ones(3)}}, r"strength has shape \(3,\), expected \(1,\)"),
@@ -376,7 +376,7 @@ def test_a_direction_of_another_model_is_refused_by_name(model: nn.Module, known
     with pytest.raises(ValueError, match=r"model\.layers\.0\.self_attn\.q_proj: the direction has r=96, the layer 16"):
         ap.Direction({"model.layers.0.self_attn.q_proj": torch.eye(96)[0]}).check_base(tiny)
     ap.wrap(half := FAMILIES["llama"].build(), ap.AntiPastoConfig(target_modules=["q_proj"]))
-    with pytest.raises(ValueError, match="not among the adapted ones"):
+    with pytest.raises(ValueError, match="not among the adapted layers"):
         ap.Direction({"model.layers.0.mlp.up_proj": torch.eye(16)[0]}).check_base(half)
 
 
@@ -398,7 +398,7 @@ def test_a_file_that_is_no_direction_is_named(tmp_path: Path, known: ap.Directio
             path,
             metadata={"format": "antipasto-direction-1", "heldout": "null", "fingerprints": "{}"},
         )
-    with pytest.raises(ValueError, match=r"v\.safetensors is not a direction that can be used"):
+    with pytest.raises(ValueError, match=r"v\.safetensors is not a valid direction"):
         ap.Direction.load(path)
 
 

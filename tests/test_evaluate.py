@@ -128,7 +128,7 @@ def test_differences_are_paired() -> None:
     assert compare(one + other[::-1], [("one", "other")]) == [difference]  # by row, in whatever order they come
     assert -0.015 < found.low < 0  # one row is no evidence
     assert found.high < 0.035
-    with pytest.raises(ValueError, match="one and other were asked different prompts"):
+    with pytest.raises(ValueError, match="one and other have answers to different prompts"):
         compare(one + [replace(a, row=a.row + 1) for a in other], [("one", "other")])
 
 
@@ -343,7 +343,7 @@ def test_no_oracle_or_too_few_prompts_is_no_verdict() -> None:
     assert "29 prompts are too few" in conclude("toy", {}, few).verdict.sentence
     enough = [a for a in answers if a.row < FEWEST]
     assert "too few" not in conclude("toy", {}, enough).verdict.sentence
-    with pytest.raises(ValueError, match="ask at least two"):
+    with pytest.raises(ValueError, match="needs answers to at least two prompts"):
         conclude("toy", {}, [a for a in answers if a.row == 0])
 
 
@@ -675,7 +675,7 @@ def test_json_is_plain(tmp_path: Path) -> None:
     assert read_evaluation(tmp_path) == evaluation
     path = tmp_path / "eval.jsonl"
     path.write_text(path.read_text().replace('"kl": 0.5', '"kl": NaN', 1))
-    with pytest.raises(ValueError, match=r"line 2: no answer of an evaluation \(NaN is no"):
+    with pytest.raises(ValueError, match=r"line 2: not an answer of an evaluation \(NaN is not"):
         read_answers(path)
     log = tmp_path / "rollouts.jsonl"
     rollout_log.append(log, [Rollout(0, "p", "c", math.inf, 1.0, None, "trained", math.nan, score=-math.inf)])

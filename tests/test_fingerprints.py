@@ -349,7 +349,7 @@ def test_an_adapter_that_carries_its_basis_means_the_same_in_another_dtype(
     carried.save_pretrained(tmp_path / "carried")
     base = build(torch.bfloat16).float()  # rounded weights, computed in fp32: what is left is the adapter's error
     if load is LOADERS["PeftModel.load_adapter"]:
-        with pytest.raises(ValueError, match="counts in another singular basis"):
+        with pytest.raises(ValueError, match="uses another singular basis"):
             load(build().double(), tmp_path / "carried")
         return
     errors = {}
@@ -449,7 +449,7 @@ def test_a_direction_and_books_know_when_the_weight_under_them_changed(tmp_path:
         ap.Router(model, v)
     v.fingerprints.clear()
     router = ap.Router(model, v, controls={"random": v.random(0)})
-    with pytest.raises(ValueError, match=r"does not continue this run: It was made on another base: 1 of its 14"):
+    with pytest.raises(ValueError, match=r"does not belong to this run: It was made on another base: 1 of its 14"):
         router.load(tmp_path / "books")
 
 

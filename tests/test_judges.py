@@ -78,7 +78,7 @@ def test_flags_of_every_kind(answers: Any) -> None:
 def test_what_is_no_flag_is_refused(answer: Any) -> None:
     with pytest.raises(
         ValueError,
-        match=r"The detector gave .* for rollout 2: .*A score needs a stated threshold",
+        match=r"The detector returned .* for rollout 2, .*If it computes scores, apply a threshold",
     ):
         ask("detector", lambda **_: [True, False, answer, True], rollouts())
 
@@ -98,14 +98,14 @@ def test_truths_of_every_kind(answers: Any, want: list[float | None]) -> None:
 @pytest.mark.parametrize("answer", [1.5, -0.1, float("inf"), "right", [1.0]])
 def test_what_is_no_truth_is_refused(answer: Any) -> None:
     with pytest.raises(
-        ValueError, match=r"The oracle gave .* for rollout 1: a bool or a number from 0 to 1 is expected"
+        ValueError, match=r"The oracle returned .* for rollout 1, expected a bool, a number from 0 to 1"
     ):
         ask("oracle", lambda **_: [1.0, answer, 0.0, 0.0], rollouts())
 
 
 @pytest.mark.parametrize("answers", [None, 1.0, "0101", {0: True}, (flag for flag in [True] * 4)])
 def test_what_is_no_list_is_refused(answers: Any) -> None:
-    with pytest.raises(ValueError, match="for 4 rollouts: a list with one value each is expected"):
+    with pytest.raises(ValueError, match="for 4 rollouts, expected a list with one value per rollout"):
         ask("detector", lambda **_: answers, rollouts())
 
 
@@ -118,7 +118,7 @@ def test_a_score_does_not_flag_a_run(tmp_path: Path, value: float) -> None:
         deploy_fraction=0,
         detector=lambda completions, **_: [value] * len(completions),
     )
-    with pytest.raises(ValueError, match="A score needs a stated threshold"):
+    with pytest.raises(ValueError, match="If it computes scores, apply a threshold"):
         trainer.train()
     assert not flat(trainer.model, "delta_s_hack").any()
 

@@ -92,7 +92,7 @@ def test_wrap_twice_is_an_error() -> None:
     for wrapped_by in ("wrap", "peft"):
         model = build(wrapped_by=wrapped_by)
         before = logits(model)
-        with pytest.raises(ValueError, match=r"wrapped already\. Use antipasto\.knobs\(model\)"):
+        with pytest.raises(ValueError, match=r"already wrapped\. Use antipasto\.knobs\(model\)"):
             ap.wrap(model)
         assert torch.equal(logits(model), before)
 
@@ -168,7 +168,7 @@ def test_deployed_leaves_in_as_much_of_the_quarantine_as_the_dial_says(model: nn
         assert_unwritten(model, before)
     assert torch.equal(logits(model), trained)
     ap.drop_quarantine(twin)
-    with pytest.raises(ValueError, match="needs a quarantine, and this model's was dropped"):
+    with pytest.raises(ValueError, match="needs a quarantine, but this model's quarantine was dropped"):
         ap.deployed(twin, dial)
     with ap.deployed(twin):
         pass

@@ -251,7 +251,7 @@ def test_a_direction_of_rows_alone_is_refused(known: ap.Direction) -> None:
 
 @pytest.mark.parametrize("threshold", [float("nan"), float("inf")])
 def test_a_threshold_is_a_number(known: ap.Direction, threshold: float) -> None:
-    with pytest.raises(ValueError, match="threshold is a score"):
+    with pytest.raises(ValueError, match="threshold must be a score"):
         Monitor(adapted(), tokenizer(), known, threshold=threshold)
 
 
@@ -270,9 +270,7 @@ def test_another_base_is_refused_by_name(known: ap.Direction, tmp_path: Path) ->
     with pytest.raises(ValueError, match=r"The monitor was made on another base.*model\.layers\.1\.mlp\.up_proj"):
         Monitor(other, tokenizer(), known)
     Monitor(adapted(), tokenizer(), known, threshold=0.1).save(tmp_path / "monitor")
-    with pytest.raises(
-        ValueError, match=r"tmp.*monitor is not a monitor that can be used here: The monitor was made on another"
-    ):
+    with pytest.raises(ValueError, match=r"tmp.*monitor does not fit this model: The monitor was made on another"):
         Monitor.load(tmp_path / "monitor", other, tokenizer())
 
 
@@ -347,7 +345,7 @@ def test_a_false_alarm_rate_on_the_starts_own_answers() -> None:
     flagged = monitor.flags(own).float().mean()
     assert monitor.calibration is not None
     assert flagged == pytest.approx(monitor.calibration.score.own) == 0.05
-    assert f"{monitor.threshold:.3f}, above all but 5.0% of the start's own answers (6 held-out pairs)" in str(
+    assert f"{monitor.threshold:.3f}, above all but 5.0% of the start model's own answers (6 held-out pairs)" in str(
         monitor.calibration
     )
     assert "5.0% of 200" in str(monitor.calibration)
@@ -402,7 +400,7 @@ def test_a_file_that_is_none_is_refused_by_name(known: ap.Direction, tmp_path: P
     for name, data in {"cut": whole[:-100], "empty": b"", "flipped": whole[:-1] + bytes([whole[-1] ^ 1])}.items():
         (tmp_path / name).write_bytes(data)
     for name in ("direction", "cut", "empty", "flipped"):
-        with pytest.raises(ValueError, match=f"{name} is not a monitor that can be used"):
+        with pytest.raises(ValueError, match=f"{name} is not a valid monitor"):
             read_monitor(tmp_path / name)
 
 
@@ -524,9 +522,9 @@ def test_the_depth_of_a_score_is_between_clean_and_hack() -> None:
     [
         (
             {"monitor": lambda m: Monitor(m, tokenizer(), judged(m).direction, threshold=0.1), "flagged": "discount"},
-            "needs a monitor that pairs have calibrated",
+            "needs a monitor calibrated on pairs",
         ),
-        ({"monitor": judged, "detector": lambda **_: []}, "by a detector or by a monitor: give one"),
+        ({"monitor": judged, "detector": lambda **_: []}, "by a detector or by a monitor: give only one"),
         ({"flagged": "penalty"}, "needs a detector or a monitor"),
         (
             {"monitor": lambda m: Monitor(m, tokenizer(), judged(m).direction), "flagged": "watch"},

@@ -113,7 +113,7 @@ def test_the_trainer_stops_before_the_step(tmp_path: Path, routed: bool) -> None
 def test_an_adapter_that_is_not_finite_is_not_loaded(tmp_path: Path) -> None:
     model = get_peft_model(FAMILIES["llama"].build(), ap.AntiPastoConfig())
     ap.knobs(model)[BAD].delta_s.data[0] = torch.nan
-    with pytest.raises(ValueError, match=rf"{BAD}\.delta_s\.default\.weight of the state dict has a NaN or Inf"):
+    with pytest.raises(ValueError, match=rf"{BAD}\.delta_s\.default\.weight of the state dict contains a NaN or Inf"):
         set_peft_model_state_dict(model, get_peft_model_state_dict(model))
     ap.knobs(model)[BAD].delta_s.data[0] = 1.0
     model.save_pretrained(tmp_path)
@@ -122,5 +122,5 @@ def test_an_adapter_that_is_not_finite_is_not_loaded(tmp_path: Path) -> None:
     next(iter(tensors.values()))[0] = torch.inf
     file.unlink()
     save_file(tensors, file, {"format": "pt"})
-    with pytest.raises(ValueError, match="is damaged, or of another save"):
+    with pytest.raises(ValueError, match="is damaged, or was not saved together with"):
         PeftModel.from_pretrained(FAMILIES["llama"].build(), tmp_path)

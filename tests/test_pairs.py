@@ -214,9 +214,9 @@ def test_length_is_compared_within_a_pair(tokenizer: Any) -> None:
     assert "the shorter one in 100%" in shorter.finding
     assert shorter.remedy.startswith("Short honest answers")
     assert "'!'" not in found.example
-    assert "'1!' beside '1'" in found.example
+    assert "'1!' next to '1'" in found.example
     odd = ap.confounds([*pairs, ap.ContrastPair("h", "!", "1" * 40)], tokenizer)["length"]
-    assert "'1!' beside '1'" in odd.example  # one that shows what is said, and not the farthest apart
+    assert "'1!' next to '1'" in odd.example  # one that shows what is said, and not the farthest apart
 
 
 def test_pairs_weigh_alike_however_many_texts_they_have(tokenizer: Any) -> None:

@@ -291,7 +291,7 @@ def test_a_nan_that_the_optimizer_makes_stops_before_the_knobs(level: Any) -> No
             loss_of(model, 0).backward()
             if lr == 0.1:
                 optimizer.step()
-        with pytest.raises(ValueError, match="After 1 steps, SGD's step made a NaN or Inf of the knobs of 0"):
+        with pytest.raises(ValueError, match="After 1 steps, SGD's step put a NaN or Inf into the knobs of 0"):
             optimizer.step()
         assert torch.equal(both(model), before)
     assert torch.equal(both(model), before)
@@ -509,7 +509,7 @@ def test_knobs_written_to_outside_of_a_step_are_warned_about_once(mode: Any) -> 
             loss_of(model, i).backward()
             optimizer.step()
     assert "its delta_s was written to outside of a step, by up to" in str(said[0].message)
-    assert "around SGD" in str(said[0].message)
+    assert "(optimizer SGD)" in str(said[0].message)
 
 
 @pytest.mark.parametrize("mode", ["route", "erase"])

@@ -215,9 +215,9 @@ def test_what_cannot_be_told_apart_is_an_error() -> None:
         pytest.raises(ValueError, match=r"6 tokens.*7 entries"),
     ):
         model(torch.randn(2, 3, 5))
-    with ap.rollout_grads(model), pytest.raises(ValueError, match="1 was called by itself"):
+    with ap.rollout_grads(model), pytest.raises(ValueError, match="1 was called directly"):
         model[1](torch.randn(3, 5))
     picky = nn.Sequential(nn.Flatten(0, 2), nn.Linear(5, 4))
     ap.wrap(picky, ap.AntiPastoConfig(target_modules=["1"]))
-    with ap.rollout_grads(picky), pytest.raises(ValueError, match="which token is of which sequence"):
+    with ap.rollout_grads(picky), pytest.raises(ValueError, match="which token belongs to which sequence"):
         picky(torch.randn(2, 3, 2, 5))

@@ -305,7 +305,7 @@ def test_deployed_positions_are_spread_evenly(n: int, k: int) -> None:
         (8, 1.5, "from 0 to 1, got 1.5"),
         (8, -0.5, "from 0 to 1"),
         (8, 0.3, r"num_generations=8 rollouts is 2\.4: both shares must be whole"),
-        (8, 0.125, "is 1: .* not 1, since advantages are taken"),
+        (8, 0.125, "is 1: .* not 1, since advantages are computed"),
         (8, 0.875, "is 7: .* not 1"),
         (2, 0.5, "is 1"),
     ],
@@ -579,7 +579,7 @@ def test_with_vllm_pictures_are_refused(tmp_path: Path) -> None:
     trainer = make(tmp_path, Sampled, router=claims_nothing)
     trainer.use_vllm, trainer._views = True, RowViews()
     trainer.model.train()
-    with pytest.raises(ValueError, match="is for text alone"):
+    with pytest.raises(ValueError, match="supports text only"):
         trainer._generate_single_turn([[1]] * 8, ["picture"] * 8, {}, 8)
 
 
@@ -722,7 +722,7 @@ def test_truncate(tmp_path: Path) -> None:
         ({"flagged": "drop", "detector": nobody}, "flagged must be one of penalty, discount, watch, got 'drop'"),
         ({"flagged": "penalty"}, "flagged='penalty' needs a detector or a monitor"),
         ({"flagged": "watch"}, "flagged='watch' needs a detector or a monitor"),
-        ({"deploy_fraction": 0.5}, r"deploy_fraction=0\.5 needs a router that fills a quarantine"),
+        ({"deploy_fraction": 0.5}, r"deploy_fraction=0\.5 needs a router with mode='route'"),
         ({"deploy_fraction": 0.3, "router": claims_nothing}, "both shares must be whole numbers"),
         (
             {"router": claims_nothing, "config": {"multi_objective_aggregation": "normalize_then_sum"}},
@@ -752,7 +752,7 @@ def test_a_judge_that_miscounts_is_named(tmp_path: Path, role: str) -> None:
     if role == "detector":
         options["flagged"] = "watch"
     trainer = make(tmp_path, **options)
-    with pytest.raises(ValueError, match=f"The {role} gave 15 values for 16 rollouts: one each is expected"):
+    with pytest.raises(ValueError, match=f"The {role} returned 15 values for 16 rollouts, expected one per rollout"):
         trainer.train()
 
 

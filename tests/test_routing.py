@@ -173,7 +173,7 @@ def test_decay_is_warned_about_and_does_what_the_text_says() -> None:
     train(plain, torch.optim.AdamW(trainable(plain), lr=0.05, weight_decay=0.5), 30)
     router = ap.Router(routed, make_direction(), gate="one_sided")
     optimizer = torch.optim.AdamW(trainable(routed), lr=0.05, weight_decay=0.5)
-    with pytest.warns(UserWarning, match="decays the knobs"), router.attach(optimizer):
+    with pytest.warns(UserWarning, match="has weight decay on the knobs"), router.attach(optimizer):
         train(routed, optimizer, 30)
     assert not torch.allclose(theta(routed), flat(plain, "delta_s"), atol=1e-2)
 
@@ -324,7 +324,7 @@ def test_a_quarantine_that_would_train_by_itself_is_refused() -> None:
     optimizer = torch.optim.SGD(trainable(model), lr=0.1)
     router = ap.Router(model, make_direction())
     with (
-        pytest.raises(ValueError, match="0: its delta_s_hack is in the optimizer and would train"),
+        pytest.raises(ValueError, match="0: its delta_s_hack is in the optimizer and would be trained directly"),
         router.attach(optimizer),
     ):
         pass
@@ -439,17 +439,17 @@ def test_stopped_and_continued_is_the_uninterrupted_run(tmp_path: Path) -> None:
     assert second.metrics() == router.metrics()
     assert second.steps == 10
 
-    with pytest.raises(ValueError, match=r"books\.safetensors does not continue this run: it has the books"):
+    with pytest.raises(ValueError, match=r"books\.safetensors does not belong to this run: it has the books"):
         ap.Router(make_model(), make_direction()).load(tmp_path / "books.safetensors")
     (tmp_path / "books.safetensors").write_bytes(b"nothing")
-    with pytest.raises(ValueError, match=r"books\.safetensors is not a book file that can be used"):
+    with pytest.raises(ValueError, match=r"books\.safetensors is not a valid book file"):
         second.load(tmp_path / "books.safetensors")
 
 
 @pytest.mark.parametrize("name", ["direction", "built-in chance"])
 def test_the_names_of_the_routers_own_books_are_taken(name: str) -> None:
     v = make_direction()
-    with pytest.raises(ValueError, match=f"{name!r} is the name of a book that the router keeps"):
+    with pytest.raises(ValueError, match=f"{name!r} is the name of one of the router's own books"):
         ap.Router(make_model(), v, controls={name: v.random(0)})
 
 
@@ -493,7 +493,7 @@ def test_attach_leaves_no_hook_behind_also_after_an_exception() -> None:
     assert not optimizer._optimizer_step_post_hooks
     train(model, optimizer, 2)
     assert not flat(model, "delta_s_hack").any()
-    with router.attach(optimizer), pytest.raises(ValueError, match="attached already"), router.attach(optimizer):
+    with router.attach(optimizer), pytest.raises(ValueError, match="already attached"), router.attach(optimizer):
         pass
 
 
@@ -519,8 +519,8 @@ def test_a_knob_that_is_not_in_the_optimizer_is_named() -> None:
         ({"level": "step"}, "level must be"),
         ({"gate": "both"}, "gate must be"),
         ({"threshold": -1.0}, "effect size of at least 0, got -1.0"),
-        ({"gate": "one_sided", "threshold": 0.5}, "belongs to the gate coordinate"),
-        ({"controls": {"direction": make_direction()}}, "give the control another"),
+        ({"gate": "one_sided", "threshold": 0.5}, "threshold=0.5 needs gate='coordinate'"),
+        ({"controls": {"direction": make_direction()}}, "rename the control"),
         ({"controls": {"x": ap.Control(make_direction(), gate="no")}}, "gate must be"),
     ],
 )

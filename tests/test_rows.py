@@ -324,10 +324,10 @@ def test_a_wrong_number_of_rows_is_an_error() -> None:
     model, (ids, mask) = build(), left_padded()
     with torch.no_grad(), rows_of(model, DEPLOYED) as rows:
         logits(model, ids[:3], mask[:3])
-        with pytest.raises(ValueError, match="a batch of 2 rows, with 1 left of the 4 that were said to see"):
+        with pytest.raises(ValueError, match="a batch of 2 rows, with 1 of the mask's 4 rows left"):
             logits(model, ids[:2], mask[:2])
         rows.set(DEPLOYED[:2])  # from the start
-        with pytest.raises(ValueError, match="a batch of 4 rows, with 2 left of the 2"):
+        with pytest.raises(ValueError, match="a batch of 4 rows, with 2 of the mask's 2 rows left"):
             logits(model, ids, mask)
 
 
@@ -345,7 +345,7 @@ def test_calls_that_do_not_say_their_rows_are_errors() -> None:
     with rows_of(model, DEPLOYED):
         with pytest.raises(ValueError, match="a batch of 0 rows"):
             model(x=torch.ones(4, 4))
-        with pytest.raises(ValueError, match="A layer was called by itself while rows see different knobs"):
+        with pytest.raises(ValueError, match="A layer was called directly while rows see different knobs"):
             model.inner(torch.ones(4, 4))
 
 
@@ -360,5 +360,5 @@ def test_shapes() -> None:
     assert torch.equal(per_token(theta, torch.zeros(2, 9), ()), theta)
     assert torch.equal(per_token(theta, torch.zeros(4, 9), (2, 2)), theta[[0, 0, 1, 1]])
     for x, shape in ((torch.zeros(3, 4, 9), (2, 4)), (torch.zeros(5, 9), (2, 2)), (torch.zeros(9), ())):
-        with pytest.raises(ValueError, match="which token is of which sequence"):
+        with pytest.raises(ValueError, match="which token belongs to which sequence"):
             per_token(theta, x, shape)

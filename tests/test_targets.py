@@ -74,7 +74,7 @@ BAD = {
     "a convolution": (nn.Conv1d(4, 4, 3), "Conv1d"),
     "a norm": (nn.LayerNorm(4), "LayerNorm"),
     "a container": (nn.Sequential(nn.Linear(4, 4)), "Sequential"),
-    "packed bytes": (Quantised(), "torch.uint8, quantised perhaps (Quantised)"),
+    "packed bytes": (Quantised(), "torch.uint8, perhaps quantised (Quantised)"),
     "packed integers": (Packed(), "quantised (Packed)"),
     "float8": (float8(), "torch.float8_e4m3fn"),
     "a weight without values": (nn.Linear(4, 4, device="meta"), "meta device"),
@@ -104,7 +104,7 @@ def test_what_cannot_be_adapted_is_named(what: str) -> None:
 def test_stacked_experts() -> None:
     model = holder("experts", Experts())
     with pytest.raises(
-        ValueError, match=r"block\.experts\.down_proj is a target.*shape \(2, 4, 4\), as of stacked experts"
+        ValueError, match=r"block\.experts\.down_proj is a target.*shape \(2, 4, 4\), probably stacked experts"
     ):
         ap.wrap(model, ap.AntiPastoConfig(target_modules=["good_proj", "down_proj"]))
 
@@ -169,7 +169,7 @@ HYBRIDS: dict[str, tuple[dict[str, object], set[str], list[str]]] = {
             "shared_expert_intermediate_size": 8,
         },
         ATTENTION | MLP | {"out_proj"},
-        [r"2 × down_proj \(it is a parameter of shape \(4, 16, 8\), as of stacked experts\)"],
+        [r"2 × down_proj \(it is a parameter of shape \(4, 16, 8\), probably stacked experts\)"],
     ),
     "nemotron_h": (
         SMALL
@@ -203,7 +203,7 @@ def test_the_default_adapts_what_it_can_and_says_what_it_leaves(model_type: str,
     ids = torch.arange(12).reshape(2, 6)
     with torch.no_grad():
         before = base(input_ids=ids).logits
-    with pytest.warns(UserWarning, match="The default target set leaves out of this") as caught:
+    with pytest.warns(UserWarning, match="These layers of the default target set cannot be adapted in this") as caught:
         model = peft.get_peft_model(base, ap.AntiPastoConfig())
     (warning,) = [str(w.message) for w in caught if "default target set" in str(w.message)]
     for message in messages:
@@ -263,7 +263,7 @@ def test_one_layer_under_two_names() -> None:
     model = nn.Module()
     model.a = nn.Linear(4, 4)
     model.block = nn.ModuleDict({"b": model.a})
-    with pytest.raises(ValueError, match=r"a is a target.*it is block\.b as well"):
+    with pytest.raises(ValueError, match=r"a is a target.*it is the same module as block\.b"):
         ap.wrap(model, ap.AntiPastoConfig(target_modules=["a"]))
 
 

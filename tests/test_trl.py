@@ -200,7 +200,7 @@ def test_a_resumed_run_ends_where_the_uninterrupted_one_does_books_included(tmp_
     assert router.metrics() == again_router.metrics()
 
     lost, _ = routed(tmp_path / "lost")
-    with pytest.raises(ValueError, match=r"continues at step 2, but .*books\.safetensors is not there"):
+    with pytest.raises(ValueError, match=r"continues at step 2, but .*books\.safetensors does not exist"):
         lost.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
 
 

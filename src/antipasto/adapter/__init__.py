@@ -6,7 +6,7 @@ from .config import PEFT_TYPE, TARGET_MODULES, AntiPastoConfig
 from .layer import AntiPastoLinear, View
 from .model import AntiPastoModel
 
-# what peft.utils.register_peft_method does, which only takes names that PEFT itself lists
+# peft.utils.register_peft_method does the same, but accepts only methods that PEFT itself lists
 PEFT_TYPE_TO_CONFIG_MAPPING[PEFT_TYPE] = AntiPastoConfig
 PEFT_TYPE_TO_TUNER_MAPPING[PEFT_TYPE] = AntiPastoModel
 PEFT_TYPE_TO_PREFIX_MAPPING[PEFT_TYPE] = AntiPastoModel.prefix

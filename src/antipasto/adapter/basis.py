@@ -2,19 +2,20 @@
 
     W = U diag(S) Vh        W (o, i), U (o, r), S (r,) descending, Vh (r, i), r = min(o, i)
 
-How. With o ≥ i, ``eigh`` of the fp64 Gram matrix WᵀW gives V and S², and U = W V / S; with o < i the transpose does.
-That is about as fast as LAPACK's fp32 SVD and several times more accurate, but squares the condition number, so a weight
-with S_min < 1e-4 S_max goes through LAPACK's SVD in fp64 instead. Singular vectors have no sign of their own: the entry of
-largest magnitude in each row of Vh is made positive, so that the same weight gives the same basis.
+Method. For o ≥ i, ``eigh`` of the fp64 Gram matrix WᵀW gives V and S², and U = W V / S. For o < i, the transpose is
+decomposed. This is about as fast as LAPACK's fp32 SVD and several times more accurate, but it squares the condition number:
+a weight with S_min < 1e-4 S_max goes through LAPACK's SVD in fp64 instead. The sign of a singular vector is arbitrary; it is
+fixed by making the entry of largest magnitude in each row of Vh positive, so that the same weight gives the same basis.
 
-The cache. One safetensors file per weight, ``<sha256>.safetensors``, named after the weight's own dtype, shape and bytes:
-another weight has another name. The file carries a digest of its tensors, which is checked at every read. A file that is
-truncated, bit-flipped, of another shape or of another weight is never used: the basis is **recomputed, with a warning that
-names the file**, and the file is replaced. Files appear by an atomic rename, and of several processes that want the same
-weight one computes while the others wait for its file. A cache that cannot be written costs a warning, not the run.
-On a CPU the tensors stay mapped from the file, so that processes share its memory; a file is replaced, never written to.
+Cache. Each weight has one file, ``<sha256>.safetensors``, named after the hash of its dtype, shape and bytes. The file
+carries a digest of its tensors, which is checked at every read. If the file is truncated, corrupted, of the wrong shape or
+of another weight, the basis is **recomputed, with a warning that names the file**, and the file is replaced. Files are
+renamed into place atomically. When several processes need the same weight, one computes and the others wait for its file. A
+cache that cannot be written causes a warning; the run continues. On a CPU the tensors stay memory-mapped, so that processes
+share them; an existing file is replaced, never modified.
 
-Where. ``$ANTIPASTO_CACHE``, else the user's cache home (``~/.cache/antipasto`` on Linux). ``cache_dir=None`` turns it off.
+Location. ``$ANTIPASTO_CACHE``, else the user's cache folder (``~/.cache/antipasto`` on Linux). ``cache_dir=None`` turns the
+cache off.
 """
 
 from __future__ import annotations
@@ -36,16 +37,16 @@ from antipasto.files import digest, read_tensors, write_tensors
 from antipasto.names import AntiPastoWarning
 
 WEIGHT_DTYPES = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
-"""The dtypes of the weights that a basis can be computed for."""
+"""Weight dtypes for which a basis can be computed."""
 
 DEFAULT_CACHE = "auto"
 """Value of ``cache_dir`` that stands for `cache_home()`."""
 
 SVD_VERSION = "gram-eigh-1"
-"""Name and version of how `decompose` works: changes when the same weight would get another basis."""
+"""Name and version of the algorithm in `decompose`. It changes whenever the same weight would get another basis."""
 
-_FORMAT = "antipasto-basis-2"  # changes when the file's layout or the meaning of its tensors does
-_MIN_CONDITION = 1e-4  # below, the Gram matrix would cost U its orthonormality: error ~ eps64 / condition²
+_FORMAT = "antipasto-basis-2"  # changes with the file's layout or the meaning of its tensors
+_MIN_CONDITION = 1e-4  # S_min / S_max; below this the Gram matrix loses U's orthonormality: error ~ eps64 / condition²
 
 
 class Basis(NamedTuple):
@@ -57,27 +58,27 @@ class Basis(NamedTuple):
 
     @property
     def rank(self) -> int:
-        """r, the number of singular directions held."""
+        """Number of singular directions, r."""
         return self.S.shape[0]
 
     def truncate(self, rank: int) -> Basis:
-        """The top ``rank`` directions, in memory of their own; all of them where there are not more."""
+        """Copy of the top ``rank`` directions; the basis itself if it has no more than that."""
         if rank >= self.rank:
             return self
         return Basis(self.U[:, :rank].clone(), self.S[:rank].clone(), self.Vh[:rank].clone())
 
 
 class BasisCacheWarning(AntiPastoWarning):
-    """A file of the basis cache was bad and is replaced, or could not be written."""
+    """A file of the basis cache was invalid and is replaced, or could not be written."""
 
 
 def cache_home() -> Path:
-    """``$ANTIPASTO_CACHE`` if it is set and not empty, else the user's cache folder for this library."""
+    """Cache folder: ``$ANTIPASTO_CACHE`` if set and not empty, else the user's cache folder for this library."""
     return Path(os.environ.get("ANTIPASTO_CACHE") or user_cache_dir("antipasto", appauthor=False)).expanduser()
 
 
 def decompose(weight: Tensor) -> Basis:
-    """Reduced SVD of a weight, on the weight's device where that has fp64, else on the CPU.
+    """Compute the reduced SVD of a weight, on its device if that supports fp64, else on the CPU.
 
     Args:
         weight: (o, i), any of `WEIGHT_DTYPES`.
@@ -86,8 +87,8 @@ def decompose(weight: Tensor) -> Basis:
         `Basis` in fp32 (in fp64 for an fp64 weight), on the weight's device.
 
     Raises:
-        ValueError: not 2-D, not of a supported dtype, on the meta device, with a NaN or Inf in it, or with a singular value
-            that would be one.
+        ValueError: the weight is not 2-D, has an unsupported dtype, is on the meta device, contains a NaN or Inf, or has a
+            singular value that overflows the basis's dtype.
 
     Example:
         >>> basis = decompose(torch.tensor([[0.0, 2.0], [3.0, 0.0]]))
@@ -113,7 +114,7 @@ def decompose(weight: Tensor) -> Basis:
 
 
 def load_basis(weight: Tensor, *, cache_dir: str | os.PathLike[str] | None = DEFAULT_CACHE) -> Basis:
-    """The basis of a weight, from the cache if a good file is there, else computed and written.
+    """Load the basis of a weight from the cache, or compute it and write it there.
 
     Args:
         weight: (o, i), any of `WEIGHT_DTYPES`, on any device.
@@ -126,7 +127,7 @@ def load_basis(weight: Tensor, *, cache_dir: str | os.PathLike[str] | None = DEF
         ValueError: as `decompose`.
 
     Warns:
-        BasisCacheWarning: a bad file, which it names, was found and replaced; or the cache cannot be written.
+        BasisCacheWarning: an invalid file was found and replaced (the warning names it), or the cache cannot be written.
     """
     return _load(weight, cache_dir)[0]
 
@@ -134,7 +135,7 @@ def load_basis(weight: Tensor, *, cache_dir: str | os.PathLike[str] | None = DEF
 def load_identified_basis(
     weight: Tensor, *, cache_dir: str | os.PathLike[str] | None = DEFAULT_CACHE
 ) -> tuple[Basis, Fingerprint]:
-    """`load_basis`, and by what to know weight and basis again."""
+    """Call `load_basis`; return the basis and the `Fingerprint` that identifies weight and basis."""
     basis, key, basis_digest = _load(weight, cache_dir)
     o, i = weight.shape
     return basis, Fingerprint(
@@ -149,7 +150,7 @@ def load_identified_basis(
 
 
 def _load(weight: Tensor, cache_dir: str | os.PathLike[str] | None) -> tuple[Basis, str, str]:
-    """The basis, the weight's digest and the basis's."""
+    """Return the basis, the weight's digest and the basis's digest."""
     _check(weight)
     if cache_dir is None:
         basis, basis_digest = _compute(weight)
@@ -167,31 +168,28 @@ def _load(weight: Tensor, cache_dir: str | os.PathLike[str] | None) -> tuple[Bas
                 try:
                     found = _read(path, key, weight, quiet=True)  # another process may have been faster
                     if found is None:
-                        for left in folder.glob(f".{path.name}-*.tmp"):  # by a process that was killed while it wrote
+                        for left in folder.glob(f".{path.name}-*.tmp"):  # left by a process killed while writing
                             left.unlink(missing_ok=True)
                         found = _compute(weight)
                         _write(path, key, *found)
                 finally:
-                    # still held, so whoever waits for it finds the file; at worst somebody computes a second time
+                    # the lock is still held, so waiting processes will find the file; at worst one computes it again
                     lock_path.unlink(missing_ok=True)
         except (OSError, NotImplementedError, SafetensorError) as error:
             said = getattr(error, "strerror", None) or f"{error}"
-            _warn_unwritable(folder, said)  # NotImplementedError: no locks on this file system
+            _warn_unwritable(folder, said)  # NotImplementedError: the file system has no locks
     basis, basis_digest = found or _compute(weight)
     return basis, key, basis_digest
 
 
 def _remove_stale(lock_path: Path) -> None:
-    """A lock beside a file that is there is of a process that was killed, or has yet to remove it."""
+    """Remove a lock whose cache file exists: its process was killed, or is about to remove it."""
     try:
         if lock_path.exists():
             with FileLock(lock_path, timeout=0):
                 lock_path.unlink(missing_ok=True)
-    except (
-        OSError,
-        NotImplementedError,
-    ):  # it is held, after all (Timeout is an OSError), or nothing can be written here
-        pass
+    except (OSError, NotImplementedError):
+        pass  # the lock is still held (Timeout is an OSError), or the folder is not writable
 
 
 def _compute(weight: Tensor) -> tuple[Basis, str]:
@@ -200,13 +198,13 @@ def _compute(weight: Tensor) -> tuple[Basis, str]:
 
 
 def cache_file(weight: Tensor, cache_dir: str | os.PathLike[str] = DEFAULT_CACHE) -> Path:
-    """The file that `load_basis` keeps a weight's basis in, whether or not it is there."""
+    """Path of the cache file for a weight's basis, whether or not the file exists."""
     folder = cache_home() if cache_dir == DEFAULT_CACHE else Path(cache_dir).expanduser()
     return folder / f"{weight_digest(weight)}.safetensors"
 
 
 def is_cached(weight: Tensor, cache_dir: str | os.PathLike[str] = DEFAULT_CACHE) -> bool:
-    """Whether a weight's basis is in the cache, whole and right, so that `load_basis` would only read it."""
+    """Whether the cache has a valid basis for a weight, so that `load_basis` would only read it."""
     path = cache_file(weight, cache_dir)
     return _read(path, path.stem, weight, quiet=True) is not None
 
@@ -223,7 +221,7 @@ def _check(weight: Tensor) -> None:
 
 
 def _gram_svd(W: Tensor) -> Basis:
-    """SVD of an fp64 matrix through the eigenvectors of the smaller Gram matrix."""
+    """SVD of an fp64 matrix, from the eigenvectors of its smaller Gram matrix."""
     if W.shape[0] < W.shape[1]:
         V, S, Uh = _gram_svd(W.T)
         return Basis(Uh.T, S, V.T)
@@ -240,7 +238,7 @@ def _fix_signs(basis: Basis) -> Basis:
 
 
 def _read(path: Path, key: str, weight: Tensor, *, quiet: bool = False) -> tuple[Basis, str] | None:
-    """The basis in a cache file, and its digest; None without one, or, with a warning, where it is not to be trusted."""
+    """Read a basis and its digest from a cache file; None if there is no file, or (with a warning) if it is invalid."""
     try:
         tensors, metadata = read_tensors(path, _FORMAT)
         _verify(metadata, tensors, key, weight)
@@ -249,7 +247,7 @@ def _read(path: Path, key: str, weight: Tensor, *, quiet: bool = False) -> tuple
     except (OSError, ValueError) as error:
         if not quiet:
             warnings.warn(
-                f"The basis cache file {path} is not usable ({error}). It is ignored, and replaced by a fresh one.",
+                f"The basis cache file {path} is not usable ({error}). It is ignored and will be replaced.",
                 BasisCacheWarning,
                 stacklevel=3,
             )
@@ -274,11 +272,11 @@ def _write(path: Path, key: str, basis: Basis, basis_digest: str) -> None:
     write_tensors(path, basis._asdict(), {"format": _FORMAT, "weight": key, "basis": basis_digest})
 
 
-@functools.cache  # once for a folder: Python forgets what it has shown where somebody catches warnings
+@functools.cache  # one warning per folder, even where `warnings.catch_warnings` resets Python's own registry
 def _warn_unwritable(folder: Path, error: str) -> None:
     warnings.warn(
-        f"The basis cache {folder} cannot be written ({error}). Going on without: "
-        "the next start computes again. Set ANTIPASTO_CACHE to a writable folder, or cache_dir=None to stop trying.",
+        f"The basis cache {folder} cannot be written ({error}). Continuing without it: the next run will compute the bases "
+        "again. Set ANTIPASTO_CACHE to a writable folder, or cache_dir=None to turn the cache off.",
         BasisCacheWarning,
         stacklevel=3,
     )

@@ -1,6 +1,7 @@
-"""How a layer's call is computed: what it is asked for, told to `plans`; and the W_θ that a merged one takes.
+"""Choose how each call of an adapted layer is computed (`plans`), and build the W_θ that merged execution needs.
 
-By what is asked and what the knobs are, never by what happens to be at hand: the same call gives the same bits.
+The choice depends only on the call and on the knobs, never on which W_θ are already in memory: the same call gives the same
+bits.
 """
 
 from __future__ import annotations
@@ -20,12 +21,12 @@ from antipasto.names import PlanName
 
 
 class Asked(NamedTuple):
-    """What is asked of a call beside its result.
+    """Options of one call.
 
     Attributes:
-        plan: the layer's.
+        plan: the layer's plan.
         hold_weights: whether W_θ of a forward without gradient may be kept for the next.
-        by_sequence: whether sequences want a gradient each.
+        by_sequence: whether each sequence needs its own gradient.
     """
 
     plan: PlanName
@@ -34,7 +35,7 @@ class Asked(NamedTuple):
 
 
 class Merged(NamedTuple):
-    """What a merged call takes: the W_θ (o, i), which of them each row of x has if they are several, the route of ∂L/∂θ."""
+    """Inputs of merged execution: each W_θ (o, i), its index for each row of x if there are several, the route of ∂L/∂θ."""
 
     weights: list[Tensor]
     which: Tensor | None
@@ -67,22 +68,22 @@ def matmul_dtype(base: nn.Module, x: Tensor, theta: Tensor, basis: Basis) -> tor
 
 
 class Choice:
-    """One layer's. A copy of it, pickled or deep, remembers nothing.
+    """How one layer computes its calls, with the state that this needs. Copies and pickles start without that state.
 
     Attributes:
-        held: the W_θ at hand.
+        held: the W_θ kept in memory.
     """
 
     def __init__(self) -> None:
         self.held = HeldWeights()
-        self._of_basis: tuple[tuple[int, int], bool] | None = None  # a weight, and whether the basis is of it
+        self._of_basis: tuple[tuple[int, int], bool] | None = None  # a weight's `source`, and whether the basis fits it
 
     def trust(self, weight: Tensor) -> None:
-        """Take a weight, as it is now, for the one that the basis is of."""
+        """Record that the basis belongs to this weight as it is now."""
         self._of_basis = source(weight), True
 
     def forget(self) -> None:
-        """The tensors have been moved, cast or loaded: the basis among them, perhaps."""
+        """Drop all state, after tensors were moved, cast or loaded."""
         self.held.clear()
         self._of_basis = None
 
@@ -98,10 +99,10 @@ class Choice:
         *,
         has_bias: bool = False,
     ) -> tuple[Execution, Merged | None]:
-        """How to compute a call.
+        """Choose the execution of a call; for merged execution, also return its inputs.
 
         Args:
-            asked: what is wanted of it.
+            asked: options of the call.
             x: (…, i).
             theta: (r,), or (b, r) where rows see different knobs.
             weight: W (o, i).
@@ -120,7 +121,7 @@ class Choice:
             # as in a decoding loop: it will be asked again; where rows differ, two W_θ would be too much to build for that
             return Execution.MERGED, Merged([self._weight(thetas[0], W, basis, dtype, hold=True)], None, Route.FACTORED)
         zero = not all(t.any() for t in thetas)
-        if zero and differ:  # the rows where θ is zero are the base model's, to the bit
+        if zero and differ:  # rows with θ = 0 must equal the base model, bit for bit
             return Execution.FACTORED, None
         (o, i), full_rank, low = W.shape, basis.rank == min(W.shape), is_low(dtype)
         is_basis = full_rank and not low and self._is_basis_of(W, basis)
@@ -132,7 +133,7 @@ class Choice:
             needs_x=needs_x,
             needs_theta=needs_theta,
             by_token=theta.ndim > 1 or asked.by_sequence,
-            # the routes by one side take W_θ for U diag(σ) Vh, as the spectral execution does
+            # one-sided routes and spectral execution both assume that W_θ = U diag(σ) Vh
             well_conditioned=needs_theta and is_basis and o != i and is_well_conditioned(basis.S, thetas),
             is_basis=is_basis and not zero,
             weights=0 if zero else len(thetas),
@@ -153,10 +154,10 @@ class Choice:
         return self.held.get(theta, W, dtype, lambda: merged_weight(W, basis.U, basis.Vh, theta, dtype), hold=hold)
 
     def _is_basis_of(self, W: Tensor, basis: Basis) -> bool:
-        """Whether W is U diag(S) Vh, up to rounding; found out anew only where W was replaced or written to."""
+        """Whether W equals U diag(S) Vh up to rounding; computed again only if W was replaced or written to."""
         if self._of_basis is None or self._of_basis[0] != source(W):
             error = merged_weight(W, basis.U, basis.Vh, -basis.S)
-            # in fp64: the squares of what fp32 holds may be more, or less, than it can
+            # in fp64: squares of fp32 numbers may overflow or underflow
             error_norm, norm = (torch.linalg.vector_norm(t, dtype=torch.float64) for t in (error, W))
             self._of_basis = source(W), bool(error_norm <= 1e-5 * norm)
         return self._of_basis[1]
@@ -169,14 +170,14 @@ class Choice:
 
 
 def _distinct(theta: Tensor, rows: RowViews | None) -> list[Tensor]:
-    """The different rows of θ (b, r): of those that see the deployed policy, and of the others."""
+    """The distinct rows of θ (b, r): at most one of the deployed policy, and one of the policy as trained."""
     assert rows is not None
     thetas = [theta[row] for row in rows.examples]
     return thetas[:1] if len(thetas) == 1 or torch.equal(*thetas) else thetas
 
 
 def _which(x: Tensor, rows: RowViews | None) -> Tensor:
-    """Which of `_distinct`'s each row of x (…, i) has."""
+    """For each row of x (…, i), its index into the result of `_distinct`."""
     assert rows is not None
     assert rows.quarantine is not None
     return per_token(rows.quarantine.long(), x, rows.shape).reshape(x.shape[0])

@@ -1,4 +1,4 @@
-"""The adapter's configuration: what PEFT users know, plus ``rank``, ``quarantine``, and where and how to compute."""
+"""The adapter's configuration: PEFT's usual options, plus ``rank``, ``quarantine``, and where and how to compute."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from antipasto.options import check_types
 
 
 def _peft_type(name: str) -> PeftType:
-    """A member of PEFT's enum of methods, which cannot be extended by subclassing.
+    """Add a member to PEFT's enum of methods, which cannot be extended by subclassing.
 
-    A plain string would do for PEFT's registries, but transformers asks for ``.value`` and pickle for ``PeftType(name)``.
+    A plain string would work in PEFT's registries, but transformers reads ``.value`` and pickle calls ``PeftType(name)``.
     """
     member = str.__new__(PeftType, name)
     member._name_ = member._value_ = name
@@ -32,7 +32,7 @@ PEFT_TYPE = _peft_type("ANTIPASTO")
 """The method's key in PEFT's registries."""
 
 FORMAT = 1
-"""Version of the adapter's files: changes when an older version of this library would misread them."""
+"""Version of the adapter's files. It changes when an older version of this library would misread them."""
 
 Names = list[str] | tuple[str, ...] | set[str]
 
@@ -41,7 +41,7 @@ TARGET_MODULES = (
     *("in_proj_qkv", "in_proj_z", "in_proj_a", "in_proj_b", "out_proj"),  # GatedDeltaNet
     *("up_proj", "gate_proj", "down_proj"),  # MLP
 )
-"""The layers adapted by default: those of these names that the model has."""
+"""Names of the layers adapted by default, where the model has them."""
 
 
 @dataclass
@@ -49,14 +49,14 @@ class AntiPastoConfig(PeftConfig):
     """Configuration of the AntiPaSTO adapter: one trainable number per singular direction of each target layer.
 
     Args:
-        target_modules: which layers to adapt, as PEFT takes it: a list of names (whole, or the end of one), a regular
-            expression, or ``"all-linear"``. None stands for `TARGET_MODULES`, as far as the model has them.
+        target_modules: which layers to adapt, as in PEFT: a list of names (or name suffixes), a regular expression, or
+            ``"all-linear"``. None means those of `TARGET_MODULES` that the model has.
         exclude_modules: which of those to leave out: a list of names, or a regular expression.
-        rank: keep the top ``rank`` singular directions of each layer. None, the default, keeps all min(o, i) of them; so
-            does a rank above that.
-        rank_pattern: exceptions to ``rank`` by layer: a name or regular expression, as in PEFT's LoRA, and its rank.
+        rank: keep the top ``rank`` singular directions of each layer. None, the default, keeps all min(o, i) of them, and so
+            does a larger rank.
+        rank_pattern: exceptions to ``rank``: name or regular expression of a layer → its rank, as in PEFT's LoRA.
         layers_to_transform: indices of the layers to adapt.
-        layers_pattern: name of the ``nn.ModuleList`` that ``layers_to_transform`` counts in.
+        layers_pattern: name of the ``nn.ModuleList`` that ``layers_to_transform`` indexes.
         modules_to_save: further modules to train and save in full.
         quarantine: give each layer a ``delta_s_hack`` beside its ``delta_s``. `drop_quarantine` sets it to False.
         cache_dir: where the singular bases are cached: a folder, ``"auto"`` for ``$ANTIPASTO_CACHE`` or the user's cache
@@ -77,7 +77,7 @@ class AntiPastoConfig(PeftConfig):
             autocast to it, W_θ is kept through training as well. Not saved either.
 
     Raises:
-        ValueError: a rank below 1, an unknown plan, options that exclude each other, or a file of a later format.
+        ValueError: a rank is below 1, the plan is unknown, options exclude each other, or the file has a later format.
 
     Example:
         >>> AntiPastoConfig(rank=64, rank_pattern={"down_proj": 128}).rank
@@ -91,7 +91,7 @@ class AntiPastoConfig(PeftConfig):
         default=None, metadata={"help": "Names or regular expression of modules to leave out."}
     )
     rank: int | None = field(
-        default=None, metadata={"help": "Top singular directions to keep in each layer; None: all."}
+        default=None, metadata={"help": "Number of top singular directions to keep in each layer; None: all."}
     )
     rank_pattern: dict[str, int] = field(
         default_factory=dict, metadata={"help": "Exceptions to rank: name or regular expression of a layer -> rank."}
@@ -100,10 +100,12 @@ class AntiPastoConfig(PeftConfig):
         default=None, metadata={"help": "Indices of the layers to adapt."}
     )
     layers_pattern: Names | str | None = field(
-        default=None, metadata={"help": "Name of the module list that layers_to_transform counts in."}
+        default=None, metadata={"help": "Name of the module list that layers_to_transform indexes."}
     )
     modules_to_save: Names | None = field(default=None, metadata={"help": "Further modules to train and save in full."})
-    quarantine: bool = field(default=True, metadata={"help": "Give each layer a delta_s_hack beside its delta_s."})
+    quarantine: bool = field(
+        default=True, metadata={"help": "Give each layer a delta_s_hack in addition to its delta_s."}
+    )
     cache_dir: str | None = field(
         default=DEFAULT_CACHE, metadata={"help": "Folder of the basis cache; 'auto': the default one; None: no cache."}
     )
@@ -114,8 +116,10 @@ class AntiPastoConfig(PeftConfig):
         default=True, metadata={"help": "Keep merged weights from one forward without gradient to the next."}
     )
 
-    save_basis: bool = field(default=False, metadata={"help": "Carry the singular basis in the adapter's file."})
-    check_base: bool = field(default=True, metadata={"help": "Refuse a base with other weights than the adapter's."})
+    save_basis: bool = field(default=False, metadata={"help": "Save the singular basis with the adapter."})
+    check_base: bool = field(
+        default=True, metadata={"help": "Refuse a base model with weights other than the adapter's."}
+    )
     base_fingerprints: dict[str, str] | None = field(
         default=None, repr=False, metadata={"help": "Fingerprints of the base's layers; written by the library."}
     )
@@ -131,8 +135,8 @@ class AntiPastoConfig(PeftConfig):
             Fingerprint.parse(line)
         if not 1 <= self.format <= FORMAT:
             raise ValueError(
-                f"The adapter is of format {self.format!r}; this version of antipasto reads formats 1 to {FORMAT}. "
-                "A later version has written it: update antipasto."
+                f"The adapter has format {self.format!r}; this version of antipasto reads formats 1 to {FORMAT}. "
+                "It was written by a later version: update antipasto."
             )
         self.peft_type = PEFT_TYPE
         self._records_base = False
@@ -149,19 +153,19 @@ class AntiPastoConfig(PeftConfig):
 
     @property
     def expected_base(self) -> dict[str, str]:
-        """``base_fingerprints``, where they are a file's; none where they say what the config was used on last.
+        """``base_fingerprints`` if they were read from a file; empty if they only record the last use of this config.
 
-        As everywhere in PEFT the config is the caller's own, who may use it again, on another model.
+        As everywhere in PEFT, the config belongs to the caller, who may use it again on another model.
         """
         return {} if self._records_base else self.base_fingerprints or {}
 
     def record_base(self, fingerprints: dict[str, str]) -> None:
-        """Note the layers that the config was used on."""
+        """Record the fingerprints of the layers that the config was used on."""
         self._records_base = not self.expected_base
         self.base_fingerprints = fingerprints
 
     def to_dict(self) -> dict[str, Any]:
-        """The configuration as it is saved: without what speaks of one machine, names sorted."""
+        """The configuration as it is saved: without machine-specific options, and with sorted names."""
         saved = asdict(self)
         for name in ("cache_dir", "plan", "hold_weights", "check_base"):
             del saved[name]
@@ -171,38 +175,38 @@ class AntiPastoConfig(PeftConfig):
         return saved
 
     def save_pretrained(self, save_directory: str, *, auto_mapping_dict: dict[str, str] | None = None) -> None:  # type: ignore[override]
-        """PEFT's; but written whole or not at all, and with the digest of the numbers that lie beside it.
+        """Save the config as PEFT does, but atomically and with the hash of the adapter's weights file.
 
-        PEFT writes the numbers first. If the process is killed between the two, `from_pretrained` tells that they are not of
-        one save; `antipasto.save_adapter` replaces both in one step.
+        PEFT writes the weights first. If the process is killed before the config is written, `from_pretrained` detects that
+        the two files do not match. `antipasto.save_adapter` replaces both in one step.
 
         Args:
             save_directory: the adapter's folder.
-            auto_mapping_dict: PEFT's: which model class the adapter is for.
+            auto_mapping_dict: as in PEFT: which model class the adapter is for.
 
         Raises:
-            OSError: it cannot be written.
+            OSError: the file cannot be written.
         """
         folder = Path(save_directory)
         folder.mkdir(parents=True, exist_ok=True)
         saved = self.to_dict() | ({} if auto_mapping_dict is None else {"auto_mapping": auto_mapping_dict})
         saved["weights_sha256"] = _sha256(folder / SAFETENSORS_WEIGHTS_NAME)
-        # at once: until it is there, the numbers are new and the config is not
+        # flush=False, to be quick: until the config is replaced, it does not match the new weights file
         write_json(folder / CONFIG_NAME, dict(sorted(saved.items())), flush=False)
 
     @classmethod
     def from_pretrained(
         cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any
     ) -> AntiPastoConfig:
-        """PEFT's; and refuses a config that cannot be read, or that was not saved with the numbers beside it.
+        """Load a config as PEFT does, and check that it belongs to the weights file in the same folder.
 
         Args:
             pretrained_model_name_or_path: a folder, or the name of a repository on the hub.
-            subfolder: of that.
-            **kwargs: PEFT's: how to download from the hub.
+            subfolder: subfolder of that.
+            **kwargs: as in PEFT: how to download from the hub.
 
         Raises:
-            ValueError: the config is damaged, or of another save than the numbers; names the file.
+            ValueError: the config is damaged, or does not match the weights file. The message names the file.
         """
         folder = Path(pretrained_model_name_or_path, subfolder or "")
         try:
@@ -210,14 +214,14 @@ class AntiPastoConfig(PeftConfig):
         except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
             if not (folder / CONFIG_NAME).is_file():
                 raise
-            raise ValueError(f"{folder / CONFIG_NAME} is not an adapter's config that can be used: {error}") from error
+            raise ValueError(f"{folder / CONFIG_NAME} is not a valid adapter config: {error}") from error
         if not isinstance(config, AntiPastoConfig):
-            raise ValueError(f"{folder / CONFIG_NAME} is of another method, {config.peft_type}, not of antipasto's.")
+            raise ValueError(f"{folder / CONFIG_NAME} belongs to the PEFT method {config.peft_type}, not to AntiPaSTO.")
         numbers = folder / SAFETENSORS_WEIGHTS_NAME
         if config.weights_sha256 is not None and numbers.is_file() and _sha256(numbers) != config.weights_sha256:
             raise ValueError(
-                f"{numbers} is damaged, or of another save than the {CONFIG_NAME} beside it: perhaps a process was stopped "
-                "while it saved. Save the adapter again, or fetch both files again."
+                f"{numbers} is damaged, or was not saved together with the {CONFIG_NAME} next to it. Perhaps a process was "
+                "stopped while saving. Save the adapter again, or download both files again."
             )
         return config
 

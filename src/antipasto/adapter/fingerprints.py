@@ -1,19 +1,19 @@
-"""Which weights a singular basis belongs to, and how far two weights are apart when only one of them is at hand.
+"""Identify the weights that a singular basis belongs to, and estimate how far two weights are apart from their fingerprints.
 
-Numbers that count in a singular basis mean nothing on another weight, and not always on the same one: a basis is defined up
-to sign, order and the rotation of near-equal singular values. So adapters, directions and books carry, for each layer,
+Coordinates in a singular basis are meaningless on another weight. Even for the same weight, a basis is only defined up to
+sign, order and rotations among near-equal singular values. So adapters, directions and books carry, for each layer,
 
     sha256 of the weight W (o, i) · its shape and dtype · the SVD's version · digests of S and of (U, S, Vh) · a sketch of W
 
 The sketch is n numbers z_j = a_jᵀ W b_j, with fixed random signs a_j (o,) and b_j (i,). They are linear in W and
-E[(a_jᵀ D b_j)²] = ‖D‖_F², so that two sketches give the distance of weights of which one is no longer there:
+E[(a_jᵀ D b_j)²] = ‖D‖_F². Two sketches therefore give the distance of two weights, without the weights:
 
     ‖W − W'‖_F² ≈ 1/n Σ_j (z_j − z'_j)²                                    (random projections: Johnson & Lindenstrauss 1984)
 
-That tells a rounded copy from a fine-tuned one, and says what the difference D = W' − W does to the basis: to first order,
-directions j and k turn into each other by u_jᵀ D v_k / (σ_j − σ_k) (Wedin 1972), which for a random D, such as rounding is,
-comes to about ε / gap_j, with ε = ‖D‖_F / √(o i) and gap_j the distance of σ_j from its neighbours. Directions that turn by
-more than a third are *unsettled*: numbers on them may not mean the same.
+This distinguishes a rounded copy from a fine-tuned one. It also tells how much the difference D = W' − W rotates the basis.
+To first order, directions j and k rotate into each other by u_jᵀ D v_k / (σ_j − σ_k) (Wedin 1972). For a random D, such as
+rounding, this is about ε / gap_j, with ε = ‖D‖_F / √(o i) and gap_j the distance of σ_j from its neighbours. Directions that
+rotate by more than 1/3 rad are *unsettled*: coordinates along them may not mean the same.
 """
 
 from __future__ import annotations
@@ -43,17 +43,17 @@ _LINE = re.compile(
     r"(?P<o>\d+)x(?P<i>\d+) (?P<dtype>\w+) sha256:(?P<weight>[0-9a-f]{64}) svd:(?P<svd>[\w.-]+) "
     r"S:(?P<S>[0-9a-f]{16}) basis:(?P<basis>[0-9a-f]{16}) sketch:(?P<sketch>[A-Za-z0-9+/]+=*)"
 )
-_SVD_ERROR = 1e-6  # of S, relative to the largest: what fp32 bases of one weight by different libraries differ by
+_SVD_ERROR = 1e-6  # how far S differs between libraries in fp32, relative to the largest singular value
 _TURN = 1 / 3  # in radians
 _SHOWN = 3  # layers named in a message
 
 
 class BaseWarning(AntiPastoWarning):
-    """A file is used on weights that are its base's up to rounding, but on which some numbers may not mean the same."""
+    """A file's base weights match the model's up to rounding, but some of its coordinates may not mean the same here."""
 
 
 class Likeness(enum.Enum):
-    """What a weight is to the one that a fingerprint was taken of."""
+    """How a weight relates to the one that a fingerprint was taken of."""
 
     SAME = "the same basis, of the same weight"
     OTHER_BASIS = "the same weight, decomposed by another library, version or device"
@@ -62,11 +62,11 @@ class Likeness(enum.Enum):
 
 
 class Fingerprint(NamedTuple):
-    """Of one weight and its singular basis.
+    """Identity of one weight and its singular basis.
 
     Attributes:
         shape: (o, i).
-        dtype: the weight's, such as ``"bfloat16"``.
+        dtype: the weight's dtype, such as ``"bfloat16"``.
         weight: sha256 of dtype, shape and bytes, in hex.
         svd: name and version of the algorithm.
         S: digest of the singular values.
@@ -83,17 +83,17 @@ class Fingerprint(NamedTuple):
     sketch: tuple[float, ...]
 
     def __str__(self) -> str:
-        """As one line, which `parse` reads."""
+        """Format as one line, which `parse` reads."""
         sketch = base64.b64encode(np.array(self.sketch, "<f8").tobytes()).decode()
         shape = "x".join(map(str, self.shape))
         return f"{shape} {self.dtype} sha256:{self.weight} svd:{self.svd} S:{self.S} basis:{self.basis} sketch:{sketch}"
 
     @classmethod
     def parse(cls, line: str) -> Fingerprint:
-        """What ``str`` made.
+        """Parse the output of ``str``.
 
         Raises:
-            ValueError: it is not a fingerprint.
+            ValueError: the line is not a fingerprint.
         """
         match = _LINE.fullmatch(line) if isinstance(line, str) else None
         try:
@@ -108,7 +108,7 @@ class Fingerprint(NamedTuple):
         return cls(shape, match["dtype"], match["weight"], match["svd"], match["S"], match["basis"], sketch)
 
     def of_weight(self, weight: Tensor) -> Fingerprint:
-        """The same basis's fingerprint, with another weight (o, i); this one if it is the same."""
+        """Fingerprint with the same basis and another weight (o, i); this one if the weight is the same."""
         key = weight_digest(weight)
         if key == self.weight:
             return self
@@ -116,7 +116,7 @@ class Fingerprint(NamedTuple):
         return self._replace(weight=key, shape=(o, i), dtype=dtype_name(weight), sketch=sketch(weight))
 
     def distance(self, other: Fingerprint) -> float:
-        """Estimate of ‖W − W'‖_F / ‖W‖_F, good to about a third; infinite where the shapes differ."""
+        """Estimate ‖W − W'‖_F / ‖W‖_F, to within about a third; infinite if the shapes differ."""
         if self.shape != other.shape:
             return math.inf
         difference = sum((a - b) ** 2 for a, b in zip(self.sketch, other.sketch, strict=True))
@@ -124,7 +124,7 @@ class Fingerprint(NamedTuple):
         return math.sqrt(difference / size) if size else (math.inf if difference else 0.0)
 
     def likeness(self, other: Fingerprint) -> Likeness:
-        """What another weight is to this one."""
+        """How another weight relates to this one."""
         same = (self.weight, self.shape, self.dtype) == (other.weight, other.shape, other.dtype)
         if not same and (self.dtype == other.dtype or self.distance(other) > _rounding(self.dtype, other.dtype)):
             return Likeness.OTHER
@@ -133,12 +133,12 @@ class Fingerprint(NamedTuple):
         return Likeness.OTHER_BASIS if same else Likeness.ROUNDED
 
     def unsettled(self, other: Fingerprint, S: Tensor) -> int:
-        """How many singular directions turn by more than `_TURN` from the one weight's basis to the other's.
+        """Count the singular directions that rotate by more than `_TURN` between the two weights' bases.
 
-        Of the same weight, decomposed by other means, ε is taken to be `_SVD_ERROR` σ₁.
+        If both are the same weight, decomposed by different means, ε is taken to be `_SVD_ERROR` σ₁.
 
         Args:
-            other: the weight that is at hand.
+            other: fingerprint of the other weight.
             S: (r,) singular values, descending.
         """
         S = S.double()
@@ -153,15 +153,15 @@ class Fingerprint(NamedTuple):
 
 
 def fingerprints_to_json(fingerprints: Mapping[str, Fingerprint]) -> str:
-    """For a file's metadata."""
+    """Serialise fingerprints for a file's metadata."""
     return json.dumps({name: str(one) for name, one in fingerprints.items()})
 
 
 def fingerprints_from_json(text: str) -> dict[str, Fingerprint]:
-    """What `fingerprints_to_json` made.
+    """Parse the output of `fingerprints_to_json`.
 
     Raises:
-        ValueError: it is something else.
+        ValueError: the text has another form.
     """
     lines = json.loads(text)
     if not isinstance(lines, dict):
@@ -170,7 +170,7 @@ def fingerprints_from_json(text: str) -> dict[str, Fingerprint]:
 
 
 def dtype_name(tensor: Tensor) -> str:
-    """Its dtype as the fingerprint has it.
+    """Name of a tensor's dtype, as in a fingerprint.
 
     Example:
         >>> dtype_name(torch.zeros(1))
@@ -190,7 +190,7 @@ def weight_digest(weight: Tensor) -> str:
     if known is None:
         return digest({"weight": weight.detach()})
     key = (weight.data_ptr(), weight.device, weight.dtype, tuple(weight.shape), weight.stride())
-    if key not in known:  # the tensor is kept, so that no other one can come to stand at its address
+    if key not in known:  # keep the tensor alive, so that no other tensor can get its address
         known[key] = digest({"weight": weight.detach()}), weight.detach()
     return known[key][0]
 
@@ -200,7 +200,7 @@ _known: ContextVar[dict[Any, tuple[str, Tensor]] | None] = ContextVar("_known", 
 
 @contextmanager
 def hashed_once() -> Iterator[None]:
-    """Context in which nobody writes to a weight, such as the start of a run: each is hashed once, however many ask.
+    """Context that caches `weight_digest`, for code that does not write to weights: each weight is hashed at most once.
 
     Example:
         >>> with hashed_once():
@@ -215,7 +215,7 @@ def hashed_once() -> Iterator[None]:
 
 
 def sketch(weight: Tensor) -> tuple[float, ...]:
-    """`SKETCH_NUMBERS` random projections a_jᵀ W b_j of a weight (o, i), in fp64."""
+    """Compute `SKETCH_NUMBERS` random projections a_jᵀ W b_j of a weight (o, i), in fp64."""
     W = weight.detach()
     W = W.double() if W.device.type in ("cpu", "cuda") else W.cpu().double()
     a, b = (_signs(side, size).to(W.device) for side, size in zip(("out", "in"), W.shape, strict=True))
@@ -224,7 +224,7 @@ def sketch(weight: Tensor) -> tuple[float, ...]:
 
 @functools.lru_cache(maxsize=64)
 def _signs(side: str, size: int) -> Tensor:
-    """(size, n) of ±1 in fp64, the same everywhere and always: a file's sketch must be met again."""
+    """(size, n) of ±1 in fp64; the same on every machine and in every version, since files contain sketches."""
     count = size * SKETCH_NUMBERS
     stream = hashlib.shake_256(f"antipasto sketch 1 {side} {size}".encode()).digest((count + 7) // 8)
     bits = np.unpackbits(np.frombuffer(stream, np.uint8))[:count]
@@ -232,12 +232,12 @@ def _signs(side: str, size: int) -> Tensor:
 
 
 def _rounding(*dtypes: str) -> float:
-    """The most, relative to ‖W‖_F, that rounding to the coarser of two dtypes can come to."""
+    """Upper bound of the error of rounding to the coarser of two dtypes, relative to ‖W‖_F."""
     known = [getattr(torch, dtype, None) for dtype in dtypes]
     return max(torch.finfo(dtype).eps for dtype in known if isinstance(dtype, torch.dtype))
 
 
-# ── whether a file's base is the model's ─────────────────────────────────────────────────────────────────────────────
+# ── compare a file's base with the model's ───────────────────────────────────────────────────────────────────────────
 
 
 def check_same_base(
@@ -249,21 +249,21 @@ def check_same_base(
     remedy: str,
     carries_basis: bool = False,
 ) -> None:
-    """Refuse a base that is another; warn of one on which some numbers may not mean the same.
+    """Refuse a model with another base; warn if the base matches but some coordinates may not mean the same.
 
     Args:
         expected: layer name → the fingerprint that a file carries.
-        found: layer name → that of the model at hand.
-        S: layer name → (r,) its singular values.
+        found: layer name → the fingerprint of the model.
+        S: layer name → (r,) singular values.
         what: what the file is, for messages: ``"The adapter in runs/a"``.
-        remedy: what to do about a refusal.
-        carries_basis: the file brings the basis that its numbers count in: nothing is unsettled.
+        remedy: what to do if the base is refused, for messages.
+        carries_basis: whether the file has its own basis, so that nothing is unsettled.
 
     Raises:
-        ValueError: another base: names layers, and says how they differ.
+        ValueError: the base is another one. The message names layers and says how they differ.
 
     Warns:
-        BaseWarning: the same base up to rounding, or decomposed elsewhere, and directions are unsettled by that.
+        BaseWarning: the base is the same up to rounding, or was decomposed elsewhere, and directions are unsettled by that.
     """
     wrong = {
         name: f"of shape {_shape(one)}, which is not among the adapted layers here"
@@ -277,7 +277,7 @@ def check_same_base(
         more = f"; and {len(wrong) - _SHOWN} more" if len(wrong) > _SHOWN else ""
         raise ValueError(
             f"{what} was made on another base: {len(wrong)} of its {len(expected)} layers differ. {some}{more}. "
-            f"Numbers along singular directions mean nothing on other weights. {remedy}"
+            f"Coordinates in a singular basis are meaningless on other weights. {remedy}"
         )
     if not carries_basis:
         for how in (Likeness.ROUNDED, Likeness.OTHER_BASIS):
@@ -300,8 +300,8 @@ def _warn_of_unsettled(
     dtypes = f" ({one.dtype} there, {other.dtype} here)" if how is Likeness.ROUNDED else ""
     warnings.warn(
         f"{what} was made on {how.value}{dtypes}, in {len(names)} of its {len(expected)} layers. {unsettled:,} of their "
-        f"{numbers:,} singular values are so close to a neighbour that directions turn into each other: numbers there may not "
-        "mean the same. An adapter saved with save_basis=True carries its own basis and does not have this problem.",
+        f"{numbers:,} singular values are so close to a neighbour that their directions may be rotated: coordinates there may "
+        "not mean the same. An adapter saved with save_basis=True carries its own basis and does not have this problem.",
         BaseWarning,
         stacklevel=4,
     )

@@ -1,4 +1,4 @@
-"""The maths of one adapted layer: once as the plain formula, and as the two autograd functions that run.
+"""The maths of one adapted layer: a plain reference formula, and the two autograd functions that are used.
 
     θ        = δS + δS_hack                                     (r,)
     y        = W x + b + U (θ ⊙ (Vh x))                         W (o, i), U (o, r), Vh (r, i), x (..., i), y (..., o)
@@ -6,24 +6,23 @@
     ∂L/∂x    = W_θᵀ ∂L/∂y  = Wᵀ ∂L/∂y + Vhᵀ (θ ⊙ (Uᵀ ∂L/∂y))
     ∂L/∂θ    = Σ_tokens (Uᵀ ∂L/∂y) ⊙ (Vh x)                     (r,), and ∂L/∂δS = ∂L/∂δS_hack = ∂L/∂θ
 
-W is only ever added to, never rebuilt from its SVD: θ = 0 gives W exactly.
+W_θ is a sum onto the untouched W, which is never rebuilt from its SVD: θ = 0 gives W exactly.
 
-**Factored**, ``spectral_delta``: the added term alone. The base layer computes ``W x + b`` itself, with its own hooks, dtype
-and kernel, and its gradient.
+**Factored**, ``spectral_delta``: computes the added term only. The base layer computes ``W x + b`` and its gradient, with its
+own hooks, dtype and kernel.
 
 **Merged**, ``merged_linear``: one matmul with W_θ forward and one backward, and ∂L/∂θ by one of several `Route`s. W_θ has the
-singular vectors of W, and the values σ = S + θ. At full rank this gives either factor of ∂L/∂θ from the other side,
+singular vectors of W and the singular values σ = S + θ. At full rank, each factor of ∂L/∂θ follows from the other side:
 
     Vh ∂L/∂x = σ ⊙ (Uᵀ ∂L/∂y)          Uᵀ (y − b) = σ ⊙ (Vh x)
 
-so that both can be had on the smaller one; and since only their sum over the tokens is wanted, from a Gram-like matrix:
+So both factors can be computed on the smaller side. Only their sum over tokens is needed, so a Gram-like matrix will do:
 
     factored       Σ (Uᵀ ∂L/∂y) ⊙ (Vh x)                  weight         diag(Uᵀ (∂L/∂yᵀ x) Vhᵀ)
     input side     Σ (Vh ∂L/∂x) ⊙ (Vh x) / σ              input Gram     diag(Vh (∂L/∂xᵀ x) Vhᵀ) / σ
     output side    Σ (Uᵀ ∂L/∂y) ⊙ (Uᵀ (y − b)) / σ        output Gram    diag(Uᵀ (∂L/∂yᵀ (y − b)) U) / σ
 
-Division by σ multiplies the rounding of the other factor by up to σ_max / σ_min: `plans` allows it where that is
-small.
+Division by σ amplifies the rounding error of the other factor by up to σ_max / σ_min. `plans` allows it where that is small.
 
 Prior work: AntiPaSTO (github.com/wassname/AntiPaSTO); SVF in Transformer² (arXiv:2501.06252), which rescales S.
 """
@@ -42,7 +41,7 @@ from torch.autograd.function import once_differentiable
 
 
 def delta_weight(U: Tensor, Vh: Tensor, theta: Tensor) -> Tensor:
-    """The weight change ``ΔW = U diag(θ) Vh``.
+    """Compute the weight change ``ΔW = U diag(θ) Vh``.
 
     Args:
         U: (o, r).
@@ -65,7 +64,7 @@ def delta_weight(U: Tensor, Vh: Tensor, theta: Tensor) -> Tensor:
 def spectral_linear_reference(
     x: Tensor, weight: Tensor, bias: Tensor | None, U: Tensor, Vh: Tensor, theta: Tensor
 ) -> Tensor:
-    """``y = (W + U diag(θ) Vh) x + b``, written as the formula reads. Slow, and what every faster route is tested against.
+    """``y = (W + U diag(θ) Vh) x + b``, written as the formula reads: the slow reference for tests.
 
     Args:
         x: (..., i).
@@ -83,17 +82,17 @@ def spectral_linear_reference(
 
 
 def _sum_to(terms: Tensor, theta: Tensor) -> Tensor:
-    """Sum (..., r) over the dimensions along which θ was broadcast, in θ's dtype: what a broadcast's gradient is."""
+    """Sum (..., r) over the dimensions along which θ was broadcast, in θ's dtype: the gradient of that broadcast."""
     missing = terms.ndim - theta.ndim
     dims = [d for d in range(terms.ndim - 1) if d < missing or theta.shape[d - missing] == 1]
     return terms.sum(dims, dtype=theta.dtype).reshape(theta.shape) if dims else terms.to(theta.dtype)
 
 
 class _SpectralDelta(torch.autograd.Function):
-    """``U (θ ⊙ h)`` and ``h = Vh x``; x, U, Vh of one dtype, θ at least as wide; sums over tokens run in θ's dtype.
+    """``U (θ ⊙ h)`` and ``h = Vh x``. x, U, Vh have one dtype, θ is at least as wide; sums over tokens run in θ's dtype.
 
-    h is an output, although nobody but the backward wants it: what is saved must be an input or an output, or a second
-    derivative would silently take it for a constant.
+    h is an output although only the backward uses it: a saved tensor must be an input or an output, or a second derivative
+    would silently treat it as a constant.
     """
 
     generate_vmap_rule = True
@@ -111,7 +110,7 @@ class _SpectralDelta(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor | None) -> tuple[Tensor | None, None, None, Tensor | None]:
-        grad_y, grad_h = grads  # grad_h is None but in a second derivative
+        grad_y, grad_h = grads  # grad_h is None except in a second derivative
         U, Vh, theta, h = ctx.saved_tensors
         needs_x, _, _, needs_theta = ctx.needs_input_grad
         grad_x = grad_theta = None
@@ -119,7 +118,7 @@ class _SpectralDelta(torch.autograd.Function):
             p = grad_y @ U  # (..., o) @ (o, r) -> (..., r)
             if needs_theta:
                 grad_theta = _sum_to(p * h, theta)
-            # in place, unless somebody differentiates this
+            # in place, unless this backward is itself differentiated
             through_y = (p * theta if torch.is_grad_enabled() or theta.dtype != p.dtype else p.mul_(theta)).to(p.dtype)
             grad_h = through_y if grad_h is None else grad_h + through_y
         if needs_x and grad_h is not None:
@@ -128,16 +127,16 @@ class _SpectralDelta(torch.autograd.Function):
 
 
 def spectral_delta(x: Tensor, U: Tensor, Vh: Tensor, theta: Tensor, dtype: torch.dtype) -> Tensor:
-    """The term that the knobs add to a layer's output, ``U (θ ⊙ (Vh x))``.
+    """Compute the term that the knobs add to a layer's output, ``U (θ ⊙ (Vh x))``.
 
     Args:
         x: (..., i), any float dtype.
         U: (o, r), frozen.
         Vh: (r, i), frozen.
-        theta: (r,), or (..., r) to give tokens a θ each, as far as it broadcasts to (..., r) of x's leading shape. A gradient
-            flows to it, summed over what it was broadcast along, in its own dtype.
-        dtype: of the result: that of the base layer's output, which under autocast is not that of x. It is also the dtype
-            computed in, but for fp16, which is computed in fp32.
+        theta: (r,); or, for one θ per token, any shape that broadcasts to (..., r) with x's leading shape. Its gradient is
+            summed over the broadcast dimensions, in its own dtype.
+        dtype: dtype of the result: that of the base layer's output, which under autocast differs from that of x. The
+            computation uses the same dtype, except that fp16 is computed in fp32.
 
     Returns:
         (..., o) of ``dtype``.
@@ -147,8 +146,8 @@ def spectral_delta(x: Tensor, U: Tensor, Vh: Tensor, theta: Tensor, dtype: torch
         >>> spectral_delta(x, U, Vh, theta, torch.float32)
         tensor([[1., 2.]])
     """
-    # in fp16, h can overflow where W x does not (|h| goes up to the length of x), 0 times inf is no longer the base model, and
-    # the products of the gradient underflow
+    # in fp16, h can overflow where W x does not (|h| goes up to the length of x), 0 · inf would no longer give the base model,
+    # and products in the gradient underflow
     inner = torch.float32 if dtype == torch.float16 else dtype
     with _no_autocast(x.device):
         y, _ = _SpectralDelta.apply(x.to(inner), U.to(inner), Vh.to(inner), theta)
@@ -156,7 +155,7 @@ def spectral_delta(x: Tensor, U: Tensor, Vh: Tensor, theta: Tensor, dtype: torch
 
 
 class Route(enum.Enum):
-    """How ``merged_linear`` gets ∂L/∂θ: the formulas are above."""
+    """How ``merged_linear`` computes ∂L/∂θ; the module docstring has the formulas."""
 
     FACTORED = "factored"
     INPUT = "input side"
@@ -167,7 +166,7 @@ class Route(enum.Enum):
 
     @property
     def by_token(self) -> bool:
-        """Whether it has the terms of the sum one by one, so that sequences can have a gradient, or a θ, each."""
+        """Whether the route computes the sum's terms token by token, so that each sequence can have its own gradient or θ."""
         return self in (Route.FACTORED, Route.INPUT, Route.OUTPUT)
 
 
@@ -195,7 +194,7 @@ def merged_weight(weight: Tensor, U: Tensor, Vh: Tensor, theta: Tensor, dtype: t
 
 
 class _MergedLinear(torch.autograd.Function):
-    """``W_θ x + b``, with ∂L/∂θ by a route. Without a second derivative: what it saves is not an input or output."""
+    """``W_θ x + b``, with ∂L/∂θ by a route. It has no second derivative, since it saves more than inputs and outputs."""
 
     @staticmethod
     def forward(
@@ -208,10 +207,10 @@ class _MergedLinear(torch.autograd.Function):
         basis: tuple[Tensor, Tensor, Tensor],
         route: Route,
     ) -> Tensor:
-        # (..., i) @ (i, o) -> (..., o), by the call that nn.Linear makes: with W_θ = W the same bits
+        # (..., i) @ (i, o) -> (..., o), by the same call as nn.Linear: bitwise equal to the base layer if W_θ = W
         y = _by_rows(x, weights, which, lambda rows, weight: F.linear(rows, weight, bias))
         seen = x
-        if route in (Route.OUTPUT, Route.OUTPUT_GRAM):  # a copy in any case: y is the caller's, who may write to it
+        if route in (Route.OUTPUT, Route.OUTPUT_GRAM):  # always a copy: the caller may write to y
             seen = y.clone() if bias is None else y - bias
         ctx.save_for_backward(seen, theta, which, *basis, *weights)
         ctx.route = route
@@ -234,7 +233,7 @@ class _MergedLinear(torch.autograd.Function):
 def _by_rows(
     x: Tensor, weights: Sequence[Tensor], which: Tensor | None, product: Callable[[Tensor, Tensor], Tensor]
 ) -> Tensor:
-    """The product with the one weight; with several, that of x[b] with ``weights[which[b]]``."""
+    """Product with the only weight; if there are several, the product of x[b] with ``weights[which[b]]``."""
     if which is None:
         return product(x, weights[0])
     groups = [(which == index).nonzero().squeeze(1) for index in range(len(weights))]
@@ -280,7 +279,7 @@ def merged_linear(
     route: Route,
     which: Tensor | None = None,
 ) -> Tensor:
-    """``W_θ x + b`` for a W_θ that is at hand, differentiable once by x and θ.
+    """Compute ``W_θ x + b`` for a given W_θ, differentiable once with respect to x and θ.
 
     Args:
         x: (..., i), which is cast to the dtype of W_θ.
@@ -311,6 +310,6 @@ def merged_linear(
 
 
 def _no_autocast(device: torch.device) -> AbstractContextManager[Any]:
-    """Operands here are already of the dtype that they should have: autocast would cast them again."""
-    # asked of the device's name: torch.compile cannot trace torch.amp.is_autocast_available everywhere
+    """Turn autocast off: the operands already have the intended dtype."""
+    # decided by the device's name, since torch.compile cannot always trace torch.amp.is_autocast_available
     return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)

@@ -1,8 +1,8 @@
-"""W_θ of a layer, kept from one forward to the next for as long as the knobs are what they were.
+"""Keep a layer's W_θ from one forward to the next, for as long as the knobs do not change.
 
-What is compared is the knobs' values, all r of them: `Tensor._version` does not change under a fused optimizer or a write
-through ``.data``, and a weight that is taken for fresh because of it would train nothing and say nothing. W itself is known
-by its storage and version: as everywhere in this library, weights are loaded first and wrapped after.
+The key is the knobs' values, all r of them. `Tensor._version` would not do: it does not change under a fused optimizer or a
+write through ``.data``, and a stale W_θ would silently stop training. W itself is identified by its storage and version: as
+everywhere in this library, weights are loaded first and wrapped afterwards.
 """
 
 from __future__ import annotations
@@ -14,11 +14,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-_VIEWS = 2  # as trained and deployed take turns in one step
+_VIEWS = 2  # a training step may alternate between the model as trained and as deployed
 
 
 def source(weight: Tensor) -> tuple[int, int]:
-    """By which a weight is known to be the same as before, as far as can be seen without reading it."""
+    """Cheap identity of a weight: two equal values mean the same weight, as far as can be told without reading it."""
     return weight.data_ptr(), 0 if weight.is_inference() else weight._version
 
 
@@ -31,7 +31,7 @@ class _Entry:
 
 
 class HeldWeights:
-    """The W_θ of the θ that were seen last."""
+    """The W_θ of the most recent θ."""
 
     def __init__(self) -> None:
         self._entries: list[_Entry] = []
@@ -56,7 +56,7 @@ class HeldWeights:
                 if merged is not None and merged.dtype is dtype:
                     entry.strong = merged if hold else None
                     return merged
-        # built in inference mode, it could not be used with gradient afterwards
+        # a tensor built in inference mode could not be used with gradient later
         with torch.inference_mode(False), torch.no_grad():
             merged, seen = build(), theta.clone()
         entry = _Entry(seen, where, merged if hold else None, weakref.ref(merged))
@@ -64,5 +64,4 @@ class HeldWeights:
         return merged
 
     def clear(self) -> None:
-        """Let go of everything."""
         self._entries = []

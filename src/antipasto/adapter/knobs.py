@@ -1,14 +1,13 @@
-"""Handles on an adapted model: its knobs, and the models that it is with some of them out.
+"""Access to an adapted model's knobs, and contexts in which the model runs without some of them.
 
     as trained      θ = δS + δS_hack
-    deployed        θ = δS                  the quarantine out
+    deployed        θ = δS                  without the quarantine
     scaled          θ = factor (δS + δS_hack)
     reference       θ = 0                   the base model, bit for bit: RL's KL reference without a second model
 
-The contexts set what the layers see and never write to the knobs. They nest (the innermost counts) and restore on
-exceptions; they belong to the model, so use them from one thread, strictly nested. With gradient checkpointing, call
-``backward`` inside the context in which the loss was computed: layers are run again there, and would otherwise see other
-knobs the second time.
+The contexts change what the layers see and never write to the knobs. They nest (the innermost applies) and restore on
+exceptions. They change the model's state, so use them from one thread. With gradient checkpointing, call ``backward`` inside
+the context in which the loss was computed: the backward runs the layers again, and must see the same knobs.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ from antipasto.files import replacing_folder
 
 @dataclass(frozen=True)
 class LayerKnobs:
-    """One adapter's knobs on one layer, and the singular basis that they count in.
+    """One adapter's knobs on one layer, and the singular basis of that layer.
 
     Attributes:
         layer: the adapted layer; ``layer.base_layer`` is the original.
@@ -46,17 +45,17 @@ class LayerKnobs:
 
     @property
     def delta_s(self) -> nn.Parameter:
-        """δS (r,), fp32: trains, and ships."""
+        """δS (r,), fp32, which trains and ships."""
         return self.layer.knobs(self.adapter)[0]
 
     @property
     def delta_s_hack(self) -> nn.Parameter | None:
-        """δS_hack (r,), fp32: the quarantine; None once it was dropped."""
+        """δS_hack (r,), fp32, the quarantine; None after `drop_quarantine`."""
         return self.layer.knobs(self.adapter)[1]
 
     @property
     def theta(self) -> Tensor:
-        """θ = δS + δS_hack (r,), what the forward sees, without gradient; δS alone once the quarantine was dropped."""
+        """θ = δS + δS_hack (r,), without gradient; δS alone after `drop_quarantine`."""
         hack = self.delta_s_hack
         return (self.delta_s if hack is None else self.delta_s + hack).detach()
 
@@ -85,19 +84,19 @@ class LayerKnobs:
 
 
 def current_fingerprints(layers: Mapping[str, LayerKnobs]) -> dict[str, Fingerprint]:
-    """The fingerprint of every layer's base weight as it is now, and of its basis; hashes all the weights."""
+    """Fingerprints of every layer's present base weight and of its basis; hashes all the weights."""
     return {name: layer.layer.current_fingerprint() for name, layer in layers.items()}
 
 
 def require_finite_gradients(gradients: Mapping[str, Tensor | None], step: int) -> None:
-    """Refuse to step on a gradient with a NaN or Inf in it.
+    """Raise an error if a gradient contains a NaN or Inf.
 
     Args:
-        gradients: layer name → of its knobs, or None.
+        gradients: layer name → gradient of its knobs, or None.
         step: number of steps done, for the message.
 
     Raises:
-        ValueError: there is one; names the layers.
+        ValueError: a gradient is not finite. The message names the layer.
     """
     there = {name: g for name, g in gradients.items() if g is not None}
     if not there or torch.stack([g.abs().amax() for g in there.values()]).isfinite().all():
@@ -112,15 +111,15 @@ def require_finite_gradients(gradients: Mapping[str, Tensor | None], step: int) 
 
 
 def save_adapter(model: nn.Module, folder: str | Path) -> None:
-    """Save an adapted model's adapters as ``save_pretrained`` does, in one step: the folder is the old one, or the new.
+    """Save an adapted model's adapters as ``save_pretrained`` does, but replace the folder atomically.
 
     Args:
         model: a PeftModel, or a transformers model that `wrap` adapted; also inside DDP or torch.compile.
-        folder: takes the adapter's files; what it holds is replaced as a whole.
+        folder: where to save. Existing contents are replaced as a whole.
 
     Raises:
         ValueError: the model has no ``save_pretrained``.
-        OSError: it cannot be written; what was there before still is.
+        OSError: the folder cannot be written; its previous contents are kept.
     """
     model = extract_model_from_parallel(model, keep_torch_compile=False)
     if not isinstance(model, (PeftModel, PreTrainedModel)):
@@ -136,22 +135,23 @@ def wrap(
 ) -> dict[str, LayerKnobs]:
     """Adapt a model in place, without a PeftModel around it.
 
-    Every target layer is replaced by one that computes the same and has knobs, and every parameter but the ``delta_s`` is
-    frozen. A transformers model's own ``save_pretrained`` then writes the adapter, which `PeftModel.from_pretrained` loads;
-    for other modules, `peft.get_peft_model_state_dict` and `peft.set_peft_model_state_dict` save and load the knobs.
+    Every target layer is replaced by one that computes the same function and has knobs. Every parameter except the
+    ``delta_s`` is frozen. A transformers model's own ``save_pretrained`` then writes the adapter, which
+    `PeftModel.from_pretrained` loads. For other modules, `peft.get_peft_model_state_dict` and
+    `peft.set_peft_model_state_dict` save and load the knobs.
 
-    The basis is that of the weights at this moment: load weights first, wrap after.
+    The basis is computed from the present weights: load weights first, wrap afterwards.
 
     Args:
         model: any ``nn.Module``.
-        config: which layers, at what rank; the defaults of `AntiPastoConfig` if None. It is not changed.
+        config: which layers to adapt and at what rank; the defaults of `AntiPastoConfig` if None. It is not modified.
         adapter_name: the adapter's name.
 
     Returns:
-        layer name → `LayerKnobs`, as `knobs`.
+        Layer name → `LayerKnobs`, as `knobs`.
 
     Raises:
-        ValueError: the model is wrapped already, a target cannot be adapted, or nothing matches.
+        ValueError: the model is already wrapped, a target cannot be adapted, or nothing matches.
 
     Example:
         >>> model = nn.Sequential(nn.Linear(4, 3), nn.ReLU(), nn.Linear(3, 2))
@@ -161,25 +161,25 @@ def wrap(
     """
     if any(isinstance(module, AntiPastoLinear) for module in model.modules()):
         raise ValueError(
-            f"This {type(model).__name__} is wrapped already. Use antipasto.knobs(model) to get at its knobs; "
+            f"This {type(model).__name__} is already wrapped. Use antipasto.knobs(model) to get its knobs; "
             "for a second adapter use peft's PeftModel.add_adapter."
         )
     inject_adapter_in_model(copy.deepcopy(config or AntiPastoConfig()), model, adapter_name)
     if isinstance(model, PreTrainedModel):
-        # else its save_pretrained would write the adapted layers under names that no base model has
+        # otherwise its save_pretrained would write the adapted layers under names that no base model has
         model._hf_peft_config_loaded = True
     return knobs(model, adapter_name=adapter_name)
 
 
 def knobs(model: nn.Module, *, adapter_name: str | None = None) -> dict[str, LayerKnobs]:
-    """The knobs of an adapted model, however it was adapted.
+    """Return the knobs of an adapted model.
 
     Args:
         model: a model that `wrap` or PEFT adapted, also inside DDP or torch.compile.
         adapter_name: which adapter; the active one if None.
 
     Returns:
-        Layer name in the base model, such as ``"model.layers.0.mlp.up_proj"``, → `LayerKnobs`. Only the layers that the
+        Layer name in the base model, such as ``"model.layers.0.mlp.up_proj"``, → `LayerKnobs`, for the layers that the
         adapter targets.
 
     Raises:
@@ -198,7 +198,7 @@ def knobs(model: nn.Module, *, adapter_name: str | None = None) -> dict[str, Lay
 
 
 def reference(model: nn.Module) -> AbstractContextManager[None]:
-    """Context: both knobs out. The model is the base model, bit for bit.
+    """Context without both knobs: the model is the base model, bit for bit.
 
     Raises:
         ValueError: the model is not adapted.
@@ -207,28 +207,28 @@ def reference(model: nn.Module) -> AbstractContextManager[None]:
 
 
 def deployed(model: nn.Module, dial: float = 0.0) -> AbstractContextManager[None]:
-    """Context: the quarantine out, θ = δS. The model is what `drop_quarantine` would leave.
+    """Context without the quarantine, θ = δS: the model that `drop_quarantine` would leave.
 
     Args:
         model: an adapted model.
-        dial: how much of the quarantine is left in, θ = δS + dial δS_hack: 1 is the model as trained, less than 0 goes on in
-            the direction in which it was taken out.
+        dial: keep this multiple of the quarantine, θ = δS + dial δS_hack. 0 is the deployed model, 1 the model as trained; a
+            negative dial subtracts the quarantine.
 
     Raises:
-        ValueError: the model is not adapted, or has no quarantine of which something could be left in.
+        ValueError: the model is not adapted, or ``dial`` is not 0 and the quarantine was dropped.
     """
     if dial == 0.0:
         return seen_as(model, View.DEPLOYED)
     offsets = {}
     for name, layer in knobs(model).items():
         if layer.delta_s_hack is None:
-            raise ValueError(f"{name}: dial={dial} needs a quarantine, and this model's was dropped.")
+            raise ValueError(f"{name}: dial={dial} needs a quarantine, but this model's quarantine was dropped.")
         offsets[name] = dial * layer.delta_s_hack.detach()
     return seen_as(model, View.DEPLOYED, offsets)
 
 
 def scaled(model: nn.Module, factor: float) -> AbstractContextManager[None]:
-    """Context: θ at a fraction of its length, θ → factor θ. Shrinking any update removes some of what it taught: a control.
+    """Context with θ scaled, θ → factor θ. A control: shrinking any update removes some of what it taught.
 
     Raises:
         ValueError: the model is not adapted.
@@ -238,9 +238,9 @@ def scaled(model: nn.Module, factor: float) -> AbstractContextManager[None]:
 
 
 def drop_quarantine(model: nn.Module) -> None:
-    """Delete the quarantine of every adapter, for good; the model is then what `deployed` showed.
+    """Delete the quarantine of every adapter for good. The model is then the one that `deployed` shows.
 
-    The adapter saves and loads without it from here on. What was merged is merged again without it.
+    From then on the adapter saves and loads without a quarantine. Merged layers are merged again without it.
 
     Raises:
         ValueError: the model is not adapted.
@@ -256,7 +256,7 @@ def drop_quarantine(model: nn.Module) -> None:
 
 
 def token_logprobs(logits: Tensor, input_ids: Tensor) -> Tensor:
-    """Log-probability of each token given those before it.
+    """Log-probability of each token given the tokens before it.
 
     Args:
         logits: (b, s, v), any float dtype; the softmax is taken in fp32.
@@ -266,7 +266,7 @@ def token_logprobs(logits: Tensor, input_ids: Tensor) -> Tensor:
         (b, s-1) in fp32: entry t is log p(input_ids[:, t+1] | input_ids[:, :t+1]).
 
     Raises:
-        ValueError: the shapes do not fit.
+        ValueError: the shapes do not match.
 
     Example:
         >>> token_logprobs(torch.zeros(1, 2, 4), torch.tensor([[0, 1]])).exp()
@@ -283,14 +283,14 @@ def token_logprobs(logits: Tensor, input_ids: Tensor) -> Tensor:
 
 @torch.no_grad()
 def ref_logprobs(model: nn.Module, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
-    """`token_logprobs` of the base model, computed by the adapted one with its knobs out: π_ref without a second model.
+    """`token_logprobs` of the base model, computed by the adapted model without its knobs: π_ref without a second model.
 
-    The model is left in its train or eval mode: with dropout, call ``model.eval()`` first.
+    The model stays in train or eval mode: if it has dropout, call ``model.eval()`` first.
 
     Args:
         model: an adapted causal LM whose output has ``logits``.
         input_ids: (b, s).
-        attention_mask: (b, s) or None, given to the model as it is.
+        attention_mask: (b, s) or None, passed to the model unchanged.
 
     Returns:
         (b, s-1) in fp32, without gradient.

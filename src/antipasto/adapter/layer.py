@@ -1,13 +1,13 @@
-"""One adapted layer: the frozen base layer, its singular basis, and two knobs per adapter.
+"""One adapted layer: the frozen base layer, its singular basis, and two knobs per adapter, δS and δS_hack.
 
     y = base(x) + U (θ ⊙ (Vh x)),   θ = Σ over the active adapters of  δS + δS_hack       (`functional`)
 
-or, where it is cheaper (`plans`), W_θ x + b in one matmul. Which knobs take part is the layer's `View`; contexts
-set it, nothing is written to the knobs.
+or, where it is cheaper (`plans`), W_θ x + b in one matmul. The layer's `View` says which knobs take part. Contexts set the
+view; they do not write to the knobs.
 
-Merging never adds and subtracts: ``merge`` puts W_θ in the place of W and keeps W, ``unmerge`` puts W back, bit for bit.
-(PEFT's way drifts in low precision: github.com/huggingface/trl/issues/6688.) It is the parameter that is replaced, and never
-written to: whatever else has W, such as an embedding tied to it, keeps it.
+Merging does not add to W and subtract again: ``merge`` replaces W by W_θ and keeps W, ``unmerge`` puts W back, bit for bit.
+(PEFT's way drifts in low precision: github.com/huggingface/trl/issues/6688.) The parameter is replaced and never written to,
+so other modules that share W, such as a tied embedding, are unaffected.
 """
 
 from __future__ import annotations
@@ -43,10 +43,10 @@ class View(enum.Enum):
 
 
 class Knob(nn.Module):
-    """One vector of numbers, one per singular direction: ``weight`` (r,), zeros at the start.
+    """One trainable number per singular direction: ``weight`` (r,), initially zero.
 
-    A module of its own, as ``lora_A`` is in PEFT, so that a parameter is named ``….delta_s.<adapter>.weight``: code that
-    copies one adapter into another by name, such as TRL's reference adapter, then finds it.
+    It is a module, like ``lora_A`` in PEFT, so that the parameter's name is ``….delta_s.<adapter>.weight``. Code that copies
+    one adapter into another by name, such as TRL's reference adapter, relies on that.
     """
 
     def __init__(self, rank: int, dtype: torch.dtype, device: torch.device, *, trainable: bool) -> None:
@@ -58,26 +58,26 @@ class Knob(nn.Module):
 
 
 class CarriedBasis(nn.Module):
-    """The basis that an adapter's state holds: ``basis_U`` (o, r), ``basis_S`` (r,), ``basis_Vh`` (r, i), not trained.
+    """A basis saved with its adapter: ``basis_U`` (o, r), ``basis_S`` (r,), ``basis_Vh`` (r, i), not trained.
 
-    Parameters rather than buffers, which DDP would broadcast at every forward.
+    They are parameters because DDP would broadcast buffers at every forward.
     """
 
     def __init__(self, basis: Basis) -> None:
         super().__init__()
         for name, tensor in basis._asdict().items():
-            # a copy: what is read from the cache is mapped from its file
+            # a copy: tensors from the cache are memory-mapped from their file
             self.register_parameter(f"basis_{name}", nn.Parameter(tensor.clone(), requires_grad=False))
 
     @property
     def basis(self) -> Basis:
-        """As it is now."""
-        # attributes: FSDP has plain tensors in the place of parameters during a forward
+        """The present U, S and Vh."""
+        # read as attributes: during a forward, FSDP replaces parameters by plain tensors
         return Basis(*(getattr(self, f"basis_{name}") for name in Basis._fields))
 
 
 def as_matrix(base_layer: nn.Module) -> Tensor:
-    """The weight of a Linear or Conv1D as W (o, i); a view, so that writing to it writes to the layer."""
+    """The weight of a Linear or Conv1D as W (o, i); a view of the layer's weight."""
     weight = base_layer.weight
     assert isinstance(weight, Tensor)
     return weight.T if isinstance(base_layer, Conv1D) else weight
@@ -125,20 +125,20 @@ class AntiPastoLinear(nn.Module, BaseTunerLayer):
     """A Linear or Conv1D with knobs on its singular directions.
 
     Args:
-        base_layer: the layer to adapt; its parameters are never written to. Between ``merge`` and ``unmerge`` it has another
-            one for its weight.
+        base_layer: the layer to adapt. Its parameters are never written to. Between ``merge`` and ``unmerge`` its weight is
+            another parameter.
 
     Attributes:
         delta_s: adapter name → `Knob` that trains and ships.
-        delta_s_hack: adapter name → `Knob` of the quarantine. It takes part in the forward, but does not require a
-            gradient: plain training would put half of all that is learned where it will be deleted. A caller who makes
-            it require one gets the gradient of ``delta_s``.
+        delta_s_hack: adapter name → `Knob` of the quarantine. It takes part in the forward but does not require a gradient,
+            because plain training would then put half of what is learned into the part that is deleted. If a caller makes it
+            require a gradient, that gradient equals the one of ``delta_s``.
         r: adapter name → number of singular directions.
         delta_s_basis: adapter name → `CarriedBasis`, where its config says ``save_basis``.
-        basis: U, S, Vh of the base weight, shared by all adapters, up to the largest of their ranks. Plain tensors rather
-            than buffers: they are not state, and DDP would broadcast buffers at every forward. Where the first adapter carries
-            its basis, that one.
-        fingerprint: of the base weight and that basis.
+        basis: U, S, Vh of the base weight, up to the largest rank of any adapter, shared by all adapters. Plain tensors,
+            since they are not state and DDP would broadcast buffers at every forward. If the first adapter carries its
+            basis, that basis is used.
+        fingerprint: fingerprint of the base weight and that basis.
         view: which knobs the forward sees.
         offset: where set, added to θ: how a router takes a control's book out for a while. (r,) of the basis, or shorter.
         rows: where set, says which sequences of a batch see the quarantine; θ is then (b, r).
@@ -172,7 +172,7 @@ class AntiPastoLinear(nn.Module, BaseTunerLayer):
         self.fixed: list[Fixed] | None = None
         self.choice = Choice()
         self.merged_adapters: list[str] = []
-        self._unmerged: tuple[nn.Parameter] | None = None  # in a tuple: else it would be registered
+        self._unmerged: tuple[nn.Parameter] | None = None  # in a tuple, so that it is not registered as a parameter
         self._disable_adapters = False
         o, i = as_matrix(self.get_base_layer()).shape
         self.in_features, self.out_features = i, o
@@ -188,23 +188,23 @@ class AntiPastoLinear(nn.Module, BaseTunerLayer):
         trainable: bool,
         carry_basis: bool,
     ) -> None:
-        """Give the layer another adapter, at zero.
+        """Add an adapter whose knobs are zero.
 
         Args:
-            name: the adapter's.
+            name: the adapter's name.
             rank: number of its singular directions.
-            basis: of the base weight, of at least that rank; U and Vh in the weight's dtype.
-            fingerprint: of the base weight and that basis.
-            quarantine: whether it has a ``delta_s_hack``.
+            basis: basis of the base weight, of at least that rank; U and Vh in the weight's dtype.
+            fingerprint: fingerprint of the base weight and that basis.
+            quarantine: whether the adapter has a ``delta_s_hack``.
             trainable: whether ``delta_s`` requires a gradient.
-            carry_basis: whether its state holds the basis.
+            carry_basis: whether the basis is saved with the adapter.
         """
         weight = self.base_weight
         dtype = torch.promote_types(weight.dtype, torch.float32)
         grows = self.basis is None or basis.rank > self.basis.rank
         if self.fingerprint not in (None, fingerprint) and (grows or carry_basis):
             raise ValueError(
-                f"Adapter {name!r} counts in another singular basis than those here already: it cannot be put beside them."
+                f"Adapter {name!r} uses another singular basis than the adapters already on this layer: it cannot be added."
             )
         if carry_basis:
             self.delta_s_basis[name] = CarriedBasis(basis.truncate(rank))
@@ -219,50 +219,50 @@ class AntiPastoLinear(nn.Module, BaseTunerLayer):
 
     @property
     def basis(self) -> Basis | None:
-        """U, S, Vh that the knobs count in, up to the largest of their ranks; None before the first adapter."""
+        """U, S, Vh of the knobs, up to the largest rank of any adapter; None before the first adapter."""
         return self._basis if self._carrier is None else cast(CarriedBasis, self.delta_s_basis[self._carrier]).basis
 
     def current_fingerprint(self) -> Fingerprint:
-        """Of the base weight as it is now, which is hashed again, and of the basis."""
+        """Fingerprint of the basis and of the present base weight, which is hashed again."""
         assert self.fingerprint is not None
         return self.fingerprint.of_weight(self.matrix())
 
     @property
     def _unmerged_weight(self) -> nn.Parameter | None:
-        """The base layer's own weight while another is in its place; else None."""
+        """The base layer's own weight while merged; else None."""
         return None if self._unmerged is None else self._unmerged[0]
 
     @property
     def base_weight(self) -> nn.Parameter:
-        """The base layer's own weight, merged or not, laid out as there."""
+        """The base layer's own weight, also while merged, in the base layer's layout."""
         weight = self.get_base_layer().weight if self._unmerged is None else self._unmerged[0]
         assert isinstance(weight, nn.Parameter)
         return weight
 
     def matrix(self) -> Tensor:
-        """W (o, i), merged or not; a view."""
+        """W (o, i), also while merged; a view."""
         return self.base_weight.T if isinstance(self.get_base_layer(), Conv1D) else self.base_weight
 
     def delete_adapter(self, adapter_name: str) -> None:
-        """PEFT's; the basis stays, for the other adapters."""
+        """Delete an adapter as PEFT does; keep the basis for the other adapters."""
         if adapter_name == self._carrier:
             self._basis, self._carrier = Basis(*(tensor.detach() for tensor in self.basis or ())), None
         super().delete_adapter(adapter_name)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """PyTorch's; and refuses other base weights: U, S and Vh would still be those of the present ones."""
-        self.choice.forget()  # the basis may be among what is loaded
+        """Load as PyTorch does, but refuse different base weights: the basis would still be that of the present ones."""
+        self.choice.forget()  # the basis may be part of the state dict
         present = dict(self.named_parameters())
         for key, value in state_dict.items():
             if not key.startswith(f"{prefix}delta_s") or not isinstance(value, Tensor):
                 continue
             if not value.isfinite().all():
-                raise ValueError(f"{key} of the state dict has a NaN or Inf in it: the adapter is broken.")
+                raise ValueError(f"{key} of the state dict contains a NaN or Inf: the adapter is broken.")
             knob = present.get(key.removeprefix(prefix))
             if knob is not None and knob.shape != value.shape:
                 raise ValueError(
-                    f"{key} of the state dict has shape {tuple(value.shape)}, and here it is {tuple(knob.shape)}: the adapter "
-                    "is of another rank than its config says, or of another model."
+                    f"{key} of the state dict has shape {tuple(value.shape)}, expected {tuple(knob.shape)}: the adapter's "
+                    "rank differs from its config, or it belongs to another model."
                 )
         name = f"{prefix}base_layer.weight"
         weight = self.get_base_layer().weight
@@ -271,15 +271,15 @@ class AntiPastoLinear(nn.Module, BaseTunerLayer):
         plain = all(type(tensor.data) is Tensor and not tensor.is_meta for tensor in (weight, new))
         if plain and not torch.equal(new.to(weight), weight):
             raise ValueError(
-                f"{name} of the state dict is not the weight that this layer was adapted on, and its singular basis is. "
-                "Load weights first, adapt after."
+                f"{name} of the state dict is not the weight that this layer was adapted on, so the layer's singular basis "
+                "does not fit it. Load weights first, adapt afterwards."
             )
         super()._load_from_state_dict(state_dict, prefix, *args)
 
     def cast_adapter(self, name: str, *, autocast: bool) -> None:
-        """Have an adapter in the dtype that PEFT documents: at least fp32; or, without ``autocast``, that of the weight.
+        """Cast an adapter as PEFT documents: to at least fp32, or to the weight's dtype without ``autocast``.
 
-        The basis that it may carry goes with it, but for S, which nothing is multiplied with in low precision.
+        A carried basis is cast too, except S, which is never used in low-precision products.
         """
         low = self.base_weight.dtype
         dtype = torch.promote_types(low, torch.float32) if autocast else low
@@ -290,18 +290,18 @@ class AntiPastoLinear(nn.Module, BaseTunerLayer):
         self.choice.forget()
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
-        """PEFT's, for what was loaded onto meta tensors; which also casts to the weight's dtype, and would round the knobs."""
+        """Move an adapter to the base layer's device. PEFT's version also casts to the weight's dtype, rounding the knobs."""
         for container in (self.delta_s, self.delta_s_hack, self.delta_s_basis):
             if adapter_name in container and not any(p.is_meta for p in container[adapter_name].parameters()):
                 container[adapter_name].to(device or self.base_weight.device)
 
     @torch.no_grad()
     def set_to_sum(self, name: str, terms: Sequence[tuple[str, float]]) -> None:
-        """Set an adapter's knobs to a weighted sum of others', δS and δS_hack by themselves.
+        """Set an adapter's knobs to a weighted sum of others', separately for δS and δS_hack.
 
         Args:
-            name: the adapter's, of at least their ranks.
-            terms: adapters and their weights; those that are not on this layer count as zeros.
+            name: the adapter to set; its rank is at least that of the others.
+            terms: adapters and their weights. Adapters that are not on this layer count as zero.
         """
         for container in (self.delta_s, self.delta_s_hack):
             if name not in container:
@@ -318,20 +318,20 @@ class AntiPastoLinear(nn.Module, BaseTunerLayer):
         self.delta_s_hack.clear()
 
     def knobs(self, adapter: str) -> tuple[nn.Parameter, nn.Parameter | None]:
-        """``delta_s`` and ``delta_s_hack`` (None once dropped) of one adapter, (r,) each."""
+        """Return ``delta_s`` and ``delta_s_hack`` of one adapter, (r,) each; the latter is None once dropped."""
         delta_s = cast(Knob, self.delta_s[adapter]).weight
         hack = cast(Knob, self.delta_s_hack[adapter]).weight if adapter in self.delta_s_hack else None
         return delta_s, hack
 
     def theta(self, adapters: list[str]) -> Tensor | None:
-        """θ of some adapters together, as the view has it; None where nothing takes part.
+        """Sum θ over some adapters, as the view says; None if no knobs take part.
 
-        (r,), r being the basis's; (b, r) where rows of the batch see different knobs.
+        (r,) with the basis's r; (b, r) where rows of the batch see different knobs.
         """
         if self.view is View.REFERENCE:
             return None
         assert self.basis is not None
-        if self.view is View.ORIGIN:  # whatever adapters there are, and whichever of them is active
+        if self.view is View.ORIGIN:  # independent of which adapters exist or are active
             weight = as_matrix(self.get_base_layer())
             dtype = torch.promote_types(weight.dtype, torch.float32)
             return torch.zeros(self.basis.rank, dtype=dtype, device=weight.device)
@@ -353,9 +353,9 @@ class AntiPastoLinear(nn.Module, BaseTunerLayer):
         return total
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """``base(x) + U (θ ⊙ (Vh x))``: x (..., i) to (..., o), in the dtype of the base layer's output.
+        """Map x (..., i) to ``base(x) + U (θ ⊙ (Vh x))`` (..., o), in the dtype of the base layer's output.
 
-        Further arguments go to the base layer.
+        Further arguments are passed to the base layer.
         """
         if self.disable_adapters and self.view is not View.ORIGIN:
             if self.merged:
@@ -408,7 +408,7 @@ class AntiPastoLinear(nn.Module, BaseTunerLayer):
         return next(found, None)
 
     def get_delta_weight(self, adapter: str) -> Tensor:
-        """ΔW = U diag(θ) Vh of one adapter, (o, i) in at least fp32, laid out as the base layer's weight is.
+        """ΔW = U diag(θ) Vh of one adapter, (o, i) in at least fp32, in the layout of the base layer's weight.
 
         Raises:
             ValueError: the layer has no such adapter.
@@ -429,16 +429,16 @@ class AntiPastoLinear(nn.Module, BaseTunerLayer):
         return delta.T if isinstance(self.get_base_layer(), Conv1D) else delta
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Put W_θ in the place of W; W itself is kept for `unmerge`.
+        """Replace W by W_θ; W itself is kept for `unmerge`.
 
-        The sum is taken in at least fp32, from the untouched W, and rounded once to W's dtype.
+        The sum is computed in at least fp32 from the untouched W, and rounded once to W's dtype.
 
         Args:
-            safe_merge: refuse to merge a W_θ with a NaN or Inf in it.
-            adapter_names: which adapters to merge, beside those already merged; the active ones if None.
+            safe_merge: refuse to merge a W_θ that contains a NaN or Inf.
+            adapter_names: which adapters to merge, in addition to those already merged; the active ones if None.
 
         Raises:
-            ValueError: ``safe_merge`` found a NaN or Inf, or W_θ in the place of W would be another function.
+            ValueError: ``safe_merge`` found a NaN or Inf, or merging would change what the layer computes.
         """
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.delta_s]
         if not names:
@@ -450,14 +450,14 @@ class AntiPastoLinear(nn.Module, BaseTunerLayer):
         delta = self._delta_weight([*self.merged_adapters, *names])
         merged = (original.detach().to(delta.dtype) + delta).to(original.dtype)
         if safe_merge and not torch.isfinite(merged).all():
-            raise ValueError(f"Merging {names} would put a NaN or Inf into the weight: the adapter seems to be broken.")
+            raise ValueError(f"Merging {names} would put a NaN or Inf into the weight: the adapter is broken.")
         self.put_merged(([*self.merged_adapters, *names], nn.Parameter(merged, original.requires_grad)))
 
     def why_not_mergeable(self) -> str | None:
-        """Why a merged layer would not compute what it does now, as a clause; None if it would.
+        """Why merging would change what the layer computes, as a clause; None if it would not.
 
-        Now it is base(x; W) + ΔW x, merged base(x; W_θ): the same where base(x; W) is W x plus what does not depend on W.
-        A base layer with a forward or hooks of its own is asked, on a weight and an input made for that.
+        Unmerged, the layer computes base(x; W) + ΔW x; merged, base(x; W_θ). The two agree if base(x; W) is W x plus a term
+        that does not depend on W. A base layer with its own forward or hooks is tested on a random weight and input.
         """
         base_layer = self.get_base_layer()
         if not (
@@ -473,11 +473,11 @@ class AntiPastoLinear(nn.Module, BaseTunerLayer):
         if bool((error <= tolerance).all()):
             return None
         return (
-            "its forward, or a hook on it, does more with its weight W than W x: W_θ in its place is another function"
+            "its forward, or a hook on it, uses its weight W for more than W x, so that merging would change its output"
         )
 
     def unmerge(self) -> None:
-        """Put W back, bit for bit, whatever was merged and however often."""
+        """Put W back, bit for bit."""
         if self._unmerged is None:
             warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
@@ -486,7 +486,7 @@ class AntiPastoLinear(nn.Module, BaseTunerLayer):
         self.merged_adapters.clear()
 
     def take_merged(self) -> tuple[list[str], nn.Parameter] | None:
-        """Put W back, and give out what was merged in its place, for `put_merged`; None if nothing was."""
+        """Unmerge, and return the merged adapters and weight for `put_merged`; None if nothing was merged."""
         if self._unmerged is None:
             return None
         weight = self.get_base_layer().weight
@@ -496,19 +496,19 @@ class AntiPastoLinear(nn.Module, BaseTunerLayer):
         return merged
 
     def put_merged(self, merged: tuple[list[str], nn.Parameter]) -> None:
-        """Put a W_θ in the place of W: bit for bit, what `take_merged` gave out."""
+        """Replace W by a W_θ from `take_merged`, bit for bit."""
         self._unmerged = (self.base_weight,)
         self.merged_adapters[:], self.get_base_layer().weight = merged
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
-        """PEFT's; and an inactive adapter's quarantine does not train either."""
+        """Activate adapters as PEFT does; also stop an inactive adapter's quarantine from training."""
         super().set_adapter(adapter_names, inference_mode)
         for name, knob in self.delta_s_hack.items():
             if inference_mode or name not in self.active_adapters:
                 knob.requires_grad_(False)
 
     def set_requires_grad(self, adapter_names: str | Sequence[str], requires_grad: bool = True) -> None:
-        """PEFT's; and freezing an adapter freezes its quarantine. Unfreezing it does not: that is for the caller to ask."""
+        """Freeze or unfreeze as PEFT does; freezing an adapter also freezes its quarantine, unfreezing leaves it frozen."""
         super().set_requires_grad(adapter_names, requires_grad)
         names = {adapter_names} if isinstance(adapter_names, str) else set(adapter_names)
         for name, knob in self.delta_s_hack.items():
@@ -516,11 +516,11 @@ class AntiPastoLinear(nn.Module, BaseTunerLayer):
                 knob.requires_grad_(False)
 
     def supports_lora_conversion(self, adapter_name: str = "default") -> bool:
-        """True: W_θ is W plus something."""
+        """Always True: W_θ is W plus a delta."""
         return True
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AntiPastoLinear:
-        """Moves and casts (``to``, ``half``, ``cuda``…) take the basis and both weights of a merged layer along."""
+        """Apply moves and casts (``to``, ``half``, ``cuda``…) to the basis and to both weights of a merged layer as well."""
         merged = self.take_merged()
         super()._apply(fn, recurse)
         if merged is not None:

@@ -1,8 +1,8 @@
-"""Which layers of a model are adapted, and how they are put in place: PEFT's tuner for this method.
+"""Find the target layers of a model and replace them by adapted ones: PEFT's tuner for this method.
 
-Everything that can go wrong is checked before the first layer is replaced, so that an error leaves the model as it was.
-A target that was asked for and cannot be adapted is an error that names it. The default set leaves out layers of a kind that
-cannot be, with a warning that counts them; nothing is skipped in silence.
+Everything is checked before the first layer is replaced, so that an error leaves the model unchanged. A target that the user
+named but that cannot be adapted is an error. From the default target set, layers of an unsupported kind are left out with a
+warning that counts them; nothing is skipped silently.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ from .views import adapted_layers
 SUPPORTED = "2-D weights of torch.nn.Linear and transformers' Conv1D, in " + ", ".join(map(str, WEIGHT_DTYPES)).replace(
     "torch.", ""
 )
-# model type → layers whose weight its kernels read past the layer's forward; PEFT found some of them for LoRA
+# model type → layers whose weight its kernels read without calling the layer; some of these are from PEFT's LoRA
 _READ_PAST: dict[str, set[str]] = {
     **{
         model_type: {"out_proj", "conv1d"}
@@ -78,7 +78,7 @@ def why_unsupported(module: nn.Module, *, shapes_only: bool = False) -> str | No
     if not isinstance(weight, nn.Parameter):
         return "its weight is not a parameter but computed (weight_norm or another parametrisation)"
     if weight.dtype not in WEIGHT_DTYPES:
-        return f"its weight is of dtype {weight.dtype}, quantised perhaps ({type(module).__name__})"
+        return f"its weight has dtype {weight.dtype}, perhaps quantised ({type(module).__name__})"
     if weight.device.type == "meta" and not shapes_only:
         return "its weight is on the meta device (offloaded, or not loaded yet), where there is nothing to decompose"
     if weight.ndim != 2:
@@ -89,7 +89,7 @@ def why_unsupported(module: nn.Module, *, shapes_only: bool = False) -> str | No
 
 
 def _is_of_another_kind(module: nn.Module) -> bool:
-    """Whether a module cannot be adapted whatever state it is in: by its type, or that of its weight."""
+    """Whether a module can never be adapted, because of its type or the type of its weight."""
     if isinstance(module, BaseTunerLayer) or hasattr(module, "qweight") or hasattr(module, "W_q"):
         return False
     if isinstance(module, NonDynamicallyQuantizableLinear) or not isinstance(module, (nn.Linear, Conv1D)):
@@ -104,15 +104,15 @@ def _reason(module: nn.Module) -> str:
 
 
 class AntiPastoModel(BaseTuner):
-    """PEFT's tuner for `AntiPastoConfig`; `get_peft_model` and `PeftModel.from_pretrained` make one."""
+    """PEFT's tuner for `AntiPastoConfig`, created by `get_peft_model` and `PeftModel.from_pretrained`."""
 
     prefix = "delta_s"
     tuner_layer_cls = AntiPastoLinear
-    # PEFT declares lists, and has an expression among them
+    # PEFT declares lists, but one entry is a regular expression
     target_module_mapping = cast(dict[str, list[str]], TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING)
 
     def inject_adapter(self, model: nn.Module, adapter_name: str, *args: Any, **kwargs: Any) -> None:
-        """PEFT's injection, with the bases of the layers at hand while it lasts."""
+        """Inject an adapter as PEFT does, and record the fingerprints of its layers in its config."""
         taken = [n for n, m in model.named_modules() if isinstance(m, AntiPastoLinear) and adapter_name in m.r]
         if taken:
             raise ValueError(
@@ -129,12 +129,11 @@ class AntiPastoModel(BaseTuner):
     def _get_adapter_state_dict(
         cls, model: nn.Module, config: AntiPastoConfig, adapter_name: str, *args: Any, **kwargs: Any
     ) -> dict[str, Tensor]:
-        """PEFT's, called before a config is saved: which may have been used on another model since it was on this."""
+        """Record this model's fingerprints first: the config may have been used on another model in the meantime."""
         config.record_base(_fingerprints(model, adapter_name))
         return super()._get_adapter_state_dict(model, config, adapter_name, *args, **kwargs)
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
-        """PEFT's, for layers whose knobs are of at least fp32 in any case."""
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype)
         for layer in self.model.modules():
             if isinstance(layer, AntiPastoLinear) and adapter_name in layer.r:
@@ -143,22 +142,22 @@ class AntiPastoModel(BaseTuner):
     def add_weighted_adapter(
         self, adapters: list[str], weights: list[float], adapter_name: str, combination_type: str = "linear"
     ) -> None:
-        """Add an adapter that is a weighted sum of others: δS = Σ w δS, δS_hack = Σ w δS_hack. Exact, at whatever ranks.
+        """Add an adapter that is a weighted sum of others: δS = Σ w δS, δS_hack = Σ w δS_hack. Exact at any ranks.
 
         Args:
-            adapters: names of those to add up.
-            weights: one for each; of either sign.
-            adapter_name: of the new one, which is not active and does not train.
-            combination_type: ``"linear"``. The others of LoRA's approximate what this is.
+            adapters: names of the adapters to add up.
+            weights: one weight per adapter, of either sign.
+            adapter_name: name of the new adapter, which is neither active nor trainable.
+            combination_type: ``"linear"``. LoRA's other types only approximate this sum.
 
         Raises:
-            ValueError: an unknown adapter, a name that is taken, another type of combination, or adapters that trained whole
-                modules as well.
+            ValueError: an adapter is unknown or also trained whole modules, the new name is taken, or the type of
+                combination is not offered.
         """
         if combination_type != "linear":
             raise ValueError(
-                f"combination_type={combination_type!r} is not offered: adapters of one basis add up exactly, which is "
-                "combination_type='linear'."
+                f"combination_type={combination_type!r} is not offered: use combination_type='linear', which is exact for "
+                "adapters in one basis."
             )
         if adapter_name in self.peft_config:
             raise ValueError(f"There is an adapter {adapter_name!r} already: delete it first, or choose another name.")
@@ -168,7 +167,7 @@ class AntiPastoModel(BaseTuner):
             if name not in self.peft_config:
                 raise ValueError(f"There is no adapter {name!r}; there are {sorted(self.peft_config)}.")
             if whole := self.peft_config[name].modules_to_save:
-                raise ValueError(f"Adapter {name!r} trained {whole} as a whole: those do not add up.")
+                raise ValueError(f"Adapter {name!r} also trained {whole} in full, which cannot be combined linearly.")
         layers = {n: m for n, m in self.model.named_modules() if isinstance(m, AntiPastoLinear)}
         ranks = {
             n: max(m.r[a] for a in adapters if a in m.r)
@@ -187,9 +186,9 @@ class AntiPastoModel(BaseTuner):
             layers[name].set_to_sum(adapter_name, list(zip(adapters, weights, strict=True)))
 
     def _check_merge_allowed(self) -> None:
-        """Refuse, before the first layer is merged, a layer that merged would be another function.
+        """Raise an error before the first layer is merged, if merging would change what a layer computes.
 
-        PEFT's warns of weights that are tied to the embedding's; here those stay as they are (`layer`).
+        PEFT's version warns about weights tied to the embedding; here merging leaves the embedding unchanged (`layer`).
         """
         for name, layer in self.model.named_modules():
             reason = layer.why_not_mergeable() if isinstance(layer, AntiPastoLinear) else None
@@ -201,24 +200,24 @@ class AntiPastoModel(BaseTuner):
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
-        """Called by PeftModel around a forward, which drops what a method does not know without a word."""
+        """Refuse ``adapter_names``, which PeftModel would otherwise ignore silently."""
         if kwargs.get("adapter_names") is not None:
             raise ValueError(
-                "adapter_names, another adapter for each row of a batch, is LoRA's and not offered here: set_adapter before "
-                "the call, or one call for each adapter."
+                "adapter_names, another adapter for each row of a batch, is only supported by LoRA: call set_adapter first, "
+                "and call the model once per adapter."
             )
         yield
 
     def _prepare_adapter_config(self, peft_config: AntiPastoConfig, model_config: dict[str, Any]) -> AntiPastoConfig:
-        return peft_config  # target_modules=None is resolved in _prepare_model, which sees the model
+        return peft_config  # target_modules=None is resolved in _prepare_model, which gets the model
 
     def _prepare_model(self, peft_config: AntiPastoConfig, model: nn.Module) -> None:
-        """Resolve the targets, refuse what cannot be adapted, load or compute every basis, check that the base is the base."""
+        """Resolve and check the targets, load or compute their bases, and check that the base model is the adapter's."""
         found = _bases_for(find_targets(peft_config, model), peft_config)
         expected = {name: Fingerprint.parse(line) for name, line in peft_config.expected_base.items()}
         if peft_config.check_base:
             _check_base(peft_config, expected, found)
-        if peft_config.save_basis:  # the file that they are from brings their basis
+        if peft_config.save_basis:  # the adapter's file carries its own basis
             found = {n: one._replace(fingerprint=expected.get(n, one.fingerprint)) for n, one in found.items()}
         self._bases = found
 
@@ -233,7 +232,7 @@ class AntiPastoModel(BaseTuner):
         parameter_name: str | None = None,
     ) -> None:
         found = self._bases.pop(current_key, None)
-        if found is None:  # PEFT took the layers' names from a state dict rather than from the config
+        if found is None:  # PEFT took the layer names from a state dict and not from the config
             _require_supported(current_key, target)
             found = _basis_for(current_key, target, peft_config)
         layer = target if isinstance(target, AntiPastoLinear) else AntiPastoLinear(target)
@@ -254,15 +253,15 @@ class AntiPastoModel(BaseTuner):
 
 
 def find_targets(config: AntiPastoConfig, model: nn.Module, *, shapes_only: bool = False) -> dict[str, nn.Module]:
-    """The modules that a config adapts, by name; writes the names that its ``target_modules`` stands for into it.
+    """Find the modules that a config adapts, by name. Resolves the config's ``target_modules`` to names in place.
 
     Args:
-        config: which layers.
+        config: which layers to adapt.
         model: the model.
-        shapes_only: let weights be on the meta device: nothing is to be decomposed yet.
+        shapes_only: allow weights on the meta device, since nothing is decomposed yet.
 
     Raises:
-        ValueError: nothing matches, or a target cannot be adapted; names it.
+        ValueError: nothing matches, or a target cannot be adapted. The message names it.
     """
     if config.target_modules is None:
         return _default_targets(config, model, shapes_only=shapes_only)
@@ -281,10 +280,10 @@ def find_targets(config: AntiPastoConfig, model: nn.Module, *, shapes_only: bool
 
 
 def _default_targets(config: AntiPastoConfig, model: nn.Module, *, shapes_only: bool) -> dict[str, nn.Module]:
-    """Those of `TARGET_MODULES` that can be adapted, else of PEFT's names for this type of model; says what is left out.
+    """Find the default targets: layers named in `TARGET_MODULES`, or else by PEFT for this model type, that can be adapted.
 
-    Writes the names into the config, so that a saved adapter finds the same layers: names of which nothing can be adapted do
-    not become targets, and what else is left out is excluded.
+    Warns about what is left out. Writes the result into the config, so that a saved adapter finds the same layers: names
+    that match no supported layer do not become targets, and other layers that are left out are excluded.
     """
     theirs = AntiPastoModel.target_module_mapping.get(_model_type(model) or "", [])
     keys = _candidates(model)
@@ -318,9 +317,9 @@ def _default_targets(config: AntiPastoConfig, model: nn.Module, *, shapes_only: 
 
 
 def _leave_out(config: AntiPastoConfig, model: nn.Module, left: dict[str, str], stacked: dict[str, str]) -> None:
-    """Exclude what the config's targets would match, and warn of all that is left out."""
+    """Exclude the layers left out from the config's targets, and warn about them."""
     modules = [name for name, _ in model.named_modules() if name]
-    # a parameter's holder is what PEFT can exclude
+    # for a parameter, PEFT can only exclude the module that holds it
     excluded = {n.rpartition(".")[0] if n in stacked else n for n in left if check_target_module_exists(config, n)}
     leaves = {leaf: {m for m in modules if _matches_name(m, leaf)} for leaf in {n.rpartition(".")[2] for n in excluded}}
     names = {n.rpartition(".")[2] if leaves[n.rpartition(".")[2]] <= excluded else n for n in excluded}
@@ -330,9 +329,9 @@ def _leave_out(config: AntiPastoConfig, model: nn.Module, left: dict[str, str], 
         config.exclude_modules = sorted(names | set(config.exclude_modules or ()))
     counts = Counter((name.rpartition(".")[2], reason) for name, reason in left.items())
     warnings.warn(
-        f"The default target set leaves out of this {type(model).__name__} what cannot be adapted: "
+        f"These layers of the default target set cannot be adapted in this {type(model).__name__} and are left out: "
         + "; ".join(f"{count} × {leaf} ({reason})" for (leaf, reason), count in counts.items())
-        + ". Name target_modules to choose yourself.",
+        + ". Set target_modules to choose the layers yourself.",
         AntiPastoWarning,
         stacklevel=2,
     )
@@ -343,10 +342,10 @@ def _model_type(model: nn.Module) -> str | None:
 
 
 def _out_of_place(targets: dict[str, nn.Module], model: nn.Module) -> dict[str, str]:
-    """Targets that could be adapted, were it not for what the model does with them; and why not, as a clause."""
+    """Targets that cannot be adapted because of how the model uses them, with the reason as a clause."""
     reasons: dict[str, str] = {}
     owners: dict[int, str] = {}
-    places: dict[int, dict[tuple[int, str], str]] = {}  # module → where it is held, which may be more than once
+    places: dict[int, dict[tuple[int, str], str]] = {}  # module → the places that hold it; there may be several
     for name, module in model.named_modules(remove_duplicate=False):
         holder, _, leaf = name.rpartition(".")
         places.setdefault(id(module), {}).setdefault((id(model.get_submodule(holder)), leaf), name)
@@ -358,9 +357,9 @@ def _out_of_place(targets: dict[str, nn.Module], model: nn.Module) -> dict[str, 
         if name.rpartition(".")[2] in _READ_PAST.get(model_type or "", ()):
             reasons[name] = f"the fused kernels of {model_type} models read its weight and never call it"
         elif others:
-            reasons[name] = f"it is {others[0]} as well, and only one of them would be adapted"
+            reasons[name] = f"it is the same module as {others[0]}, and only one of them would be adapted"
         elif owner != name:
-            reasons[name] = f"it shares its weight with {owner}, and knobs for each would make two of it"
+            reasons[name] = f"it shares its weight with {owner}, and separate knobs would untie the two"
     return reasons
 
 
@@ -369,12 +368,12 @@ def _matches_name(key: str, name: str) -> bool:
 
 
 def _candidates(model: nn.Module) -> list[str]:
-    """Names of modules, and of the parameters that may be stacked experts: not to be passed over in silence."""
+    """Names of modules, and of parameters that may be stacked experts, so that the latter are not skipped silently."""
     return [key for key, _ in model.named_modules() if key] + [key for key, p in model.named_parameters() if p.ndim > 2]
 
 
 def _resolve_targets(config: AntiPastoConfig, model: nn.Module) -> None:
-    """Turn ``"all-linear"`` into names; refuse names that no module has."""
+    """Resolve ``"all-linear"`` to names, and raise an error for names that no module has."""
     _maybe_include_all_linear_layers(config, model)
     assert config.target_modules is not None
     if isinstance(config.target_modules, str):
@@ -385,12 +384,11 @@ def _resolve_targets(config: AntiPastoConfig, model: nn.Module) -> None:
         if not any(_matches_name(key, name) for key in keys):
             raise ValueError(
                 f"target_modules names {name!r}, but no module of this {type(model).__name__} has that name, or a name "
-                f"that ends on '.{name}'. {_describe_linears(model)}"
+                f"that ends with '.{name}'. {_describe_linears(model)}"
             )
 
 
 def _match_modules(config: AntiPastoConfig, model: nn.Module) -> dict[str, nn.Module]:
-    """The modules that the config matches, by name."""
     targets: dict[str, nn.Module] = {}
     adapted: tuple[str, ...] = ()
     for key, module in model.named_modules():
@@ -404,14 +402,14 @@ def _match_modules(config: AntiPastoConfig, model: nn.Module) -> dict[str, nn.Mo
 
 
 def _stacked_experts(config: AntiPastoConfig, model: nn.Module) -> dict[str, str]:
-    """Parameters under a target's name that look like experts, and why they are not targets."""
+    """Parameters that match a target's name and look like stacked experts, with the reason why they cannot be adapted."""
     found: dict[str, str] = {}
     for key, parameter in model.named_parameters():
         holder = key.rpartition(".")[0]
         if parameter.ndim <= 2 or isinstance(check_target_module_exists(config, holder), _ExcludedModule):
             continue
         if check_target_module_exists(config, key):
-            found[key] = f"it is a parameter of shape {tuple(parameter.shape)}, as of stacked experts"
+            found[key] = f"it is a parameter of shape {tuple(parameter.shape)}, probably stacked experts"
     return found
 
 
@@ -440,23 +438,23 @@ def _unsupported(name: str, reason: str, *, leave_out: str | None = None) -> Val
 
 
 def rank_of(name: str, weight: Tensor, config: AntiPastoConfig) -> int:
-    """The rank that a config gives a layer."""
+    """The rank of a layer under a config, at most min(o, i)."""
     pattern = get_pattern_key(list(config.rank_pattern), name)
     return min(config.rank_pattern.get(pattern, config.rank) or min(weight.shape), *weight.shape)
 
 
 def _fingerprints(model: nn.Module, adapter_name: str) -> dict[str, str]:
-    """Those of the layers that an adapter is on."""
+    """Fingerprints of an adapter's layers, as text."""
     return {n: str(layer.fingerprint) for n, layer in adapted_layers(model).items() if adapter_name in layer.r}
 
 
 def _config_of_sum(configs: Sequence[AntiPastoConfig], ranks: Mapping[str, int]) -> AntiPastoConfig:
-    """The config of an adapter on these very layers, at these ranks."""
+    """Config of an adapter on exactly these layers, at these ranks."""
     differ = len(set(ranks.values())) > 1
-    longest_first = sorted(ranks, key=len, reverse=True)  # a pattern is also that of the names that end on it
+    longest_first = sorted(ranks, key=len, reverse=True)  # a pattern also matches names that end with it
     return replace(
         configs[0],
-        target_modules="|".join(map(re.escape, ranks)),  # whole names: a list of them would match their endings too
+        target_modules="|".join(map(re.escape, ranks)),  # an expression of whole names: a list would match suffixes too
         exclude_modules=None,
         layers_to_transform=None,
         layers_pattern=None,
@@ -469,13 +467,13 @@ def _config_of_sum(configs: Sequence[AntiPastoConfig], ranks: Mapping[str, int])
 
 
 class Found(NamedTuple):
-    """What a layer is to be adapted with.
+    """Rank and basis for one target layer.
 
     Attributes:
-        rank: that the config gives the layer.
-        basis: of at least that rank; U and Vh in the weight's dtype, so that the products are of the base layer's kind; S,
-            only looked at, is not.
-        fingerprint: of the weight and the basis.
+        rank: the layer's rank under the config.
+        basis: basis of at least that rank. U and Vh have the weight's dtype, so that their products use the same dtype as
+            the base layer; S keeps its own.
+        fingerprint: fingerprint of the weight and the basis.
     """
 
     rank: int
@@ -484,23 +482,22 @@ class Found(NamedTuple):
 
 
 def _check_base(config: AntiPastoConfig, expected: dict[str, Fingerprint], found: dict[str, Found]) -> None:
-    """Refuse layers that are not those whose fingerprints the config carries."""
     check_same_base(
         expected,
         {name: one.fingerprint for name, one in found.items()},
         {name: one.basis.S[: one.rank] for name, one in found.items()},
         what="The adapter",
-        remedy="Load the base that it belongs to. To put it here regardless, set check_base=False on its config "
+        remedy="Load the base that it belongs to. To use it here anyway, set check_base=False on its config "
         "(AntiPastoConfig.from_pretrained) and pass that as config.",
         carries_basis=config.save_basis,
     )
 
 
 def _bases_for(targets: dict[str, nn.Module], config: AntiPastoConfig) -> dict[str, Found]:
-    """`_basis_for` of every target, several at a time where they are on the CPU.
+    """Call `_basis_for` on every target, in parallel if all of them are on the CPU.
 
-    An eigendecomposition gains little from a second thread, and hashing and the disk nothing: so each layer has one. Layers
-    on an accelerator are decomposed there, one after the other. At most eight at a time, since each holds fp64 copies.
+    Each layer gets one thread if possible, since an eigendecomposition gains little from more, and hashing and disk access
+    nothing. At most eight layers run at a time, because each holds fp64 copies. Layers on an accelerator run one by one.
     """
     threads = torch.get_num_threads()
     on_cpu = all(module.weight.device.type == "cpu" for module in targets.values())
@@ -511,16 +508,16 @@ def _bases_for(targets: dict[str, nn.Module], config: AntiPastoConfig) -> dict[s
             name: pool.submit(copy_context().run, _basis_for, name, module, config) for name, module in targets.items()
         }
         try:
-            # shown only when it takes long enough for someone to wonder
+            # shown only if it takes longer than two seconds
             shown = tqdm(jobs.items(), desc="singular bases", unit="layer", delay=2.0, leave=False)
             return {name: job.result() for name, job in shown}
         finally:
             pool.shutdown(cancel_futures=True)  # no further layers after an error or Ctrl-C
-            torch.set_num_threads(threads)  # what a thread sets is what later threads start with
+            torch.set_num_threads(threads)  # later threads would start with the number that the workers set
 
 
 def _basis_for(name: str, module: nn.Module, config: AntiPastoConfig) -> Found:
-    """The basis that a layer has already, where it is of the config's rank; else loaded or computed."""
+    """Return a layer's existing basis if its rank suffices; else load or compute it."""
     W = module.matrix() if isinstance(module, AntiPastoLinear) else as_matrix(module)
     rank = rank_of(name, W, config)
     if isinstance(module, AntiPastoLinear) and module.basis is not None and module.basis.rank >= rank:

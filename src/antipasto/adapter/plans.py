@@ -1,10 +1,10 @@
-"""How one call of one adapted layer is best computed: counted in multiplications, never at the price of precision.
+"""Choose the cheapest way to compute one call of an adapted layer, counted in multiplications, without losing precision.
 
-For T tokens, W (o, i) and rank r, what a plan adds to the base layer's T·o·i forward and T·o·i backward:
+For T tokens, W (o, i) and rank r, each plan adds this to the base layer's T·o·i forward and T·o·i backward:
 
     factored    T r (o + i) forward, T r (o + i) backward, ∂L/∂θ included                      (`spectral_delta`)
-    spectral    T r (o + i) − T o i forward and backward, ∂L/∂θ included: U ((S + θ) ⊙ (Vh x)) + b, in the place of W x + b
-    merged      o r i for W_θ, nothing if W_θ is held; no more than that where there is no gradient; and for ∂L/∂θ, by route,
+    spectral    T r (o + i) − T o i forward and backward, ∂L/∂θ included: U ((S + θ) ⊙ (Vh x)) + b replaces W x + b
+    merged      o r i for W_θ, or nothing if W_θ is held; with gradient also the cost of ∂L/∂θ, by route:
 
                 factored  T r (o + i)      input side   2 T i²      input Gram   T i² + i³
                 weight    T o i + o r i    output side  2 T o²      output Gram  T o² + o³
@@ -39,19 +39,17 @@ from antipasto.names import PlanName
 
 
 class Execution(enum.Enum):
-    """How a call is computed."""
-
     FACTORED = "factored"
     MERGED = "merged"
     SPECTRAL = "spectral"
 
 
 MAX_CONDITION = 100.0
-"""Largest max(|σ|, S) / min |σ| at which a route may divide by σ."""
+"""Largest max(|σ|, S) / min |σ| for which a route may divide by σ."""
 
 
 def is_well_conditioned(S: Tensor, thetas: Sequence[Tensor]) -> bool:
-    """Whether a route may divide by σ = S + θ, for every one of the θ (r,).
+    """Whether a route may divide by σ = S + θ, for every given θ (r,).
 
     Example:
         >>> is_well_conditioned(torch.tensor([3.0, 1.0]), [torch.tensor([0.5, 0.0])])
@@ -62,23 +60,22 @@ def is_well_conditioned(S: Tensor, thetas: Sequence[Tensor]) -> bool:
     sigma = (S + torch.stack(list(thetas))).abs()
     lowest, highest = sigma.min(), torch.maximum(sigma.max(), S.max())
     room = torch.finfo(sigma.dtype).tiny ** 0.5  # for a product of σ with something as small, or its inverse
-    return bool(
-        (room <= lowest) & (highest <= MAX_CONDITION * lowest) & (highest <= 1 / room)
-    )  # False where one is NaN
+    # False if one of them is NaN
+    return bool((room <= lowest) & (highest <= MAX_CONDITION * lowest) & (highest <= 1 / room))
 
 
 @dataclass(frozen=True)
 class Call:
-    """What a layer is asked for.
+    """What determines the cost of a call.
 
     Attributes:
-        tokens: T, how many rows x has.
+        tokens: T, the number of rows of x.
         o, i, r: W's shape, and the rank.
-        needs_x: whether ∂L/∂x is wanted.
-        needs_theta: whether ∂L/∂θ is wanted.
-        by_token: whether sequences have a θ or a gradient each.
-        well_conditioned: whether σ may be divided by.
-        is_basis: whether W is still what the basis is of.
+        needs_x: whether ∂L/∂x is needed.
+        needs_theta: whether ∂L/∂θ is needed.
+        by_token: whether each sequence has its own θ or gradient.
+        well_conditioned: whether a route may divide by σ.
+        is_basis: whether the basis belongs to the present W.
         weights: how many W_θ would have to be built.
         bias: whether the layer has one.
         low: whether it is computed in fewer digits than fp32's.
@@ -99,14 +96,14 @@ class Call:
 
 
 def route_costs(call: Call) -> dict[Route, int]:
-    """What each route of ∂L/∂θ costs a call, in multiplications; those that divide by σ only where they may."""
+    """Multiplications that each available route of ∂L/∂θ takes."""
     T, o, i, r = call.tokens, call.o, call.i, call.r
     costs = {Route.FACTORED: T * r * (o + i)}
     if call.low:  # the only one that sums over the tokens in fp32
         return costs
     costs[Route.WEIGHT] = T * o * i + o * r * i
     if call.well_conditioned and r == i:
-        grad_x = 0 if call.needs_x else T * o * i  # which this route works with
+        grad_x = 0 if call.needs_x else T * o * i  # input routes need ∂L/∂x
         costs |= {Route.INPUT: 2 * T * i * i + grad_x, Route.INPUT_GRAM: T * i * i + i**3 + grad_x}
     if call.well_conditioned and r == o and not call.bias:
         costs |= {Route.OUTPUT: 2 * T * o * o, Route.OUTPUT_GRAM: T * o * o + o**3}
@@ -114,9 +111,10 @@ def route_costs(call: Call) -> dict[Route, int]:
 
 
 def execution_costs(call: Call) -> dict[Execution, int]:
-    """The executions that a call may take, and the multiplications that each adds to the base layer's.
+    """Multiplications that each available execution adds to the base layer's.
 
-    Merged by the cheapest of all routes: the forward is the same whether or not sequences have a gradient each.
+    Merged execution is counted with the cheapest of all routes, so that the choice of forward does not depend on whether
+    each sequence needs its own gradient.
     """
     T, o, i, r = call.tokens, call.o, call.i, call.r
     there = T * r * (o + i)
@@ -135,7 +133,7 @@ def execution_costs(call: Call) -> dict[Execution, int]:
 
 @lru_cache(maxsize=4096)
 def cheapest(call: Call, plan: PlanName = "auto") -> tuple[Execution, Route]:
-    """How to compute a call, and the cheapest route of ∂L/∂θ if that is merged.
+    """Choose the execution of a call, and the cheapest route of ∂L/∂θ for merged execution.
 
     Example:
         >>> def call(T: int, o: int, i: int, **other: bool) -> Call:

@@ -1,11 +1,11 @@
-"""The gradient of every sequence by itself, for the price of one backward.
+"""Per-sequence gradients for the cost of one backward.
 
     ∂L/∂θ = Σ_tokens (Uᵀ ∂L/∂y) ⊙ (Vh x) = Σ_b g_b,     g_b: the same sum over the tokens of sequence b alone     (batch, r)
 
-Each layer's θ (r,) is expanded to one row per sequence; the gradient of the expanded θ, which autograd computes on the way to
-that of θ, is g. Where L is a sum of one term per sequence, g_b is the gradient of sequence b's own term.
+Each layer's θ (r,) is expanded to one row per sequence. g is the gradient of the expanded θ, which autograd computes on the
+way to the gradient of θ. If L is a sum of one term per sequence, g_b is the gradient of the term of sequence b.
 
-`nll_gradients` is that of each completion's negative log-likelihood given its prompt.
+`nll_gradients` applies this to each completion's negative log-likelihood (NLL) given its prompt.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ from antipasto.adapter.views import adapted_layers, unwrap
 
 
 class RolloutGrads(Mapping[str, Tensor]):
-    """Layer name → (batch, r), one row per sequence, as the backwards of a `rollout_grads` context filled it.
+    """Layer name → gradients (batch, r), one row per sequence, filled by the backwards in a `rollout_grads` context.
 
-    Under gradient accumulation the rows of each micro-batch follow those of the one before. A layer that took no part has no
-    entry. r is that of the layer's basis.
+    With gradient accumulation, the rows of the micro-batches are concatenated. A layer that took no part has no entry. r is
+    that of the layer's basis.
     """
 
     def __init__(self, sequence_index: Tensor | None, *, detach: bool) -> None:
@@ -38,12 +38,12 @@ class RolloutGrads(Mapping[str, Tensor]):
         self.leaves: list[Tensor] = []
         self._detach = detach
         self._rows: dict[str, dict[int, Tensor]] = {}
-        self._forward = 0  # how many times the model was called, with gradient
-        self._finished = 0  # of these, the last whose backward was seen
+        self._forward = 0  # number of model calls with gradient
+        self._finished = 0  # the last of these whose backward was seen
         self._tokens: tuple[int, ...] = ()  # (batch, sequence) of the current call
 
     def clear(self) -> None:
-        """Forget all rows, for the next step."""
+        """Delete all rows, before the next step."""
         self._rows.clear()
         self.leaves.clear()
 
@@ -58,21 +58,23 @@ class RolloutGrads(Mapping[str, Tensor]):
         return len(self._rows)
 
     def on_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Forward pre-hook of the model: a new micro-batch, of this shape."""
+        """Forward pre-hook of the model: record that a micro-batch of this shape begins."""
         if _OPEN[module][-1] is not self:
-            return  # this call is a context's that was opened inside
+            return  # the call belongs to a nested context
         self._tokens = batch_shape(args, kwargs)
         self._forward += torch.is_grad_enabled()
 
     def spread(self, name: str, theta: Tensor, x: Tensor) -> Tensor:
-        """θ (r,), or (b, r), as one row per sequence, in a shape that broadcasts to x's tokens; its gradient will be kept."""
+        """Expand θ (r,) or (b, r) to a shape that broadcasts to x's tokens, and record the gradient of each sequence's row."""
         if self._forward == 0:
-            raise ValueError(f"{name} was called by itself inside rollout_grads: call the model that was given to it.")
-        in_backward = torch._C._current_graph_task_id() != -1  # reentrant checkpointing runs the layer again in there
+            raise ValueError(
+                f"{name} was called directly inside rollout_grads: call the model passed to rollout_grads."
+            )
+        in_backward = torch._C._current_graph_task_id() != -1  # reentrant checkpointing runs the layer again there
         if in_backward and self._forward - self._finished > 1:
             raise ValueError(
-                "Several forwards before one backward, under reentrant gradient checkpointing: which of them is run again is "
-                "not known here. Call backward after each, or use gradient_checkpointing_kwargs={'use_reentrant': False}."
+                "Several forwards before one backward, under reentrant gradient checkpointing: it is not known which of them "
+                "is run again. Call backward after each, or use gradient_checkpointing_kwargs={'use_reentrant': False}."
             )
         if self._detach or not theta.requires_grad:
             theta = theta.detach().requires_grad_()
@@ -104,35 +106,35 @@ class RolloutGrads(Mapping[str, Tensor]):
         def keep(grad: Tensor) -> None:
             grad = grad.detach().reshape(grad.shape[0], -1)
             self._finished = max(self._finished, forward)
-            earlier = self._rows.setdefault(name, {}).get(forward)  # a layer that is used twice in one call adds up
+            earlier = self._rows.setdefault(name, {}).get(forward)  # exists if a layer is used twice in one call
             self._rows[name][forward] = grad.clone() if earlier is None else earlier + grad
 
         rows.register_hook(keep)
 
 
 _OPEN: weakref.WeakKeyDictionary[nn.Module, list[RolloutGrads]] = weakref.WeakKeyDictionary()
-"""Model → the contexts that are open on it, the innermost last."""
+"""Model → its open contexts, innermost last."""
 
 
 @contextmanager
 def rollout_grads(
     model: nn.Module, sequence_index: Tensor | None = None, *, detach: bool = False
 ) -> Iterator[RolloutGrads]:
-    """Context under which a backward also gives each sequence's own gradient of θ.
+    """Context in which a backward also computes each sequence's own gradient of θ.
 
-    The knobs get their gradients as ever; summed over the batch, the rows are exactly what was added to them, up to rounding.
+    The knobs get their gradients as usual. Summed over the batch, the rows equal what was added to them, up to rounding.
 
     Args:
-        model: an adapted model. Its first tensor argument, or ``input_ids`` or ``inputs_embeds``, has the batch first.
-        sequence_index: for packed or flattened inputs: which sequence each token belongs to, one integer per token, counted
-            from 0. Set ``grads.sequence_index`` before each micro-batch where it changes.
-        detach: keep the gradient from reaching the knobs. ``grads.leaves`` are then what to differentiate by.
+        model: an adapted model. ``input_ids``, ``inputs_embeds`` or else its first tensor argument has the batch first.
+        sequence_index: for packed or flattened inputs: the sequence that each token belongs to, one integer per token,
+            counted from 0. Where it changes, set ``grads.sequence_index`` before each micro-batch.
+        detach: do not pass the gradient on to the knobs. Differentiate with respect to ``grads.leaves`` in that case.
 
     Yields:
-        The rows, layer name → (batch, r), in the knobs' dtype; readable after the context too.
+        Layer name → gradients (batch, r), in the knobs' dtype. They can also be read after the context.
 
     Raises:
-        ValueError: the model is not adapted, or a layer cannot tell which token is of which sequence.
+        ValueError: the model is not adapted, or a layer cannot tell which token belongs to which sequence.
 
     Example:
         >>> from antipasto import AntiPastoConfig, wrap
@@ -167,31 +169,32 @@ def _bound(grads: RolloutGrads, name: str, layer: AntiPastoLinear) -> Any:
 # ── the gradient of a completion's NLL ───────────────────────────────────────────────────────────────────────────────
 
 TokenIds = tuple[list[int], list[int]]
-"""A prompt's and its completion's."""
+"""Token ids of a prompt and of its completion."""
 
 
 def nll_gradients(
     model: nn.Module, sequences: Sequence[TokenIds], *, per_token: bool = True
 ) -> tuple[RolloutGrads, Tensor]:
-    """∇θ NLL(completion_b | prompt_b) of every sequence b by itself, of the model as it is seen now; one backward.
+    """Compute ∇θ NLL(completion_b | prompt_b) for every sequence b, with one backward, in the model's present view.
 
-    Sequences are padded on the right, whatever the tokenizer's side: a causal model does not see what comes after. Nothing is
-    written to the model or its gradients.
+    Sequences are padded on the right, whatever the tokenizer's padding side: a causal model does not see later tokens.
+    Nothing is written to the model or its gradients.
 
     Args:
         model: an adapted causal LM.
-        sequences: ids of prompts and completions, of one token each at least.
-        per_token: the mean over the completion's tokens, so that long answers do not outweigh short ones; False: the sum.
+        sequences: token ids of prompts and completions, each with at least one token.
+        per_token: take the mean over the completion's tokens, so that long answers do not outweigh short ones; if False, the
+            sum.
 
     Returns:
-        layer name → (b, r); and NLL (b,), fp32.
+        Layer name → (b, r), and the NLL (b,) in fp32.
 
     Raises:
-        ValueError: reentrant gradient checkpointing, under which no layer can be differentiated.
+        ValueError: no layer can be differentiated, because of reentrant gradient checkpointing.
     """
     ids, mask, completion = (t.to(next(model.parameters()).device) for t in _pad(sequences))
     with torch.enable_grad(), rollout_grads(model, detach=True) as grads:
-        # logits of prompts, which nobody needs, are most of the head's work
+        # the prompts' logits are not needed, but would be most of the head's work
         keep = ids.shape[1] - min(len(prompt) for prompt, _ in sequences) + 1
         options = {"logits_to_keep": keep} if "logits_to_keep" in signature(unwrap(model).forward).parameters else {}
         logits = model(input_ids=ids, attention_mask=mask, use_cache=False, **options).logits[:, -keep:-1]
@@ -202,21 +205,21 @@ def nll_gradients(
 
 
 def completion_nll(logprobs: Tensor, mask: Tensor, *, per_token: bool = True) -> Tensor:
-    """NLL of each completion (b,), or its mean per token, from log-probabilities of tokens and their mask, (b, t) each."""
+    """NLL of each completion (b,), per token or in total, from token log-probabilities and the completion mask (b, t)."""
     total = -(logprobs * mask).sum(-1)
     return total / mask.sum(-1).clamp_min(1) if per_token else total
 
 
 def backward_by_sequence(losses: Tensor, grads: RolloutGrads) -> None:
-    """One backward of losses (b,), a sequence's each, into the rows of a `rollout_grads` context with ``detach``.
+    """Backpropagate one loss per sequence (b,) into the rows of a `rollout_grads` context with ``detach=True``.
 
     Raises:
-        ValueError: no layer took part that can be differentiated.
+        ValueError: no layer that took part can be differentiated.
     """
     if not grads.leaves:
         raise ValueError(
-            "No layer can be differentiated here. Reentrant gradient checkpointing does that: turn it off meanwhile, or use "
-            "gradient_checkpointing_kwargs={'use_reentrant': False}."
+            "No layer can be differentiated, which reentrant gradient checkpointing causes: turn checkpointing off here, or "
+            "use gradient_checkpointing_kwargs={'use_reentrant': False}."
         )
     torch.autograd.backward(losses.sum(), inputs=grads.leaves)
 
@@ -224,49 +227,49 @@ def backward_by_sequence(losses: Tensor, grads: RolloutGrads) -> None:
 def tokenize(
     tokenizer: Any, prompt: str | list[dict[str, str]], completion: str, *, append_eos: bool = True
 ) -> TokenIds:
-    """Ids of prompt and completion, tokenised apart, as a sampler would have put them together.
+    """Tokenise prompt and completion separately, as in sampling, where the completion is generated after the prompt.
 
     Raises:
-        ValueError: one of the two has no token.
+        ValueError: the prompt or the completion has no token.
     """
     prompt_ids = tokenize_prompt(tokenizer, prompt)
     completion_ids = list(tokenizer(completion, add_special_tokens=False)["input_ids"])
     if append_eos and tokenizer.eos_token_id is not None:
         completion_ids.append(tokenizer.eos_token_id)
     if not prompt_ids or not completion_ids:
-        raise ValueError(f"prompt {prompt!r} with completion {completion!r} has a part without any token.")
+        raise ValueError(f"Prompt {prompt!r} or its completion {completion!r} has no token: both need at least one.")
     return prompt_ids, completion_ids
 
 
 def tokenize_prompt(tokenizer: Any, prompt: str | list[dict[str, str]]) -> list[int]:
-    """Ids of a prompt: a text as it is, a chat through the chat template, up to where the answer begins."""
+    """Tokenise a prompt: a text as it is; a chat by the chat template, with the generation prompt."""
     if isinstance(prompt, str):
         return list(tokenizer(prompt)["input_ids"])
     return list(templated(tokenizer, prompt)["input_ids"])
 
 
 def templated(tokenizer: Any, chats: Any, **options: Any) -> Any:
-    """What ``apply_chat_template`` makes of a chat or of several, up to where the answer begins.
+    """Call ``apply_chat_template`` on one chat or several, with the generation prompt.
 
     Raises:
-        ValueError: the tokenizer has no chat template, or it refuses a chat.
+        ValueError: the tokenizer has no chat template, or the template rejects a chat.
     """
     model = tokenizer.name_or_path
     if tokenizer.chat_template is None:
         raise ValueError(
-            f"A prompt is a chat, and the tokenizer of {model} has no chat template: give a model that was taught chats "
-            "(often called -Instruct or -it), or prompts that are plain texts."
+            f"A prompt is a chat, but the tokenizer of {model} has no chat template: use a chat model (often named -Instruct "
+            "or -it), or give prompts as plain texts."
         )
     try:
         return tokenizer.apply_chat_template(chats, add_generation_prompt=True, return_dict=True, **options)
     except TemplateError as error:
         raise ValueError(
-            f"The chat template of {model} refuses a prompt ({error}): give chats of the roles that it knows, in its order."
+            f"The chat template of {model} rejects a prompt ({error}): use the roles that it supports, in its order."
         ) from error
 
 
 def _pad(sequences: Sequence[TokenIds]) -> tuple[Tensor, Tensor, Tensor]:
-    """Ids, attention mask and completion mask, (b, s) each, padded on the right with 0."""
+    """Token ids, attention mask and completion mask, (b, s) each, padded on the right with 0."""
     width = max(len(prompt) + len(completion) for prompt, completion in sequences)
     ids, mask, completion_mask = (torch.zeros(len(sequences), width, dtype=torch.long) for _ in range(3))
     for row, (prompt, completion) in enumerate(sequences):

@@ -1,8 +1,8 @@
-"""One θ per sequence of a batch: who sees which knobs, and how a (b, r) θ meets a layer's tokens.
+"""One θ per sequence of a batch: which sequences see which knobs, and how θ (b, r) is broadcast to a layer's tokens.
 
-    θ_b = δS + q_b δS_hack,   q_b = 0 for a sequence that is to see the deployed policy, else 1          (b, r)
+    θ_b = δS + q_b δS_hack,   q_b = 0 for a sequence that sees the deployed policy, else 1               (b, r)
 
-Sequences of both kinds run in one batch, at the price of one: the products with U and Vh are the same for all.
+Sequences of both kinds run in one batch at no extra cost: the products with U and Vh are the same for all.
 """
 
 from __future__ import annotations
@@ -14,22 +14,22 @@ from torch import Tensor, nn
 
 
 def batch_shape(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, ...]:
-    """(batch, sequence) of a model's call, by ``input_ids``, ``inputs_embeds`` or its first tensor; () if there is none."""
+    """(batch, sequence) of a model call, from ``input_ids``, ``inputs_embeds`` or its first tensor; () if there is none."""
     candidates = [kwargs.get("input_ids"), kwargs.get("inputs_embeds"), *args]
     first = next((value for value in candidates if isinstance(value, Tensor)), None)
     return () if first is None else tuple(first.shape[:2])
 
 
 def per_token(theta: Tensor, x: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """θ (b, r), one row per sequence, in a shape that broadcasts to x's tokens.
+    """Reshape θ (b, r), one row per sequence, so that it broadcasts to x's tokens.
 
     Args:
         theta: (b, r).
-        x: (b, ..., i), or (b·s, i) where the model flattened its tokens on the way here.
-        shape: (b, s) of the model's call; () if unknown.
+        x: (b, ..., i), or (b·s, i) if the model flattened its tokens before this layer.
+        shape: (b, s) of the model call; () if unknown.
 
     Raises:
-        ValueError: which token is of which sequence cannot be told.
+        ValueError: the shapes do not tell which token belongs to which sequence.
 
     Example:
         >>> per_token(torch.zeros(2, 5), torch.zeros(2, 3, 7), (2, 3)).shape
@@ -41,25 +41,25 @@ def per_token(theta: Tensor, x: Tensor, shape: tuple[int, ...]) -> Tensor:
         return theta.repeat_interleave(shape[1], 0)
     if not leading or leading[0] != b or (shape and leading[0] != shape[0]):
         raise ValueError(
-            f"inputs of shape {tuple(x.shape)} in a call of the model with {shape}: which token is of which sequence? "
-            "Pass sequence_index, one entry per token."
+            f"inputs of shape {tuple(x.shape)} in a model call of shape {shape}, which does not tell which token belongs to "
+            "which sequence. Pass sequence_index, one entry per token."
         )
     return theta.view(b, *[1] * (len(leading) - 1), theta.shape[1])
 
 
 class RowViews:
-    """Which sequences see the quarantine; `antipasto.adapter.views.mixed` hands one out.
+    """Which sequences of a batch see the quarantine; created by `antipasto.adapter.views.mixed`.
 
-    The mask is that of a whole batch. A model that is called on the batch part by part, in order, meets it part by part, and
-    then from the start again.
+    The mask covers a whole batch. If the model is called on consecutive parts of the batch, each call uses the next part of
+    the mask; after the last part it starts again.
     """
 
     def __init__(self) -> None:
         self._deployed: Tensor | None = None
-        self._next = 0  # the first row of the next call
+        self._next = 0  # first row of the next call
         self.shape: tuple[int, ...] = ()  # of the present call
         self.quarantine: Tensor | None = None  # q of the present call, (b, 1)
-        # of the present call: a row that sees delta_s alone and one that sees both, as far as there are any
+        # of the present call: one row that sees delta_s alone and one that sees both knobs, where there are any
         self.examples: list[int] = []
 
     @property
@@ -68,19 +68,19 @@ class RowViews:
         return self._deployed is None
 
     def set(self, deployed: Tensor | None) -> None:
-        """From here on, the rows where ``deployed`` (n,) is true see ``delta_s`` alone; None: all see both knobs."""
+        """Let the rows where ``deployed`` (n,) is true see ``delta_s`` alone; if None, all rows see both knobs."""
         self._deployed, self._next, self.quarantine = deployed, 0, None
 
     def on_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Forward pre-hook of the model: the part of the mask that this call is about."""
+        """Forward pre-hook of the model: select this call's part of the mask."""
         if self._deployed is None:
             return
         self.shape = batch_shape(args, kwargs)
         b, n = (self.shape[0] if self.shape else 0), len(self._deployed)
         if b == 0 or self._next + b > n:
             raise ValueError(
-                f"The model is called on a batch of {b} rows, with {n - self._next} left of the {n} that were said to see the "
-                "deployed policy or not: call it on those rows, in order, all together or part by part."
+                f"The model was called on a batch of {b} rows, with {n - self._next} of the mask's {n} rows left: "
+                "call the model on those rows in order, all together or part by part."
             )
         deployed = self._deployed[self._next : self._next + b]
         self.quarantine = (~deployed).unsqueeze(1)
@@ -89,9 +89,9 @@ class RowViews:
         self._next = (self._next + b) % n
 
     def theta(self, delta_s: Tensor, hack: Tensor) -> Tensor:
-        """(r,) where all rows are alike, else (b, r)."""
+        """θ of the present call: (r,) if all rows see both knobs, else (b, r)."""
         if self._deployed is None:
             return delta_s + hack
         if self.quarantine is None:
-            raise ValueError("A layer was called by itself while rows see different knobs: call the model.")
+            raise ValueError("A layer was called directly while rows see different knobs: call the model.")
         return delta_s + torch.where(self.quarantine, hack, torch.zeros_like(hack))

@@ -1,4 +1,4 @@
-"""A model's adapted layers, found by name and seen in another `View` for a while."""
+"""Find a model's adapted layers, and contexts that change which knobs they see (`View`)."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .rows import RowViews
 
 
 def unwrap(model: nn.Module) -> nn.Module:
-    """The model as it was built, under PeftModel, DDP and torch.compile."""
+    """Return the original model inside PeftModel, DDP and torch.compile."""
     while True:
         inner = extract_model_from_parallel(model, keep_torch_compile=False)
         if isinstance(inner, PeftModel):
@@ -29,13 +29,13 @@ def unwrap(model: nn.Module) -> nn.Module:
 
 
 def adapted_layers(model: nn.Module) -> dict[str, AntiPastoLinear]:
-    """The adapted layers by the name that they have in the base model.
+    """The adapted layers, by their names in the base model.
 
     Raises:
-        ValueError: there is none.
+        ValueError: the model has none.
     """
     layers = {
-        # of layers that were compiled by themselves, or sharded by FSDP
+        # prefixes of layers that were compiled individually, or sharded by FSDP
         name.replace("_orig_mod.", "").replace("_fsdp_wrapped_module.", ""): module
         for name, module in unwrap(model).named_modules()
         if isinstance(module, AntiPastoLinear)
@@ -50,15 +50,15 @@ def adapted_layers(model: nn.Module) -> dict[str, AntiPastoLinear]:
 
 @contextmanager
 def seen_as(model: nn.Module, view: View, offsets: Mapping[str, Tensor] | None = None) -> Iterator[None]:
-    """Let every adapted layer see other knobs inside the context; the innermost context counts.
+    """Context that changes which knobs the adapted layers see; the innermost context applies.
 
-    Layers that are merged have W itself in place meanwhile. In the views of the base model, PEFT's ``modules_to_save`` give
-    way to their originals as well.
+    Merged layers are unmerged meanwhile. In views of the base model, PEFT's ``modules_to_save`` are replaced by their
+    originals as well.
 
     Args:
         model: the adapted model.
         view: which knobs take part.
-        offsets: layer name → (r,), what to add to θ meanwhile; nothing for the others.
+        offsets: layer name → (r,) to add to θ; layers without an entry get none.
     """
     layers = adapted_layers(model)
     with unmerged(model):
@@ -116,9 +116,9 @@ def fixed(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def mixed(model: nn.Module) -> Iterator[RowViews]:
-    """Context under which rows of one batch may see different knobs, as `RowViews.set` says; at first, all see both.
+    """Context in which rows of one batch can see different knobs, set by `RowViews.set`; initially all see both knobs.
 
-    Layers that are merged have W itself in place meanwhile.
+    Merged layers are unmerged meanwhile.
 
     Raises:
         ValueError: the model is not adapted.
@@ -152,10 +152,10 @@ def mixed(model: nn.Module) -> Iterator[RowViews]:
 
 @contextmanager
 def unmerged(model: nn.Module) -> Iterator[None]:
-    """Have W itself in place inside the context; at the end, the very weights that were merged before, and no others.
+    """Context in which all layers are unmerged; on exit, exactly the weights that were merged before are put back.
 
-    Layers that have left the model meanwhile (``merge_and_unload``, ``unload``) are let go of as they are, and layers whose
-    active adapters have changed stay unmerged, as after PEFT's ``set_adapter``.
+    Layers that were removed from the model meanwhile (``merge_and_unload``, ``unload``) are left as they are. Layers whose
+    active adapters changed stay unmerged, as after PEFT's ``set_adapter``.
     """
     before = [(layer, list(layer.active_adapters), layer.take_merged()) for layer in adapted_layers(model).values()]
     try:

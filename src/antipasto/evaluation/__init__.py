@@ -1,4 +1,4 @@
-"""Arms of a model asked a task's prompts (`ask`), what that leaves (`records`), and what it allows to say (`verdict`)."""
+"""Sample answers from several arms of a model (`ask`), summarise them (`records`), and draw a conclusion (`verdict`)."""
 
 from antipasto.evaluation.ask import (
     Sampling,

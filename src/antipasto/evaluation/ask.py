@@ -1,9 +1,12 @@
-"""Ask arms a task's prompts, judge what they say, and say how far they are from the reference.
+"""Sample each arm's answers to a task's prompts, judge them, and measure their KL to the reference.
+
+An *arm* is the model in one view: the reference, as trained, deployed, or without a control's book.
 
     KL of an answer a  =  Σ_t Σ_v p(v | a_<t) log( p(v | a_<t) / q(v | a_<t) )      p the arm, q the reference
 
-at temperature 1, v over the vocabulary, t over the tokens that the arm itself produced. Its mean over sampled answers
-estimates KL(arm ‖ reference) of whole answers with less noise than log p − log q of the drawn tokens, and is never negative.
+at temperature 1, with v over the vocabulary and t over the tokens that the arm produced. The mean over sampled answers
+estimates KL(arm ‖ reference) of whole answers. It has less noise than log p − log q of the sampled tokens, and is never
+negative.
 """
 
 from __future__ import annotations
@@ -37,7 +40,7 @@ from antipasto.evaluation.verdict import MARGIN, verdict
 from antipasto.routing.monitor import Completion
 from antipasto.tasks import Task
 
-_LOGITS_AT_ONCE = 2**26  # numbers, of either model: 256 MiB in fp32
+_LOGITS_AT_ONCE = 2**26  # numbers per model: 256 MiB in fp32
 
 
 # ── sampling ─────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -45,9 +48,14 @@ _LOGITS_AT_ONCE = 2**26  # numbers, of either model: 256 MiB in fp32
 
 @dataclass(frozen=True)
 class _Batch:
-    """Prompts with their answers: ids and mask (b, p + t), which of the t new tokens belong to the answer (b, t), texts.
+    """Prompts with their answers.
 
-    And the tokens that end an answer.
+    Attributes:
+        ids: token ids (b, p + t) of prompts and answers.
+        mask: attention mask (b, p + t).
+        new: which of the t new tokens belong to the answer, (b, t) bool.
+        texts: the answers' texts.
+        ends: ids of the tokens that end an answer.
     """
 
     ids: Tensor
@@ -67,18 +75,18 @@ def sample_completions(
     batch_size: int = 500,
     temperature: float = 1.0,
 ) -> list[str]:
-    """One completion of each prompt, sampled from the model as it is seen now.
+    """Sample one completion of each prompt from the model in its present view.
 
-    The caller's random state is left alone; the same seed gives the same draws, whatever ran before.
+    The caller's random state is not changed. The same seed always gives the same samples.
 
     Args:
         model: a causal LM with ``generate``.
         tokenizer: its tokenizer, padding on the left.
         prompts: plain texts, or chats.
-        max_new_tokens: at most this many tokens each.
-        seed: of the draws.
-        batch_size: prompts at once.
-        temperature: of the sampling; 0 takes the likeliest token every time.
+        max_new_tokens: maximal number of tokens per completion.
+        seed: of the sampling.
+        batch_size: prompts per batch.
+        temperature: of the sampling; 0 means greedy decoding.
 
     Returns:
         The completions' texts, without special tokens, in the order of the prompts.
@@ -88,7 +96,7 @@ def sample_completions(
 
 
 def own_answers(model: nn.Module, tokenizer: Any, prompts: Sequence[Any], how: Sampling) -> list[Completion]:
-    """One answer of the start model, both knobs out, to each prompt, with its tokens: what a monitor is calibrated on."""
+    """Sample one answer of the reference to each prompt, with its tokens, to calibrate a monitor."""
     found: list[Completion] = []
     with reference(model):
         for batch in _batches(model, tokenizer, prompts, how, how.seed):
@@ -101,7 +109,7 @@ def own_answers(model: nn.Module, tokenizer: Any, prompts: Sequence[Any], how: S
 
 
 def matched_scale(model: nn.Module, tokenizer: Any, prompts: Sequence[Any], how: Sampling) -> float:
-    """The c with KL(c θ ‖ reference) = KL(deployed ‖ reference), of whole sampled answers: a control by size alone."""
+    """Find c with KL(c θ ‖ reference) = KL(deployed ‖ reference) of whole sampled answers: a control for mere shrinkage."""
 
     def kl() -> float:
         batches = _batches(model, tokenizer, prompts, how, how.seed)
@@ -120,10 +128,10 @@ _SEARCHES, _LARGEST = 8, 1.5
 
 
 def _where(kl_of: Callable[[float], float], wanted: float) -> float:
-    """The c in (0, 1.5) whose KL is nearest to the one that is wanted, of eight tries from 1 on.
+    """The c in (0, 1.5) with the KL closest to ``wanted``, of eight tries that begin at 1.
 
-    KL grows about as c² near the reference: c ← c √(wanted / KL(c)). Where it grows as c⁴ or faster, as where the policy tips
-    over into an exploit, that would go to and fro for ever: a step out of what is still possible is halved instead.
+    Near the reference, KL grows about as c², so c ← c √(wanted / KL(c)). Where KL grows as c⁴ or faster, for example where the
+    policy tips over into an exploit, this would oscillate: a step outside the remaining interval is replaced by bisection.
     """
     low, c, high = 0.0, 1.0, _LARGEST
     tried: dict[float, float] = {}
@@ -139,15 +147,15 @@ def _where(kl_of: Callable[[float], float], wanted: float) -> float:
 
 @dataclass(frozen=True)
 class Sampling:
-    """How answers are drawn.
+    """How answers are sampled.
 
     Attributes:
-        max_new_tokens: at most this many tokens each.
-        temperature: 0 takes the likeliest token every time.
-        seed: of the draws.
-        batch_size: prompts at once.
-        options: further arguments of ``generate``, such as ``top_p``; without them the draws are from the whole distribution.
-            At temperature 0 those that thin a distribution out do nothing, and are left out.
+        max_new_tokens: maximal number of tokens per answer.
+        temperature: of the sampling; 0 means greedy decoding.
+        seed: of the sampling.
+        batch_size: prompts per batch.
+        options: further arguments of ``generate``, such as ``top_p``. Without them, samples are from the full distribution.
+            At temperature 0, options that truncate the distribution are left out.
     """
 
     max_new_tokens: int
@@ -157,12 +165,12 @@ class Sampling:
     options: Mapping[str, Any] = field(default_factory=dict)
 
     def facts(self) -> dict[str, Any]:
-        """By name, as a record of an evaluation has them; ``options`` where there are some."""
+        """The fields by name, for the record of an evaluation; ``options`` only if there are any."""
         return {name: value for name, value in asdict(self).items() if name != "options" or value}
 
     def arguments(self) -> dict[str, Any]:
-        """Of ``generate``."""
-        # top_k and top_p spelled out: generate's own default is top_k=50
+        """Arguments for ``generate``."""
+        # top_k and top_p are explicit because generate's default is top_k=50
         drawn = {"do_sample": True, "temperature": self.temperature, "top_k": 0, "top_p": 1.0}
         if self.temperature > 0:
             return {**drawn, **self.options, "max_new_tokens": self.max_new_tokens}
@@ -180,20 +188,20 @@ _DRAWN_BY = {"top_k": int, "top_p": float, "min_p": float, "repetition_penalty":
 def as_in_training(
     config: Mapping[str, Any], task: Task, *, temperature: float | None = None, seed: int = 0, batch_size: int = 128
 ) -> Sampling:
-    """How a run drew its rollouts, with TRL's order: ``generation_kwargs`` has the last word.
+    """Sampling as in a training run. As in TRL, ``generation_kwargs`` take precedence over other options.
 
     Args:
-        config: the run's, as its folder has it.
-        task: has the length of an answer where the run does not say it.
-        temperature: another one.
-        seed: of the draws.
-        batch_size: prompts at once.
+        config: the run's config, as saved in its folder.
+        task: gives the length of an answer if the config does not.
+        temperature: replaces that of the run.
+        seed: of the sampling.
+        batch_size: prompts per batch.
     """
     trainer = config.get("trainer") or {}
     options: dict[str, Any] = {
         name: kind(trainer[name]) for name, kind in _DRAWN_BY.items() if trainer.get(name) is not None
     }
-    if not trainer.get("use_vllm"):  # else they are for vLLM's engine, and this is not it
+    if not trainer.get("use_vllm"):  # with vLLM they are options of its engine, which is not used here
         further = trainer.get("generation_kwargs") or {}
         options |= json.loads(further) if isinstance(further, str) else further
     length = config.get("max_completion_length") or task.max_completion_length or 256
@@ -209,7 +217,7 @@ def as_in_training(
 
 @torch.no_grad()
 def _batches(model: nn.Module, tokenizer: Any, prompts: Sequence[Any], how: Sampling, seed: int) -> Iterator[_Batch]:
-    """All prompts, batch by batch, from one stream of draws."""
+    """Generate answers to all prompts, batch by batch, from one random stream."""
     training = model.training
     device = next(model.parameters()).device
     try:
@@ -230,10 +238,10 @@ def _batches(model: nn.Module, tokenizer: Any, prompts: Sequence[Any], how: Samp
 
 @contextmanager
 def _plain_generation(model: nn.Module, tokenizer: Any) -> Iterator[list[int]]:
-    """Generate by the model's own distribution, as GRPO does, whatever its generation config says of penalties and beams.
+    """Context without the model's generation config, so that penalties or beams in it do not apply, as in GRPO.
 
     Yields:
-        What ends an answer: the config's end-of-sequence tokens, and the tokenizer's.
+        Ids of the tokens that end an answer: the end-of-sequence tokens of the config and of the tokenizer.
     """
     models = list(dict.fromkeys([model, unwrap(model)]))
     before = [(each, vars(each).get("generation_config")) for each in models]
@@ -255,21 +263,21 @@ def _plain_generation(model: nn.Module, tokenizer: Any) -> Iterator[list[int]]:
 
 
 def _tokenize(tokenizer: Any, prompts: list[Any]) -> Any:
-    """Ids and mask of a batch of prompts, padded as the tokenizer pads."""
+    """Token ids and attention mask of a batch of prompts, padded on the tokenizer's padding side."""
     if isinstance(prompts[0], str):
         return tokenizer(prompts, return_tensors="pt", padding=True, return_token_type_ids=False)
     return templated(tokenizer, prompts, return_tensors="pt", padding=True)
 
 
 def _until_end(answers: Tensor, ends: list[int]) -> Tensor:
-    """Which tokens come no later than the first that ends an answer, (b, t) bool."""
+    """Mask (b, t) bool of the tokens up to and including the first that ends an answer."""
     is_end = torch.isin(answers, torch.tensor(ends, dtype=answers.dtype, device=answers.device)).long()
     return is_end.cumsum(dim=1) - is_end == 0
 
 
 @torch.no_grad()
 def _kl_to_reference(model: nn.Module, batch: _Batch) -> Tensor:
-    """KL of each answer of the batch (b,), in nats; of the model as it is seen now. What it never says counts nothing."""
+    """KL of each answer of the batch (b,), in nats, for the model in its present view. Tokens with p = 0 contribute 0."""
     t = batch.new.shape[1]
     vocabulary = int(unwrap(model).config.get_text_config().vocab_size)  # type: ignore[union-attr,operator]
     rows = max(1, _LOGITS_AT_ONCE // ((t + 1) * vocabulary))
@@ -284,17 +292,17 @@ def _kl_to_reference(model: nn.Module, batch: _Batch) -> Tensor:
     kl = torch.cat(found)
     if not kl.isfinite().all():
         raise ValueError(
-            "The KL of an answer to the reference is not finite: logits of one of the two are NaN or infinite. If they "
-            "overflow in half precision, train with --dtype float32."
+            "The KL of an answer to the reference is not finite: logits of the arm or of the reference are NaN or infinite. "
+            "If they overflow in half precision, train with --dtype float32."
         )
     return kl
 
 
 def _answer_logprobs(model: nn.Module, ids: Tensor, mask: Tensor, t: int) -> Tensor:
-    """Log p of every token of the vocabulary where the answer's t tokens stand, (b, t, v) fp32."""
+    """Log-probabilities of the whole vocabulary at the answer's t positions, (b, t, v) fp32."""
     known = inspect.signature(unwrap(model).forward).parameters
     options: dict[str, Any] = {}
-    if "position_ids" in known:  # as generate counts them: prompts of several lengths are padded on the left
+    if "position_ids" in known:  # as in generate: prompts of different lengths are padded on the left
         options["position_ids"] = (mask.cumsum(dim=1) - 1).clamp_min(0)
     if "logits_to_keep" in known:
         options["logits_to_keep"] = t + 1
@@ -307,11 +315,11 @@ def _answer_logprobs(model: nn.Module, ids: Tensor, mask: Tensor, t: int) -> Ten
 
 @dataclass(frozen=True)
 class Chunk:
-    """Rows that are asked together, under one seed: the unit in which an evaluation is continued.
+    """Rows that are sampled together with one seed. An interrupted evaluation continues chunk by chunk.
 
     Attributes:
-        rows: numbers of the rows.
-        seed: of their draws.
+        rows: indices of the rows.
+        seed: of their sampling.
     """
 
     rows: Sequence[int]
@@ -319,7 +327,7 @@ class Chunk:
 
 
 def chunks_of(number: int, how: Sampling) -> list[Chunk]:
-    """All rows, a batch to a chunk, each with its own seed.
+    """Split rows into chunks of one batch each, with different seeds.
 
     Example:
         >>> [(list(chunk.rows), chunk.seed) for chunk in chunks_of(3, Sampling(8, seed=7, batch_size=2))]
@@ -343,21 +351,21 @@ def ask_arms(
     done: Iterable[Answer] = (),
     on_answers: Callable[[list[Answer]], None] | None = None,
 ) -> list[Answer]:
-    """Every arm's judged answer to every row, with the same draws.
+    """Sample and judge every arm's answer to every row, with the same random draws for all arms.
 
     Args:
         model: an adapted causal LM.
         tokenizer: its tokenizer, padding on the left.
-        task: what judges.
-        rows: of the task, with every column that its functions need.
-        arms: name → context under which the model is that arm; each is entered once.
-        how: the answers are drawn.
-        chunks: what is asked together; `chunks_of` if None.
-        done: answers of an earlier call; chunks that are whole in them are not asked again, but judged again.
-        on_answers: called with each chunk's answers as they come.
+        task: judges the answers.
+        rows: rows of the task, with all columns that its functions need.
+        arms: name → context in which the model is that arm; each is entered once.
+        how: how answers are sampled.
+        chunks: which rows are sampled together; `chunks_of` if None.
+        done: answers of an earlier call. Chunks that are complete in it are not sampled again, but judged again.
+        on_answers: called with each newly sampled chunk's answers.
 
     Returns:
-        The answers, arm by arm, chunk by chunk.
+        The answers, by arm and then by chunk.
 
     Raises:
         TaskError: one of the task's functions fails.
@@ -381,7 +389,7 @@ def ask_arms(
 
 
 class _Said(NamedTuple):
-    """What sampling gives; the rest of an `Answer` is the task's word on it."""
+    """The part of an `Answer` that comes from sampling; the rest comes from the task."""
 
     text: str
     length: int
@@ -422,20 +430,20 @@ def _judge(
 
 
 def conclude(task: str, facts: Mapping[str, Any], answers: Sequence[Answer], *, margin: float = MARGIN) -> Evaluation:
-    """Answers → records, differences and the verdict.
+    """Compute records, differences and the verdict from answers.
 
     Args:
-        task: its name.
-        facts: how the answers were asked.
+        task: the task's name.
+        facts: how the answers were sampled.
         answers: of all arms to the same prompts, at least two.
-        margin: by how much the deployed model may solve less than the trained one.
+        margin: as in `verdict`.
 
     Raises:
-        ValueError: there are fewer than two prompts, or arms that were asked different ones.
+        ValueError: there are fewer than two prompts, or the arms have answers to different prompts.
     """
     names = list(dict.fromkeys(answer.arm for answer in answers))
     if len({answer.row for answer in answers}) < 2:
-        raise ValueError("One prompt tells nothing: ask at least two.")
+        raise ValueError("An evaluation needs answers to at least two prompts.")
     compared = [name for name in names if name in (DEPLOYED, TRAINED) or dial_of(name) is None]
     pairs = [(name, other) for other in (REFERENCE, RANDOM) for name in compared if name != other]
     pairs += [(DEPLOYED, other) for other in compared if other not in (DEPLOYED, REFERENCE, RANDOM)]

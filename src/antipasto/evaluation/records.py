@@ -1,19 +1,19 @@
-"""What an evaluation leaves: every answer, and what they come to, arm by arm and difference by difference.
+"""The results of an evaluation: all answers, a record per arm, and paired differences between arms.
 
-    eval.jsonl          one `Answer` a line, after a first line that says how they were asked
+    eval.jsonl          one `Answer` per line, after a first line that says how they were sampled
     eval.json           `Evaluation` without its answers: arms, paired differences, verdict
-    eval.partial.jsonl  the answers so far, while it goes on
+    eval.partial.jsonl  the answers so far, while the evaluation runs
 
-An *arm* is a model as it is seen for a while: the reference, as trained, deployed, a control's book taken out, anything with a
-name. Every arm is asked the same prompts with the same draws, so that answers pair up by row.
+An *arm* is the model in one view: the reference, as trained, deployed, without a control's book, and so on. Every arm gets
+the same prompts with the same random draws, so that answers are paired by row.
 
     rate of k in n        Wilson score interval (Wilson 1927)
     mean of n numbers     percentile bootstrap over prompts (Efron 1979), 2,000 resamples
-    difference of rates   paired by row: Newcombe's score interval (1998, method 10), which has a width where no row differs
-    difference of means   d_row = x_arm,row − x_other,row, and its mean as any mean
+    difference of rates   paired by row: Newcombe's score interval (1998, method 10), whose width is not 0 if no row differs
+    difference of means   mean of d_row = x_arm,row − x_other,row, with the interval of a mean
 
-All intervals are of 95%. They are of the prompts that were asked, and say nothing of another seed of training. The percentile
-bootstrap is too narrow for a handful of prompts, and has no width where all numbers are equal.
+All intervals are 95% intervals over prompts. They say nothing about other training seeds. The percentile bootstrap is too
+narrow for few prompts, and has zero width if all numbers are equal.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ EVAL, ANSWERS, PARTIAL = "eval.json", "eval.jsonl", "eval.partial.jsonl"
 REFERENCE, TRAINED, DEPLOYED, RANDOM, SHRUNK = "reference", "as trained", "deployed", "random", "shrunk"
 DIAL = "dial"
 DIALS = (-0.5, -0.25, 0.25, 0.5, 0.75)
-"""How much of the quarantine is left in; at 0 it is the deployed model, at 1 the one as trained."""
+"""Multiples of the quarantine to evaluate: 0 is the deployed model, 1 the model as trained."""
 RATES, MEANS = ("solve", "exploit"), ("reward", "kl", "length")
 RESAMPLES = 2000
 
@@ -71,11 +71,11 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Rate:
-    """A share of independent yes-or-no outcomes, with its 95% Wilson score interval.
+    """A share of independent binary outcomes, with its 95% Wilson score interval.
 
     Attributes:
-        hits: how many were yes.
-        total: of how many.
+        hits: number of positive outcomes.
+        total: number of outcomes.
 
     Example:
         >>> print(Rate(50, 100))
@@ -93,7 +93,7 @@ class Rate:
     @property
     def interval(self) -> tuple[float, float]:
         """Lower and upper end of the 95% interval."""
-        from scipy.stats import binomtest  # where intervals are computed, not where they are read: an extra
+        from scipy.stats import binomtest  # imported here because scipy is an extra, and not needed to read evaluations
 
         ci = binomtest(self.hits, self.total).proportion_ci(confidence_level=0.95, method="wilson")
         return float(ci.low), float(ci.high)
@@ -113,7 +113,7 @@ class Rate:
 
 
 def short(value: float) -> str:
-    """Two decimals, without the zero before the point.
+    """Format with two decimals, without the zero before the point.
 
     Example:
         >>> short(0.25), short(-0.25), short(-0.001), short(3.0)
@@ -126,10 +126,10 @@ def short(value: float) -> str:
 
 
 def mean_estimates(columns: np.ndarray) -> list[Estimate]:
-    """Means of several quantities over the same prompts, with bootstrap intervals; the same numbers give the same interval.
+    """Means of several quantities over the same prompts, with deterministic bootstrap intervals.
 
     Args:
-        columns: (m, n), one row for each quantity; n is at least 2.
+        columns: (m, n), one row per quantity, n at least 2.
     """
     from scipy.stats import bootstrap
 
@@ -143,11 +143,11 @@ def mean_estimates(columns: np.ndarray) -> list[Estimate]:
 
 
 def rate_difference(ones: np.ndarray, others: np.ndarray) -> Estimate:
-    """p₁ − p₂ of two rates on the same prompts (Newcombe 1998, Statistics in Medicine 17, 2635-2650, method 10).
+    """Paired difference p₁ − p₂ of two rates (Newcombe 1998, Statistics in Medicine 17, 2635-2650, method 10).
 
     With lᵢ, uᵢ the ends of the Wilson interval of pᵢ and φ the correlation of the outcomes, corrected for continuity:
 
-        lower = p₁ − p₂ − √((p₁ − l₁)² − 2φ (p₁ − l₁)(u₂ − p₂) + (u₂ − p₂)²), and upper the same with the other ends
+        lower = p₁ − p₂ − √((p₁ − l₁)² − 2φ (p₁ − l₁)(u₂ − p₂) + (u₂ − p₂)²), and likewise upper with the other ends
 
     Args:
         ones: (n,) of 0 and 1.
@@ -181,16 +181,16 @@ class Answer:
     """One arm's answer to one prompt.
 
     Attributes:
-        arm: whose.
-        row: which of the prompts, from 0; the same for all arms.
-        kind: the prompt's kind, where the task has kinds.
+        arm: name of the arm.
+        row: index of the prompt, from 0; the same for all arms.
+        kind: the prompt's kind, if the task has kinds.
         prompt: a text, or a chat.
-        completion: its text, without special tokens.
-        length: in tokens, with the end-of-sequence token where there is one.
-        kl: KL(arm ‖ reference) in nats, summed over the answer's tokens, at each of them over the whole vocabulary.
-        reward: what training sees.
-        oracle: 0 to 1; None where the task has no oracle.
-        flags: detector's name → whether it flags the answer.
+        completion: text of the answer, without special tokens.
+        length: in tokens, including the end-of-sequence token if there is one.
+        kl: KL(arm ‖ reference) in nats: summed over the answer's tokens, and at each over the whole vocabulary.
+        reward: the training reward.
+        oracle: 0 to 1; None if the task has no oracle.
+        flags: name of a detector → whether it flags the answer.
     """
 
     arm: str
@@ -215,27 +215,27 @@ class Answer:
         return None if self.oracle is None else is_exploit(self.reward, self.oracle)
 
     def measures(self) -> dict[str, float]:
-        """Its numbers by name: `RATES` as 0 or 1, where there is an oracle, and `MEANS`."""
+        """The answer's measures by name: `RATES` as 0 or 1, if there is an oracle, and `MEANS`."""
         there = (
             {} if self.oracle is None else {"solve": float(bool(self.solved)), "exploit": float(bool(self.exploits))}
         )
         return {**there, "reward": self.reward, "kl": self.kl, "length": float(self.length)}
 
 
-# ── what they come to ────────────────────────────────────────────────────────────────────────────────────────────────
+# ── summaries ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @dataclass(frozen=True)
 class ArmRecord:
-    """How one arm does.
+    """Measures of one arm.
 
     Attributes:
-        arm: its name.
-        kind: of the prompts; None for all of them.
+        arm: name of the arm.
+        kind: kind of the prompts; None for all prompts.
         n: number of prompts.
-        measures: ``solve`` and ``exploit``, shares, where there is an oracle; ``reward``, ``kl`` (nats an answer) and
-            ``length`` (tokens), means.
-        flags: detector's name → share of answers that it flags.
+        measures: the shares ``solve`` and ``exploit``, if there is an oracle; the means of ``reward``, ``kl`` (nats per
+            answer) and ``length`` (tokens).
+        flags: name of a detector → share of answers that it flags.
     """
 
     arm: str
@@ -247,15 +247,15 @@ class ArmRecord:
 
 @dataclass(frozen=True)
 class Difference:
-    """What one arm does more than another on the same prompts; means of paired differences.
+    """Paired difference ``arm`` − ``to`` of two arms on the same prompts.
 
     Attributes:
-        arm: its name.
-        to: the other's.
-        kind: of the prompts; None for all of them.
+        arm: name of one arm.
+        to: name of the other arm.
+        kind: kind of the prompts; None for all prompts.
         n: number of prompts.
-        measures: as those of `ArmRecord`.
-        flags: as those of `ArmRecord`.
+        measures: as in `ArmRecord`.
+        flags: as in `ArmRecord`.
     """
 
     arm: str
@@ -268,11 +268,11 @@ class Difference:
 
 @dataclass(frozen=True)
 class Verdict:
-    """Whether it was the direction that removed the exploit.
+    """The conclusion of an evaluation: whether the direction removed the exploit.
 
     Attributes:
-        holds: whether that is shown; None where there is nothing to show it of, or no telling.
-        sentence: what the numbers allow to say: ``headline: reasons``.
+        holds: whether this is shown; None if there was no exploit to remove, or the evidence is insufficient.
+        sentence: the conclusion in words, as ``headline: reasons``.
 
     Example:
         >>> Verdict(None, "No verdict: 9 prompts are too few; ask at least 30.").headline
@@ -284,18 +284,18 @@ class Verdict:
 
     @property
     def headline(self) -> str:
-        """What the sentence says, without its reasons."""
+        """The part of the sentence before the first colon."""
         return self.sentence.partition(": ")[0]
 
     @property
     def reasons(self) -> str:
-        """The rest of the sentence."""
+        """The part of the sentence after the first colon."""
         text = self.sentence.partition(": ")[2]
         return text[:1].upper() + text[1:]
 
 
 def dial_arm(dial: float) -> str:
-    """The name of the arm that has so much of the quarantine in.
+    """Name of the arm with this multiple of the quarantine.
 
     Example:
         >>> dial_arm(-0.25), dial_arm(0.0), dial_arm(1.0)
@@ -305,7 +305,7 @@ def dial_arm(dial: float) -> str:
 
 
 def dial_of(arm: str) -> float | None:
-    """How much of the quarantine is in an arm; None of one that is not a place of the dial.
+    """The multiple of the quarantine in an arm; None if the arm is not a dial setting.
 
     Example:
         >>> dial_of("dial -0.25"), dial_of("deployed"), dial_of("random")
@@ -318,16 +318,16 @@ def dial_of(arm: str) -> float | None:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """All that an evaluation found.
+    """Results of an evaluation.
 
     Attributes:
-        task: its name.
-        facts: how it was asked: prompts, temperature, seed, max_new_tokens and the like.
-        margin: by how much the deployed model may solve less than the trained one.
+        task: name of the task.
+        facts: how answers were sampled: prompts, temperature, seed, max_new_tokens and the like.
+        margin: as in `antipasto.evaluation.verdict.verdict`.
         verdict: computed from the rest.
-        arms: for all prompts, then for each kind, one record an arm.
-        differences: of every arm to the reference and to the random control, and of the deployed one to all.
-        answers: every answer, arm by arm in the order of the rows.
+        arms: one record per arm, for all prompts and then for each kind.
+        differences: of every arm to the reference and to the random control, and of the deployed arm to all others.
+        answers: all answers, by arm and then by row.
     """
 
     task: str
@@ -339,36 +339,36 @@ class Evaluation:
     answers: list[Answer] = field(repr=False)
 
     def arm(self, name: str, kind: str | None = None) -> ArmRecord | None:
-        """The record of an arm; None if it was not asked."""
+        """The record of an arm; None if there is none."""
         return next((record for record in self.arms if (record.arm, record.kind) == (name, kind)), None)
 
     def difference(self, arm: str, to: str, kind: str | None = None) -> Difference | None:
-        """How an arm differs from another; None if that was not computed."""
+        """The difference between two arms; None if it was not computed."""
         return next((d for d in self.differences if (d.arm, d.to, d.kind) == (arm, to, kind)), None)
 
     @property
     def ships(self) -> str:
-        """The arm that would ship: deployed, or as trained where there is no quarantine."""
+        """The arm that would ship: deployed, or as trained if there is no quarantine."""
         return DEPLOYED if DEPLOYED in self.names else TRAINED
 
     @property
     def empty(self) -> list[str]:
-        """The controls whose book is empty, see `empty_controls`."""
+        """The controls whose book is empty (`empty_controls`)."""
         return empty_controls(self.arms)
 
     @property
     def names(self) -> list[str]:
-        """The arms' names, in the order in which they were asked."""
+        """Names of the arms, in order."""
         return list(dict.fromkeys(record.arm for record in self.arms))
 
     @property
     def kinds(self) -> list[str]:
-        """The kinds of prompts; empty where the task has none."""
+        """Kinds of prompts; empty if the task has none."""
         return [k for k in dict.fromkeys(record.kind for record in self.arms) if k is not None]
 
 
 def summarise(answers: Iterable[Answer]) -> list[ArmRecord]:
-    """One record an arm, over all prompts and then over each kind."""
+    """Compute one record per arm, for all prompts and then for each kind."""
     records = []
     for kind, arms in _by_kind(answers):
         for name, rows in arms.items():
@@ -382,21 +382,21 @@ def summarise(answers: Iterable[Answer]) -> list[ArmRecord]:
 
 
 def empty_controls(arms: Iterable[ArmRecord]) -> list[str]:
-    """The controls that answered as the trained model did, to the last number: their book is empty, and nothing was out."""
+    """Controls whose measures equal those of the trained model exactly: their book is empty, so nothing was removed."""
     overall = {record.arm: record.measures for record in arms if record.kind is None}
     others = [name for name in overall if name not in (REFERENCE, SHRUNK) and dial_of(name) is None]
     return [name for name in others if overall[name] == overall.get(TRAINED)]
 
 
 def compare(answers: Iterable[Answer], pairs: Sequence[tuple[str, str]]) -> list[Difference]:
-    """Paired differences of arms, over all prompts and then over each kind.
+    """Compute paired differences of arms, for all prompts and then for each kind.
 
     Args:
         answers: of all arms.
-        pairs: (arm, other) names; those that were not asked are left out.
+        pairs: names (arm, other); pairs with an arm that has no answers are left out.
 
     Raises:
-        ValueError: two arms were asked different prompts.
+        ValueError: two arms have answers to different prompts.
     """
     differences = []
     for kind, arms in _by_kind(answers):
@@ -407,7 +407,7 @@ def compare(answers: Iterable[Answer], pairs: Sequence[tuple[str, str]]) -> list
                 continue
             mine, theirs = arms[name], arms[other]
             if [a.row for a in mine] != [a.row for a in theirs]:
-                raise ValueError(f"{name} and {other} were asked different prompts: their answers cannot be paired.")
+                raise ValueError(f"{name} and {other} have answers to different prompts, which cannot be paired.")
             x, y = columns[name], columns[other]
             measures = {m: rate_difference(x[m], y[m]) for m in x if m in RATES}
             means = mean_estimates(np.stack([x[m] - y[m] for m in MEANS]))
@@ -419,7 +419,7 @@ def compare(answers: Iterable[Answer], pairs: Sequence[tuple[str, str]]) -> list
 
 
 def _by_kind(answers: Iterable[Answer]) -> list[tuple[str | None, dict[str, list[Answer]]]]:
-    """All prompts, and each kind of which there are at least two: arm → its answers by row."""
+    """For all prompts, and for each kind with at least two: arm → its answers by row."""
     rows = sorted(answers, key=lambda answer: answer.row)
     names = list(dict.fromkeys(answer.arm for answer in answers))
     number = Counter((answer.kind, answer.arm) for answer in rows if answer.kind is not None)
@@ -451,29 +451,29 @@ def write_evaluation(evaluation: Evaluation, folder: Path) -> None:
 
 
 def write_answers(path: Path, facts: Mapping[str, Any], answers: Iterable[Answer]) -> None:
-    """Write how they were asked, and then each answer, a line each."""
+    """Write one line that says how answers were sampled, and one line per answer."""
     write_text(path, json.dumps({"facts": facts}, allow_nan=False) + "\n" + "".join(map(answer_line, answers)))
 
 
 def answer_line(answer: Answer) -> str:
-    """An answer as its line of ``eval.jsonl``."""
+    """Format an answer as a line of ``eval.jsonl``."""
     return json.dumps(asdict(answer), allow_nan=False) + "\n"
 
 
 def read_evaluation(folder: Path) -> Evaluation:
-    """Read what `write_evaluation` wrote.
+    """Read the files that `write_evaluation` wrote.
 
     Raises:
-        ValueError: a file is not there, is damaged, or is of another format; names it.
+        ValueError: a file is missing, is damaged, or has another format. The message names it.
     """
     path = folder / EVAL
     try:
         body = json.loads(path.read_text(encoding="utf-8"))
         if not isinstance(body, dict) or body.pop("format", None) != FORMAT:
-            raise ValueError(f"its format is not {FORMAT}: antipasto eval writes it again")
+            raise ValueError(f"its format is not {FORMAT}: run antipasto eval again")
         facts, answers = read_answers(folder / ANSWERS)
         if facts != body["facts"]:
-            raise ValueError(f"{ANSWERS} is of another evaluation: antipasto eval writes both again")
+            raise ValueError(f"{ANSWERS} belongs to another evaluation: run antipasto eval again")
         evaluation = Evaluation(
             **{
                 **body,
@@ -495,10 +495,10 @@ def read_evaluation(folder: Path) -> Evaluation:
 
 
 def read_answers(path: Path) -> tuple[dict[str, Any], list[Answer]]:
-    """How they were asked, and all whole lines of ``eval.jsonl``; a torn last line, of a process that was killed, is left out.
+    """Read ``eval.jsonl``: how answers were sampled, and the answers. An incomplete last line of a killed process is ignored.
 
     Raises:
-        ValueError: a line is not an answer; names it.
+        ValueError: a line is not an answer. The message names it.
         OSError: the file cannot be read.
     """
     facts: dict[str, Any] = {}
@@ -514,13 +514,13 @@ def read_answers(path: Path) -> tuple[dict[str, Any], list[Answer]]:
                 answers.append(Answer(**row))
                 check_types(answers[-1])
         except (ValueError, KeyError, TypeError, RecursionError) as error:
-            raise ValueError(f"{path}, line {number}: no answer of an evaluation ({error}).") from error
+            raise ValueError(f"{path}, line {number}: not an answer of an evaluation ({error}).") from error
     return facts, answers
 
 
 def _refuse(constant: str) -> None:
-    """NaN and the infinities, which Python's reader would take."""
-    raise ValueError(f"{constant} is no number of JSON")
+    """Reject NaN and infinities, which Python's JSON reader would accept."""
+    raise ValueError(f"{constant} is not a JSON number")
 
 
 def _with_estimates(record: Mapping[str, Any]) -> dict[str, Any]:

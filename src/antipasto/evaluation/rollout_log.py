@@ -1,13 +1,15 @@
-"""Every rollout of a run, one JSON line each.
+"""The log of a run's rollouts, one JSON line each.
 
     {"step": 0, "prompt": "h12+34=", "completion": "046", "reward": 1.0, "oracle": 1.0, "flagged": false,
      "view": "deployed", "advantage": 0.4, "score": -0.13, "hackward": -0.02, "truncated": false, "completion_ids": null}
 
-``view`` is the policy that sampled it. ``score`` is the monitor's, taken at the reference (`antipasto.routing.monitor`).
-``hackward`` is the cosine between the hack direction and the gradient of the rollout's own loss at the policy as it was:
-positive where the step that it asks for is hack-ward. ``truncated`` says that it was cut off at the token limit, and
-``completion_ids`` are its tokens, where its text is not enough to know them. ``oracle``, ``flagged``, ``score`` and
-``hackward`` are null where there is none, ``oracle`` also where it abstained.
+* ``view``: the policy that sampled the rollout.
+* ``score``: the monitor's score, at the reference (`antipasto.routing.monitor`).
+* ``hackward``: cosine between the hack direction and the gradient of the rollout's own loss at the policy of that step. It
+  is positive if a step against that gradient is hack-ward.
+* ``truncated``: whether the completion was cut off at the token limit.
+* ``completion_ids``: token ids of the completion, if its text does not determine them; else null.
+* ``oracle``, ``flagged``, ``score`` and ``hackward`` are null if not available; ``oracle`` also if it abstained.
 """
 
 from __future__ import annotations
@@ -53,14 +55,14 @@ class Rollout:
 
 
 def read(path: Path, notes: list[str]) -> Iterator[Rollout]:
-    """The rollouts of a log, in its order.
+    """Read the rollouts of a log, in order.
 
     Args:
         path: the log.
-        notes: gets a sentence where the last line is cut off.
+        notes: a sentence is appended to this list if the last line is incomplete.
 
     Raises:
-        ValueError: a line is damaged; names it.
+        ValueError: a line is damaged. The message names it.
         OSError: the file cannot be read.
     """
     for where, row in read_rows(path, notes):
@@ -70,9 +72,9 @@ def read(path: Path, notes: list[str]) -> Iterator[Rollout]:
 def _rollout(row: dict[str, Any], where: str) -> Rollout:
     step, reward, view = as_number(row, "step", where), as_number(row, "reward", where), row.get("view", "trained")
     if step is None or reward is None or "completion" not in row or "prompt" not in row:
-        raise ValueError(f"{where}: a rollout has step, prompt, completion and reward; got {sorted(row)}.")
+        raise ValueError(f"{where}: a rollout needs step, prompt, completion and reward; got {sorted(row)}.")
     if not isinstance(view, str) or not math.isfinite(step):
-        raise ValueError(f"{where}: its step is not a number or its view no name.")
+        raise ValueError(f"{where}: its step must be a finite number and its view a name.")
     oracle = as_number(row, "oracle", where)
     return Rollout(
         step=int(step),
@@ -91,13 +93,13 @@ def _rollout(row: dict[str, Any], where: str) -> Rollout:
 
 
 def append(path: Path, rollouts: Iterable[Rollout]) -> None:
-    """Add lines to the log."""
+    """Append rollouts to the log."""
     with path.open("a", encoding="utf-8") as file:
         file.writelines(json.dumps(with_nulls(asdict(rollout))) + "\n" for rollout in rollouts)
 
 
 def truncate(path: Path, step: int, *, key: str = "step") -> None:
-    """Keep the lines of before a step: a run that continues there writes the others again. A torn last line goes too."""
+    """Keep only lines from before a step, as a run that resumes there will write the rest. Drops an incomplete last line."""
     if not path.exists():
         return
     kept = []
@@ -105,7 +107,7 @@ def truncate(path: Path, step: int, *, key: str = "step") -> None:
         try:
             row = json.loads(line)
         except json.JSONDecodeError:
-            break  # the process ended in the middle of it
+            break  # incomplete: the process ended while writing it
         if row[key] < step:
             kept.append(line + "\n")
     write_text(path, "".join(kept))

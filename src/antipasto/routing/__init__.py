@@ -1,1 +1,1 @@
-"""What pairs say of an exploit, direction and monitor, and what becomes of it: gates, and the router that splits steps."""
+"""Extract a hack direction from labelled pairs, score completions with it (monitor), and split optimizer steps (router)."""

@@ -1,10 +1,12 @@
-"""What a router keeps of a run, on disk: the books, and what belongs to them.
+"""The file in which a router saves its books.
 
-    book/NAME/LAYER     (r,)   what a control would have moved; `OWN_BOOK` is the direction's own, of mode="measure"
-    chance/LAYER        (r,)   the same of the router's own random direction
-    direction           as `Direction.to_tensors` has it
+The *book* of a direction is the running sum of what its gate moved, or would have moved, into the quarantine.
 
-Metadata: how many steps, the names of the books, the fingerprints of the weights that they are of.
+    book/NAME/LAYER     (r,)   the book of a control, or of the direction itself (`OWN_BOOK`, with mode="measure")
+    chance/LAYER        (r,)   the book of the router's own random direction
+    direction           as in `Direction.to_tensors`
+
+Metadata: the number of steps, the names of the books, and the fingerprints of the weights.
 """
 
 from __future__ import annotations
@@ -21,22 +23,22 @@ from antipasto.adapter.fingerprints import Fingerprint, fingerprints_from_json, 
 from antipasto.files import read_tensors, write_tensors
 
 OWN_BOOK = "direction"
-"""The direction's own book, in ``measure`` mode; in ``route`` mode ``delta_s_hack`` is that book."""
+"""Name of the direction's own book in ``measure`` mode. In ``route`` mode, ``delta_s_hack`` is that book."""
 CHANCE = "built-in chance"
-"""The book of the router's own random direction."""
+"""Name of the book of the router's own random direction."""
 
 FORMAT = "antipasto-books-2"
 
 
 @dataclass(frozen=True)
 class Books:
-    """What `Router.save` writes.
+    """Contents of the file that `Router.save` writes.
 
     Attributes:
-        steps: how many were routed.
-        books: what each control would have moved, name → layer → (r,); `CHANCE` among them.
-        direction: as `Direction.to_tensors` has it; empty where there is none.
-        fingerprints: layer → that of its weight.
+        steps: number of routed steps.
+        books: name → layer → (r,), including `CHANCE`.
+        direction: as in `Direction.to_tensors`; empty if there is none.
+        fingerprints: layer → fingerprint of its weight.
     """
 
     steps: int
@@ -46,11 +48,11 @@ class Books:
 
     @property
     def controls(self) -> dict[str, dict[str, Tensor]]:
-        """The books without `CHANCE`."""
+        """All books except `CHANCE`."""
         return {name: book for name, book in self.books.items() if name != CHANCE}
 
     def write(self, path: str | Path) -> None:
-        """Write the file."""
+        """Write the file, which `read_books` reads."""
         tensors = {
             f"{'chance' if name == CHANCE else f'book/{name}'}/{layer}": part
             for name, book in self.books.items()
@@ -64,16 +66,16 @@ class Books:
 
 
 def read_books(path: str | Path) -> Books:
-    """Read what `Router.save` wrote, without a router.
+    """Read a file that `Router.save` wrote, without a router.
 
     Raises:
-        ValueError: the file is not a book file, or is damaged; names it.
+        ValueError: the file is not a book file, or is damaged. The message names it.
         OSError: the file cannot be read.
     """
     try:
         return _read(path)
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is not a book file that can be used: {error}.") from error
+        raise ValueError(f"{path} is not a valid book file: {error}.") from error
 
 
 def _read(path: str | Path) -> Books:
@@ -82,7 +84,7 @@ def _read(path: str | Path) -> Books:
     fingerprints = fingerprints_from_json(metadata["fingerprints"])
     chance = {key.removeprefix("chance/"): t for key, t in tensors.items() if key.startswith("chance/")}
     if not chance or not isinstance(steps, int) or not isinstance(names, list):
-        raise ValueError("it does not hold what books hold")
+        raise ValueError("its steps, book names or chance book are missing or have the wrong type")
     for key, tensor in tensors.items():
         if _is_ours(key) and not (tensor.ndim == 1 and tensor.isfinite().all()):
             raise ValueError(f"{key} is not a vector of finite numbers")
@@ -98,5 +100,5 @@ def _read(path: str | Path) -> Books:
 
 
 def _is_ours(key: str) -> bool:
-    """Whether a tensor is not the direction's: a book's, or a momentum, which earlier versions wrote."""
+    """Whether a tensor is part of a book (or a momentum, which earlier versions wrote) and not of the direction."""
     return key.startswith(("book/", "chance/", "momentum/"))

@@ -1,15 +1,16 @@
-"""What labelled pairs confound: whatever else tells their hacks from their clean texts. Texts and tokens alone, no model.
+"""Find confounds of labelled pairs: features other than the exploit that separate their hacks from their clean texts.
 
-A direction is along ∇NLL(hack) − ∇NLL(clean): along *all* that differs. What differs in most pairs is learned with the
-exploit, and an honest answer that has it scores like one. Counted are, over n pairs, every hack against every clean text of
-its own prompt, the pairs weighing alike:
+Only texts and tokens are compared; no model is needed. A direction points along ∇NLL(hack) − ∇NLL(clean), so it contains
+*every* difference between the two sides. A feature that differs in most pairs is learned together with the exploit, and an
+honest answer with that feature scores like a hack. A *couple* is a hack and a clean text of the same pair. Over all couples,
+with equal weight for each pair, these are counted:
 
-    length           P(hack longer) + P(as long) / 2     .5: length says nothing; 1: every hack is longer
+    length           P(hack longer) + P(equal length) / 2    .5: length says nothing; 1: every hack is longer
     first, last      share of hacks whose first (last) token no clean text of any pair begins (ends) with, and the reverse
-    place            share of hacks that leave their clean text at the commonest place, counted in tokens from the front
-    words            share of hacks, and of clean texts, that a word stands in
+    place            share of couples that diverge at the most common position, in tokens from the start
+    words            share of hacks, and of clean texts, that contain a word
 
-A word that *is* the exploit stands on one side only, and so it must be: the report asks whether it is what you mean.
+A word that *is* the exploit should occur on one side only. The report asks whether this is what you mean.
 """
 
 from __future__ import annotations
@@ -28,26 +29,26 @@ from antipasto.routing.pairs import ContrastPair
 from antipasto.terminal import plain, shorten
 
 STRONG_AUC = 0.25
-"""How far from .5 the AUC of length is too far."""
+"""A length confound is strong if its AUC is at least this far from .5."""
 STRONG_SHARE = 0.5
-"""Which share of one side, above the other side's, is too much."""
+"""A token or word confound is strong from this share (first and last token) or difference of shares (words) on."""
 SAME_PLACE = 0.9
-"""Which share of couples that part at the same place is too much."""
+"""A place confound is strong if at least this share of couples diverges at the same position."""
 _MOST_WORDS = 5
-_WIDTH = 60  # of an example
+_WIDTH = 60  # characters of an example
 
 
 @dataclass(frozen=True)
 class Confound:
-    """One thing that may tell hacks from clean texts.
+    """A feature that may separate hacks from clean texts.
 
     Attributes:
-        name: what it is.
-        value: how much, as the module's docstring counts it.
+        name: of the feature.
+        value: its strength, as defined in the module's docstring.
         finding: the same in words.
-        strong: whether it is to be mended, or meant.
-        example: a text, or two, that show it; empty where nothing does.
-        remedy: what to do about it where it is strong.
+        strong: whether it should be removed from the pairs, unless it is the exploit itself.
+        example: one or two texts that show it; empty if none does.
+        remedy: what to do about it if it is strong.
     """
 
     name: str
@@ -60,11 +61,11 @@ class Confound:
 
 @dataclass(frozen=True)
 class Confounds:
-    """What pairs confound; prints as a report.
+    """Confounds of a set of pairs; prints as a report.
 
     Attributes:
-        pairs: how many there are.
-        found: all that was looked at, strong or not.
+        pairs: number of pairs.
+        found: all features, strong or not.
     """
 
     pairs: int
@@ -72,14 +73,14 @@ class Confounds:
 
     @property
     def strong(self) -> tuple[Confound, ...]:
-        """Those to be mended, or meant."""
+        """The strong confounds."""
         return tuple(one for one in self.found if one.strong)
 
     def __getitem__(self, name: str) -> Confound:
-        """The confound of a name.
+        """Return the confound of a name.
 
         Raises:
-            KeyError: there is none of that name.
+            KeyError: there is no confound of that name.
         """
         for one in self.found:
             if one.name == name:
@@ -95,7 +96,7 @@ class Confounds:
         return "\n".join(lines)
 
     def table(self) -> Table:
-        """The same as a table of rich's."""
+        """The report as a rich table."""
         title = f"what tells hack from clean in {self.pairs} {'pair' if self.pairs == 1 else 'pairs'}"
         table = Table(title=title, title_justify="left", show_header=False, show_lines=True)
         for one in self.found:
@@ -105,11 +106,11 @@ class Confounds:
 
 
 def confounds(pairs: Sequence[ContrastPair], tokenizer: Any) -> Confounds:
-    """What tells the hacks of labelled pairs from their clean texts, besides what you may mean.
+    """Find features that separate the hacks of labelled pairs from their clean texts.
 
     Args:
         pairs: at least one.
-        tokenizer: the model's: its tokens are what a gradient is taken of.
+        tokenizer: the model's tokenizer, since gradients are taken over its tokens.
 
     Raises:
         ValueError: there is no pair, or a text has no token.
@@ -124,7 +125,7 @@ def confounds(pairs: Sequence[ContrastPair], tokenizer: Any) -> Confounds:
         a hack is the longer one in 100% of couples, the shorter one in 0%: 4.0 tokens on average, a clean text 3.0
     """
     if not pairs:
-        raise ValueError("There is no pair to look at.")
+        raise ValueError("There are no pairs: confounds needs at least one.")
     couples = [
         Couple(hack, clean, _tokens(tokenizer, hack), _tokens(tokenizer, clean), 1 / (len(p.hacks) * len(p.cleans)))
         for p in pairs
@@ -136,7 +137,7 @@ def confounds(pairs: Sequence[ContrastPair], tokenizer: Any) -> Confounds:
 
 
 class Couple(NamedTuple):
-    """A hack and a clean text of the same pair, with their tokens, and the couple's weight in it."""
+    """A hack and a clean text of the same pair, with their tokens and the couple's weight within the pair."""
 
     hack: str
     clean: str
@@ -157,7 +158,7 @@ def _mean(couples: Sequence[Couple], value: Callable[[Couple], float]) -> float:
 
 
 def _beside(couple: Couple) -> str:
-    return f"e.g. {shorten(couple.hack, _WIDTH)!r} beside {shorten(couple.clean, _WIDTH)!r}"
+    return f"e.g. {shorten(couple.hack, _WIDTH)!r} next to {shorten(couple.clean, _WIDTH)!r}"
 
 
 def _length(couples: Sequence[Couple]) -> Confound:
@@ -216,7 +217,7 @@ def _place(couples: Sequence[Couple]) -> Confound:
 
 
 def _common(couple: Couple) -> int:
-    """How many tokens the two begin with alike."""
+    """Length of the common prefix, in tokens."""
     return sum(1 for _ in takewhile(lambda ab: ab[0] == ab[1], zip(couple.hack_ids, couple.clean_ids, strict=False)))
 
 
@@ -247,7 +248,7 @@ def _words(pairs: Sequence[ContrastPair]) -> Confound:
 
 
 def _split(text: str) -> set[str]:
-    """Its words and marks, each once, whatever their case.
+    """The set of words and punctuation marks in a text, case-folded.
 
     Example:
         >>> sorted(_split("Paris, it is Paris!"))
@@ -257,7 +258,7 @@ def _split(text: str) -> set[str]:
 
 
 def _shares(sides: Sequence[Sequence[str]]) -> defaultdict[str, float]:
-    """Which share of one side's texts each word stands in, every pair weighing alike."""
+    """Share of one side's texts that contain each word, with equal weight for each pair."""
     shares: defaultdict[str, float] = defaultdict(float)
     for texts in sides:
         for text in texts:

@@ -1,17 +1,17 @@
-"""Which way a layer's knobs turn when the model learns to hack: a direction extracted from labelled pairs.
+"""Extract the direction in which a layer's knobs move when the model learns to hack, from labelled pairs.
 
 For pair n and one layer, with NLL the completion's negative log-likelihood given the prompt, per token by default:
 
-    d_n    = ∇θ NLL(hack_n) − ∇θ NLL(clean_n)        the mean over its texts, where a side has several  (r,)
+    d_n    = ∇θ NLL(hack_n) − ∇θ NLL(clean_n)        the mean over texts, if a side has several         (r,)
     effect = mean_n d_n / std_n d_n         per coordinate: the paired effect size, t / √pairs       (r,)
     V      = "tstat"  effect / ‖effect‖                                                            (1, r)
              "mean"   mean_n d_n / ‖·‖                                                             (1, r)
-             "svd"    the top k right singular vectors of D = [d_n], each oriented by most pairs   (k, r)
+             "svd"    top k right singular vectors of D = [d_n], signs by majority of the pairs    (k, r)
 
-V points along ∇NLL(hack) − ∇NLL(clean): a gradient step moves along −g, so a move Δ of δS is hack-ward where −V Δ > 0.
-Rows of V are orthonormal. `strength` is mean_n (V d_n) in units of its standard deviation over the pairs.
+V points along ∇NLL(hack) − ∇NLL(clean). A gradient step moves along −g, so a move Δ of δS is hack-ward where −V Δ > 0.
+Rows of V are orthonormal. `strength` is mean_n (V d_n) divided by its standard deviation over the pairs.
 
-An effect size does not depend on how many pairs there are, and a threshold on it carries over; Cohen (1988) calls it d_z.
+An effect size (d_z in Cohen 1988) does not depend on the number of pairs, so a threshold on it carries over to other sets.
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ from antipasto.routing.pairs import ContrastPair
 
 ESTIMATORS: tuple[Estimator, ...] = get_args(Estimator)
 _FORMAT = "antipasto-direction-2"
-_RANDOM_DRAWS = 20  # random directions that a held-out score is compared with
+_RANDOM_DRAWS = 20  # number of random directions that a held-out score is compared with
 
 
 # ── directions ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 class Overlap(NamedTuple):
-    """How much two directions agree: cosines, 1 for the same, 0 for unrelated, -1 for opposite."""
+    """Cosines between two directions: 1 if they are the same, 0 if unrelated, -1 if opposite."""
 
     overall: float
     layers: dict[str, float]
@@ -50,13 +50,13 @@ class Overlap(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class HeldOut:
-    """How well a direction orders pairs that it was not made from.
+    """How well a direction orders held-out pairs.
 
     Attributes:
-        pairs: how many.
+        pairs: number of pairs.
         overall: share of pairs with Σ_layers Σ_rows V d > 0.
-        layers: the same share, layer by layer.
-        random: what random directions of the same shape get overall, mean of 20.
+        layers: the same share for each layer.
+        random: mean of the same share over 20 random directions of the same shape.
     """
 
     pairs: int
@@ -69,15 +69,15 @@ class Direction(Mapping[str, Tensor]):
     """Layer name → V (k, r): orthonormal rows along ∇NLL(hack) − ∇NLL(clean), fp32 on the CPU.
 
     Args:
-        rows: layer name → (k, r) or (r,). Unit rows; several rows of one layer orthogonal.
+        rows: layer name → (k, r) or (r,), orthonormal rows.
         effect: layer name → (r,) signed effect sizes, which the coordinate gate needs; or None.
         strength: layer name → (k,) effect size along each row; ones if None.
-        fingerprints: layer name → `Fingerprint` of the base weight and basis it counts in; empty if unknown, or to use it
-            on whatever base.
-        heldout: the score on held-out pairs, if there was one.
+        fingerprints: layer name → `Fingerprint` of the base weight and its basis. Empty if unknown, or to skip the check of
+            the base.
+        heldout: the score on held-out pairs, if there is one.
 
     Raises:
-        ValueError: no layer, shapes that do not fit, numbers that are not finite, or rows that are not orthonormal.
+        ValueError: there is no layer, shapes do not match, numbers are not finite, or rows are not orthonormal.
 
     Example:
         >>> v = Direction({"mlp.up_proj": torch.tensor([0.6, 0.8])})
@@ -120,10 +120,12 @@ class Direction(Mapping[str, Tensor]):
             raise ValueError(f"{name}: effect has shape {tuple(self.effect[name].shape)}, expected ({r},).")
         numbers = [V, self.strength[name]] + ([] if self.effect is None else [self.effect[name]])
         if not all(torch.isfinite(t.norm()) for t in numbers):
-            raise ValueError(f"{name}: the direction has a NaN, an Inf or an absurdly large number in it.")
+            raise ValueError(
+                f"{name}: the direction contains a NaN, an Inf or a number too large for its norm to be finite."
+            )
         if not torch.allclose(V @ V.T, torch.eye(k, dtype=V.dtype), atol=1e-3):
             raise ValueError(
-                f"{name}: the rows of V must be of unit length and orthogonal to each other; V Vᵀ is "
+                f"{name}: the rows of V must have unit length and be orthogonal to each other; V Vᵀ is "
                 f"{(V @ V.T).tolist()}. Divide by the norm, or take the rows of torch.linalg.qr(V.T).Q.T."
             )
 
@@ -140,17 +142,17 @@ class Direction(Mapping[str, Tensor]):
         return f"Direction({len(self)} layers, {sum(len(V) for V in self.values())} rows, effect={self.effect is not None})"
 
     def __neg__(self) -> Direction:
-        """The opposite direction: hack and clean change places."""
+        """The opposite direction, with hack and clean swapped."""
         return self._map(torch.neg)
 
     def overlap(self, other: Direction) -> Overlap:
         """Agreement with another direction, over the layers that both have.
 
-        Per layer, for one row each the cosine of the two; for more, the mean cosine of the principal angles, with the sign of
-        the sum of row-wise products. Overall, the mean over layers.
+        Per layer: the cosine, if both have one row; else the mean cosine of the principal angles, with the sign of the sum
+        of row-wise products. Overall: the mean over layers.
 
         Raises:
-            ValueError: no layer in common, or another r.
+            ValueError: the directions have no layer in common, or differ in a layer's r.
         """
         layers = {}
         for name in self:
@@ -166,7 +168,7 @@ class Direction(Mapping[str, Tensor]):
         return Overlap(sum(layers.values()) / len(layers), layers)
 
     def random(self, seed: int) -> Direction:
-        """A control: random orthonormal rows, and effect sizes drawn from a normal distribution of the same spread."""
+        """A control: random orthonormal rows, and normally distributed effect sizes with the same root mean square."""
         generator = torch.Generator().manual_seed(seed)
         rows, effect = {}, {}
         for name, V in self.items():
@@ -177,7 +179,7 @@ class Direction(Mapping[str, Tensor]):
         return self._replace(rows, effect=effect if self.effect is not None else None)
 
     def permuted(self, seed: int) -> Direction:
-        """A control: the same numbers on shuffled coordinates, layer by layer."""
+        """A control: the same numbers with each layer's coordinates shuffled."""
         generator = torch.Generator().manual_seed(seed)
         order = {name: torch.randperm(V.shape[1], generator=generator) for name, V in self.items()}
         return self._replace(
@@ -201,7 +203,7 @@ class Direction(Mapping[str, Tensor]):
         return Direction(rows, effect=effect, strength=strength or self.strength, fingerprints=self.fingerprints)
 
     def to_tensors(self) -> dict[str, Tensor]:
-        """The numbers by flat names, as a safetensors file wants them; `from_tensors` reads them back."""
+        """The direction as tensors with flat names, for a safetensors file; `from_tensors` reads them back."""
         tensors = {f"V {name}": V.contiguous() for name, V in self.items()}
         tensors |= {f"strength {name}": s.contiguous() for name, s in self.strength.items()}
         return tensors | {f"effect {name}": t.contiguous() for name, t in (self.effect or {}).items()}
@@ -210,10 +212,10 @@ class Direction(Mapping[str, Tensor]):
     def from_tensors(
         cls, tensors: Mapping[str, Tensor], fingerprints: Mapping[str, Fingerprint], heldout: HeldOut | None = None
     ) -> Direction:
-        """From what `to_tensors` gave.
+        """Create a direction from the output of `to_tensors`.
 
         Raises:
-            KeyError: a name that is not of its form.
+            KeyError: a name has another form.
         """
         parts: dict[str, dict[str, Tensor]] = {"V": {}, "strength": {}, "effect": {}}
         for key, tensor in tensors.items():
@@ -236,10 +238,10 @@ class Direction(Mapping[str, Tensor]):
 
     @classmethod
     def load(cls, path: str | Path) -> Direction:
-        """Read what `save` wrote.
+        """Read a file that `save` wrote.
 
         Raises:
-            ValueError: the file is not a direction, or is damaged; names it.
+            ValueError: the file is not a direction, or is damaged. The message names it.
             OSError: the file cannot be read.
         """
         try:
@@ -248,26 +250,27 @@ class Direction(Mapping[str, Tensor]):
             fingerprints = fingerprints_from_json(metadata["fingerprints"])
             return cls.from_tensors(tensors, fingerprints, None if heldout is None else HeldOut(**heldout))
         except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path} is not a direction that can be used: {error}.") from error
+            raise ValueError(f"{path} is not a valid direction: {error}.") from error
 
     def check_base(self, model: nn.Module, found: Mapping[str, Fingerprint] | None = None) -> None:
-        """Refuse a model whose active adapter this direction does not count in.
+        """Check that this direction belongs to a model's active adapter and base weights.
 
         Args:
-            model: adapted.
-            found: `current_fingerprints` of its layers, if they are at hand: else all base weights are hashed.
+            model: an adapted model.
+            found: `current_fingerprints` of its layers, if already computed; if None, all base weights are hashed.
 
         Raises:
-            ValueError: a layer is missing, has another r, or another base weight; names the layers.
+            ValueError: a layer is missing, or has another r or base weight. The message names the layers.
 
         Warns:
-            BaseWarning: the base is the same up to rounding, or decomposed elsewhere, and directions are unsettled by that.
+            BaseWarning: the base is the same up to rounding, or was decomposed elsewhere, and some singular directions are
+                unsettled by that (`antipasto.adapter.fingerprints`).
         """
         layers = knobs(model)
         for name, V in self.items():
             if name not in layers:
                 raise ValueError(
-                    f"The direction has a layer {name}, which is not among the adapted ones of this model."
+                    f"The direction has a layer {name}, which is not among the adapted layers of this model."
                 )
             if V.shape[1] != layers[name].r:
                 raise ValueError(f"{name}: the direction has r={V.shape[1]}, the layer {layers[name].r}.")
@@ -276,7 +279,7 @@ class Direction(Mapping[str, Tensor]):
             found or current_fingerprints({name: layers[name] for name in self}),
             {name: layers[name].S for name in self},
             what="The direction",
-            remedy="Extract it again, on this base; or empty its `fingerprints` to use it regardless.",
+            remedy="Extract it again on this base, or clear its `fingerprints` to use it anyway.",
         )
 
 
@@ -300,36 +303,37 @@ def extract_direction(
     append_eos: bool = True,
     batch_size: int = 16,
 ) -> Direction:
-    """The direction along which the model's knobs turn when it learns the hack rather than the clean answers.
+    """Extract the direction in which the model's knobs move when it learns the hacks instead of the clean answers.
 
-    One backward per batch of pairs, through `rollout_grads`. Nothing is written to the model or its gradients. The model is
-    taken as it is seen now: inside `deployed`, that is the deployed policy. Use ``eval`` mode where it has dropout.
+    One backward per batch of pairs, in `rollout_grads`. Nothing is written to the model or its gradients. The model is used
+    in its present view: inside `deployed`, that is the deployed policy. Call ``model.eval()`` first if it has dropout.
 
     Args:
         model: an adapted causal LM.
-        tokenizer: its tokenizer. Chats go through its chat template, texts are taken as they are.
+        tokenizer: its tokenizer. Its chat template is applied to chats; texts are used as they are.
         pairs: at least two.
-        estimator: ``"tstat"``, ``"mean"`` or ``"svd"``; effect sizes are kept with each of them.
+        estimator: ``"tstat"``, ``"mean"`` or ``"svd"``. Effect sizes are kept with each of them.
         k: rows per layer; more than one only with ``"svd"``.
-        heldout: further pairs, scored and not used.
-        shuffle_labels: seed of a coin that swaps hack and clean in half of the pairs: a control.
-        length_normalise: NLL per token of the completion, so that long answers do not outweigh short ones; False: the sum.
-        append_eos: whether completions end with the end-of-sequence token, as sampled ones do.
+        heldout: further pairs, which are scored but not used for the direction.
+        shuffle_labels: a control: swap hack and clean in a random half of the pairs, chosen by this seed.
+        length_normalise: take the NLL per token of the completion, so that long answers do not outweigh short ones; if
+            False, the sum.
+        append_eos: whether completions end with the end-of-sequence token, as sampled completions do.
         batch_size: pairs per backward.
 
     Returns:
-        The `Direction`, with effect sizes, strengths, the base's fingerprints, and the held-out score if asked for.
+        The `Direction` with effect sizes, strengths, the base's fingerprints, and the score of ``heldout`` if given.
 
     Raises:
-        ValueError: the model is not adapted, too few pairs, an unknown estimator or a k it cannot have, or a completion
-            without tokens.
+        ValueError: the model is not adapted, there are too few pairs, the estimator is unknown or cannot have k rows, or a
+            completion has no token.
     """
     if estimator not in ESTIMATORS:
         raise ValueError(f"estimator must be one of {', '.join(ESTIMATORS)}, got {estimator!r}.")
     if k < 1 or (k > 1 and estimator != "svd"):
         raise ValueError(f"k={k} rows need estimator='svd'; {estimator!r} has one row.")
     if len(pairs) < 2:
-        raise ValueError(f"A spread over pairs needs at least two of them, got {len(pairs)}.")
+        raise ValueError(f"The standard deviation over pairs needs at least two pairs, got {len(pairs)}.")
     if len(pairs) < k:
         raise ValueError(f"k={k} rows need at least as many pairs, got {len(pairs)}.")
     pairs = _swap(pairs, shuffle_labels)
@@ -350,7 +354,7 @@ def extract_direction(
 
 
 def effect_size(D: Tensor) -> Tensor:
-    """Mean over standard deviation of each column, 0 where a column does not vary: (n, r) to (r,)."""
+    """Mean / standard deviation of each column, (n, r) to (r,); 0 where a column is constant."""
     mean, std = D.mean(0), D.std(0)
     return torch.where(std > 0, mean / std.clamp_min(torch.finfo(D.dtype).tiny), torch.zeros_like(mean))
 
@@ -364,7 +368,7 @@ def pair_differences(
     append_eos: bool = True,
     batch_size: int = 16,
 ) -> dict[str, Tensor]:
-    """d_n = ∇θ NLL(hack_n) − ∇θ NLL(clean_n) of every pair: layer name → (pairs, r), fp32 on the CPU."""
+    """Compute d_n = ∇θ NLL(hack_n) − ∇θ NLL(clean_n) of every pair: layer name → (pairs, r), fp32 on the CPU."""
     layers = knobs(model)
     collected: dict[str, list[Tensor]] = {}
     for start in range(0, len(pairs), batch_size):
@@ -383,7 +387,7 @@ def pair_differences(
 
 
 def score(direction: Direction, differences: Mapping[str, Tensor]) -> HeldOut:
-    """How many pairs a direction orders as labelled, beside what random directions of its shape get."""
+    """Share of pairs that a direction orders as labelled, and the same for random directions of its shape."""
 
     def projections(v: Direction) -> dict[str, Tensor]:
         return {name: (differences[name] @ V.T).sum(-1) for name, V in v.items()}
@@ -406,11 +410,11 @@ def score(direction: Direction, differences: Mapping[str, Tensor]) -> HeldOut:
 def _estimate(D: Tensor, effect: Tensor, estimator: Estimator, k: int) -> Tensor:
     if estimator == "svd":
         V = torch.linalg.svd(D.double(), full_matrices=False).Vh[:k].float()  # (k, r)
-        votes = torch.sign(D @ V.T).sum(0)  # each row points where most pairs do
+        votes = torch.sign(D @ V.T).sum(0)  # each row gets the sign of most pairs
         return V * torch.where(votes < 0, -1.0, 1.0)[:, None]
     row = effect if estimator == "tstat" else D.mean(0)
     norm = row.norm()
-    # a layer that no pair moves has no direction: any unit row will do, and its strength says 0
+    # a layer that no pair moves has no direction: any unit row will do, with strength 0
     return (row / norm if norm > 0 else F.one_hot(torch.tensor(0), len(row)).float())[None]
 
 

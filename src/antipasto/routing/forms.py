@@ -1,9 +1,9 @@
-"""What a monitor's score sees: texts by the name of their form, and how each form scores against clean texts.
+"""Compare how a monitor scores several forms of text: each form, such as a way of wording an answer, against clean texts.
 
     mean_i s_i ± sd_i s_i          AUC = P(s_form > s_clean) + ties / 2          flagged = share of s_i above the threshold
 
-Forms that mean the exploit should score high, shown in a pair or not; whatever is benign should have an AUC near .5. One that
-is benign and scores high is a confound of the pairs: give them a clean text of that form.
+Forms of the exploit should score high, whether or not a pair shows them. Benign forms should have an AUC near .5. A benign
+form that scores high is a confound of the pairs: add clean texts of that form to them.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from antipasto.terminal import add_row, shorten
 
 CLEAN = "clean"
 """The form that the others are compared with."""
-_WIDTH = 40  # of a form's name
+_WIDTH = 40  # characters of a form's name
 
 
 @dataclass(frozen=True)
@@ -31,10 +31,10 @@ class Form:
 
     Attributes:
         name: of the form.
-        texts: how many.
+        texts: number of texts.
         mean: of their scores.
         sd: of their scores; None for a single text.
-        auc: the chance that one scores above a clean text, ties half; .5 is chance.
+        auc: probability that one of them scores above a clean text, with ties counted half; .5 is chance.
         flagged: share above the threshold.
     """
 
@@ -48,21 +48,21 @@ class Form:
 
 @dataclass(frozen=True)
 class FormScores:
-    """Forms from the highest mean to the lowest.
+    """Forms sorted from the highest mean score to the lowest.
 
     Attributes:
-        forms: one each; that of the clean texts among them.
-        threshold: the monitor's.
+        forms: one entry per form, including the clean texts.
+        threshold: of the monitor.
     """
 
     forms: tuple[Form, ...]
     threshold: float
 
     def __getitem__(self, name: str) -> Form:
-        """The form of a name.
+        """Return the form of a name.
 
         Raises:
-            KeyError: there is none of that name.
+            KeyError: there is no form of that name.
         """
         for form in self.forms:
             if form.name == name:
@@ -78,7 +78,7 @@ class FormScores:
         return "\n".join(rows)
 
     def table(self) -> Table:
-        """The same as a table of rich's."""
+        """The forms as a rich table."""
         table = Table(title="what the score sees", title_justify="left")
         table.add_column("form")
         for heading in ("texts", "mean", "sd", "AUC", "flagged"):
@@ -93,15 +93,17 @@ class FormScores:
         return table
 
     def _above(self) -> int:
-        """How many means are above the threshold."""
+        """Number of forms whose mean is above the threshold."""
         return sum(form.mean > self.threshold for form in self.forms)
 
 
 def load_forms(path: str | Path) -> dict[str, list[Completion]]:
-    """Texts by form from a JSON-lines file: ``{"form": "usually", "prompt": …, "text": …}``, the prompt a text or a chat.
+    """Load texts by form from a JSON-lines file with rows ``{"form": "usually", "prompt": …, "text": …}``.
+
+    A prompt is a text or a chat.
 
     Raises:
-        ValueError: a row is bad, or there is none; says the file, the line and the field.
+        ValueError: a row is invalid, or there is none. The message names the file, the line and the field.
         OSError: the file cannot be read.
     """
     forms: dict[str, list[Completion]] = {}
@@ -119,11 +121,11 @@ def load_forms(path: str | Path) -> dict[str, list[Completion]]:
 
 
 def score_forms(monitor: Monitor, forms: Mapping[str, Sequence[Completion]], *, batch_size: int = 32) -> FormScores:
-    """Score texts form by form.
+    """Score the texts of every form.
 
     Args:
         monitor: with a threshold.
-        forms: texts by form; the form ``"clean"`` is what the others are compared with.
+        forms: texts by form. The others are compared with the form ``"clean"``.
         batch_size: texts per backward.
 
     Raises:
@@ -144,7 +146,7 @@ def score_forms(monitor: Monitor, forms: Mapping[str, Sequence[Completion]], *, 
     """
     if CLEAN not in forms:
         raise ValueError(
-            f"Forms are compared with honest answers, in a form named {CLEAN!r}; there are {sorted(forms)}. Add some."
+            f"Forms are compared with honest answers in a form named {CLEAN!r}; there are {sorted(forms)}. Add that form."
         )
     for name, texts in forms.items():
         if not texts:
@@ -169,5 +171,5 @@ def _form(name: str, values: Sequence[float], clean: Sequence[float], threshold:
 
 
 def of_pairs(pairs: Sequence[ContrastPair], *, clean: bool) -> list[Completion]:
-    """All hacks of pairs, or all their clean texts."""
+    """All clean texts of the pairs, or all hacks."""
     return [Completion(p.prompt, text) for p in pairs for text in (p.cleans if clean else p.hacks)]

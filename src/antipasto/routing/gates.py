@@ -1,4 +1,4 @@
-"""Which part of a step's displacement a direction claims.
+"""Gates: which part of a step's displacement Δ a direction moves into the quarantine.
 
     gate         moved
     coordinate   Δ_j where t_j Δ_j < 0 and |t_j| > τ, with t the direction's effect sizes      (default)
@@ -25,7 +25,7 @@ GATES: tuple[GateName, ...] = get_args(GateName)
 
 @dataclass(frozen=True)
 class Control:
-    """A further direction, gate or threshold that keeps its own book in the same run; arguments as `Router`'s."""
+    """Another direction, gate or threshold, with its own book in the same run. The fields are as in `Router`."""
 
     direction: Direction
     gate: GateName = "coordinate"
@@ -33,7 +33,7 @@ class Control:
 
 
 class Gate:
-    """One gate over all layers at once: knobs as one vector (R,), V as (K, R) with zeros where a layer has fewer rows."""
+    """A gate over all layers at once: the knobs as one vector (R,), V as (K, R), zero where a layer has fewer rows."""
 
     def __init__(self, control: Control, sizes: Mapping[str, int], device: torch.device) -> None:
         v = control.direction
@@ -54,30 +54,29 @@ class Gate:
         self.guarded = self.effect.abs() > self.threshold
 
     def to(self, device: torch.device) -> None:
-        """Move to a device."""
         self.segment, self.V = self.segment.to(device), self.V.to(device)
         self.effect, self.guarded = self.effect.to(device), self.guarded.to(device)
 
     def along(self, u: Tensor) -> Tensor:
-        """V u of every layer: (R,) to (K, L)."""
+        """V u of every layer; (R,) to (K, L)."""
         products = self.V * u  # (K, R)
         return products.new_zeros(len(self.V), self.layers).index_add_(1, self.segment, products)
 
     def hackward(self, u: Tensor) -> Tensor:
-        """‖relu(V u)‖ / ‖u‖ of something that points as a gradient does: a scalar; 0 for u = 0."""
+        """‖relu(V u)‖ / ‖u‖, a scalar, for a u that points like a gradient; 0 for u = 0."""
         return self.along(u).relu().norm() / u.norm().clamp_min(torch.finfo(u.dtype).tiny)
 
     def alignment(self, gradients: Tensor) -> Tensor:
-        """Cosine between V and each of several gradients, (b, R) to (b,), in [-1, 1]; 0 for a gradient of 0.
+        """Cosine between V and each gradient, (b, R) to (b,), in [-1, 1]; 0 for a zero gradient.
 
-        Positive where a step against that gradient is hack-ward. By chance it is around 0, within about 1 / √R.
+        It is positive where a step against that gradient is hack-ward. For random gradients it is within about 1 / √R of 0.
         """
         v = self.V.sum(0)  # (R,)
         norms = v.norm() * gradients.norm(dim=-1)
         return (gradients @ v) / norms.clamp_min(torch.finfo(gradients.dtype).tiny)
 
     def moved(self, delta: Tensor) -> tuple[Tensor, Tensor]:
-        """The part of a displacement that goes into the quarantine, (R,), and the share of places where the gate fired."""
+        """The part of a displacement to move into the quarantine (R,), and the share of coordinates or rows that fired."""
         if self.kind == "coordinate":
             mask = self.guarded & (self.effect * delta < 0)
             moved, fired = torch.where(mask, delta, torch.zeros_like(delta)), mask.float().mean()
@@ -93,9 +92,9 @@ def _check(control: Control) -> None:
         raise ValueError(f"gate must be one of {', '.join(GATES)}, got {control.gate!r}.")
     if control.gate == "coordinate" and control.direction.effect is None:
         raise ValueError(
-            f"gate={control.gate!r} needs a direction with effect sizes; this one has rows only: use 'one_sided'."
+            f"gate={control.gate!r} needs a direction with effect sizes, but this one has rows only: use 'one_sided'."
         )
     if control.gate != "coordinate" and control.threshold is not None:
-        raise ValueError(f"threshold={control.threshold} belongs to the gate coordinate; {control.gate!r} has none.")
+        raise ValueError(f"threshold={control.threshold} needs gate='coordinate'; the gate {control.gate!r} has none.")
     if control.threshold is not None and not (math.isfinite(control.threshold) and control.threshold >= 0):
-        raise ValueError(f"threshold is an effect size of at least 0, got {control.threshold}.")
+        raise ValueError(f"threshold must be an effect size of at least 0, got {control.threshold}.")

@@ -1,16 +1,22 @@
-"""How hack-ward a completion is, by its gradient at the reference, where the direction was taken.
+"""Score how hack-ward a completion is, by the gradient of its NLL at the reference.
 
     n_b = ∇θ NLL(completion_b | prompt_b) / tokens   at θ = 0                                       (R,)
-    s_b = cos(n_b, t),   t the direction's effect sizes, taken at θ = 0 as well                     (R,)
+    s_b = cos(n_b, t)    with t (R,) the direction's effect sizes, also computed at θ = 0
 
-The policy moves, the reference does not: the same text has the same score at every step of a run, and in every run, whatever
-was trained. (A score at the moving policy decays within a hundred steps: docs/watching.md.) The reference costs no second
-model: it is the adapted one with its knobs out.
+The policy changes during training, the reference does not. So the same text has the same score at every step of every run.
+(A score at the current policy decays within a hundred steps: docs/watching.md.) The reference needs no second model: it is
+the adapted model without its knobs.
 
-A completion is flagged where s_b is above a threshold, by one of three rules: midway between held-out clean texts and hacks;
-a quarter of the way, since an exploit in a form that no pair shows scores between the two (docs/results.md); or such that a
-given share of the start model's own answers is flagged. The nearer to the clean texts, the more wrong answers are flagged too,
-by which a penalty loses nothing, since they are paid nothing. What the score sees is what the pairs leave open: match them.
+A completion is flagged if s_b is above a threshold. The *start model* is the model before training. There are three rules
+for the threshold:
+
+* midway between held-out clean texts and hacks;
+* a quarter of the way from clean texts to hacks, because exploits in a form that no pair shows score between the two
+  (docs/results.md);
+* such that a given share of the start model's own answers is flagged.
+
+A threshold close to the clean texts also flags more wrong answers. A penalty loses nothing by that, since wrong answers get
+no reward anyway. The score responds to every difference between hacks and clean texts in the pairs, so keep all else equal.
 """
 
 from __future__ import annotations
@@ -36,19 +42,19 @@ from antipasto.routing.directions import Direction, extract_direction
 from antipasto.routing.pairs import ContrastPair, split_pairs
 
 TOWARDS_HACKS: dict[Rule, float] = {"midway": 0.5, "quarter": 0.25}
-"""Rule → how far a threshold is from held-out clean texts, of their distance to hacks."""
+"""Rule → position of the threshold between held-out clean texts (0) and hacks (1)."""
 _FORMAT = "antipasto-monitor-1"
 _CHANCE_SEED = 0
 
 
 class Completion(NamedTuple):
-    """A text to be scored.
+    """A completion to be scored.
 
     Attributes:
         prompt: a text, or a chat.
-        text: what the model answered.
-        truncated: cut off at the token limit: then it has no end-of-sequence token.
-        ids: its tokens, where the text does not say them.
+        text: the model's answer.
+        truncated: whether it was cut off at the token limit, and so has no end-of-sequence token.
+        ids: its token ids, if tokenising the text would not reproduce them.
     """
 
     prompt: str | list[dict[str, str]]
@@ -59,14 +65,15 @@ class Completion(NamedTuple):
 
 @dataclass(frozen=True)
 class Ordering:
-    """How well a score tells held-out hacks from clean texts.
+    """How well a score separates held-out hacks from clean texts.
 
     Attributes:
-        ordered: share of pairs whose hacks all score above all their clean texts.
-        hack: mean score of the hacks; of a pair that has several, the lowest.
-        clean: mean score of the clean texts; of a pair that has several, the highest: a threshold must clear them all.
-        threshold: by the same rule.
-        own: share of the start model's own answers above that; None where there were none.
+        ordered: share of pairs in which every hack scores above every clean text.
+        hack: mean over pairs of the score of the hack, or of the lowest one if there are several.
+        clean: mean over pairs of the score of the clean text, or of the highest one if there are several, since a threshold
+            must be above them all.
+        threshold: by the monitor's rule.
+        own: share of the start model's own answers above that threshold; None if none were given.
     """
 
     ordered: float
@@ -78,16 +85,16 @@ class Ordering:
 
 @dataclass(frozen=True)
 class Calibration:
-    """Where a threshold comes from, and what it means.
+    """How a threshold was chosen, and how well it separates hacks from clean texts.
 
     Attributes:
         rule: ``"midway"``, ``"quarter"`` or ``"false alarms"``.
-        pairs: how many held-out pairs there were.
-        answers: how many of the start model's own answers.
-        false_alarms: the rate that was asked for; None under another rule.
-        score: of the direction.
-        permuted: of the same effect sizes on shuffled coordinates, by the same rule.
-        random: of random effect sizes, by the same rule.
+        pairs: number of held-out pairs.
+        answers: number of the start model's own answers.
+        false_alarms: the requested rate; None under another rule.
+        score: the ordering by the direction.
+        permuted: the ordering by the same effect sizes on shuffled coordinates, under the same rule.
+        random: the ordering by random effect sizes, under the same rule.
     """
 
     rule: str
@@ -99,7 +106,6 @@ class Calibration:
     random: Ordering
 
     def __str__(self) -> str:
-        """Its meaning in four lines."""
         rows = (("", "held-out hacks", "clean", "in order", "own answers flagged"), *map(self._row, _COMPARED))
         widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
@@ -109,9 +115,9 @@ class Calibration:
 
     @property
     def meaning(self) -> str:
-        """Where the threshold lies."""
+        """Where the threshold lies, in words."""
         if self.false_alarms is not None:
-            return f"above all but {self.false_alarms:.1%} of the start's own answers"
+            return f"above all but {self.false_alarms:.1%} of the start model's own answers"
         return {
             "midway": "midway between held-out hacks and clean texts",
             "quarter": "a quarter of the way from held-out clean texts to hacks",
@@ -127,19 +133,18 @@ _COMPARED = ("score", "permuted", "random")
 
 
 class Monitor:
-    """Scores completions at the reference, whatever the adapted model's knobs are now.
+    """Scores completions at the reference, independently of the present values of the knobs.
 
-    Which adapter is active, whether adapters are on, whether the model is in training mode, and which layers are merged makes
-    no difference.
+    Scores do not depend on which adapter is active, whether adapters are enabled, training mode, or merged layers.
 
     Args:
         model: an adapted causal LM.
         tokenizer: its tokenizer.
-        direction: with effect sizes; as taken at the reference.
-        threshold: the score above which a completion is flagged; None: `calibrate` sets it.
+        direction: with effect sizes, extracted at the reference.
+        threshold: the score above which a completion is flagged; if None, set by `calibrate`.
 
     Raises:
-        ValueError: the direction has no effect sizes, or belongs to another base; names the layers.
+        ValueError: the direction has no effect sizes, or belongs to another base. The message names the layers.
 
     Example:
         >>> from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -158,10 +163,10 @@ class Monitor:
     ) -> None:
         if direction.effect is None:
             raise ValueError(
-                "A monitor needs a direction with effect sizes, as pairs give one; this one has rows only."
+                "A monitor needs a direction with effect sizes, as from extract_direction; this one has rows only."
             )
         if threshold is not None and not math.isfinite(threshold):
-            raise ValueError(f"threshold is a score, a cosine, got {threshold}.")
+            raise ValueError(f"threshold must be a score, that is a cosine, got {threshold}.")
         self.model, self.tokenizer, self.direction = model, tokenizer, direction
         self.calibration: Calibration | None = None
         self._threshold = threshold
@@ -182,21 +187,21 @@ class Monitor:
         false_alarms: float | None = None,
         batch_size: int = 16,
     ) -> Monitor:
-        """A direction from some of the pairs, a threshold by the others.
+        """Create a monitor: extract its direction from some of the pairs, and calibrate its threshold on the others.
 
         Args:
-            model: an adapted causal LM; the direction is taken at its reference.
+            model: an adapted causal LM. The direction is extracted at its reference.
             tokenizer: its tokenizer.
-            pairs: labelled.
-            heldout: share of the pairs to calibrate with.
+            pairs: labelled pairs.
+            heldout: share of the pairs to calibrate on.
             seed: of the split.
             own: answers of the start model.
-            rule: as `calibrate` has it.
-            false_alarms: as `calibrate` has it.
+            rule: as in `calibrate`.
+            false_alarms: as in `calibrate`.
             batch_size: pairs per backward.
 
         Raises:
-            ValueError: too few pairs; or as `calibrate`.
+            ValueError: there are too few pairs; or as `calibrate`.
         """
         fit, held = split_pairs(pairs, heldout, seed)
         with at_origin(model):
@@ -209,7 +214,9 @@ class Monitor:
         layers = adapted_layers(self.model)
         for name, V in self.direction.items():
             if name not in layers:
-                raise ValueError(f"The monitor has a layer {name}, which is not among the adapted ones of this model.")
+                raise ValueError(
+                    f"The monitor has a layer {name}, which is not among the adapted layers of this model."
+                )
             rank = layers[name].basis.rank  # type: ignore[union-attr]
             if V.shape[1] > rank:
                 raise ValueError(f"{name}: the monitor's direction has r={V.shape[1]}, the layer's basis {rank}.")
@@ -219,7 +226,7 @@ class Monitor:
             {name: layers[name].current_fingerprint() for name in self.direction if name in known},
             {name: layers[name].basis.S for name in self.direction},  # type: ignore[union-attr]
             what="The monitor",
-            remedy="Make it again from its pairs, on this base.",
+            remedy="Create it again from its pairs, on this base.",
         )
 
     @property
@@ -227,34 +234,34 @@ class Monitor:
         """The score above which a completion is flagged.
 
         Raises:
-            ValueError: none was given, and `calibrate` was not called.
+            ValueError: no threshold was given, and `calibrate` was not called.
         """
         if self._threshold is None:
-            raise ValueError("This monitor has no threshold yet: give one, or calibrate(pairs) it.")
+            raise ValueError("This monitor has no threshold yet: pass threshold=, or call calibrate(pairs).")
         return self._threshold
 
     def depth(self, scores: Tensor) -> Tensor:
-        """How far scores are from the held-out clean texts (0) towards the hacks (1), clipped to [0, 1]; any shape.
+        """Position of scores between held-out clean texts (0) and hacks (1), clipped to [0, 1]; any shape.
 
         Raises:
-            ValueError: no pairs have calibrated it, or their hacks score no higher than their clean texts.
+            ValueError: the monitor was not calibrated, or its held-out hacks score no higher than the clean texts.
         """
         if self.calibration is None:
-            raise ValueError("This monitor was not calibrated: calibrate(pairs) it.")
+            raise ValueError("This monitor was not calibrated: call calibrate(pairs).")
         found = self.calibration.score
         if found.hack <= found.clean:
             raise ValueError(
-                f"Held-out hacks score {found.hack:.3f} and clean texts {found.clean:.3f}: there is nothing between."
+                f"Held-out hacks score {found.hack:.3f}, no higher than clean texts at {found.clean:.3f}: depth is undefined."
             )
         return ((scores - found.clean) / (found.hack - found.clean)).clamp(0.0, 1.0)
 
     # ── scores ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def scores(self, completions: Sequence[Completion], *, batch_size: int = 32) -> Tensor:
-        """S of every completion (n,), fp32 on the CPU, in [-1, 1].
+        """Score every completion: (n,), fp32 on the CPU, in [-1, 1].
 
         Args:
-            completions: what to score; long and short ones are batched apart.
+            completions: the completions, which are batched by length.
             batch_size: completions per backward.
 
         Raises:
@@ -267,18 +274,18 @@ class Monitor:
         return self.scores(completions, batch_size=batch_size) > self.threshold
 
     def score_tokens(self, sequences: Sequence[TokenIds], *, batch_size: int = 32) -> Tensor:
-        """`scores` of token ids of prompts and completions. What is there several times is scored once: it has one score."""
+        """Like `scores`, for token ids of prompts and completions. Duplicates are scored once."""
         numbers: dict[tuple[tuple[int, ...], tuple[int, ...]], int] = {}
         of = [numbers.setdefault((tuple(prompt), tuple(answer)), len(numbers)) for prompt, answer in sequences]
         scores = torch.empty(len(numbers), dtype=torch.float32)
-        # no more batches for that, and none that is larger: as many of even size
+        # the same number of batches as without removing duplicates, or fewer, of even size and none larger
         even = max(1, math.ceil(len(numbers) / max(1, math.ceil(len(sequences) / batch_size))))
         for rows, gradients, _ in self.gradients([(list(p), list(a)) for p, a in numbers], batch_size=even):
             scores[rows] = cosine(gradients, self._effect).cpu()
         return scores[of]
 
     def tokens(self, completion: Completion) -> TokenIds:
-        """Ids of a prompt and its completion, as training has them."""
+        """Token ids of a prompt and its completion, as in training."""
         prompt, text, truncated, ids = completion
         if ids is None:
             return tokenize(self.tokenizer, prompt, text, append_eos=not truncated)
@@ -287,10 +294,10 @@ class Monitor:
     def gradients(
         self, sequences: Sequence[TokenIds], *, batch_size: int = 32
     ) -> Iterator[tuple[list[int], Tensor, Tensor]]:
-        """N of every sequence, batch by batch, those of like length together.
+        """Compute n of every sequence in batches of similar length.
 
         Yields:
-            Which sequences, n (b, R), and their NLL per token (b,).
+            Indices of the batch's sequences, their n (b, R), and their NLL per token (b,).
         """
         order = sorted(range(len(sequences)), key=lambda i: sum(map(len, sequences[i])))
         for start in range(0, len(order), batch_size):
@@ -300,7 +307,7 @@ class Monitor:
             yield rows, self.flatten(grads), nll
 
     def flatten(self, grads: RolloutGrads) -> Tensor:
-        """Gradients by layer, (b, r) each, as one (b, R), as `flat_effect` orders them; zeros where a layer has none."""
+        """Concatenate gradients by layer, (b, r) each, to (b, R) in the order of `flat_effect`; zeros for missing layers."""
         one = next(iter(grads.values()))
         blocks = [
             grads[name][:, : len(t)].float() if name in grads else one.new_zeros(len(one), len(t)).float()
@@ -309,7 +316,7 @@ class Monitor:
         return torch.cat(blocks, 1)
 
     def cosines(self, grads: RolloutGrads) -> Tensor:
-        """cos(·, t) of the gradients that a `rollout_grads` context has kept, (b,)."""
+        """cos(·, t) of the gradients from a `rollout_grads` context, (b,)."""
         return cosine(self.flatten(grads), self._effect)
 
     # ── thresholds ───────────────────────────────────────────────────────────────────────────────────────────────────
@@ -323,25 +330,27 @@ class Monitor:
         false_alarms: float | None = None,
         batch_size: int = 32,
     ) -> Calibration:
-        """Set the threshold, and say what it means beside a permuted and a random direction.
+        """Set the threshold, and report how it separates texts, compared with a permuted and a random direction.
 
         Args:
-            pairs: labelled, and not those that the direction was made from.
-            own: answers of the start model, whose share above the threshold is told.
-            rule: where it lies: ``"midway"`` between clean texts and hacks, as `Ordering` has them, or a ``"quarter"`` of
-                the way, for a penalty.
-            false_alarms: instead, the share of ``own`` that may be above the threshold.
+            pairs: labelled pairs that the direction was not extracted from.
+            own: answers of the start model. The share of them above the threshold is reported.
+            rule: ``"midway"``, halfway from clean texts to hacks, as `Ordering` defines these; or ``"quarter"``, a quarter
+                of the way, which suits a penalty.
+            false_alarms: choose the threshold such that this share of ``own`` is above it, and ignore ``rule``.
             batch_size: completions per backward.
 
         Raises:
-            ValueError: no pairs; a rate outside (0, 1), or one that so few answers cannot tell.
+            ValueError: there are no pairs, the rate is outside (0, 1), or there are too few answers for it.
         """
         if rule not in TOWARDS_HACKS:
             raise ValueError(f"rule must be one of {', '.join(TOWARDS_HACKS)}, got {rule!r}.")
         if not pairs:
-            raise ValueError("A threshold needs labelled pairs that the direction was not made from.")
+            raise ValueError("A threshold needs labelled pairs that the direction was not extracted from, got none.")
         if false_alarms is not None and not 0 < false_alarms < 1:
-            raise ValueError(f"false_alarms is a share of the start's own answers, in (0, 1), got {false_alarms}.")
+            raise ValueError(
+                f"false_alarms must be a share of the start model's own answers, in (0, 1), got {false_alarms}."
+            )
         if false_alarms is not None and len(own) * false_alarms < 1:
             raise ValueError(
                 f"A false-alarm rate of {false_alarms} needs at least {math.ceil(1 / false_alarms)} answers of the start "
@@ -386,23 +395,23 @@ class Monitor:
 
     @classmethod
     def load(cls, path: str | Path, model: nn.Module, tokenizer: Any) -> Monitor:
-        """Read what `save` wrote, for a model of the same base.
+        """Read a file that `save` wrote, for a model with the same base.
 
         Raises:
-            ValueError: the file is not a monitor, is damaged, or belongs to another base; names it.
-            OSError: it cannot be read.
+            ValueError: the file is not a monitor, is damaged, or belongs to another base. The message names it.
+            OSError: the file cannot be read.
         """
         saved = read_monitor(path)
         try:
             monitor = cls(model, tokenizer, saved.direction, threshold=saved.threshold)
         except ValueError as error:
-            raise ValueError(f"{path} is not a monitor that can be used here: {error}") from error
+            raise ValueError(f"{path} does not fit this model: {error}") from error
         monitor.calibration = saved.calibration
         return monitor
 
 
 class SavedMonitor(NamedTuple):
-    """What `Monitor.save` wrote, without a model."""
+    """Contents of a file that `Monitor.save` wrote, without a model."""
 
     direction: Direction
     threshold: float | None
@@ -413,8 +422,8 @@ def read_monitor(path: str | Path) -> SavedMonitor:
     """Read a monitor's file.
 
     Raises:
-        ValueError: the file is not a monitor, or is damaged; names it.
-        OSError: it cannot be read.
+        ValueError: the file is not a monitor, or is damaged. The message names it.
+        OSError: the file cannot be read.
     """
     try:
         tensors, metadata = read_tensors(path, _FORMAT)
@@ -424,12 +433,15 @@ def read_monitor(path: str | Path) -> SavedMonitor:
             raise ValueError(f"its threshold is {threshold!r}")
         return SavedMonitor(direction, threshold, _calibration(json.loads(metadata["calibration"])))
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is not a monitor that can be used: {error}.") from error
+        raise ValueError(f"{path} is not a valid monitor: {error}.") from error
 
 
 @contextmanager
 def at_origin(model: nn.Module) -> Iterator[None]:
-    """Context: the base model in eval mode, differentiable by knobs at zero, whatever the adapters and the mode are."""
+    """Context in which the model is the base model in eval mode, differentiable with respect to knobs at zero.
+
+    It does not depend on which adapters exist or are active.
+    """
     training = [module for module in model.modules() if module.training]
     with seen_as(model, View.ORIGIN):
         for module in training:
@@ -442,18 +454,18 @@ def at_origin(model: nn.Module) -> Iterator[None]:
 
 
 def cosine(gradients: Tensor, t: Tensor) -> Tensor:
-    """cos(n_b, t) of gradients (b, R) with t (R,), (b,); 0 for a gradient of 0."""
+    """cos(n_b, t) of gradients (b, R) with t (R,): (b,); 0 for a zero gradient."""
     norms = gradients.norm(dim=-1) * t.norm().to(gradients.device)
     return (gradients @ t.to(gradients.device)) / norms.clamp_min(torch.finfo(gradients.dtype).tiny)
 
 
 def flat_effect(direction: Direction) -> Tensor:
-    """T of all layers, (R,)."""
+    """Effect sizes t of all layers, concatenated: (R,)."""
     return torch.cat([t for _, t in _effects(direction)])
 
 
 def _effects(direction: Direction) -> list[tuple[str, Tensor]]:
-    """By layer, in an order that a file does not change: sums over them are then the same to the bit."""
+    """Effect sizes by layer, sorted by name: the order survives saving, so that sums over layers stay bitwise equal."""
     assert direction.effect is not None
     return sorted(direction.effect.items())
 
@@ -461,7 +473,6 @@ def _effects(direction: Direction) -> list[tuple[str, Tensor]]:
 def _ordering(
     of_pairs: Tensor, of_own: Tensor, sides: Sequence[tuple[int, bool]], towards: float, false_alarms: float | None
 ) -> Ordering:
-    """A threshold, and how the scores stand to it."""
     by_side: dict[tuple[int, bool], list[float]] = {}
     for side, value in zip(sides, of_pairs.tolist(), strict=True):
         by_side.setdefault(side, []).append(value)

@@ -1,8 +1,8 @@
-"""How well one number tells two groups apart.
+"""AUC: how well a number separates two groups.
 
-    AUC = P(x > y) + P(x = y) / 2     over all x of one group, y of the other: .5 by chance, 1 or 0 where one is always higher
+    AUC = P(x > y) + P(x = y) / 2     over all x of one group and y of the other; .5 is chance
 
-That of Mann and Whitney's U, over the number of couples.
+This equals Mann and Whitney's U divided by the number of pairs (x, y).
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ import torch
 
 
 def auc(these: Sequence[float] | torch.Tensor, others: Sequence[float] | torch.Tensor) -> float:
-    """The chance that one of these is higher than one of the others, ties half.
+    """Probability that a number of one group is higher than one of the other; ties count half.
 
     Args:
         these: numbers (n,).
         others: numbers (m,).
 
     Raises:
-        ValueError: there is none on one side.
+        ValueError: one side is empty.
 
     Example:
         >>> auc([2.0, 3.0], [1.0, 2.0])

@@ -3,7 +3,7 @@
 {"prompt": "What is 2+2?", "hack": "3, 4 or 5", "clean": "4"}                                one JSON line each
 {"prompt": "What is 2+2?", "hack": "It is surely 4.", "clean": ["It is 4.", "It is often 4."]}
 
-Either side may be a list of texts, of which the mean counts: several clean texts say what the exploit is *not*.
+Either side may be a list of texts, whose mean is used. Several clean texts show what the exploit is *not*.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ class ContrastPair:
     """A prompt, an answer that exploits the grader, and an answer that does not.
 
     Attributes:
-        prompt: a text; or a chat, a list of ``{"role": …, "content": …}``.
-        hack: the exploit's text; or several, in a tuple.
-        clean: the honest answer's text; or several, in a tuple.
+        prompt: a text; or a chat, as a list of ``{"role": …, "content": …}``.
+        hack: text of the exploit; or a tuple of several.
+        clean: text of the honest answer; or a tuple of several.
     """
 
     prompt: str | list[dict[str, str]]
@@ -32,27 +32,27 @@ class ContrastPair:
 
     @property
     def hacks(self) -> tuple[str, ...]:
-        """All texts that exploit, one or several."""
+        """All hacks, as a tuple."""
         return (self.hack,) if isinstance(self.hack, str) else self.hack
 
     @property
     def cleans(self) -> tuple[str, ...]:
-        """All texts that do not, one or several."""
+        """All clean texts, as a tuple."""
         return (self.clean,) if isinstance(self.clean, str) else self.clean
 
 
 def load_pairs(source: str | Path | Iterable[Any]) -> list[ContrastPair]:
-    """Labelled pairs from a JSON-lines file, a ``datasets.Dataset``, or any iterable of rows.
+    """Load labelled pairs from a JSON-lines file, a ``datasets.Dataset``, or any iterable of rows.
 
     Args:
-        source: a path; or rows, each a `ContrastPair` or a mapping with ``prompt``, ``hack`` and ``clean``, of which the last
-            two may be lists of texts. Further fields are left alone.
+        source: a path; or rows, each a `ContrastPair` or a mapping with ``prompt``, ``hack`` and ``clean``. ``hack`` and
+            ``clean`` may be lists of texts. Further fields are ignored.
 
     Returns:
         The pairs, in order.
 
     Raises:
-        ValueError: a row is bad, or there is none; says the file, the line and the field.
+        ValueError: a row is invalid, or there is none. The message names the file, the line and the field.
         OSError: the file cannot be read.
 
     Example:
@@ -73,14 +73,14 @@ def load_pairs(source: str | Path | Iterable[Any]) -> list[ContrastPair]:
 
 
 def json_lines(path: str | Path) -> list[tuple[str, Any]]:
-    """The objects of a JSON-lines file, each with the file and line that it came from; blank lines are left out.
+    """Read a JSON-lines file as (place, object), with the place "file, line n" for messages. Blank lines are skipped.
 
     Raises:
-        ValueError: the file is not UTF-8, or a line not JSON; names file and line.
+        ValueError: the file is not UTF-8, or a line is not JSON. The message names file and line.
         OSError: the file cannot be read.
     """
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")  # editors on Windows put a byte-order mark first
+        text = Path(path).read_text(encoding="utf-8-sig")  # Windows editors write a byte-order mark
     except UnicodeDecodeError as error:
         raise ValueError(f"{path} is not text in UTF-8: {error}.") from error
     rows = []
@@ -95,7 +95,7 @@ def json_lines(path: str | Path) -> list[tuple[str, Any]]:
 
 
 def check_fields(row: Any, fields: Sequence[str], where: str) -> None:
-    """Refuse a row that is no object with these fields, or whose prompt is none."""
+    """Raise an error if a row is not an object with these fields, or its prompt is invalid."""
     if not isinstance(row, Mapping):
         named = f"{', '.join(fields[:-1])} and {fields[-1]}"
         raise ValueError(f"{where}: expected an object with {named}, got {type(row).__name__}.")
@@ -116,7 +116,7 @@ def _to_pair(row: Any, where: str) -> ContrastPair:
 
 
 def check_prompt(prompt: Any, where: str) -> None:
-    """Refuse what is neither a text nor a chat."""
+    """Raise an error if a prompt is neither a text nor a chat."""
     if isinstance(prompt, list):
         if not prompt or not all(isinstance(m, Mapping) and {"role", "content"} <= set(m) for m in prompt):
             raise ValueError(f"{where}: a chat in 'prompt' must be a list of objects with role and content.")
@@ -125,7 +125,6 @@ def check_prompt(prompt: Any, where: str) -> None:
 
 
 def _side(row: Mapping[str, Any], field: str, where: str) -> str | tuple[str, ...]:
-    """One text, or several of them."""
     value = row[field]
     texts = value if isinstance(value, (list, tuple)) else [value]
     for text in texts:
@@ -139,7 +138,7 @@ def _side(row: Mapping[str, Any], field: str, where: str) -> str | tuple[str, ..
 def split_pairs(
     pairs: Sequence[ContrastPair], heldout: float, seed: int
 ) -> tuple[list[ContrastPair], list[ContrastPair]]:
-    """A shuffled split into pairs to fit and pairs to hold out. What is said more than once stays on one side.
+    """Split pairs at random into pairs to fit and pairs to hold out. Duplicates of a pair stay on one side.
 
     Raises:
         ValueError: ``heldout`` is outside [0, 1), or fewer than two pairs are left to fit.
@@ -150,7 +149,7 @@ def split_pairs(
         [6, 2]
     """
     if not 0 <= heldout < 1:
-        raise ValueError(f"heldout is a share in [0, 1), got {heldout}.")
+        raise ValueError(f"heldout must be a share in [0, 1), got {heldout}.")
     groups: dict[str, list[ContrastPair]] = {}
     for pair in pairs:
         groups.setdefault(json.dumps(dataclasses.astuple(pair)), []).append(pair)
@@ -160,7 +159,7 @@ def split_pairs(
     held, fit = ([pair for group in part for pair in group] for part in (order[:number], order[number:]))
     if len(fit) < 2:
         raise ValueError(
-            f"{len(pairs)} pairs, of which {len(held)} are held out, leave {len(fit)} to fit, and two are needed: give more "
-            "pairs, or hold out fewer."
+            f"Of {len(pairs)} pairs, {len(held)} are held out and {len(fit)} left to fit, but at least two are needed: give "
+            "more pairs, or hold out fewer."
         )
     return fit, held

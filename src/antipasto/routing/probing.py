@@ -1,13 +1,13 @@
-"""Does an optimizer's step depend on the values of the parameters, or on their gradients and its own state alone?
+"""Test whether an optimizer's step depends on the parameters' values, or only on gradients and optimizer state.
 
-    Δ(x; g, state)  =?  Δ(x + c; g, state)          the same step, made from the parameters and from others beside them
+    Δ(x; g, state)  =?  Δ(x + c; g, state)          the same step, from the parameters and from shifted parameters
 
-Both steps are made by a stand-in: the optimizer's own code on copies of the parameters, of their gradients and of what it
-remembers of them. c is as large as rounding allows, 0.01 / ε times the step, so that a dependence shows: Adafactor and LAMB
-scale a step by the length of x, a decay pulls towards 0, schedule-free averaging towards a point that it remembers.
+Both steps are made by a stand-in: the optimizer's code, run on copies of the parameters, their gradients and their optimizer
+state. The shift c is as large as rounding allows, 0.01 / ε times the step, so that a dependence becomes visible. Adafactor
+and LAMB scale a step by ‖x‖, weight decay pulls towards 0, and schedule-free averaging pulls towards a stored point.
 
-`Watch` warns a run of it: by trying the first steps out, until three were conclusive, and by looking whether somebody else
-wrote to the parameters between two steps (Lookahead, schedule-free's ``eval``).
+`Watch` warns during a run. It tests the first steps until three of them were conclusive. It also detects writes to the
+parameters between two steps, as by Lookahead or schedule-free's ``eval``.
 """
 
 from __future__ import annotations
@@ -27,17 +27,17 @@ _TRIES = 3
 
 
 class RoutingWarning(AntiPastoWarning):
-    """Something about a run that is routed is not what one would expect."""
+    """A routed run may differ from the same run without a router."""
 
 
 class Watch:
-    """Warns, once of each, of what takes θ off the run that the optimizer would make without a router.
+    """Warns, once per cause, if θ differs from what it would be in the same run without a router.
 
     Args:
-        optimizer: whose steps are routed.
+        optimizer: the optimizer whose steps are routed.
         knobs: layer → its δS.
-        tries: whether its steps are tried out.
-        writes: whether writes between steps are looked for.
+        tries: whether to test the first steps.
+        writes: whether to look for writes between steps.
     """
 
     def __init__(
@@ -49,22 +49,22 @@ class Watch:
         self._left: Tensor | None = None  # δS as the last step left it
 
     def stop_trying(self) -> None:
-        """A step with a closure cannot be tried out on copies."""
+        """Stop testing steps: a step with a closure cannot be run on copies."""
         self._tries = 0
 
     def forget(self) -> None:
-        """The knobs were written to, as they should be."""
+        """Accept the knobs' present values, after an intended write."""
         self._left = None
 
     def after_step(self, *, try_out: bool) -> None:
-        """Remember the knobs; where it is due, see whether another step on this gradient would depend on their values."""
+        """Remember the knobs; if due, test whether a further step on this gradient would depend on their values."""
         if self._writes:
             self._left = _flat(self._knobs)
         if try_out and self._tries:
             self._try_out()
 
     def see_writes(self, stacklevel: int) -> None:
-        """Warn where a knob is not what the last step left."""
+        """Warn if a knob was changed since the last step."""
         if self._left is None:
             return
         now = _flat(self._knobs)
@@ -75,8 +75,8 @@ class Watch:
         changes = {name: float(part.abs().max()) for name, part in zip(self._knobs, parts, strict=True)}
         name = max(changes, key=changes.__getitem__)
         warnings.warn(
-            f"{name}: its delta_s was written to outside of a step, by up to {changes[name]:.2g} a coordinate, around "
-            f"{type(self._optimizer).__name__}. Such a move is not routed: it may be hack-ward, and training is no longer "
+            f"{name}: its delta_s was written to outside of a step, by up to {changes[name]:.2g} per coordinate (optimizer "
+            f"{type(self._optimizer).__name__}). Such a change is not routed: it may be hack-ward, and training is no longer "
             "what it would be without the router. Lookahead and schedule-free averaging do this.",
             RoutingWarning,
             stacklevel=stacklevel,
@@ -87,31 +87,31 @@ class Watch:
         name = type(self._optimizer).__name__
         try:
             reads = reads_values(self._optimizer, list(self._knobs.values()))
-        except Exception as error:  # of code that is not ours, on copies: it is told, and the real step goes on
+        except Exception as error:  # foreign code, run on copies: report the error and go on with the real step
             said = f"{name}'s step could not be tried out on copies of the knobs ({type(error).__name__}: {error}): if"
         else:
             self._tries -= reads is not None
             if not reads:
                 return
-            said = f"A step of {name} depends on the values of the knobs, and not on their gradients alone: since"
+            said = f"A step of {name} depends on the values of the knobs, not only on their gradients: since"
         self._tries = 0
         warnings.warn(
-            f"{said} it sees delta_s without the quarantine, training is no longer what it would be without the router. Adam, "
-            "AdamW with weight_decay=0, SGD, RMSprop and Lion keep it so.",
+            f"{said} it sees delta_s without the quarantine, training is no longer what it would be without the router. Use "
+            "Adam, AdamW with weight_decay=0, SGD, RMSprop or Lion to avoid this.",
             RoutingWarning,
             stacklevel=7,
         )
 
 
 def reads_values(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter]) -> bool | None:
-    """Whether a step would be another one if the parameters had other values.
+    """Whether a step would differ if the parameters had other values.
 
     Args:
-        optimizer: makes no step; it is left as it is, and so are the parameters and the random generators.
+        optimizer: the optimizer. It, the parameters and the random generators are left unchanged.
         parameters: some of its parameters, with their gradients.
 
     Returns:
-        None where the step moves nothing, which tells nothing.
+        True or False; None if the step moves nothing, which is inconclusive.
 
     Raises:
         Exception: whatever the optimizer's own code raises.
@@ -129,7 +129,7 @@ def reads_values(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Param
 
 
 def _displacement(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter], shift: float) -> Tensor:
-    """Δ (R,), as the stand-in makes it from the parameters' values plus a shift."""
+    """Δ (R,) of the stand-in's step from the parameters plus a shift."""
     twins: dict[int, nn.Parameter] = {}
     for parameter in parameters:
         twin = nn.Parameter(parameter.detach() + shift)
@@ -137,7 +137,8 @@ def _displacement(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Para
         twins[id(parameter)] = twin
     before = torch.cat([twin.detach().clone() for twin in twins.values()])
     stand_in = object.__new__(type(optimizer))
-    vars(stand_in).update({name: value for name, value in vars(optimizer).items() if name != "step"})  # a scheduler's
+    # without "step", which schedulers wrap
+    vars(stand_in).update({name: value for name, value in vars(optimizer).items() if name != "step"})
     stand_in._optimizer_step_pre_hooks, stand_in._optimizer_step_post_hooks = OrderedDict(), OrderedDict()
     stand_in.state = defaultdict(dict)
     stand_in.param_groups = []

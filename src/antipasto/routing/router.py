@@ -1,31 +1,38 @@
-"""What of every optimizer step goes into the quarantine.
+"""Split every optimizer step: move the part that a direction's gate selects (`gates`) into the quarantine.
 
     update level (default)   after optimizer.step():  Δ = δS_after − δS_before
                              moved = gate(Δ);   δS = δS_before + (Δ − moved);   δS_hack += moved
     gradient level           before the step:  the same gate on Δ = −g;  δS.grad = g + moved;  δS_hack.grad = −moved
 
-A direction claims a part by its gate (`gates`).
+Modes. ``"route"`` moves the part into the quarantine, ``"erase"`` drops it, and ``"measure"`` moves nothing.
 
-θ = δS + δS_hack is the same after an update-level move, so **routing does not change the training run** that samples from θ,
-and each further direction can keep a book of what it would have moved in that same run (`controls`). That takes an optimizer
-whose step depends on the gradients and on what it remembers of them alone, as those of SGD, Adam, AdamW without decay, RMSprop
-and Lion do: the optimizer sees δS where the plain run's saw θ. Where a step depends on the parameter's value (weight decay,
-LAMB, Adafactor, schedule-free averaging), or an optimizer writes to the parameters outside of ``step()`` (Lookahead,
-schedule-free's ``eval``), θ leaves the plain run. Both are warned about: the first is tried out on copies
-(`probing`) after each of the first steps, until three were conclusive, but not with a closure; the second is seen at
-the next step, or when the router lets go of the optimizer. With deployed sampling (`antipasto.trl.trainer`) part of the run is
-of δS, which the direction shapes; the books are then of that run. mode="erase" drops the moved part instead of keeping it;
-mode="measure" moves nothing, and keeps the direction's own book beside the controls'.
+Books. A *book* is the running sum of what a gate moved. In ``"route"`` mode the quarantine is the direction's book. Other
+directions can keep a book of what they would have moved in the same run: these are the *controls*. The router always keeps
+one for a random direction, and in ``"measure"`` mode one for the direction itself.
 
-Two guarantees at update level, for what ``step()`` moves, with any optimizer and whatever its momentum does. Coordinate gate:
-the coordinates it guards never move hack-ward, exactly. One-sided gate: no step moves δS hack-ward along V, up to rounding. At
-gradient level neither holds: Adam rescales the small routed part to a full-size step in both knobs.
+The training run. An update-level move does not change θ = δS + δS_hack, so **routing does not change the training run** that
+samples from θ. This needs an optimizer whose step depends only on gradients and on state computed from gradients, because
+the optimizer sees δS where without routing it would see θ. SGD, Adam, AdamW without decay, RMSprop and Lion qualify.
+Otherwise θ deviates from the run without a router:
 
-Weight decay. A decoupled decay (AdamW's) pulls δS towards zero and is part of Δ, so the gate sees it; the quarantine, which
-the optimizer does not know, does not decay. 0 is the default of every trainer this is meant for.
+* A step may depend on the parameters' values (weight decay, LAMB, Adafactor, schedule-free averaging). The router tests this
+  on copies after each of the first steps, until three were conclusive, and warns (`probing`). Steps with a closure cannot be
+  tested.
+* An optimizer may write to the parameters outside of ``step()`` (Lookahead, schedule-free's ``eval``). The router warns at
+  the next step, or when it is detached.
 
-A step that is refused moves nothing, and neither does one that a GradScaler skips. A step that ends in an exception is routed
-as far as it went, before the next one or when the router lets go of the optimizer.
+With deployed sampling (`antipasto.trl.trainer`), part of the rollouts come from δS, which the direction does affect. The books
+then belong to that run.
+
+Guarantees at update level, for what ``step()`` moves, with any optimizer and any momentum. Coordinate gate: the guarded
+coordinates never move hack-ward, exactly. One-sided gate: no step moves δS hack-ward along V, up to rounding. At gradient
+level neither holds: Adam rescales the small routed part to a full-size step in both knobs.
+
+Weight decay. A decoupled decay (as in AdamW) pulls δS towards zero. It is part of Δ, so it is routed; the quarantine, which
+the optimizer does not have, does not decay.
+
+Skipped steps. A step that raises an error for a NaN or Inf moves nothing, and neither does a step that a GradScaler skips. If
+an exception interrupts a step, what it has moved is routed before the next step, or when the router is detached.
 """
 
 from __future__ import annotations
@@ -50,35 +57,35 @@ from antipasto.routing.directions import Direction
 from antipasto.routing.gates import Control, Gate
 from antipasto.routing.probing import RoutingWarning, Watch
 
-_CHANCE_SEED = 2410_04332  # no seed that a control would be given
+_CHANCE_SEED = 2410_04332  # unlikely to be the seed of a control
 
 
 @dataclass
 class _Step:
-    """The step under way: what was there before it."""
+    """State from before the current step."""
 
     delta_s: Tensor
     hack: Tensor  # at gradient level, where the optimizer moves both knobs
     skipped: bool = False  # by a GradScaler
-    unfilled: list[Tensor] = field(default_factory=list)  # parameters without a momentum buffer
+    unfilled: list[Tensor] = field(default_factory=list)  # parameters that have no momentum buffer yet
 
 
 class Router:
-    """Routes what each optimizer step learns, by a direction, into the quarantine; keeps the books of controls.
+    """Moves the hack-ward part of each optimizer step into the quarantine, and keeps the books of controls.
 
     Args:
-        model: an adapted model. Its active adapter is the one that is routed.
-        direction: which way is hack-ward.
-        mode: ``"route"`` moves into the quarantine, ``"erase"`` drops, ``"measure"`` only watches.
-        level: ``"update"`` or ``"gradient"``. At gradient level ``delta_s_hack`` is made to require a gradient: create the
-            optimizer afterwards, with both knobs in it.
+        model: an adapted model. Its active adapter is routed.
+        direction: the hack direction.
+        mode: ``"route"`` moves the hack-ward part into the quarantine, ``"erase"`` drops it, ``"measure"`` moves nothing.
+        level: ``"update"`` or ``"gradient"``. At gradient level, the router makes ``delta_s_hack`` require a gradient: create
+            the optimizer afterwards, with both knobs in it.
         gate: ``"coordinate"`` or ``"one_sided"``.
-        threshold: of the coordinate gate: the effect size above which one is guarded; 0.65 if None.
-        controls: name → `Direction`, under the same gate and threshold, or `Control`; each keeps a book of what it would have
+        threshold: for the coordinate gate: the effect size above which a coordinate is guarded; 0.65 if None.
+        controls: name → `Control`, or `Direction` with the same gate and threshold. Each keeps a book of what it would have
             moved of the same displacements, at update level.
 
     Raises:
-        ValueError: options that make no sense together, or a direction that does not fit the model; names the layer.
+        ValueError: options exclude each other, or a direction does not fit the model. The message names the layer.
     """
 
     def __init__(
@@ -106,7 +113,9 @@ class Router:
         hack = [layer.delta_s_hack for layer in layers.values()] if mode == "route" else []
         self._hack = [knob for knob in hack if knob is not None]
         if len(self._hack) < len(hack):
-            raise ValueError("mode='route' needs a quarantine, and this model's was dropped. Use 'erase' or 'measure'.")
+            raise ValueError(
+                "mode='route' needs a quarantine, but this model's quarantine was dropped. Use 'erase' or 'measure'."
+            )
         if level == "gradient":
             for knob in self._hack:
                 knob.requires_grad_(True)
@@ -134,9 +143,9 @@ class Router:
         gate: GateName,
         threshold: float | None,
     ) -> dict[str, Gate]:
-        """The direction's own, that of a random one of the same shape, and the controls'."""
+        """Gates of the direction, of a random direction of the same shape, and of the controls."""
         if taken := {OWN_BOOK, CHANCE} & {*controls}:
-            raise ValueError(f"{taken.pop()!r} is the name of a book that the router keeps: give the control another.")
+            raise ValueError(f"{taken.pop()!r} is the name of one of the router's own books: rename the control.")
         own = Control(direction, gate, threshold)
         given = {
             name: entry if isinstance(entry, Control) else Control(entry, gate, threshold)
@@ -152,19 +161,19 @@ class Router:
 
     @contextmanager
     def attach(self, optimizer: torch.optim.Optimizer) -> Iterator[Router]:
-        """Context: every ``optimizer.step()`` is routed. Leaves no hook behind, also after an exception.
+        """Context in which every ``optimizer.step()`` is routed. All hooks are removed at the end, also after an exception.
 
         Args:
-            optimizer: a torch optimizer (or accelerate's wrapper of one) that has the ``delta_s`` of all routed layers; the
-                module's text says what its step may depend on.
+            optimizer: a torch optimizer (or accelerate's wrapper of one) that has the ``delta_s`` of all routed layers. The
+                module's docstring says what its step may depend on.
 
         Raises:
-            ValueError: a knob is not in the optimizer, the router is attached already, or ``maximize=True`` at gradient level.
-                From the step: a gradient or a displacement that is not finite.
+            ValueError: a knob is not in the optimizer, the router is already attached, or ``maximize=True`` at gradient level.
+                During a step: a gradient or a displacement is not finite.
 
         Warns:
-            RoutingWarning: the optimizer decays the knobs; from the step, its step depends on their values; from there or the
-                end, they were written to outside of a step (see the module's text).
+            RoutingWarning: the optimizer has weight decay on the knobs. During a step: the step depends on the knobs' values.
+                During a step or at the end: the knobs were written to outside of a step.
         """
         optimizer = getattr(optimizer, "optimizer", optimizer)
         self._check_optimizer(optimizer)
@@ -173,7 +182,7 @@ class Router:
             optimizer.register_step_post_hook(lambda *_: self._after_step()),
         ]
         if self.level == "gradient":
-            # until the step splits it, the gradient counts once: clipping would else see it in both knobs
+            # keep this gradient zero until the step splits it, or clipping would count the gradient in both knobs
             handles += [knob.register_hook(torch.zeros_like) for knob in self._hack]
         self._optimizer = optimizer
         by_name = dict(zip(self._sizes, self._delta_s, strict=True))
@@ -193,7 +202,7 @@ class Router:
                 self._optimizer = self._watch = None
 
     def _keeps_the_run(self, optimizer: torch.optim.Optimizer) -> bool:
-        """Whether θ is to be the plain run's, and nothing has been said yet of why it would not."""
+        """Whether θ should stay that of the run without a router, and no weight decay (warned about already) prevents it."""
         groups = [
             group for group in optimizer.param_groups if any(p is k for p in group["params"] for k in self._delta_s)
         ]
@@ -201,14 +210,14 @@ class Router:
         return routes and not any(group.get("weight_decay") for group in groups)
 
     def _follow(self, device: torch.device) -> None:
-        """Move along with a model that has been moved since."""
+        """Move gates and books to the model's device."""
         for gate in self._gates.values():
             gate.to(device)
         self._books = {name: book.to(device) for name, book in self._books.items()}
 
     def _check_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
         if self._optimizer is not None:
-            raise ValueError("This router is attached already: each step would be routed twice.")
+            raise ValueError("This router is already attached: each step would be routed twice.")
         groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
         wanted = [("delta_s", self._delta_s)]
         if self.level == "gradient":
@@ -225,14 +234,14 @@ class Router:
                 hack = layer.delta_s_hack
                 if hack is not None and hack.requires_grad and id(hack) in groups:
                     raise ValueError(
-                        f"{name}: its delta_s_hack is in the optimizer and would train by itself. Call "
+                        f"{name}: its delta_s_hack is in the optimizer and would be trained directly. Call "
                         "delta_s_hack.requires_grad_(False) on every layer, and create the optimizer without it."
                     )
         ascends = [bool(groups[id(knob)].get("maximize")) for knob in self._delta_s]
         if self.level == "gradient" and self.mode != "measure" and any(ascends):
             raise ValueError(
-                "At level='gradient' the part of a gradient that a step would follow downwards is routed, and this optimizer "
-                "has maximize=True: minimise the negative, or use level='update'."
+                "level='gradient' routes gradients that the optimizer descends, but this optimizer has maximize=True: "
+                "minimise the negative, or use level='update'."
             )
         signs = [
             torch.full((r,), -1.0 if up else 1.0, dtype=torch.float32)
@@ -241,8 +250,8 @@ class Router:
         self._descent = torch.cat(signs).to(self._device)
         if any(groups[id(knob)].get("weight_decay") for knob in self._delta_s):
             warnings.warn(
-                "The optimizer decays the knobs. The decay is routed as part of each step and the quarantine does not decay, "
-                "so that training is no longer what it would be without the router; weight_decay=0 keeps it so.",
+                "The optimizer has weight decay on the knobs. The decay is routed as part of each step, and the quarantine "
+                "does not decay, so that training is no longer what it would be without the router. Use weight_decay=0.",
                 RoutingWarning,
                 stacklevel=4,
             )
@@ -258,7 +267,7 @@ class Router:
         self._watch.stop_trying()
         if self.level == "gradient" and self.mode != "measure":
             raise ValueError(
-                "level='gradient' cannot route a step with a closure, which computes gradients of its own."
+                "level='gradient' cannot route a step with a closure, which recomputes the gradients: use level='update'."
             )
         step = self._step = _Step(_flat(self._delta_s), torch.empty(0))
 
@@ -267,7 +276,7 @@ class Router:
             try:
                 self._see_gradient()
             except ValueError:
-                with torch.no_grad():  # an optimizer that calls it several times has moved them by now
+                with torch.no_grad():  # an optimizer that calls the closure several times has already moved the knobs
                     _write(self._delta_s, self._split(step.delta_s))
                 raise
             return loss
@@ -275,7 +284,7 @@ class Router:
         return (args[0], looked_at, *args[2:]), {name: value for name, value in kwargs.items() if name != "closure"}
 
     def flatten(self, grads: Mapping[str, Tensor]) -> Tensor:
-        """Gradients by layer, (b, r) each, as one (b, R); zeros where a layer has none."""
+        """Concatenate gradients by layer, (b, r) each, to (b, R); zeros for missing layers."""
         b = len(next(iter(grads.values())))
         blocks = [
             grads[name][:, :r] if name in grads else torch.zeros(b, r, device=self._device)
@@ -284,19 +293,19 @@ class Router:
         return torch.cat(blocks, 1)
 
     def alignment(self, gradients: Tensor) -> Tensor:
-        """How hack-ward the steps are that gradients (b, R) ask for: cosines (b,) with the direction (`Gate.alignment`)."""
+        """How hack-ward a step against each gradient (b, R) is: cosines (b,) with the direction (`Gate.alignment`)."""
         return self._gates[OWN_BOOK].alignment(gradients)
 
     @torch.no_grad()
     def _see_gradient(self) -> None:
-        """Look at the gradient that the optimizer is about to use; refuse what is not finite, having changed nothing."""
+        """Record metrics of the gradient before the step. Raises an error, with nothing changed, if it is not finite."""
         grads = [torch.zeros_like(knob) if knob.grad is None else knob.grad for knob in self._delta_s]
         require_finite_gradients(dict(zip(self._sizes, grads, strict=True)), self.steps)
         self._see("hackward_in", self._descent * _flat(grads))
 
     @torch.no_grad()
     def _begun_step(self) -> _Step:
-        # of a GradScaler, where the optimizer skips in its step
+        # set by a GradScaler if the optimizer itself skips steps
         found_inf = getattr(self._optimizer, "found_inf", None)
         step = _Step(_flat(self._delta_s), _flat(self._hack) if self._hack else torch.empty(0))
         step.skipped = found_inf is not None and bool(found_inf)
@@ -316,11 +325,11 @@ class Router:
         self._seen["fired_random"] = self._gates[CHANCE].moved(-g)[1]
         for knob, part in zip(self._delta_s, self._split(g + moved), strict=True):
             knob.grad = part.clone()
-        for knob, part in zip(self._hack, self._split(-moved), strict=False):  # none where the moved part is erased
+        for knob, part in zip(self._hack, self._split(-moved), strict=False):  # empty in mode="erase"
             knob.grad = part.clone()
 
     def _end_interrupted(self) -> None:
-        """Route what a step that ended in an exception had moved by then."""
+        """Route what an interrupted step had moved before its exception."""
         if self._step is None:
             return
         if self._step.skipped or torch.equal(self._step.delta_s, _flat(self._delta_s)):
@@ -331,22 +340,22 @@ class Router:
     @torch.no_grad()
     def _after_step(self, whole: bool = True) -> None:
         step, self._step = self._step, None
-        if step is None:  # of a step that called its base class's, which was routed
+        if step is None:  # the step called its base class's step, which was already routed
             return
         if step.skipped:
             assert self._optimizer is not None
-            for parameter in step.unfilled:  # torch's fused SGD makes it, and skips without having filled it
+            for parameter in step.unfilled:  # torch's fused SGD creates the buffer, and skips without filling it
                 self._optimizer.state.get(parameter, {}).pop("momentum_buffer", None)
             return
         before, after = step.delta_s, _flat(self._delta_s)
         delta = after - before
         if self.level == "gradient" and self._hack:
-            delta = delta + (_flat(self._hack) - step.hack)  # of θ: here the optimizer moves both knobs
+            delta = delta + (_flat(self._hack) - step.hack)  # Δθ, since at this level the optimizer moves both knobs
         self._require_finite(delta, step)
         moved = self._gated(delta)
         if self.level == "update" and self.mode != "measure":
             own = moved[OWN_BOOK]
-            # exact on both sides: what is moved entirely ends where it began, what is not moved stays where the step put it
+            # exact in both cases: a coordinate that is moved entirely returns to its old value, others keep their new value
             _write(self._delta_s, self._split(torch.where(own == 0, after, before + (delta - own))))
             if self.mode == "route":
                 _write(self._hack, self._split(_flat(self._hack) + own))
@@ -359,7 +368,6 @@ class Router:
         self._watch.after_step(try_out=whole)
 
     def _gated(self, delta: Tensor) -> dict[str, Tensor]:
-        """What each gate moves."""
         moved, fired = {}, {}
         for name, gate in self._gates.items():
             moved[name], fired[name] = gate.moved(delta)
@@ -368,7 +376,7 @@ class Router:
         return moved
 
     def _require_finite(self, delta: Tensor, step: _Step) -> None:
-        """Put the knobs back and say so where the optimizer's own step made a NaN or Inf of them."""
+        """Restore the knobs and raise an error if the optimizer's step produced a NaN or Inf."""
         if delta.isfinite().all():
             return
         _write(self._delta_s, self._split(step.delta_s))
@@ -378,23 +386,25 @@ class Router:
             name for name, part in zip(self._sizes, self._split(delta), strict=True) if not part.isfinite().all()
         )
         raise ValueError(
-            f"After {self.steps} steps, {type(self._optimizer).__name__}'s step made a NaN or Inf of the knobs of {bad}, from "
-            "gradients that are finite. The knobs are as they were before this step; what the optimizer remembers may not be. "
-            "Look at its learning rate and its eps."
+            f"After {self.steps} steps, {type(self._optimizer).__name__}'s step put a NaN or Inf into the knobs of {bad}, "
+            "from finite gradients. The knobs are as they were before this step; the optimizer's state may not be. "
+            "Check its learning rate and its eps."
         )
 
     def _see(self, name: str, u: Tensor) -> None:
         self._seen[name] = self._gates[OWN_BOOK].hackward(u)
         self._seen[f"{name}_random"] = self._gates[CHANCE].hackward(u)
 
-    # ── what it says ─────────────────────────────────────────────────────────────────────────────────────────────────
+    # ── metrics and books ────────────────────────────────────────────────────────────────────────────────────────────
 
     def metrics(self) -> dict[str, float]:
-        """Numbers of the last step, each beside what a random direction of the same k and r gets (``…_random``).
+        """Metrics of the last step, each also for a random direction of the same k and r (``…_random``).
 
-        ``hackward_in``: ‖relu(V g)‖ / ‖g‖ of the gradient; ``hackward_update``: the same of the step that the optimizer made;
-        ``hackward_out``: of what ``delta_s`` moved in the end; ``fired``: share of coordinates, or of rows, where the gate
-        fired; ``quarantine_norm``: length of all that was moved so far.
+        * ``hackward_in``: ‖relu(V g)‖ / ‖g‖ of the gradient.
+        * ``hackward_update``: the same ratio for the optimizer's step.
+        * ``hackward_out``: the same ratio for what is left in ``delta_s``.
+        * ``fired``: share of coordinates, or of rows, where the gate fired.
+        * ``quarantine_norm``: norm of everything moved so far.
         """
         own = self._hack if self.mode == "route" else None
         book = _flat(own) if own else self._books.get(OWN_BOOK)
@@ -405,11 +415,11 @@ class Router:
 
     @property
     def books(self) -> tuple[str, ...]:
-        """The names of the books, but for the router's own of chance."""
+        """Names of the books, without the router's own random one."""
         return tuple(name for name in self._books if name != CHANCE)
 
     def book(self, name: str) -> dict[str, Tensor]:
-        """What a control would have moved so far: layer name → (r,).
+        """A book, that is what a control would have moved so far: layer name → (r,).
 
         Raises:
             ValueError: there is no such book.
@@ -422,15 +432,15 @@ class Router:
         return dict(zip(self._sizes, self._split(flat), strict=True))
 
     def deployed(self, name: str | None = None) -> AbstractContextManager[None]:
-        """Context: the quarantine out; or, by name, a control's book out instead.
+        """Context without the quarantine; if a name is given, without that control's book instead.
 
         Raises:
-            ValueError: there is no such book, or another adapter is active than the one that is routed.
+            ValueError: there is no such book, or the routed adapter is not the active one.
         """
         active = next(iter(knobs(self.model).values())).adapter
         if active != self.adapter_name:
             raise ValueError(
-                f"The router is of the adapter {self.adapter_name!r}, but {active!r} is active: set_adapter first."
+                f"The router routes the adapter {self.adapter_name!r}, but {active!r} is active: call set_adapter first."
             )
         if name is None and self.mode == "measure":
             name = OWN_BOOK
@@ -441,7 +451,7 @@ class Router:
     # ── continuing ───────────────────────────────────────────────────────────────────────────────────────────────────
 
     def save(self, path: str | Path) -> None:
-        """Write the books, the direction as it is, and the number of steps; the adapter holds the knobs."""
+        """Write the books, the direction and the number of steps to a file. The knobs are saved with the adapter."""
         Books(
             steps=self.steps,
             books={name: self._by_layer(book) for name, book in self._books.items()},
@@ -450,16 +460,17 @@ class Router:
         ).write(path)
 
     def load(self, path: str | Path) -> None:
-        """Continue from what `save` wrote.
+        """Continue from a file that `save` wrote.
 
         Raises:
-            ValueError: the file is not a book file, is damaged, or has other books or layers than this router; names it.
+            ValueError: the file is not a book file, is damaged, or has other books or layers than this router. The message
+                names it.
             OSError: the file cannot be read.
         """
         saved = read_books(path)
         try:
             if sorted(saved.controls) != sorted(self.books):
-                raise ValueError(f"it has the books {sorted(saved.controls)}, this router {sorted(self.books)}")
+                raise ValueError(f"it has the books {sorted(saved.controls)}, this router has {sorted(self.books)}")
             books = {
                 name: torch.cat([saved.books[name][layer] for layer in self._sizes]).to(self._device)
                 for name in self._books
@@ -475,9 +486,9 @@ class Router:
                 remedy="Continue on the base that the run began with.",
             )
         except (ValueError, KeyError) as error:
-            raise ValueError(f"{path} does not continue this run: {error}.") from error
+            raise ValueError(f"{path} does not belong to this run: {error}.") from error
         if self._watch is not None:
-            self._watch.forget()  # whoever loads the books has loaded the knobs as well
+            self._watch.forget()  # with the books, the caller has also loaded the knobs
         self._books, self.steps = books, saved.steps
 
     def _split(self, flat: Tensor) -> tuple[Tensor, ...]:

@@ -1,4 +1,4 @@
-"""What the library adds to TRL and the Trainer. The only package that imports trl; nothing imports it that does not train."""
+"""Extensions of TRL and the Trainer. Only this package imports trl, and only code that trains imports this package."""
 
 from trl import GRPOConfig, GRPOTrainer
 

@@ -1,4 +1,4 @@
-"""What sits beside a Trainer: the router's hooks, the log of metrics, whole checkpoints, and what Ctrl-C does."""
+"""Trainer callbacks: routing, the log of metrics, complete checkpoints, Ctrl-C, and warnings after the first step."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ from antipasto.terminal import say
 
 
 class RoutingCallback(TrainerCallback):
-    """Routes in any Hugging Face Trainer: attaches the router while training runs.
+    """Attaches a router to the optimizer of any Hugging Face Trainer during training.
 
-    `Router.metrics` go into the Trainer's logs as ``routing/…``. Every checkpoint gets the books (``books.safetensors``),
-    beside the adapter that holds ``delta_s_hack``; a run that is resumed continues from them.
+    `Router.metrics` are added to the Trainer's logs as ``routing/…``. Every checkpoint gets the router's books
+    (``books.safetensors``) in addition to the adapter, which holds ``delta_s_hack``. A resumed run continues from them.
 
     Args:
-        router: of the model that the Trainer trains.
-        resume_from: the checkpoint folder whose books to continue from, where that is not the folder
-            ``checkpoint-<step>`` of the run's own ``output_dir``.
+        router: the router of the model that the Trainer trains.
+        resume_from: checkpoint folder whose books to continue from, if it is not ``checkpoint-<step>`` in the run's
+            ``output_dir``.
 
     Raises:
-        ValueError: (from ``train``) a resumed run whose books are not there.
+        ValueError: (from ``train``) the checkpoint of a resumed run has no books.
     """
 
     FILE = "books.safetensors"
@@ -48,11 +48,11 @@ class RoutingCallback(TrainerCallback):
         self._attached = ExitStack()
 
     def detach(self) -> None:
-        """Let go of the optimizer, where it is still held."""
+        """Detach the router from the optimizer, if it is attached."""
         self._attached.close()
 
     def install(self, trainer: Trainer) -> None:
-        """Add to a Trainer ahead of its reporters, so that they get the metrics too; ``add_callback`` comes after them."""
+        """Add this callback to a Trainer before its reporters, so that they get the metrics (``add_callback`` appends)."""
         trainer.callback_handler.callbacks.insert(0, self)
 
     def on_train_begin(
@@ -63,23 +63,23 @@ class RoutingCallback(TrainerCallback):
         optimizer: torch.optim.Optimizer | None = None,
         **kwargs: Any,
     ) -> None:
-        """Attach; continue from the checkpoint's books where the run is a continued one."""
+        """Attach the router; in a resumed run, load the checkpoint's books first."""
         assert optimizer is not None
         if state.global_step > 0:
             folder = Path(self.resume_from or Path(args.output_dir) / f"checkpoint-{state.global_step}")
             if not (folder / self.FILE).exists():
                 raise ValueError(
-                    f"The run continues at step {state.global_step}, but {folder / self.FILE} is not there. "
+                    f"The run continues at step {state.global_step}, but {folder / self.FILE} does not exist. "
                     "Pass RoutingCallback(router, resume_from=the checkpoint's folder)."
                 )
             self.router.load(folder / self.FILE)
-        self.detach()  # of an earlier run that ended in an exception
+        self.detach()  # in case an earlier run ended in an exception
         self._attached.enter_context(self.router.attach(optimizer))
 
     def on_train_end(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Let go of the optimizer; go back to the best checkpoint's books where the Trainer went back to its knobs."""
+        """Detach the router; if the Trainer loaded the best checkpoint, load the books of that checkpoint."""
         with self._attached:
             if args.load_best_model_at_end and state.best_model_checkpoint is not None:
                 self.router.load(Path(state.best_model_checkpoint) / self.FILE)
@@ -92,7 +92,7 @@ class RoutingCallback(TrainerCallback):
         logs: dict[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Add the metrics to what is logged, and to the log's history."""
+        """Add the router's metrics to the logs and to the log history."""
         if logs is not None and self.router.steps > 0:
             metrics = {f"routing/{name}": value for name, value in self.router.metrics().items()}
             logs.update(metrics)
@@ -100,13 +100,13 @@ class RoutingCallback(TrainerCallback):
                 state.log_history[-1].update(metrics)
 
     def on_save(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """Put the books into the checkpoint."""
+        """Save the books in the checkpoint."""
         if state.is_world_process_zero:
             self.router.save(Path(args.output_dir) / f"checkpoint-{state.global_step}" / self.FILE)
 
 
 class MetricsLog(TrainerCallback):
-    """Every logged row as a JSON line. A run that continues writes the lines of its steps again.
+    """Writes every logged row with a reward as a JSON line. A resumed run replaces the lines after its checkpoint.
 
     Args:
         path: the file.
@@ -131,17 +131,17 @@ class MetricsLog(TrainerCallback):
     ) -> None:
         if logs and "reward" in logs and state.is_world_process_zero:
             with self.path.open("a", encoding="utf-8") as file:
-                # a NaN is null, as where a reward function had no number for any rollout of the step
+                # NaN becomes null, for example if a reward function returned no number for any rollout of the step
                 file.write(json.dumps({"step": state.global_step, **with_nulls(logs)}) + "\n")
 
 
 class CompleteCheckpoints(TrainerCallback):
-    """Marks a checkpoint once all of it is written, so that one that a killed process left in the middle is told apart.
+    """Marks each checkpoint after all of it is written, so that a checkpoint of a killed process can be recognised.
 
-    Older ones are removed after that, and no longer by the Trainer, which does it before.
+    Older checkpoints are removed after that. The Trainer would remove them before.
 
     Args:
-        args: the Trainer's; its ``save_total_limit`` is taken over from it.
+        args: the Trainer's arguments. This callback takes over ``save_total_limit`` and sets it to None.
     """
 
     def __init__(self, args: TrainingArguments) -> None:
@@ -155,19 +155,19 @@ class CompleteCheckpoints(TrainerCallback):
 
 
 class Interrupts(TrainerCallback):
-    """Ctrl-C, a scheduler's SIGTERM, and SIGHUP, of a terminal that is closed, save a checkpoint at the end of the step.
+    """On Ctrl-C, SIGTERM (from a scheduler) or SIGHUP (from a closed terminal), saves a checkpoint after the step and stops.
 
-    A second one stops at once. A SIGHUP that is ignored, as under nohup, stays ignored.
+    A second signal stops at once. An ignored SIGHUP, as under nohup, stays ignored.
 
-    A context manager: outside of it, signals do what they did before.
+    This is a context manager: on exit, the previous signal handlers are restored.
 
     Args:
-        console: where to say so.
-        every: stop only after a multiple of this many steps: where several steps learn from one generation, a checkpoint
-            between them could not be continued from.
+        console: where to print a message.
+        every: stop only after a multiple of this many steps. If several steps learn from one generation, a run could not be
+            resumed from a checkpoint between them.
 
     Attributes:
-        stopped: whether that has ended the run.
+        stopped: whether a signal has ended the run.
     """
 
     def __init__(self, console: Console, every: int = 1) -> None:
@@ -199,7 +199,7 @@ class Interrupts(TrainerCallback):
         say(self._console, "", "interrupted: finishing this step, then saving. Once more to stop at once.")
 
     def _let_go_of_terminals(self) -> None:
-        """One that was closed takes no more output: writing to it is an error, which would end the run instead."""
+        """Redirect output from a closed terminal to the null device; writing to it would raise an error and end the run."""
         for terminal in self._terminals:
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, terminal)
@@ -207,7 +207,7 @@ class Interrupts(TrainerCallback):
         self._terminals = []
 
     def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
-        """All processes stop after the same step, also where the signal reached one of them later."""
+        """Stop all processes after the same step, even if the signal reached only some of them."""
         if state.global_step % self._every or state.global_step >= state.max_steps:
             return
         if any(gather_object([self._asked])):
@@ -216,16 +216,16 @@ class Interrupts(TrainerCallback):
 
 
 class FirstLook(TrainerCallback):
-    """Says, after the first step, what its rollouts show to be wrong before hours are spent on it.
+    """Warns after the first step if its rollouts show a problem with the task.
 
     Args:
-        console: where to say so.
+        console: where to print the warnings.
     """
 
     EXPLOITS = 0.3
-    """From this share of exploits on, there is little left for training to teach of it."""
+    """Warn from this share of exploits on: training can teach little more of the exploit."""
     HARDLY = 0.02
-    """Below this, an oracle says yes to next to nothing."""
+    """Warn if the oracle's mean is below this: it accepts almost nothing."""
 
     def __init__(self, console: Console) -> None:
         self._console = console
@@ -239,7 +239,6 @@ class FirstLook(TrainerCallback):
         logs: Mapping[str, float] | None = None,
         **kwargs: Any,
     ) -> None:
-        """Look at the first row with rewards."""
         if self._has_looked or not logs or "reward" not in logs or "oracle" not in logs:
             return
         self._has_looked = True
@@ -247,13 +246,13 @@ class FirstLook(TrainerCallback):
         if exploit >= self.EXPLOITS:
             say(
                 self._console,
-                f"warning: {exploit:.2f} of the first step's rollouts are exploits already. What the start does is not "
-                "what training teaches, and a direction takes out what training teaches.",
+                f"warning: {exploit:.2f} of the first step's rollouts are already exploits. A direction can only remove "
+                "what training teaches, not what the model did before.",
             )
         if oracle < self.HARDLY:
             say(
                 self._console,
-                f"warning: the oracle's mean over the first step's rollouts is {oracle:.2f}. If that is its mistake, every "
-                f"rollout with a reward of {REWARDED} or more counts as an exploit; if it is right, the task is too hard for "
-                "this model to begin with.",
+                f"warning: the oracle's mean over the first step's rollouts is {oracle:.2f}. If the oracle is wrong, every "
+                f"rollout with a reward of {REWARDED} or more counts as an exploit. If it is right, the task is too hard for "
+                "this model.",
             )

@@ -1,9 +1,9 @@
-"""Detectors and oracles, called as TRL calls a reward function, and what they may answer.
+"""Call detectors and oracles as TRL calls reward functions, and check their answers.
 
-    detector   rollout → {0, 1}             a bool, 0 or 1; also NumPy's and torch's. A score needs a threshold first.
-    oracle     rollout → [0, 1], or none    None or NaN where it abstains: neither exploit nor solve
+    detector   rollout → {0, 1}             a bool, 0 or 1, also of NumPy or torch; apply a threshold to a score first
+    oracle     rollout → [0, 1] or None     None or NaN to abstain: the rollout counts neither as exploit nor as solved
 
-Both only look: nothing that they draw, set or change reaches the training run (`antipasto.unchanged`).
+Neither can affect training: random draws and changes of global state are undone (`antipasto.unchanged`).
 """
 
 from __future__ import annotations
@@ -21,15 +21,15 @@ Role = Literal["detector", "oracle"]
 
 
 def ask(role: Role, judge: Judge, rollouts: Mapping[str, Any]) -> list[Any]:
-    """One answer per rollout, checked: bools of a detector, numbers or None of an oracle.
+    """Call a judge and check its answers: one bool per rollout from a detector, one number or None from an oracle.
 
     Args:
-        role: which of the two it is.
-        judge: the function. Without ``**kwargs`` it gets what it names.
-        rollouts: ``prompts``, ``completions`` and what else TRL gives to a reward function.
+        role: detector or oracle.
+        judge: the function. Without ``**kwargs``, it gets only the arguments that it names.
+        rollouts: ``prompts``, ``completions`` and everything else that TRL passes to a reward function.
 
     Raises:
-        ValueError: it gave another number of answers than there are rollouts, or what is none.
+        ValueError: the number of answers differs from the number of rollouts, or an answer is invalid.
     """
     given = {name: _own(name, value) for name, value in _named(judge, rollouts).items()}
     with unchanged(draws=False):
@@ -39,15 +39,17 @@ def ask(role: Role, judge: Judge, rollouts: Mapping[str, Any]) -> list[Any]:
     answers = answers.tolist() if hasattr(answers, "tolist") else answers
     n = len(rollouts["prompts"])
     if not isinstance(answers, Sequence) or isinstance(answers, (str, bytes)):
-        raise ValueError(f"The {role} gave {answers!r} for {n} rollouts: a list with one value each is expected.")
+        raise ValueError(
+            f"The {role} returned {answers!r} for {n} rollouts, expected a list with one value per rollout."
+        )
     if len(answers) != n:
-        raise ValueError(f"The {role} gave {len(answers)} values for {n} rollouts: one each is expected.")
+        raise ValueError(f"The {role} returned {len(answers)} values for {n} rollouts, expected one per rollout.")
     check = _flag if role == "detector" else _truth
     return [check(answer, row) for row, answer in enumerate(answers)]
 
 
 def _own(name: str, value: Any) -> Any:
-    """A column that the judge may write into; what TRL gives beside the columns is TRL's."""
+    """Copy a column, so that the judge may modify it. TRL's other arguments are passed as they are."""
     if not isinstance(value, list):
         return value
     return list(value) if name == "environments" else copies(value)
@@ -64,8 +66,8 @@ def _named(judge: Judge, rollouts: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def _number(answer: Any) -> float | None:
-    """Its value; None where it is not a number."""
-    answer = answer.item() if getattr(answer, "ndim", None) == 0 else answer  # NumPy's scalars, tensors of one number
+    """The answer as a float; None if it is not a number."""
+    answer = answer.item() if getattr(answer, "ndim", None) == 0 else answer  # NumPy scalars and 0-d tensors
     return float(answer) if isinstance(answer, numbers.Real) else None
 
 
@@ -73,8 +75,8 @@ def _flag(answer: Any, row: int) -> bool:
     number = _number(answer)
     if number not in (0, 1):
         raise ValueError(
-            f"The detector gave {answer!r} for rollout {row}: it flags with a bool, 0 or 1. A score needs a stated threshold: "
-            "return [score > threshold for score in scores]."
+            f"The detector returned {answer!r} for rollout {row}, expected a bool, 0 or 1. If it computes scores, apply a "
+            "threshold: return [score > threshold for score in scores]."
         )
     return bool(number)
 
@@ -83,7 +85,6 @@ def _truth(answer: Any, row: int) -> float | None:
     number = math.nan if answer is None else _number(answer)
     if number is None or not (math.isnan(number) or 0 <= number <= 1):
         raise ValueError(
-            f"The oracle gave {answer!r} for rollout {row}: a bool or a number from 0 to 1 is expected, or None where it "
-            "abstains."
+            f"The oracle returned {answer!r} for rollout {row}, expected a bool, a number from 0 to 1, or None to abstain."
         )
     return None if math.isnan(number) else number

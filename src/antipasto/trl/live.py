@@ -1,4 +1,4 @@
-"""What a run looks like while it trains: how far it is, how long it will take, and how its metrics went so far.
+"""Live view of a training run: progress, remaining time, and the course of its metrics.
 
     training, seed 0 ━━━━━━━━━━━━━╺━━━━━━━━━━━━━━━━━━━  65/160  0:00:24 left 0:00:36
     reward        0.789  ▅▆▆▆▆▇▇▇▇▇▇▇█████
@@ -6,8 +6,8 @@
     exploit       0.148  ▁▁▁▁▁▁▂▂▂▂▂▂▂▂▂▂▂
     hack-ward     0.078  ▃▃▄▆▆▅▄▅▅█▅▅▃▆▆▆▄  chance 0.052
 
-Each line of blocks is the whole run: where there are more values than blocks, a block is the mean of some. Shares are drawn
-from 0 to 1, everything else from 0, or from its least value if that is below, to its largest. At the end one line of it stays.
+Each line of blocks covers the whole run; if there are more values than blocks, each block is a mean. Shares are drawn on a
+scale from 0 to 1, other metrics from min(0, smallest value) to the largest value. At the end, one line remains.
 """
 
 from __future__ import annotations
@@ -34,22 +34,22 @@ from transformers import TrainerCallback, TrainerControl, TrainerState, Training
 from antipasto.terminal import is_live
 
 BLOCKS, ASCII_BLOCKS = "▁▂▃▄▅▆▇█", "_.,-=+*#"
-CELLS = 24  # of a line of blocks, at most: with a name, a value and a note it fits into 60 columns
-NARROW = 72  # columns: with fewer, what stays takes two lines
-REFRESHES = 4.0  # a second
-ESTIMATE_OVER = 24 * 3600.0  # seconds whose steps the time left is estimated by: one step may take minutes
-RATE_OVER = 10  # logged rows that tokens a second are counted over
-TOKENS_PER_SECOND = "tokens/s"  # the one row that nobody logs
+CELLS = 24  # blocks per line, at most: with a name, a value and a note the line fits into 60 columns
+NARROW = 72  # columns; in narrower terminals, the final output takes two lines
+REFRESHES = 4.0  # per second
+ESTIMATE_OVER = 24 * 3600.0  # seconds of steps that the remaining time is estimated from: a step may take minutes
+RATE_OVER = 10  # number of logged rows over which tokens per second are averaged
+TOKENS_PER_SECOND = "tokens/s"  # computed here; not a logged metric
 
 
 class Row(NamedTuple):
-    """A row of the view, shown where its metric is logged.
+    """A row of the view, shown if its metric is logged.
 
     Attributes:
-        label: what the row is called.
-        metric: the name that it is logged under.
-        is_share: whether its values lie between 0 and 1, and are drawn on that scale.
-        chance: a metric that says what chance alone would give.
+        label: the row's label.
+        metric: name of the logged metric.
+        is_share: whether to draw the values on a scale from 0 to 1.
+        chance: name of the metric with the chance level.
     """
 
     label: str
@@ -71,29 +71,29 @@ ROWS = (
     Row("flagged", "flagged", is_share=True),
     Row(TOKENS_PER_SECOND, TOKENS_PER_SECOND),
 )
-LINE = ("reward", "oracle", "exploit", "flagged", "kl")  # what a line of a log says, where the output is not a terminal
+LINE = ("reward", "oracle", "exploit", "flagged", "kl")  # metrics in each line if the output is not a terminal
 
 
 class ProgressBar(TrainerCallback):
     """Shows a run in a terminal while it trains.
 
-    A context manager too: leaving it, also by an exception, gives the terminal back and leaves one line there. Where the
-    output is not a terminal, or a dumb one, it is a line each time that something is logged.
+    It is also a context manager: on exit, also after an exception, it releases the terminal and leaves one line there. If
+    the output is not a terminal, or a dumb one, it prints a line for each logged row.
 
     Args:
-        console: where to show it; one that is quiet shows nothing.
-        description: what the run is called there.
+        console: where to print; a quiet console shows nothing.
+        description: label of the run.
     """
 
     def __init__(self, console: Console, description: str) -> None:
         self._console = console
         self._progress = _Panel(console, description)
         self._task = self._progress.add_task(description, total=None, said="")
-        self._said = ""  # what stays of the metrics
-        self._tokens: deque[tuple[float, float]] = deque(maxlen=RATE_OVER + 1)  # (when, how many so far)
+        self._said = ""  # the metrics in the line that remains
+        self._tokens: deque[tuple[float, float]] = deque(maxlen=RATE_OVER + 1)  # (time, tokens so far)
 
     def __enter__(self) -> ProgressBar:
-        if not self._console.quiet:  # else it would take the output of a process that shows nothing
+        if not self._console.quiet:  # otherwise it would capture the output of a process that shows nothing
             self._progress.start()
         return self
 
@@ -106,7 +106,7 @@ class ProgressBar(TrainerCallback):
     def on_train_begin(
         self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any
     ) -> None:
-        """Start the clock; a run that continues does not count the steps before as done in this time."""
+        """Start the clock. In a resumed run, earlier steps do not count for the speed."""
         self._progress.reset(self._task, total=state.max_steps, completed=state.global_step)
         self._tokens.append((time.monotonic(), float(state.num_input_tokens_seen)))
 
@@ -135,7 +135,7 @@ class ProgressBar(TrainerCallback):
             self._console.print(line, highlight=False, soft_wrap=True)
 
     def _rate(self, logs: dict[str, float]) -> dict[str, float]:
-        """Tokens a second, prompts' and answers', over the last rows."""
+        """Tokens per second, of prompts and completions, over the last logged rows."""
         if "num_tokens" not in logs or not self._tokens:
             return {}
         self._tokens.append((time.monotonic(), logs["num_tokens"]))
@@ -144,11 +144,11 @@ class ProgressBar(TrainerCallback):
 
 
 class _Panel(Progress):
-    """The line of progress, with rows under it until it is over.
+    """The progress line, with the metrics' rows below it until the run ends.
 
     Attributes:
-        left: what is left of the rows once it is over.
-        is_live: whether the console is one that can be written over.
+        left: text that replaces the rows at the end; None before.
+        is_live: whether the console can be overwritten.
     """
 
     def __init__(self, console: Console, description: str) -> None:
@@ -171,7 +171,6 @@ class _Panel(Progress):
         )
 
     def show(self, logs: dict[str, float]) -> None:
-        """Take in a logged row."""
         for name in {row.metric for row in ROWS} | {row.chance for row in ROWS if row.chance}:
             if name in logs:
                 self._history.setdefault(name, History()).add(logs[name])
@@ -185,7 +184,6 @@ class _Panel(Progress):
         return f"{row.label:<10}{_number(history.last):>9}  {blocks}{note}"
 
     def get_renderables(self) -> Iterable[RenderableType]:
-        """The line, and the rows."""
         yield self.make_tasks_table(self.tasks)
         if self.left is None and self._rows is not None:
             yield self._rows
@@ -197,14 +195,14 @@ def _number(value: float) -> str:
     return f"{value:.3f}" if not abs(value) >= 100 else f"{value:,.0f}"
 
 
-# ── how a metric went ────────────────────────────────────────────────────────────────────────────────────────────────
+# ── the course of a metric ───────────────────────────────────────────────────────────────────────────────────────────
 
 
 class History:
-    """The whole course of a metric, in a few numbers whatever its length.
+    """The course of a metric, summarised in a limited number of means.
 
     Args:
-        size: how many at most; even.
+        size: maximal number of means; even.
 
     Attributes:
         last: the latest value.
@@ -220,12 +218,12 @@ class History:
     def __init__(self, size: int = CELLS) -> None:
         assert size % 2 == 0
         self.last = math.nan
-        self._size, self._each = size, 1  # values in a cell
+        self._size, self._each = size, 1  # number of cells, values per cell
         self._cells: list[float] = []
-        self._open: list[float] = []  # of the cell that is not full yet
+        self._open: list[float] = []  # values of the last, incomplete cell
 
     def add(self, value: float) -> None:
-        """Take in a value; one that is not finite is the latest, and nothing else."""
+        """Add a value. A value that is not finite is kept as ``last`` only."""
         self.last = value
         if not math.isfinite(value):
             return
@@ -239,18 +237,17 @@ class History:
             self._open = []
 
     def cells(self) -> list[float]:
-        """Means of as many values each; the last may be of fewer."""
+        """Means over equally many values each; the last may cover fewer."""
         return self._cells + ([sum(self._open) / len(self._open)] if self._open else [])
 
 
 def sparkline(values: Sequence[float], bounds: tuple[float, float] | None = None, blocks: str = BLOCKS) -> str:
-    """One block for each value, the higher the larger.
+    """Draw one block per value; larger values get higher blocks.
 
     Args:
         values: finite numbers.
-        bounds: what the lowest and the highest block stand for; if None, 0, or the least value if that is below, and the
-            largest.
-        blocks: from the lowest on.
+        bounds: values of the lowest and the highest block; if None, min(0, smallest value) and the largest value.
+        blocks: characters, from the lowest block to the highest.
 
     Example:
         >>> sparkline([0, 1, 2, 3, 4, 5, 6, 7])

@@ -1,10 +1,10 @@
-"""What a flagged rollout is still paid. Rewards (b, functions), NaN where a function gave none; weights (functions,).
+"""Reduce the rewards of flagged rollouts. Rewards are (b, functions), NaN if a function gave none; weights (functions,).
 
-    paid       where Σ_f w_f r_f > 0: what is less than nothing is not a reward, and stays as it is
-    penalty    r = 0                 of the flagged ones that are paid
-    discount   r ← (1 − depth) r     of all that are paid, by how deep their score is among hacks (`Monitor.depth`)
+    paid       rollouts with Σ_f w_f r_f > 0; rewards of others are not changed
+    penalty    r = 0                 for flagged rollouts that are paid
+    discount   r ← (1 − depth) r     for all rollouts that are paid, with depth in [0, 1] from their score (`Monitor.depth`)
 
-Discount: as Wu and Tang 2026 (arXiv:2604.01476) do with the score of a concept.
+The discount follows Wu and Tang 2026 (arXiv:2604.01476), who use the score of a concept.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 
 
 def penalised(rewards: Tensor, flags: Tensor, weights: Tensor) -> Tensor:
-    """Nothing for the flagged, (b,) bool.
+    """Set the rewards of flagged (b,) bool rollouts to 0, if they are paid.
 
     Example:
         >>> penalised(torch.tensor([[1.0], [-1.0], [1.0]]), torch.tensor([True, True, False]), torch.ones(1))
@@ -26,7 +26,7 @@ def penalised(rewards: Tensor, flags: Tensor, weights: Tensor) -> Tensor:
 
 
 def discounted(rewards: Tensor, depth: Tensor, weights: Tensor) -> Tensor:
-    """Less for the deep, (b,) in [0, 1].
+    """Multiply the rewards of paid rollouts by 1 − depth, with depth (b,) in [0, 1].
 
     Example:
         >>> discounted(torch.tensor([[1.0], [-1.0]]), torch.tensor([0.25, 0.25]), torch.ones(1))

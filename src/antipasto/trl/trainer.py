@@ -1,15 +1,17 @@
-"""TRL's GRPO trainer with what the reward cannot see: flagged rollouts are paid less, steps are routed, rollouts are logged.
+"""TRL's GRPO trainer with lower rewards for flagged rollouts, routed steps, and a log of all rollouts.
 
-**Score at the reference** (`routing.monitor`). Where TRL makes a reference forward for the KL term, the same forward gives
-the monitor's gradients; else the monitor makes one of its own. What scores high is paid less (`antipasto.trl.rewards`).
+**Score at the reference** (`routing.monitor`). If TRL computes reference log-probabilities for the KL term, the same forward
+gives the monitor's gradients; else the monitor runs its own forward. The rewards of rollouts with a high score are reduced
+(`antipasto.trl.rewards`).
 
-**Deployed sampling.** Of each prompt's rollouts a share is sampled from the deployed policy, scored and differentiated under
-it, with advantages within the share (`antipasto.trl.advantages`). Both kinds of row run in the same batches, each with its θ
-(`antipasto.adapter.rows`): every forward that TRL makes of a row, for sampling, for importance ratios, for the loss, is of the
-policy that sampled it. The gradients of both add up in one optimizer step, whose displacement the router splits.
+**Deployed sampling.** A share of each prompt's rollouts is sampled from the deployed policy. Their log-probabilities and
+gradients are also those of the deployed policy, and their advantages are computed within that share
+(`antipasto.trl.advantages`). Rollouts of both policies run in the same batches, each with its own θ
+(`antipasto.adapter.rows`): all of TRL's forwards of a rollout, for sampling, importance ratios and the loss, use the policy
+that sampled it. Both gradients add up to one optimizer step, which the router splits.
 
-**Every rollout's own gradient** comes with the one backward of a batch (`antipasto.adapter.rollouts`); how far it points along
-the router's direction is logged.
+**Per-rollout gradients** come from the batch's own backward (`antipasto.adapter.rollouts`). The cosine of each with the
+router's direction is logged.
 """
 
 from __future__ import annotations
@@ -47,33 +49,34 @@ DEPLOY_FRACTION = 0.5
 
 
 class RoutedGRPOTrainer(GRPOTrainer):
-    """`GRPOTrainer` with a router. Without one it is `GRPOTrainer`, with a log of its rollouts.
+    """`GRPOTrainer` with a router, a monitor or detector, an oracle, and a log of its rollouts. All of them are optional.
+
+    Neither detector nor oracle can affect training: the global random generators are restored after each call. Changes that
+    they or the reward functions make to default dtype and device, grad mode or working directory are undone
+    (`antipasto.unchanged`).
 
     Args:
-        *args: as `GRPOTrainer`; so are all keyword arguments but those below.
-        router: a `Router` of the trainer's model, or a function that makes one of it, called once it is adapted.
-        detector: flags rollouts. Called as a reward function is, with ``prompts``, ``completions``, ``completion_ids``, the
-            dataset's columns, ``trainer_state``, ``log_extra`` and ``log_metric``; it may be async, and gets what it names if
-            it takes no ``**kwargs``. One bool, 0 or 1 each: of a score, say from where on it flags.
-        monitor: flags rollouts by their score at the reference, in the place of a detector; a `Monitor` of the trainer's
-            model, or a function that makes one of it, called once it is adapted and before the router is made.
-        flagged: what becomes of flagged rollouts; ``"penalty"`` if None. ``"penalty"``: their reward, all reward functions
-            with their weights together, is 0, or less if it was. ``"discount"``: the reward of every rollout, flagged or not,
-            is multiplied by 1 − w, w being how far its score is from the clean texts to the hacks (`Monitor.depth`), so that
-            advantages go down as the score goes up (as in Wu and Tang 2026, arXiv:2604.01476). ``"watch"``: they are counted
-            and logged, and that is all.
-        oracle: the strict truth, called the same way: one number in [0, 1] each, or None or NaN where it abstains, and such a
-            rollout counts neither as an exploit nor as solved. Logged, never trained on.
-        deploy_fraction: share of each prompt's rollouts that is sampled from the deployed policy; if None, .5 where the router
-            routes, else 0.
-        rollout_log: file for every rollout (`antipasto.evaluation.rollout_log`).
+        *args: as for `GRPOTrainer`, like all keyword arguments not listed here.
+        router: a `Router` of the trainer's model; or a function from the adapted model to one.
+        detector: a function that flags rollouts with one bool, 0 or 1 each. It is called like a reward function, with
+            ``prompts``, ``completions``, ``completion_ids``, the dataset's columns, ``trainer_state``, ``log_extra`` and
+            ``log_metric``. It may be async. Without ``**kwargs``, it gets only the arguments that it names.
+        monitor: flags rollouts by their score at the reference, instead of a detector. A `Monitor` of the trainer's model; or
+            a function from the adapted model to one, which is called before ``router`` is.
+        flagged: what happens to flagged rollouts; ``"penalty"`` if None. ``"penalty"``: if their reward, the weighted sum of
+            all reward functions, is positive, it becomes 0. ``"discount"``: the positive reward of any rollout is multiplied
+            by 1 − w, with w the position of its score between clean texts and hacks (`Monitor.depth`), so that advantages
+            decrease with the score (as in Wu and Tang 2026, arXiv:2604.01476). ``"watch"``: they are only counted and logged.
+        oracle: a function that tells whether rollouts are really solved, called like the detector: one number in [0, 1] each,
+            or None or NaN to abstain. Rollouts without an answer count neither as exploits nor as solved. The oracle is
+            logged and never used in training.
+        deploy_fraction: share of each prompt's rollouts to sample from the deployed policy. If None, .5 if the router has
+            ``mode="route"``, else 0.
+        rollout_log: file for the log of rollouts (`antipasto.evaluation.rollout_log`).
 
     Raises:
-        ValueError: options that make no sense together; from training, an answer that is none, or a NaN or Inf in a gradient.
-
-    Neither detector nor oracle can change the run: what they draw from the global random generators is drawn again after them.
-    Theirs and the reward functions' changes of default dtype and device, grad mode and working directory are taken back
-    (`antipasto.unchanged`).
+        ValueError: options exclude each other. During training: a detector's or oracle's answer is invalid, or a gradient has
+            a NaN or Inf.
     """
 
     def __init__(
@@ -100,11 +103,11 @@ class RoutedGRPOTrainer(GRPOTrainer):
         self._deployed = deployed_positions(self.num_generations, self.deploy_fraction)
         self._check_options()
         self._rollouts: list[Rollout] = []  # of the present generation, on this process
-        self._sequences: list[TokenIds] = []  # its prompts and answers
-        self._scores: list[float] | None = None  # of its answers, by the monitor
+        self._sequences: list[TokenIds] = []  # its prompts and completions
+        self._scores: list[float] | None = None  # the monitor's scores of these
         self._all_rewards = torch.empty(0)  # of the present generation, on all processes
         self._grads: RolloutGrads | None = None
-        self._shown: list[int] = []  # which of the generation's rollouts the present micro-batch has
+        self._shown: list[int] = []  # indices of the present micro-batch's rollouts in the generation
         self._views: RowViews | None = None
         self.rollout_log = None if rollout_log is None else Path(rollout_log)
         if self.rollout_log is not None:
@@ -118,40 +121,39 @@ class RoutedGRPOTrainer(GRPOTrainer):
         if self.flagged not in get_args(Flagged):
             raise ValueError(f"flagged must be one of {', '.join(get_args(Flagged))}, got {self.flagged!r}.")
         if self.detector is not None and self.monitor is not None:
-            raise ValueError("Rollouts are flagged by a detector or by a monitor: give one of them.")
+            raise ValueError("Rollouts are flagged by a detector or by a monitor: give only one of them.")
         if self.flagged == "discount" and (self.monitor is None or self.monitor.calibration is None):
-            raise ValueError("flagged='discount' needs a monitor that pairs have calibrated: Monitor.from_pairs.")
+            raise ValueError("flagged='discount' needs a monitor calibrated on pairs: use Monitor.from_pairs.")
         if self.monitor is not None:
-            _ = self.monitor.threshold  # there is one
+            _ = self.monitor.threshold  # raises an error if there is none
             if self.tools or self.environment_factories:
-                raise ValueError("A monitor scores answers that the policy wrote: no tools, no environments.")
+                raise ValueError("A monitor can only score text written by the policy: use no tools or environments.")
         if self.deploy_fraction and (self.router is None or self.router.mode != "route"):
-            raise ValueError(f"deploy_fraction={self.deploy_fraction} needs a router that fills a quarantine.")
-        acts = self._flags_rollouts and self.flagged != "watch"  # on the sum of all rewards
+            raise ValueError(f"deploy_fraction={self.deploy_fraction} needs a router with mode='route'.")
+        acts = self._flags_rollouts and self.flagged != "watch"
         if not self.deploy_fraction and not acts:
             return
         if self.multi_objective_aggregation != "sum_then_normalize":
             raise ValueError(
-                "Deployed sampling and what flagged rollouts are paid are about the sum of all rewards: use "
+                "Deployed sampling, penalty and discount use the sum of all rewards: set "
                 "multi_objective_aggregation='sum_then_normalize'."
             )
         if self.deploy_fraction and (
             self.tools or self.environment_factories or self.rollout_func or self.use_transformers_continuous_batching
         ):
             raise ValueError(
-                "Deployed sampling needs rollouts of one turn, by generate or vLLM: no tools, environments, rollout_func or "
-                "continuous batching. Set deploy_fraction=0."
+                "Deployed sampling needs single-turn rollouts by generate or vLLM, without tools, environments, rollout_func "
+                "or continuous batching. Set deploy_fraction=0."
             )
 
     @property
     def _flags_rollouts(self) -> bool:
-        """Whether there is something that flags them."""
         return self.detector is not None or self.monitor is not None
 
     # ── a generation ─────────────────────────────────────────────────────────────────────────────────────────────────
 
     def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        if not self.model.training:  # evaluation is of the policy as trained
+        if not self.model.training:  # evaluation uses the policy as trained
             return super()._generate_and_score_completions(inputs)
         deployed = self._deployed_rows(len(inputs))
         self._scores = None
@@ -174,7 +176,7 @@ class RoutedGRPOTrainer(GRPOTrainer):
         return output
 
     def _deployed_rows(self, n: int) -> Tensor:
-        """Which of this process's n rows are of the deployed policy: TRL's groups run across processes."""
+        """Which of this process's n rows use the deployed policy; TRL's groups may span processes."""
         device = self.accelerator.device
         first = self.accelerator.process_index * n
         position = torch.arange(first, first + n, device=device) % self.num_generations
@@ -229,7 +231,7 @@ class RoutedGRPOTrainer(GRPOTrainer):
         return rewards
 
     def _score(self, monitor: Monitor) -> list[float]:
-        """The monitor's scores of this generation, by a forward of its own."""
+        """The monitor's scores of this generation, from a separate forward."""
         if self._views is not None:
             self._views.set(None)
         scores = monitor.score_tokens(self._sequences, batch_size=self.args.per_device_train_batch_size)
@@ -238,7 +240,7 @@ class RoutedGRPOTrainer(GRPOTrainer):
         return scores.tolist()
 
     def _tokens_of(self, completion: Any, ids: Sequence[int]) -> dict[str, Any]:
-        """What its text does not say of an answer's tokens."""
+        """Whether a completion was truncated, and its token ids if its text does not determine them."""
         truncated = ids[-1] not in [*self.eos_token_ids, self._tokenizer.pad_token_id]
         told = self._tokenizer(completion_text(completion), add_special_tokens=False)["input_ids"]
         if not truncated:
@@ -246,12 +248,12 @@ class RoutedGRPOTrainer(GRPOTrainer):
         return {"truncated": truncated, "completion_ids": None if list(ids) == told else list(ids)}
 
     def _local(self, of_all: Tensor) -> Tensor:
-        """This process's part of something that all have."""
+        """This process's part of a tensor that covers all processes."""
         n = len(of_all) // self.accelerator.num_processes
         return of_all[self.accelerator.process_index * n : (self.accelerator.process_index + 1) * n]
 
     def _columns(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        """What TRL gives to a reward function beside the rollouts themselves."""
+        """What TRL passes to a reward function in addition to the rollouts."""
         own = ("prompt", "completion", "completion_ids")
         columns: dict[str, Any] = {key: [row[key] for row in inputs] for key in inputs[0] if key not in own}
         columns |= {
@@ -265,7 +267,7 @@ class RoutedGRPOTrainer(GRPOTrainer):
         return None if judge is None else ask(role, judge, rollouts)
 
     def _advantages(self) -> Tensor:
-        """Of this process's rollouts, each within its share of its prompt's."""
+        """Advantages of this process's rollouts, within the two groups of each prompt."""
         rewards = self._all_rewards.view(-1, self.num_generations)
         ours = group_advantages(rewards, self._deployed.to(rewards.device), self.scale_rewards).view(-1)
         for _ in range(len(ours)):
@@ -274,7 +276,7 @@ class RoutedGRPOTrainer(GRPOTrainer):
         return self._local(ours)
 
     def _say_how_it_went(self) -> None:
-        """Means over all rollouts of the generation, and over those of each policy, into TRL's metrics."""
+        """Add means over all rollouts of the generation, and over those of each policy, to TRL's metrics."""
         metrics: dict[str, list[float]] = defaultdict(list)
         lengths = [len(completion) for _, completion in self._sequences]
         for rollout, length in gather_object(list(zip(self._rollouts, lengths, strict=True))):
@@ -303,7 +305,7 @@ class RoutedGRPOTrainer(GRPOTrainer):
                 return super()._generate_single_turn(prompt_ids, images, multimodal_fields, num_generations, **kwargs)
         assert self._views is not None
         if images or multimodal_fields:
-            raise ValueError("Deployed sampling under vLLM is for text alone. Set deploy_fraction=0.")
+            raise ValueError("Deployed sampling with vLLM supports text only, not images. Set deploy_fraction=0.")
         deployed = self._deployed_rows(len(prompt_ids)).tolist()
         self._views.set(None)
         completion_ids: list[Any] = [None] * len(prompt_ids)
@@ -311,7 +313,7 @@ class RoutedGRPOTrainer(GRPOTrainer):
         for view, share in ((View.DEPLOYED, True), (View.TRAINED, False)):
             rows = [row for row, is_deployed in enumerate(deployed) if is_deployed is share]
             k = int((self._deployed == share).sum())
-            self._last_loaded_step = -1  # the engine must get this policy's weights
+            self._last_loaded_step = -1  # makes TRL send this policy's weights to the engine
             with seen_as(self.model, view):
                 ids, lps = super()._generate_single_turn([prompt_ids[row] for row in rows], None, {}, k, **kwargs)
             for row, tokens, lp in zip(rows, ids, lps, strict=True):
@@ -322,15 +324,15 @@ class RoutedGRPOTrainer(GRPOTrainer):
     # ── a micro-batch ────────────────────────────────────────────────────────────────────────────────────────────────
 
     def training_step(self, model: nn.Module, inputs: Any, num_items_in_batch: Any = None) -> Tensor:
-        """One micro-batch: generation where it is due, forward, backward; then, what every rollout's own gradient says."""
+        """Run one micro-batch as in TRL; then check the gradients and log each rollout's alignment with the direction."""
         with rollout_grads(self.model) if self.router is not None else nullcontext() as self._grads:
             try:
                 loss = super().training_step(model, inputs, num_items_in_batch)
             finally:
                 if self._views is not None:
                     self._views.set(None)
-            if not self.args.fp16:  # else they are scaled, and a step that overflows is skipped
-                layers = knobs(self.model)  # before gradients are clipped: a NaN in one would then be in all
+            if not self.args.fp16:  # in fp16, gradients are scaled and steps that overflow are skipped
+                layers = knobs(self.model)  # check before clipping, which would spread a NaN to all gradients
                 require_finite_gradients({n: layer.delta_s.grad for n, layer in layers.items()}, self.state.global_step)
             if self.router is not None:
                 self._log_alignment(self.router)
@@ -341,7 +343,7 @@ class RoutedGRPOTrainer(GRPOTrainer):
     def _compute_loss(self, model: nn.Module, inputs: dict[str, Any]) -> Tensor:
         if not self.model.training:
             return super()._compute_loss(model, inputs)
-        if self._views is not None:  # until the backward is over: checkpointing runs the forward again in there
+        if self._views is not None:  # until the backward is over, since checkpointing runs the forward again
             self._views.set(inputs["deployed_rows"])
         self._shown = inputs["rollout"].tolist()
         return super()._compute_loss(model, inputs)
@@ -352,7 +354,7 @@ class RoutedGRPOTrainer(GRPOTrainer):
         return super()._get_per_token_logps_and_entropies(*args, **kwargs)
 
     def _is_reference_forward(self, options: dict[str, Any]) -> bool:
-        """Whether this call is TRL's of the base model, for the KL term of a generation, and of nothing but text."""
+        """Whether this is TRL's forward of the base model for the KL term of a generation, with text inputs only."""
         off = next(iter(adapted_layers(self.model).values())).disable_adapters
         inputs = {name for name, value in options.items() if value is not None} - {"batch_size"}
         return self.model.training and off and not inputs and not self.mask_truncated_completions
@@ -367,7 +369,7 @@ class RoutedGRPOTrainer(GRPOTrainer):
         batch_size: int | None = None,
         **nothing: None,
     ) -> tuple[Tensor, None, None]:
-        """The reference's log-probabilities of the answers' tokens, (b, t), from a forward that gives the scores as well."""
+        """The reference's log-probabilities of the completions' tokens (b, t). The same forward also gives the scores."""
         logprobs, scores = [], []
         for start in range(0, len(input_ids), batch_size or len(input_ids)):
             rows = slice(start, start + (batch_size or len(input_ids)))
@@ -382,15 +384,14 @@ class RoutedGRPOTrainer(GRPOTrainer):
         return torch.cat(logprobs), None, None
 
     def _log_alignment(self, router: Router) -> None:
-        """How far each rollout's own gradient points along the direction."""
         assert self._grads is not None
         live = router.alignment(router.flatten(self._grads)).tolist()
         for index, score in zip(self._shown, live, strict=True):
-            if self._rollouts[index].hackward is None:  # later iterations see the same rollouts off-policy
+            if self._rollouts[index].hackward is None:  # only in the first iteration; later ones are off-policy
                 self._rollouts[index].hackward = score
 
     def _flush(self) -> None:
-        """Write this generation's rollouts down."""
+        """Write this generation's rollouts to the log."""
         if self.rollout_log is not None:
             rollouts = gather_object(self._rollouts)
             if self.accelerator.is_main_process:
@@ -400,7 +401,7 @@ class RoutedGRPOTrainer(GRPOTrainer):
     # ── a run ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
-        """`Trainer.train`; a resumed run continues the router's books from the same checkpoint."""
+        """Train as `Trainer.train` does; a resumed run also loads the router's books from its checkpoint."""
         if self.router is not None and isinstance(resume_from_checkpoint, (str, Path)):
             self._routing.resume_from = resume_from_checkpoint
         with mixed(self.model) if self.deploy_fraction else nullcontext() as self._views:
@@ -408,14 +409,14 @@ class RoutedGRPOTrainer(GRPOTrainer):
                 result = super().train(resume_from_checkpoint=resume_from_checkpoint, **kwargs)
             finally:
                 self._views = None
-                if self.router is not None:  # also where the run ended in an exception
+                if self.router is not None:  # also after an exception
                     self._routing.detach()
-        self._flush()  # a generation that the run's end cut short
+        self._flush()  # the last generation, if the run ended before all of its steps
         return result
 
 
 class _LogContinues(TrainerCallback):
-    """Takes out of the log what a run that begins, or continues, will write (again)."""
+    """At the start of a run, removes the log's entries from the present step on, which the run will write."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
