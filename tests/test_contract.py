@@ -292,7 +292,7 @@ def test_the_state_dict_goes_round(config: Config) -> None:
 
 
 def test_a_config_goes_round(config: Config, tmp_path: Path) -> None:
-    one = config(target_modules=TARGETS, rank_pattern={"lin1": 3}, modules_to_save=["head"])
+    one = config(target_modules=TARGETS, rank_pattern={"lin1": 3}, modules_to_save={"head"})  # a set, as PEFT allows
     one.save_pretrained(str(tmp_path))
     for other in (ap.AntiPastoConfig.from_pretrained(str(tmp_path)), PeftConfig.from_pretrained(tmp_path)):
         assert other.to_dict() == one.to_dict()

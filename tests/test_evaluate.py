@@ -151,6 +151,7 @@ def test_the_interval_of_paired_rates(
 def test_records_count_what_the_answers_say() -> None:
     answers = answers_of("one", 20, 100, kind="a") + answers_of("one", 0, 150, kind="b", first=N)
     whole, a, b = summarise(answers)
+    assert summarise(answer for answer in answers) == [whole, a, b]
     assert [(r.kind, r.n) for r in (whole, a, b)] == [(None, 2 * N), ("a", N), ("b", N)]
     assert [r.measures["exploit"].value for r in (whole, a, b)] == [20 / 400, 20 / 200, 0]
     assert whole.measures["solve"].value == 250 / 400

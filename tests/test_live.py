@@ -22,7 +22,7 @@ from rich.console import Console
 from transformers import TrainerState
 
 from antipasto.tasks import addition
-from antipasto.trl import ProgressBar
+from antipasto.trl import Interrupts, ProgressBar
 from antipasto.trl.live import ASCII_BLOCKS, BLOCKS, CELLS, History, sparkline
 
 LOGS = {
@@ -333,3 +333,15 @@ def test_ctrl_c_in_a_terminal(tmp_path: Path) -> None:
     assert "/160 reward 0." in text
     assert "antipasto train --resume" in text
     assert not shows_the_view(screen)
+
+
+def test_a_handler_that_python_did_not_set_leaves_the_default_behind() -> None:
+    """`signal.getsignal` gives None for it, and `signal.signal` takes no None."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        interrupts = Interrupts(Console(file=io.StringIO()))
+        with interrupts:
+            interrupts._before[signal.SIGTERM] = None
+        assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -368,7 +368,7 @@ def test_ten_thousand_merges_in_bf16_end_with_the_original_bytes() -> None:
     knobs.delta_s_hack.data.normal_()
     for _ in range(10_000):
         knobs.layer.merge()
-        assert not torch.equal(knobs.layer.base_layer.weight, knobs.layer._unmerged_weight)
+        assert not torch.equal(knobs.layer.base_layer.weight, knobs.layer.base_weight)
         knobs.layer.unmerge()
     assert weight_digest(knobs.layer.base_layer.weight) == before
 

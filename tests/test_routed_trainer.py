@@ -695,6 +695,21 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path: Path, kind: Any) -> No
     assert log.read_bytes() == want
 
 
+@pytest.mark.parametrize("damaged", ["rubbish", "[3]", '{"stop": 1}'])
+def test_a_log_that_is_damaged_in_the_middle_is_not_cut_off_there(tmp_path: Path, damaged: str) -> None:
+    log = tmp_path / "log.jsonl"
+    log.write_text(f'{{"step": 0}}\n{damaged}\n{{"step": 1}}\n')
+    before = log.read_bytes()
+    with pytest.raises(ValueError, match=r"log\.jsonl, line 2: expected a JSON object with a whole number as 'step'"):
+        rollout_log.truncate(log, 2)
+    assert log.read_bytes() == before
+
+
+def test_an_answer_without_a_token_is_logged(tmp_path: Path) -> None:
+    """A rollout_func may return one."""
+    assert make(tmp_path)._tokens_of("", []) == {"truncated": False, "completion_ids": []}
+
+
 def test_truncate(tmp_path: Path) -> None:
     log = tmp_path / "log.jsonl"
     rollout_log.truncate(log, 3)

@@ -58,23 +58,22 @@ class AntiPastoConfig(PeftConfig):
         layers_to_transform: indices of the layers to adapt.
         layers_pattern: name of the ``nn.ModuleList`` that ``layers_to_transform`` indexes.
         modules_to_save: further modules to train and save in full.
-        quarantine: give each layer a ``delta_s_hack`` beside its ``delta_s``. `drop_quarantine` sets it to False.
-        cache_dir: where the singular bases are cached: a folder, ``"auto"`` for ``$ANTIPASTO_CACHE`` or the user's cache
-            home, None for nowhere. It speaks of one machine, so it is not saved with the adapter. (``from_pretrained``
-            takes an argument of this name for the hub's cache, as everywhere in PEFT: set the attribute afterwards.)
-        plan: how layers are computed (`plans`): ``"auto"``, the cheapest way of each call; ``"factored"``, the least
-            memory, and second derivatives; ``"merged"`` or ``"spectral"`` wherever they are possible. Not saved either.
-        save_basis: carry U, S and Vh in the adapter's file: for an adapter that must mean the same on weights of another
-            dtype, or where another library decomposes them. (o + i + 1) r numbers a layer instead of r.
-        check_base: refuse to be put onto a base with other weights than those of ``base_fingerprints``. Not saved.
-        base_fingerprints: layer name → `Fingerprint`, as text, of the base that an adapter belongs to;
-            written by the library.
-        weights_sha256: of the file of numbers that the config was saved with, where that is a safetensors file; written by
-            the library.
-        format: version of what is saved.
-        hold_weights: keep each layer's W_θ from one forward without gradient to the next, until the knobs change: generation
-            and evaluation at the base model's speed, for the memory of the adapted weights once more. In bf16, and under
-            autocast to it, W_θ is kept through training as well. Not saved either.
+        quarantine: give each layer a ``delta_s_hack`` in addition to its ``delta_s``. `drop_quarantine` sets it to False.
+        cache_dir: where to cache the singular bases: a folder; ``"auto"`` for ``$ANTIPASTO_CACHE`` or the user's cache
+            folder; None for no cache. Not saved with the adapter, since it concerns one machine. (In ``from_pretrained``,
+            the argument of this name is the hub's cache, as everywhere in PEFT: set the attribute afterwards.)
+        plan: how layers compute (`plans`): ``"auto"``, the cheapest way for each call; ``"factored"``, with the least
+            memory and with second derivatives; ``"merged"`` or ``"spectral"`` wherever possible. Not saved.
+        hold_weights: keep each layer's W_θ from one forward without gradient to the next, until the knobs change.
+            Generation and evaluation then run at the base model's speed, and the adapted weights take twice the memory. In
+            bf16, and under autocast to it, W_θ is kept during training as well. Not saved.
+        save_basis: save U, S and Vh with the adapter, for weights that may be loaded in another dtype or decomposed by
+            another library. This stores (o + i + 1) r numbers per layer instead of r.
+        check_base: refuse a base model whose weights do not match ``base_fingerprints``. Not saved.
+        base_fingerprints: layer name → `Fingerprint`, as text, of the base that an adapter belongs to. Written by the
+            library.
+        weights_sha256: hash of the safetensors file that was saved together with this config. Written by the library.
+        format: version of the saved files.
 
     Raises:
         ValueError: a rank is below 1, the plan is unknown, options exclude each other, or the file has a later format.
@@ -169,10 +168,8 @@ class AntiPastoConfig(PeftConfig):
         saved = asdict(self)
         for name in ("cache_dir", "plan", "hold_weights", "check_base"):
             del saved[name]
-        for name in ("target_modules", "exclude_modules"):
-            if isinstance(saved[name], (set, tuple)):
-                saved[name] = sorted(saved[name])
-        return saved
+        # sets, which PEFT's types allow, are no JSON
+        return {name: sorted(value) if isinstance(value, (set, tuple)) else value for name, value in saved.items()}
 
     def save_pretrained(self, save_directory: str, *, auto_mapping_dict: dict[str, str] | None = None) -> None:  # type: ignore[override]
         """Save the config as PEFT does, but atomically and with the hash of the adapter's weights file.

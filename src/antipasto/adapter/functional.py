@@ -285,10 +285,10 @@ def merged_linear(
         x: (..., i), which is cast to the dtype of W_θ.
         bias: b, (o,) or None; frozen.
         theta: (r,); or, for a `Route` by token, (..., r) as far as it broadcasts to (..., r) of x's leading shape.
-        weights: W_θ (o, i) as `merged_weight` makes it, without gradient; several where rows of x see different ones.
+        weights: W_θ (o, i) from `merged_weight`, without gradient; several if rows of x see different ones.
         basis: U (o, r), S (r,), Vh (r, i) of W.
-        route: how ∂L/∂θ is computed. Those that divide by S + θ need full rank, r = i at the input and r = o at the output.
-        which: (x.shape[0],), the index in ``weights`` of each row; None where there is one weight.
+        route: how to compute ∂L/∂θ. Routes that divide by S + θ need full rank: r = i for the input, r = o for the output.
+        which: (x.shape[0],), index into ``weights`` for each row; None if there is one weight.
 
     Returns:
         (..., o).

@@ -39,15 +39,15 @@ class HeldWeights:
     def get(
         self, theta: Tensor, weight: Tensor, dtype: torch.dtype, build: Callable[[], Tensor], *, hold: bool
     ) -> Tensor:
-        """W_θ, at hand or built.
+        """Return W_θ, kept or newly built.
 
         Args:
             theta: (r,).
             weight: W.
             dtype: of W_θ.
-            build: makes it.
-            hold: keep it until other θ come; else, only for as long as somebody else does. A forward with gradient leaves W_θ
-                to its graph, so that the backward frees it.
+            build: builds W_θ.
+            hold: keep W_θ until newer θ replace it. If False, keep only a weak reference: after a forward with gradient the
+                graph owns W_θ, and the backward frees it.
         """
         where = source(weight)
         for entry in self._entries:

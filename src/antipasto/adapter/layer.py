@@ -228,11 +228,6 @@ class AntiPastoLinear(nn.Module, BaseTunerLayer):
         return self.fingerprint.of_weight(self.matrix())
 
     @property
-    def _unmerged_weight(self) -> nn.Parameter | None:
-        """The base layer's own weight while merged; else None."""
-        return None if self._unmerged is None else self._unmerged[0]
-
-    @property
     def base_weight(self) -> nn.Parameter:
         """The base layer's own weight, also while merged, in the base layer's layout."""
         weight = self.get_base_layer().weight if self._unmerged is None else self._unmerged[0]

@@ -15,13 +15,17 @@ batch see different knobs. What samples and what is differentiated then goes by 
 on-policy step are 1 up to rounding. W_θ is rounded once, which costs no more than the roundings of the factored form
 (docs/results.md).
 
-Spectral execution, and the routes that divide by σ = S + θ, take W for the product of its singular vectors. They need full
-rank, the W that the basis is of, and W, x and the knobs in one dtype of at least fp32. At θ = 0 spectral execution gives
-way: W itself must come out. The routes by one side are taken where max(|σ|, S) ≤ 100 min |σ|, which costs at most two of the
-seven digits; weights that are not square are nearly always so. S counts because W_θ is rounded at the size of W, however
-small θ leaves it. Where some σ is 0, or too small or large for its products with x and ∂L/∂y, there is no dividing. With a
-bias, y − b has lost what b rounds away, and W_θ x anew would cost more than the factored route: no route by the output then.
-Sequences with a gradient each need a route by token.
+Conditions:
+
+* Spectral execution and one-sided routes need W, x and the knobs in one dtype of at least fp32.
+* Spectral execution needs full rank and the same W that the basis was computed from. It is not used at θ = 0, where the
+  result must be exactly that of W.
+* One-sided routes divide by σ = S + θ. They need full rank, the W of the basis, and max(|σ|, S) ≤ 100 min |σ|, which
+  costs at most two of the seven digits. Weights that are not square nearly always qualify. S is in the maximum because W_θ is
+  rounded at the scale of W, however small σ is. No σ may be 0, or overflow or underflow in products with x and ∂L/∂y.
+* Output routes are not used with a bias: y − b has lost what rounding with b removed, and computing W_θ x again would cost
+  more than the factored route.
+* One gradient per sequence needs a route by token.
 """
 
 from __future__ import annotations

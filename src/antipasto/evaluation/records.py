@@ -420,6 +420,7 @@ def compare(answers: Iterable[Answer], pairs: Sequence[tuple[str, str]]) -> list
 
 def _by_kind(answers: Iterable[Answer]) -> list[tuple[str | None, dict[str, list[Answer]]]]:
     """For all prompts, and for each kind with at least two: arm → its answers by row."""
+    answers = list(answers)
     rows = sorted(answers, key=lambda answer: answer.row)
     names = list(dict.fromkeys(answer.arm for answer in answers))
     number = Counter((answer.kind, answer.arm) for answer in rows if answer.kind is not None)

@@ -99,15 +99,27 @@ def append(path: Path, rollouts: Iterable[Rollout]) -> None:
 
 
 def truncate(path: Path, step: int, *, key: str = "step") -> None:
-    """Keep only lines from before a step, as a run that resumes there will write the rest. Drops an incomplete last line."""
+    """Keep only lines from before a step, as a run that resumes there will write the rest. Drops an incomplete last line.
+
+    Raises:
+        ValueError: another line than the last is damaged; names it.
+    """
     if not path.exists():
         return
     kept = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    lines = path.read_text(encoding="utf-8").splitlines()
+    for number, line in enumerate(lines, 1):
         try:
             row = json.loads(line)
         except json.JSONDecodeError:
-            break  # incomplete: the process ended while writing it
+            if number == len(lines):
+                break  # incomplete: the process ended while writing it
+            row = None
+        if not isinstance(row, dict) or not isinstance(row.get(key), int):
+            raise ValueError(
+                f"{path}, line {number}: expected a JSON object with a whole number as {key!r}, got {line:.80}. The log is "
+                "damaged: repair or delete that line."
+            )
         if row[key] < step:
             kept.append(line + "\n")
     write_text(path, "".join(kept))

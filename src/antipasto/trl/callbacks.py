@@ -188,7 +188,7 @@ class Interrupts(TrainerCallback):
 
     def __exit__(self, *exception: object) -> None:
         for number, handler in self._before.items():
-            signal.signal(number, handler)
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)  # None: set by other than Python code
 
     def _on_signal(self, number: int, frame: FrameType | None) -> None:
         if number == getattr(signal, "SIGHUP", None):

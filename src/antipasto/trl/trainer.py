@@ -41,7 +41,7 @@ from antipasto.routing.router import Router
 from antipasto.tasks import completion_text, is_exploit
 from antipasto.trl.advantages import deployed_positions, group_advantages
 from antipasto.trl.callbacks import RoutingCallback
-from antipasto.trl.judges import Judge, Role, ask
+from antipasto.trl.judges import Judge, ask
 from antipasto.trl.rewards import discounted, penalised
 from antipasto.unchanged import unchanged
 
@@ -196,12 +196,12 @@ class RoutedGRPOTrainer(GRPOTrainer):
             return rewards
         rollouts = {"prompts": prompts, "completions": completions, "completion_ids": completion_ids_list}
         rollouts |= self._columns(inputs)
-        flags = self._ask("detector", self.detector, rollouts)
+        flags = None if self.detector is None else ask("detector", self.detector, rollouts)
         if self.monitor is not None:
             if self._scores is None:
                 self._scores = self._score(self.monitor)
             flags = [score > self.monitor.threshold for score in self._scores]
-        truth = self._ask("oracle", self.oracle, rollouts)
+        truth = None if self.oracle is None else ask("oracle", self.oracle, rollouts)
         weights = self.reward_weights.to(rewards.device)
         local = self._local((rewards * weights).nansum(1)).tolist()
         self._rollouts = [
@@ -241,7 +241,7 @@ class RoutedGRPOTrainer(GRPOTrainer):
 
     def _tokens_of(self, completion: Any, ids: Sequence[int]) -> dict[str, Any]:
         """Whether a completion was truncated, and its token ids if its text does not determine them."""
-        truncated = ids[-1] not in [*self.eos_token_ids, self._tokenizer.pad_token_id]
+        truncated = bool(ids) and ids[-1] not in [*self.eos_token_ids, self._tokenizer.pad_token_id]
         told = self._tokenizer(completion_text(completion), add_special_tokens=False)["input_ids"]
         if not truncated:
             told = [*told, self._tokenizer.eos_token_id]
@@ -262,9 +262,6 @@ class RoutedGRPOTrainer(GRPOTrainer):
             "log_metric": self._log_metric,
         }
         return columns if self.environments is None else columns | {"environments": self.environments}
-
-    def _ask(self, role: Role, judge: Judge | None, rollouts: dict[str, Any]) -> list[Any] | None:
-        return None if judge is None else ask(role, judge, rollouts)
 
     def _advantages(self) -> Tensor:
         """Advantages of this process's rollouts, within the two groups of each prompt."""
