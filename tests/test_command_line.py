@@ -347,11 +347,11 @@ def test_a_run_that_is_killed_before_its_first_step_says_what_it_is(
     out = tmp_path / "run"
     code, _ = run("train", MODEL, "--task", "addition", "--out", out, *SMALL)
     assert code == 130
-    words = f"The run in {out} has not reached its first step. If it was stopped, there is nothing to continue: begin it again"
+    words = f"The run in {out} has not reached its first step. If it was stopped, there is nothing to continue: start it again"
     for command in (["train", "--resume", out], ["eval", out], ["export", out, "--out", tmp_path / "shipped"]):
         assert words in refused(*command)
     again = refused("train", MODEL, "--task", "addition", "--out", out, *SMALL)
-    assert f"or begin that run again: antipasto train --config {out / 'config.yaml'} --out ANOTHER" in again
+    assert f"or start that run again: antipasto train --config {out / 'config.yaml'} --out ANOTHER" in again
     code, text = run("inspect", out, columns=1000)
     assert (code, words in text) == (0, True)
     assert run("report", out)[0] == 0
@@ -707,7 +707,7 @@ def test_pairs_are_asked_for_where_pairs_are_meant(tmp_path: Path) -> None:
         "mine = Task('mine', train=[{'prompt': 'h12+34='}] * 4, reward=lambda completions, **_: [1.0] * len(completions))\n"
     )
     text = refused("train", MODEL, "--task", f"{tmp_path / 'mine.py'}:mine", "--out", tmp_path / "r", *SMALL)
-    assert "method penalty needs pairs or a detector to go by" in text
+    assert "method penalty needs pairs or a detector" in text
     assert "--direction" not in text  # which a penalty does not go by
     assert "--method plain" in text
     where = ("--task", f"{tmp_path / 'mine.py'}:mine", "--out", tmp_path / "r", *SMALL)

@@ -664,7 +664,7 @@ def test_json_is_plain(tmp_path: Path) -> None:
 
     answers = [*answers_of("as trained", 80, 110), *answers_of("reference", 6, 90)]
     for damage in (math.nan, math.inf):
-        with pytest.raises(ValueError, match=r"eval.json is not written: a number in it is NaN or infinite"):
+        with pytest.raises(ValueError, match=r"eval.json was not written: it has a NaN or an infinity"):
             write_evaluation(conclude("toy", {"prompts": N, "odd": damage}, answers), tmp_path)
         with pytest.raises(ValueError, match="JSON compliant"):
             write_answers(tmp_path / "eval.jsonl", {}, [replace(answers[0], kl=damage)])

@@ -478,4 +478,4 @@ def test_map_from_a_saved_monitor(tmp_path: Path, monitor: ap.Monitor) -> None:
     for given_ in ((), (*saved, "--pairs", pairs)):
         code, text = run("map", MODEL, *given_, "--forms", whole)
         assert code == 2
-        assert "just one of the two" in text
+        assert "Give either --pairs, to make a monitor from, or --monitor" in text

@@ -366,7 +366,7 @@ def test_an_empty_book_is_said_to_be_empty(tmp_path: Path) -> None:
     answers = [a for a in told.answers if a.arm != RANDOM]
     answers += [replace(a, arm="permuted") for a in answers if a.arm == TRAINED]
     write_evaluation(replace(told, arms=summarise(answers), differences=[], answers=answers), folder)
-    assert "The book of permuted is empty: nothing is out there" in write_report([folder]).read_text(encoding="utf-8")
+    assert "The book of permuted is empty: nothing is removed" in write_report([folder]).read_text(encoding="utf-8")
 
 
 @pytest.mark.parametrize("palette", [0, 1], ids=["light", "dark"])
@@ -637,7 +637,7 @@ def test_the_command_writes_and_refuses(folder: Path, tmp_path: Path, monkeypatc
     assert run(other)[0] == 0  # its own page is written anew
     assert run(other, folder) == (0, "report: report.html\n")
     code, text = run(other, folder)
-    assert (code, text) == (2, "antipasto: report.html exists: choose another --out, or --force to overwrite it.\n")
+    assert (code, text) == (2, "antipasto: report.html exists: choose another --out, or overwrite it with --force.\n")
     assert run(other, folder, "--force")[0] == 0
     code, text = run(other, "--out", tmp_path)
     assert (code, "is a folder" in text) == (2, True)

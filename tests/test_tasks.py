@@ -311,32 +311,32 @@ def _by_position(answer: object, /) -> list[float]:
         ({"train": {"prompt": ["a"]}}, "train must be a list of rows or a datasets.Dataset, got dict"),
         ({"train": iter(ROWS)}, "train must be a list of rows or a datasets.Dataset, got list_iterator"),
         ({"train": ["a"]}, "train, row 0: expected a mapping with 'prompt', got str"),
-        ({"train": [*ROWS, {"answer": "1"}]}, r"train, row 2: no 'prompt'; there are \['answer'\]"),
+        ({"train": [*ROWS, {"answer": "1"}]}, r"train, row 2: no column 'prompt'; it has \['answer'\]"),
         ({"train": [*ROWS, {"prompt": "a"}]}, r"row 2: has the columns \[\], those before have \['answer'\]"),
         (
             {"train": [*ROWS, {"prompt": CHAT, "answer": ""}]},
-            "row 2: the prompt is one of chats, those before are texts",
+            "row 2: prompts must be all texts or all chats; here chats, before texts",
         ),
         ({"train": [{"prompt": ""}]}, "row 0: the prompt is empty"),
         ({"train": [{"prompt": []}]}, r"must be a text or a chat, a list of \{'role': …, 'content': …\}, got \[\]"),
         ({"train": [{"prompt": [{"role": "user"}]}]}, "must be a text or a chat"),
         ({"train": [{"prompt": 3}]}, "must be a text or a chat, .* got 3"),
-        ({"train": [{"prompt": "a", "completions": 1}]}, "a column cannot be called 'completions'"),
-        ({"train": [{"prompt": "a", 3: 1}]}, "columns are called by texts, got 3"),
+        ({"train": [{"prompt": "a", "completions": 1}]}, "rename the column 'completions': TRL reserves that name"),
+        ({"train": [{"prompt": "a", 3: 1}]}, "a column's name must be a text, got 3"),
         ({"test": []}, "test is empty"),
         ({"test": [{"prompt": CHAT, "answer": "4"}]}, "train has prompts that are texts, test has chats"),
         (
             {"test": [{"prompt": "a"}]},
-            r"test: the reward test_tasks.right needs 'answer', .* there are completions, prompts",
+            r"test: the reward test_tasks.right needs a column 'answer'; there are completions, prompts",
         ),
         ({"reward": None}, "reward must be a function, got NoneType"),
         ({"oracle": 3}, "oracle must be a function, got int"),
         (
             {"reward": _needs_b},
-            "train: the reward test_tasks._needs_b needs 'b', which is not a column; there are answer, completions, prompts",
+            "train: the reward test_tasks._needs_b needs a column 'b'; there are answer, completions, prompts",
         ),
         ({"reward": _by_position}, "the reward test_tasks._by_position takes 'answer' by position"),
-        ({"reward": functools.partial(_needs_b)}, "the reward test_tasks._needs_b needs 'b'"),
+        ({"reward": functools.partial(_needs_b)}, "the reward test_tasks._needs_b needs a column 'b'"),
         ({"detector": right}, "a detector needs detects"),
         ({"detector": right, "detects": " "}, "a detector needs detects"),
         ({"detects": "!"}, "detects='!' is given, but no detector"),
@@ -358,7 +358,7 @@ def test_judge_refuses_arguments_that_do_not_fit() -> None:
         make().judge(["a", "b"], ["a", "b"], {"answer": ["a"]})
     with pytest.raises(ValueError, match="prompts has 1 entries for 2 completions"):
         make().judge(["a"], ["a", "b"], {"answer": ["a", "b"]})
-    with pytest.raises(ValueError, match=r"the rollouts: the reward test_tasks.right needs 'answer'"):
+    with pytest.raises(ValueError, match=r"the rollouts: the reward test_tasks.right needs a column 'answer'"):
         make().judge(["a"], ["a"], {})
 
 
@@ -401,11 +401,11 @@ def test_the_truth_is_a_share_and_a_flag_is_a_bool(role: str, value: float) -> N
     [
         ([1.0], "the reward test_tasks.<lambda> returned 1 values for a batch of 2"),
         ([1.0] * 3, "returned 3 values for a batch of 2"),
-        (None, "did not return a list, but None, for a batch of 2"),
-        (1.0, "did not return a list, but 1.0"),
-        (torch.tensor(1.0), r"did not return a list, but tensor\(1.\)"),
-        ("ab", "did not return a list, but 'ab'"),
-        ({0: 1.0, 1: 1.0}, "did not return a list, but {0"),
+        (None, "must return a list, got None, for a batch of 2"),
+        (1.0, "must return a list, got 1.0"),
+        (torch.tensor(1.0), r"must return a list, got tensor\(1.\)"),
+        ("ab", "must return a list, got 'ab'"),
+        ({0: 1.0, 1: 1.0}, "must return a list, got {0"),
     ],
     ids=repr,
 )
@@ -441,7 +441,7 @@ def test_a_function_that_raises_late_or_only_on_many() -> None:
         assert len(completions) == 1
         return [1.0]
 
-    with pytest.raises(TaskError, match=r"raised AssertionError.* on a batch of 3, on none of them alone"):
+    with pytest.raises(TaskError, match=r"raised AssertionError.* on a batch of 3, but on no single rollout of it"):
         judge(make(reward=only_one), ["a", "b", "c"])
 
 
@@ -588,7 +588,7 @@ def test_a_task_from_a_module(file: Path, monkeypatch: pytest.MonkeyPatch) -> No
             "additon",
             "There is no built-in task 'additon'; did you mean 'addition' or 'addition-even'",
         ),
-        ("xyz", "There is no built-in task 'xyz'[.] There are addition"),
+        ("xyz", "There is no built-in task 'xyz'[.] Possible are addition"),
         ("", "There is no built-in task ''"),
         (":it", "':it': expected path/to/my_task.py:name or package.module:name"),
         ("FILE", "my_task.py: which task of this file[?]"),
@@ -596,17 +596,17 @@ def test_a_task_from_a_module(file: Path, monkeypatch: pytest.MonkeyPatch) -> No
         ("no/such.py:it", "There is no file no/such.py"),
         (
             "FILE:if",
-            "my_task.py has no 'if'; tasks in it could be: it, made, of_another_kind, failing, in_lines, leaving[.]",
+            "my_task.py has no 'if'[.] Possible tasks in it: it, made, of_another_kind, failing, in_lines, leaving[.]",
         ),
-        ("FILE:number", "my_task.py:number is neither a Task nor a function that returns one, but of type int"),
-        ("FILE:with_argument", r"my_task.py:with_argument takes arguments \(word\)"),
-        ("FILE:of_another_kind", "my_task.py:of_another_kind is a function that returns no Task, but list"),
+        ("FILE:number", "my_task.py:number must be a Task or a function that returns one, got int"),
+        ("FILE:with_argument", r"my_task.py:with_argument needs arguments \(word\)"),
+        ("FILE:of_another_kind", r"my_task.py:of_another_kind\(\) must return a Task, got list"),
         ("FILE:failing", r"^my_task.py, line 30: failing\(\) raised KeyError: 'a'[.]"),
         ("FILE:in_lines", r"^my_task.py, line 33: in_lines\(\) raised RuntimeError: a b[.]"),
         ("FILE:leaving", r"my_task.py, line 36: leaving\(\) raised SystemExit: 2"),
         ("no_such_module:it", "There is no module no_such_module"),
         ("antipasto.no_such:it", "There is no module antipasto.no_such"),
-        ("antipasto.tasks.addition:tsak", "addition has no 'tsak'; tasks in it could be: "),
+        ("antipasto.tasks.addition:tsak", "addition has no 'tsak'[.] Possible tasks in it: "),
     ],
 )
 def test_what_is_no_task_is_refused_in_one_line(file: Path, spec: str, message: str) -> None:

@@ -116,13 +116,13 @@ def test_basis_fills_the_cache_that_wrap_reads(tmp_path: Path, monkeypatch: pyte
     code, text = run("basis", MODEL, "--cache-dir", cache)
     assert code == 0
     table = cells(text)
-    assert (table["layers"], table["there already"], table["computed now"]) == ("21", "0", "21")
+    assert (table["layers"], table["cached before"], table["computed now"]) == ("21", "0", "21")
     assert table["trainable numbers"] == "1,728"
     assert len(list(cache.glob("*.safetensors"))) == 21
 
     code, text = run("basis", MODEL, "--cache-dir", cache)
     table = cells(text)
-    assert (code, table["there already"], table["computed now"]) == (0, "all", "0")
+    assert (code, table["cached before"], table["computed now"]) == (0, "all", "0")
 
     monkeypatch.setattr("antipasto.adapter.basis.decompose", lambda _: pytest.fail("computed again"))
     model, _ = load_model(MODEL)
@@ -134,9 +134,9 @@ def test_basis_of_named_layers_and_another_dtype(tmp_path: Path) -> None:
     code, text = run("basis", MODEL, "--cache-dir", tmp_path, *chosen)
     assert (code, cells(text)["layers"]) == (0, "5")
     code, text = run("basis", MODEL, "--cache-dir", tmp_path, *chosen, "--dtype", "bfloat16")
-    assert (code, cells(text)["there already"]) == (0, "0")  # other weights
+    assert (code, cells(text)["cached before"]) == (0, "0")  # other weights
     code, text = run("basis", MODEL, "--cache-dir", tmp_path, "--target-modules", "all-linear")
-    assert (code, cells(text)["layers"], cells(text)["there already"]) == (0, "21", "5")
+    assert (code, cells(text)["layers"], cells(text)["cached before"]) == (0, "21", "5")
 
 
 def test_a_dry_run_says_what_it_takes_and_computes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -170,9 +170,9 @@ def test_basis_replaces_a_damaged_file(tmp_path: Path) -> None:
     good = bad.read_bytes()
     bad.write_bytes(good[:-7])
     code, text = run("basis", MODEL, "--cache-dir", tmp_path)
-    assert (code, cells(text)["there already"]) == (0, "20")
+    assert (code, cells(text)["cached before"]) == (0, "20")
     assert len(bad.read_bytes()) == len(good)
-    assert cells(run("basis", MODEL, "--cache-dir", tmp_path)[1])["there already"] == "all"
+    assert cells(run("basis", MODEL, "--cache-dir", tmp_path)[1])["cached before"] == "all"
 
 
 def test_basis_needs_no_tokenizer_but_layers(gpt2: Path, tmp_path: Path) -> None:
@@ -185,7 +185,7 @@ def test_basis_needs_no_tokenizer_but_layers(gpt2: Path, tmp_path: Path) -> None
 
 def test_basis_says_when_the_cache_takes_nothing(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    assert f"{tmp_path / 'file'} cannot be the cache folder" in refused(
+    assert f"{tmp_path / 'file'} cannot be used as the cache folder" in refused(
         "basis", MODEL, "--cache-dir", tmp_path / "file"
     )
 
@@ -198,7 +198,7 @@ def test_basis_says_when_the_cache_takes_nothing(tmp_path: Path) -> None:
     [
         ("./nowhere", "There is no folder './nowhere'"),
         ("", "There is no folder ''"),
-        ("nobody/no-such-model", "'nobody/no-such-model' is not a folder here"),
+        ("nobody/no-such-model", "'nobody/no-such-model' is not a folder, and its model cannot be loaded from the hub"),
         ("no\x1b[31msuch", r"'no\x1b[31msuch'"),
     ],
 )
@@ -213,9 +213,9 @@ def test_a_folder_that_is_no_model(tmp_path: Path, finished: Path) -> None:
     text = refused("basis", finished / "adapter")
     assert f"is an adapter, not a model: give the model that it was trained on, {MODEL}." in text
     (tmp_path / "adapter_config.json").write_text("[]")
-    assert "is damaged, or no adapter's" in refused("basis", tmp_path)
+    assert "is damaged, or is not the config of an adapter" in refused("basis", tmp_path)
     (tmp_path / "adapter_config.json").write_text('{"base_model_name_or_path": null}')
-    assert "trained on; its config does not say which." in refused("basis", tmp_path)
+    assert "trained on (its config does not name it)." in refused("basis", tmp_path)
     (tmp_path / "file").touch()
     assert "is a file" in refused("basis", tmp_path / "file")
 
@@ -248,10 +248,10 @@ def spoil(folder: Path, what: str) -> None:
         ("weights", "header"),
         ("no weights", "no file named model.safetensors"),
         ("a layer less", "lacks 1 of the model's weights, first model.norm.weight"),
-        ("shapes", "in another shape than its config says, 9 of the model's weights, first model.layers.0.mlp"),
+        ("shapes", "has the wrong shape for 9 of the model's weights, first model.layers.0.mlp"),
         ("no kind", "unheard-of"),
         ("vision", "ViTConfig"),
-        ("code", "it needs code of its own, which is never run here"),
+        ("code", "it needs custom code, which is never run here"),
         ("tokenizer", "its tokenizer:"),
     ],
 )
@@ -352,7 +352,7 @@ def test_extract_refuses_options_that_make_no_sense(pairs: Path, tmp_path: Path)
     command = ["extract", MODEL, "--pairs", pairs, "--out", tmp_path / "out"]
     assert "leave 0 to fit" in refused(*command, "--heldout", "0.99")
     assert "share in [0, 1), got 1.0" in refused(*command, "--heldout", "1")
-    assert "--target-modules takes names" in refused(*command, "--target-modules", "q_proj,,k_proj")
+    assert "--target-modules takes comma-separated names" in refused(*command, "--target-modules", "q_proj,,k_proj")
     assert "There is no file" in refused("extract", MODEL, "--pairs", tmp_path / "none", "--out", tmp_path / "out")
     for wrong in (
         ["--heldout", "-1"],
@@ -399,7 +399,7 @@ def test_inspect_an_adapter(finished: Path, tmp_path: Path) -> None:
         share,
     ]
     assert held > 0
-    assert "drop_quarantine before it ships" in text
+    assert "call drop_quarantine before it ships" in text
     assert MODEL in text.replace("\n", "")
 
     model, _ = load_model(MODEL)
@@ -411,7 +411,7 @@ def test_inspect_an_adapter(finished: Path, tmp_path: Path) -> None:
     assert "It has no quarantine" in text
     config = json.loads((tmp_path / "ships" / "adapter_config.json").read_text())
     (tmp_path / "ships" / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": None}))
-    assert "a base model that it does not name" in run("inspect", tmp_path / "ships")[1]  # as `wrap` leaves it
+    assert "adapter of an unnamed base model" in run("inspect", tmp_path / "ships")[1]  # as `wrap` leaves it
 
 
 def test_inspect_a_direction_and_books(finished: Path) -> None:
@@ -474,7 +474,7 @@ def test_inspect_a_run_that_has_only_begun(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("seed: 1")
     code, text = run("inspect", tmp_path)
     assert code == 0
-    assert "not there, or not yet: metrics.jsonl, rollouts.jsonl, adapter/" in text
+    assert "missing, or not written yet: metrics.jsonl, rollouts.jsonl, adapter/" in text
     (tmp_path / "metrics.jsonl").touch()
     (tmp_path / "rollouts.jsonl").write_text(
         '{"step": 0, "prompt": "p", "completion": "c", "reward": 1.0}\n{"step": 0, "pro'
@@ -521,7 +521,7 @@ def test_a_truncated_or_foreign_safetensors_file(finished: Path, tmp_path: Path)
         (tmp_path / name).write_bytes((finished / name).read_bytes()[:-9])
         assert str(tmp_path / name) in refused("inspect", tmp_path / name)
     save_file({"x": torch.zeros(1)}, tmp_path / "foreign.safetensors")
-    assert "no direction, monitor or books" in refused("inspect", tmp_path / "foreign.safetensors")
+    assert "not a direction, monitor or books" in refused("inspect", tmp_path / "foreign.safetensors")
     save_file({}, tmp_path / "empty.safetensors", metadata={"format": "antipasto-books-1"})
     assert str(tmp_path / "empty.safetensors") in refused("inspect", tmp_path / "empty.safetensors")
 

@@ -219,7 +219,7 @@ def test_what_it_leaves_and_says(pairs: Path, tmp_path: Path) -> None:
     for word in ("320 rollouts watched", "Yes, from step", "What this cannot see", "activation probe"):
         assert word in page
     assert re.search(r"style=", page) is None, "the page's policy forbids them"
-    assert "exploits against the rest" in output
+    assert "exploits against others" in output
 
 
 def test_it_is_the_last_window_that_fails_it(monitor: Path, tmp_path: Path) -> None:
@@ -268,7 +268,7 @@ def test_files_that_cannot_be_used_cost_a_line(monitor: Path, pairs: Path, tmp_p
     assert "There is no file" in refused(MODEL, "--monitor", monitor, "--rollouts", tmp_path / "none*.jsonl")
     assert "is a folder" in refused(MODEL, "--monitor", monitor, "--rollouts", tmp_path)
     log = write_lines(tmp_path / "rollouts.jsonl", rows())
-    assert "--pairs or --monitor" in refused(MODEL, "--rollouts", log)
+    assert "Give either --pairs, to make a monitor from, or --monitor" in refused(MODEL, "--rollouts", log)
     assert "no column 'label'" in refused(MODEL, "--monitor", monitor, "--rollouts", log, "--label-column", "label")
     assert "must be 0 or 1" in refused(
         MODEL, "--monitor", monitor, "--rollouts", log, "--label-column", "step", "--compare"
@@ -310,7 +310,7 @@ def test_a_folder_with_something_elses_files_is_left_alone(monitor: Path, pairs:
     log = write_lines(tmp_path / "rollouts.jsonl", rows())
     mine = tmp_path / "monitor.safetensors"
     mine.write_bytes(monitor.read_bytes())
-    assert "has monitor.safetensors, and no watch.json" in refused(
+    assert "has monitor.safetensors, but no watch.json" in refused(
         MODEL, "--pairs", pairs, "--rollouts", log, "--out", tmp_path
     )
     for anew in ([], ["--anew"]):

@@ -1,7 +1,7 @@
 """antipasto: one trainable number per singular direction of each weight, and a quarantine for what should not ship.
 
-The maths is in `antipasto.adapter.functional`, the words in README and CONTRIBUTING. Importing this package registers the
-method with PEFT, so that ``get_peft_model`` and ``PeftModel.from_pretrained`` know it.
+The maths is in `antipasto.adapter.functional`, the notation in CONTRIBUTING. Importing this package registers the method with
+PEFT, so that ``get_peft_model`` and ``PeftModel.from_pretrained`` know it.
 """
 
 import importlib
@@ -15,14 +15,14 @@ __version__ = "0.1.0"
 def _is_command() -> bool:
     """Whether this process is the command line, ``antipasto`` or ``python -m antipasto``."""
     started = sys.argv[0] if getattr(sys, "argv", None) else ""
-    if started == "-m":  # Python is looking for what to run
+    if started == "-m":  # Python has not yet resolved the module to run
         words = sys.orig_argv
         return "antipasto" in words[words.index("-m") + 1 :][:1]
     return Path(started).name in ("antipasto", "antipasto.exe")
 
 
 def _load() -> None:
-    """Bring the public names here; ``knobs`` is one of them, and the name of a module too."""
+    """Import the public names into this module."""
     public = importlib.import_module("antipasto.public")
     globals().update({name: getattr(public, name) for name in public.__all__}, __all__=public.__all__)
 
@@ -32,10 +32,10 @@ if TYPE_CHECKING:
     from antipasto.public import __all__ as __all__
 elif not _is_command():
     _load()
-else:  # torch, transformers and PEFT take seconds, which --help and a misspelt option need not wait for
+else:  # lazily: torch, transformers and PEFT take seconds, and --help does not need them
 
     def __getattr__(name: str) -> Any:
-        if name == "__all__" or not name.startswith("__"):  # Python itself asks for those
+        if name == "__all__" or not name.startswith("__"):  # Python itself looks up other dunder names
             _load()
         if name not in globals():
             raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,4 +1,4 @@
-"""Files and folders that are there whole or not at all: written beside their place, flushed to disk, renamed into it."""
+"""Atomic writes of files and folders: write to a temporary name, flush to disk, rename."""
 
 from __future__ import annotations
 
@@ -22,20 +22,18 @@ from torch import Tensor
 
 
 def write_bytes(path: str | Path, data: bytes, *, flush: bool = True) -> None:
-    """Write a file, whole or not at all.
+    """Write a file atomically.
 
     Args:
-        path: the file.
-        data: what it is to hold.
-        flush: wait until it is on the disk, so that not even a loss of power leaves another.
+        flush: fsync, so that the file survives a loss of power.
 
     Raises:
-        OSError: it cannot be written; what was there before still is.
+        OSError: it cannot be written. An earlier file at this path is unchanged.
     """
     path = Path(path)
     temporary = path.with_name(f".{path.name}-{uuid.uuid4().hex}.tmp")
     try:
-        # opened here and not by tempfile or safetensors, whose files only their owner may read
+        # not by tempfile or safetensors: only the owner may read the files that they create
         with temporary.open("xb") as file:
             file.write(data)
             if flush:
@@ -48,34 +46,32 @@ def write_bytes(path: str | Path, data: bytes, *, flush: bool = True) -> None:
 
 
 def write_text(path: str | Path, text: str, *, flush: bool = True) -> None:
-    """`write_bytes` of a text."""
+    """Write a text file atomically, as `write_bytes`."""
     write_bytes(path, text.encode(), flush=flush)
 
 
 def write_json(path: str | Path, value: Mapping[str, Any], *, flush: bool = True) -> None:
-    """`write_bytes` of an object as JSON.
+    """Write a JSON file atomically, as `write_bytes`.
 
     Raises:
-        ValueError: there is a NaN or an infinity in it; names the file.
+        ValueError: a number is NaN or infinite; names the file.
     """
     try:
         text = json.dumps(value, indent=2, allow_nan=False)
     except ValueError as error:
-        raise ValueError(f"{path} is not written: a number in it is NaN or infinite, and JSON has neither.") from error
+        raise ValueError(f"{path} was not written: it has a NaN or an infinity, and JSON allows neither.") from error
     write_text(path, text + "\n", flush=flush)
 
 
 def with_nulls(record: Mapping[str, Any]) -> dict[str, Any]:
-    """A flat record with null where it has a NaN or an infinity: JSON has neither."""
+    """Replace NaN and infinities in a flat record by None, because JSON allows neither."""
     return {name: None if isinstance(v, float) and not math.isfinite(v) else v for name, v in record.items()}
 
 
 def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
-    """`write_bytes` of a safetensors file, with the digest of all that is in it; tensors from any device.
+    """Write a safetensors file atomically, with a digest of its contents. Tensors may be on any device.
 
     Args:
-        path: the file.
-        tensors: by name.
         metadata: texts by name; ``"digest"`` is added.
     """
     tensors = {name: t.cpu().contiguous() for name, t in tensors.items()}
@@ -83,14 +79,16 @@ def write_tensors(path: str | Path, tensors: Mapping[str, Tensor], metadata: Map
 
 
 def read_tensors(path: str | Path, form: str) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """What `write_tensors` wrote, if it still is that: tensors, and metadata without the digest.
+    """Read what `write_tensors` wrote and check its digest.
 
     Args:
-        path: the file.
-        form: what the metadata must say under ``"format"``.
+        form: the expected value of ``"format"`` in the metadata.
+
+    Returns:
+        The tensors, and the metadata without the digest.
 
     Raises:
-        ValueError: no safetensors file, of another format, or not the bytes that were written.
+        ValueError: it is not a safetensors file, has another format, or does not match its digest.
         OSError: it cannot be read.
     """
     try:
@@ -107,14 +105,11 @@ def read_tensors(path: str | Path, form: str) -> tuple[dict[str, Tensor], dict[s
 
 
 def digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> str:
-    """sha256, in hex, of the names, dtypes, shapes and bytes of some tensors, on whatever device, and of some texts.
-
-    bf16 has no numpy dtype, so it is bytes that are hashed and not arrays.
-    """
+    """sha256 in hex over names, dtypes, shapes and bytes of tensors, and over texts. Tensors may be on any device."""
     result = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         result.update(f"{name} {tensor.dtype} {tuple(tensor.shape)} ".encode())
-        result.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+        result.update(tensor.cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)  # numpy has no bf16
     if metadata:
         result.update(json.dumps(metadata, sort_keys=True).encode())
     return result.hexdigest()
@@ -122,13 +117,13 @@ def digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = N
 
 @contextmanager
 def replacing_folder(folder: str | Path) -> Iterator[Path]:
-    """A folder to write into, which takes the other's place at the end, whole; after an exception it is removed instead.
+    """Yield a temporary folder that replaces ``folder`` at the end, atomically. After an exception it is removed instead.
 
-    On Linux the two are exchanged in one step. Elsewhere there is a moment between two renames in which neither is there
-    under that name, and the old one is beside it as ``.NAME-….old``.
+    On Linux the two folders are exchanged in one system call. Elsewhere it takes two renames. In between, no folder has that
+    name, and the old one is next to it as ``.NAME-….old``.
 
     Raises:
-        OSError: it cannot be written; what was there before still is.
+        OSError: it cannot be written. An earlier folder is unchanged.
     """
     folder = Path(folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -166,7 +161,7 @@ def _flush(path: Path) -> None:
 
 
 def _exchange(one: Path, other: Path) -> bool:
-    """Let two paths change places, where the system and the file system can do that (Linux: renameat2(2))."""
+    """Swap two paths atomically. Returns False where the system or the file system cannot (Linux only: renameat2(2))."""
     if sys.platform != "linux":
         return False
     here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE

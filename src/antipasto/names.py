@@ -1,40 +1,40 @@
-"""Options that several modules take: what their values are called, and what some are by default.
+"""Values and defaults of options that several modules share.
 
-No torch: the command line reads them first.
+Imports no torch: the command line reads this module before torch is loaded.
 """
 
 from typing import Literal
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
-"""Of a model's weights; ``"auto"``: as its checkpoint says."""
+"""Dtype of a model's weights. ``"auto"``: as the checkpoint says."""
 PlanName = Literal["auto", "factored", "merged", "spectral"]
-"""How an adapted layer computes (`antipasto.adapter.plans`); ``auto`` takes the cheapest of the others at every call, these
-themselves wherever they are possible, else ``factored``."""
+"""How an adapted layer computes (`antipasto.adapter.plans`). ``auto`` picks the cheapest plan at every call. Any other plan
+falls back to ``factored`` where it is not possible."""
 Estimator = Literal["tstat", "mean", "svd"]
-"""Of a direction's rows (`antipasto.extract_direction`)."""
+"""How a direction's rows are estimated (`antipasto.extract_direction`)."""
 GateName = Literal["coordinate", "one_sided"]
 """Which part of a step a direction claims (`antipasto.routing.gates`)."""
 Mode = Literal["route", "erase", "measure"]
-"""What becomes of what the gate claims (`antipasto.Router`)."""
+"""What the router does with the part of a step that the gate claims (`antipasto.Router`)."""
 Level = Literal["update", "gradient"]
-"""Whether a gate splits the optimizer's step or the gradient before it (`antipasto.Router`)."""
+"""Whether the gate splits the optimizer's update or the gradient before it (`antipasto.Router`)."""
 Flagged = Literal["penalty", "discount", "watch"]
-"""What becomes of flagged rollouts (`antipasto.trl.RoutedGRPOTrainer`)."""
+"""What the trainer does with flagged rollouts (`antipasto.trl.RoutedGRPOTrainer`)."""
 Method = Literal["plain", "penalty", "discount", "route", "erase", "measure"]
-"""What `antipasto train` makes of what its gate claims; `antipasto.app.train.gating` has a line on each."""
+"""The methods of `antipasto train`. `antipasto.app.train.gating` describes each in one line."""
 By = Literal["score", "detector", "direction"]
-"""What the method goes by: what flags a rollout, or which part of a step is routed."""
+"""The signal that a method uses: ``score`` and ``detector`` flag rollouts, ``direction`` routes parts of a step."""
 Rule = Literal["midway", "quarter"]
-"""Where a monitor's threshold lies between clean texts and hacks (`antipasto.Monitor.calibrate`)."""
+"""Where a monitor's threshold lies between the scores of clean texts and hacks (`antipasto.Monitor.calibrate`)."""
 
 
 class AntiPastoWarning(UserWarning):
-    """Every warning of this library: the command line shows these, and keeps those of others off the screen."""
+    """Base class of this library's warnings. The command line shows these and hides all others."""
 
 
 THRESHOLD = 0.65
-"""Of the gates by coordinate: the effect size above which a coordinate is guarded."""
+"""Effect size above which the coordinate gate guards a coordinate."""
 HELDOUT = 0.25
-"""Share of the pairs that a direction is not made from, but judged by."""
+"""Share of the pairs that are held out to judge a direction."""
 COMPLETE = "complete.json"
-"""The file that a checkpoint's folder has when all of it is there."""
+"""Marker file that is written last: a checkpoint folder without it is incomplete."""

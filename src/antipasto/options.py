@@ -1,4 +1,4 @@
-"""Options of a dataclass against their annotations: files and command lines bring values of any type."""
+"""Check the fields of a dataclass against their types and bounds. Files and command lines bring values of any type."""
 
 from __future__ import annotations
 
@@ -12,14 +12,13 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 
 def check_types(options: Any, names: list[str] | None = None) -> None:
-    """Refuse a value of another type than its field's.
+    """Check that every value has the type of its field.
 
     Args:
-        options: an instance of a dataclass.
-        names: which fields; all if None.
+        names: the fields to check; None: all.
 
     Raises:
-        ValueError: names the field, what it takes and what it was given.
+        ValueError: a value has the wrong type; names the field, the expected type and the value.
 
     Example:
         >>> @dataclasses.dataclass
@@ -30,7 +29,7 @@ def check_types(options: Any, names: list[str] | None = None) -> None:
         ...
         ValueError: steps must be int, got 'many'.
     """
-    from typeguard import TypeCheckError, check_type  # as long to import as all the rest of the command line
+    from typeguard import TypeCheckError, check_type  # slow to import
 
     hints = _hints(type(options))  # type: ignore[arg-type]  # a type is hashable
     for name in names or [field.name for field in dataclasses.fields(options)]:
@@ -41,7 +40,7 @@ def check_types(options: Any, names: list[str] | None = None) -> None:
             if isinstance(value, bool) and bool not in kinds:
                 raise TypeCheckError("a bool is an int to Python, and here a mistake")
             if isinstance(value, int) and float in kinds:
-                float(value)  # one of hundreds of digits is none
+                float(value)  # fails if it has hundreds of digits
         except (TypeCheckError, OverflowError):
             expected = inspect.formatannotation(hints[name]).replace("typing.", "").replace("NoneType", "None")
             if get_origin(hints[name]) is Literal:
@@ -50,13 +49,13 @@ def check_types(options: Any, names: list[str] | None = None) -> None:
 
 
 def check_finite(options: Any) -> None:
-    """Refuse a field that is infinite or not a number.
+    """Check that no field is NaN or infinite.
 
     Args:
         options: an instance of a dataclass whose types were checked.
 
     Raises:
-        ValueError: names the field.
+        ValueError: a field is not finite; names the field.
     """
     for field in dataclasses.fields(options):
         value = getattr(options, field.name)
@@ -65,13 +64,13 @@ def check_finite(options: Any) -> None:
 
 
 def check_bounds(options: Any) -> None:
-    """Refuse a field below the ``min`` or above the ``max`` of its metadata.
+    """Check every field against the ``min`` and ``max`` of its metadata.
 
     Args:
         options: an instance of a dataclass whose types were checked.
 
     Raises:
-        ValueError: names the field, and what was given.
+        ValueError: a field is out of bounds; names the field and the value.
     """
     for field in dataclasses.fields(options):
         value = getattr(options, field.name)
@@ -83,7 +82,7 @@ def check_bounds(options: Any) -> None:
 
 
 def near(name: str, names: Iterable[str]) -> str:
-    """The end of a sentence about an unknown name.
+    """End a sentence about an unknown name, with a suggestion if there is a similar one.
 
     Example:
         >>> "There is no option stepz" + near("stepz", ["steps", "seed"])
@@ -96,7 +95,7 @@ def near(name: str, names: Iterable[str]) -> str:
 def _shown(value: Any) -> str:
     try:
         return f"{value!r:.200}"
-    except ValueError:  # Python writes no integer of more than 4,300 digits
+    except ValueError:  # Python does not print integers of more than 4,300 digits
         return f"a value of type {type(value).__name__} that is too long to show"
 
 

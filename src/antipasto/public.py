@@ -1,4 +1,4 @@
-"""The public names, as ``antipasto`` has them: importing this registers the method with PEFT."""
+"""The public names of ``antipasto``. Importing this module registers the method with PEFT."""
 
 from antipasto.adapter import TARGET_MODULES, AntiPastoConfig
 from antipasto.adapter.basis import Basis, BasisCacheWarning, load_basis

@@ -1,4 +1,4 @@
-"""JSON that somebody may have damaged, read with the place where it is wrong."""
+"""Read JSON that may be damaged. Errors name the file and the line."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from antipasto.terminal import shorten
 
 
 def read_json(path: Path) -> Any:
-    """What a JSON file says.
+    """Read a JSON file.
 
     Raises:
-        ValueError: it is not JSON; names it.
+        ValueError: it is not JSON; names the file.
         OSError: it cannot be read.
     """
     try:
@@ -24,14 +24,16 @@ def read_json(path: Path) -> Any:
 
 
 def read_rows(path: Path, notes: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Where it stands, and the row, of each line of a JSON-lines file.
+    """Read a JSON-lines file, row by row.
 
     Args:
-        path: the file.
-        notes: gets a sentence where the last line is cut off: the run may still be writing it.
+        notes: gets a sentence if the last line is cut off, because a run may still be writing it.
+
+    Yields:
+        The place of the row, for messages, and the row.
 
     Raises:
-        ValueError: a line is not an object; names it.
+        ValueError: a line is not an object; names the line.
         OSError: the file cannot be read.
     """
     with path.open("rb") as file:
@@ -50,10 +52,10 @@ def read_rows(path: Path, notes: list[str]) -> Iterator[tuple[str, dict[str, Any
 
 
 def as_number(row: Mapping[str, Any], key: str, where: str) -> float | None:
-    """A number of a row; None where there is none.
+    """Return a field of a row as a float, or None if it is missing or null.
 
     Raises:
-        ValueError: it is something else, or has hundreds of digits; names the place.
+        ValueError: it is not a number, or has too many digits for a float; names the place.
 
     Example:
         >>> as_number({"step": 3}, "step", "here"), as_number({}, "step", "here")
@@ -69,10 +71,10 @@ def as_number(row: Mapping[str, Any], key: str, where: str) -> float | None:
 
 
 def as_flag(row: Mapping[str, Any], key: str, where: str) -> bool | None:
-    """A yes or no of a row; None where there is none.
+    """Return a field of a row as a bool, or None if it is missing or null.
 
     Raises:
-        ValueError: it is something else, such as a score or a text; names the place.
+        ValueError: it is neither a bool nor 0 or 1; names the place.
 
     Example:
         >>> as_flag({"flagged": 1}, "flagged", "here"), as_flag({}, "flagged", "here")

@@ -1,4 +1,4 @@
-"""Text from files and models, made safe for a terminal: shown as it is, never obeyed."""
+"""Print text from files and models safely: no markup, no control characters."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from rich.text import Text
 
 
 def plain(text: object) -> str:
-    r"""The text on one line, with what a terminal would act on, or not show, spelled out.
+    r"""Return the text on one line, with invisible characters escaped.
 
-    Control characters, bidirectional marks and other invisible ones, line breaks and lone surrogates become escapes.
+    These are control characters, line breaks, bidirectional marks and lone surrogates.
 
     Example:
         >>> print(plain("a\nb \x1b[31mred"))
@@ -29,7 +29,7 @@ _ACTED_ON = {"Cc", "Cf", "Cs", "Co", "Cn", "Zl", "Zp"}
 
 
 def shorten(text: object, width: int) -> str:
-    """`plain`, with its middle left out where it is longer than ``width``.
+    """Apply `plain` and cut the middle out of a text longer than ``width``.
 
     Example:
         >>> shorten("abcdefghij", 7)
@@ -45,17 +45,17 @@ def shorten(text: object, width: int) -> str:
 
 
 def add_row(table: Table, *cells: object) -> None:
-    """A table's row whose cells are taken literally: no markup, no control characters."""
+    """Add a row whose cells are printed literally: no markup, no control characters."""
     table.add_row(*(cell if isinstance(cell, Text) else Text(plain(cell)) for cell in cells))
 
 
 def is_live(console: Console) -> bool:
-    """Whether what was printed can be written over; else it is a file, a log or a dumb terminal."""
+    """Whether printed text can be overwritten. False for a file, a log or a dumb terminal."""
     return console.is_terminal and not console.is_dumb_terminal
 
 
 def doing(console: Console, what: str) -> AbstractContextManager[object]:
-    """Say what goes on while it does; in a log, that it began."""
+    """Show what is running: a spinner on a terminal, one line in a log."""
     text = Text(plain(what))
     if is_live(console):
         return console.status(text)
@@ -64,7 +64,7 @@ def doing(console: Console, what: str) -> AbstractContextManager[object]:
 
 
 def progress_bar(console: Console) -> Progress:
-    """How far a job is; leaves nothing behind, and is not there where the output is not a terminal."""
+    """A progress bar that disappears when done. Disabled where the output is not a terminal."""
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     return Progress(
         *columns,
@@ -77,5 +77,5 @@ def progress_bar(console: Console) -> Progress:
 
 
 def say(console: Console, *lines: str) -> None:
-    """Print lines literally: no markup, no emoji codes, no control characters, and no line breaks but between them."""
+    """Print lines literally: no markup, no emoji codes, no control characters."""
     console.print(Text("\n".join(map(plain, lines))), soft_wrap=True)

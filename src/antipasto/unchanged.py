@@ -1,11 +1,11 @@
-"""Somebody else's code, run in the middle of a training run that must not notice it.
+"""Call a user's function in the middle of training without side effects on the training run.
 
-    with unchanged(): …                  default dtype and device, grad mode and working directory are put back
-    with unchanged(draws=False): …       and so are the random generators of Python, NumPy and torch: what was drawn was not
-    copies(rows)                         what it may write into
-    awaited(answers)                     what an async function returns in the end
+    with unchanged(): …                  restores default dtype and device, grad mode and working directory
+    with unchanged(draws=False): …       also restores the random generators of Python, NumPy and torch
+    copies(rows)                         copies that the function may modify
+    awaited(answers)                     the result of an async function
 
-A reward function belongs to the training run, so its draws count, as in TRL. A detector, an oracle and a probe only look.
+A reward function is part of training, so its random draws count, as in TRL. Those of a detector, an oracle or a probe do not.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from typing import Any
 
 @contextmanager
 def unchanged(*, draws: bool = True) -> Iterator[None]:
-    """Context: what the process had set before is set again after, also after an exception.
+    """Context manager that restores the process's settings at the end, also after an exception.
 
     Args:
-        draws: whether what is drawn in it from the global random generators is drawn for good.
+        draws: whether random draws advance the global generators; if False, their states are restored too.
     """
-    import torch  # here and below: a task's name is checked without loading them
+    import torch  # here and below: a task's name is checked before torch is loaded
 
     dtype, grad, folder = torch.get_default_dtype(), torch.is_grad_enabled(), Path.cwd()
     device = torch.get_default_device()
@@ -40,7 +40,7 @@ def unchanged(*, draws: bool = True) -> Iterator[None]:
     finally:
         torch.set_default_dtype(dtype)
         torch.set_grad_enabled(grad)
-        if torch.get_default_device() != device:  # one that is set costs something in every call of torch, the CPU too
+        if torch.get_default_device() != device:  # a default device, even the CPU, slows down every call of torch
             torch.set_default_device(None if device.type == "cpu" else device)
         os.chdir(folder)
 
@@ -61,25 +61,25 @@ def _generators_kept() -> Iterator[None]:
 
 
 def copies(values: Iterable[Any]) -> list[Any]:
-    """Deep copies, one entry each; of what cannot be copied, such as a client or a lock, itself."""
+    """Deep-copy each value. A value that cannot be copied, such as a client or a lock, is returned itself."""
     values, made = list(values), dict[int, Any]()
     for value in values:
-        if id(value) not in made:  # all rollouts of a prompt have the same row
+        if id(value) not in made:  # all rollouts of a prompt share a row
             try:
                 made[id(value)] = copy.deepcopy(value)
-            except Exception:  # deepcopy calls methods of the value, which raise whatever they like
+            except Exception:  # deepcopy calls methods of the value, which may raise anything
                 made[id(value)] = value
     return [made[id(value)] for value in values]
 
 
 @functools.cache
 def _event_loop() -> asyncio.AbstractEventLoop:
-    """One loop for all calls, as clients that a function keeps belong to one; on a thread, as the caller may have its own."""
+    """One event loop for all calls, since clients belong to a loop. It runs in a thread: the caller may have its own loop."""
     loop, ended = asyncio.new_event_loop(), threading.Event()
 
     def run() -> None:
         while not ended.is_set():
-            with suppress(SystemExit, KeyboardInterrupt):  # they end the loop, and are the task's result as well
+            with suppress(SystemExit, KeyboardInterrupt):  # they stop the loop; the caller gets them as the result
                 loop.run_forever()
 
     thread = threading.Thread(target=run, daemon=True)
@@ -96,7 +96,7 @@ def _event_loop() -> asyncio.AbstractEventLoop:
 
 
 def awaited(values: Awaitable[Any]) -> Any:
-    """What an ``async`` function returns in the end; raises what it raises, `SystemExit` too."""
+    """Wait for an awaitable and return its result. Raises what it raises, including `SystemExit`."""
 
     async def wait() -> Any:
         return await values

@@ -1,1 +1,1 @@
-"""The command line and its jobs, on top of the library: nothing outside this package imports it."""
+"""The command line and its jobs, on top of the library. Nothing outside this package imports it."""

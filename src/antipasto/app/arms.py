@@ -1,8 +1,9 @@
-"""The job behind `antipasto eval`: every arm of a run, asked the task's held-out prompts with the same draws.
+"""The job behind `antipasto eval`: ask every arm of a run the task's held-out prompts, with the same random draws.
 
-While it goes on, answers are kept in ``eval.partial.jsonl``; a call with the same options continues there. At the end they
-become ``eval.json`` and ``eval.jsonl``, in place of those of an earlier evaluation. Whole ones are not asked again either:
-another margin costs no sampling.
+An *arm* is one version of the run's model: reference, as trained, deployed, or a control (`antipasto.app.runs.run_views`).
+
+Answers are saved in ``eval.partial.jsonl`` as they come, and a call with the same options continues there. At the end they
+replace ``eval.json`` and ``eval.jsonl``. A finished evaluation is reused too: another margin needs no new answers.
 """
 
 from __future__ import annotations
@@ -47,7 +48,7 @@ from antipasto.tasks import Task, load_task
 from antipasto.terminal import add_row, doing, is_live, plain, say
 
 SIZING = 64
-"""Held-out prompts by which θ is shrunk to the deployed model's distance from the reference."""
+"""Number of held-out prompts used to scale θ down to the deployed model's KL to the reference."""
 
 
 def evaluate_run(
@@ -61,25 +62,25 @@ def evaluate_run(
     margin: float,
     dial: bool = False,
 ) -> Evaluation:
-    """Every arm of a run on the same held-out prompts with the same draws, and what comes of it, which `show` prints.
+    """Evaluate every arm of a run on the same held-out prompts with the same random draws. `show` prints the result.
 
     Raises:
-        ValueError: this is not a run that finished, its task has no held-out rows, or its base model is another one now.
+        ValueError: the run is not finished, its task has no held-out rows, or its base model has changed.
     """
     with RunFolder(root).held(new=False):
         run = load_run(root)
         task = load_task(str(run.task))
         if dial and not run.has_quarantine:
-            raise ValueError(f"{root}: --dial is of a quarantine, and a run by method {run.method} has none.")
+            raise ValueError(f"{root}: --dial needs a quarantine, and a run by method {run.method} has none.")
         if task.test is None:
-            raise ValueError(f"Task {task.name!r} has no held-out rows (test): there is nothing to ask.")
+            raise ValueError(f"Task {task.name!r} has no held-out rows: give it test rows to evaluate on.")
         rows = list(task.test)[:prompts]
         how = as_in_training(run.config, task, temperature=temperature, seed=seed, batch_size=batch_size)
         say(console, _drawn(run, how, temperature))
         facts = {"prompts": len(rows), **how.facts(), "method": run.method, **_digests(root, task, rows)}
         before, done = _earlier(root, facts, console)
         if run.has_quarantine:
-            with doing(console, "measuring how far the deployed model is from the reference"):
+            with doing(console, "measuring the KL of the deployed model to the reference"):
                 facts["shrunk_by"] = before.get("shrunk_by") or _shrink(run, rows, how)
         write_answers(root / PARTIAL, facts, done)
         arms = run.views(shrink=facts.get("shrunk_by"), dials=DIALS if dial else ())
@@ -98,30 +99,29 @@ def evaluate_run(
 
 
 def _drawn(run: LoadedRun, how: Sampling, temperature: float | None) -> str:
-    """The sentence about it."""
+    """One sentence on how answers are sampled."""
     said = {"temperature": how.temperature, **how.options, "max_new_tokens": how.max_new_tokens}
-    text = "answers are drawn as in training" + (", but for the temperature: " if temperature is not None else ": ")
+    text = "answers are sampled as in training" + (", except the temperature: " if temperature is not None else ": ")
     text += ", ".join(f"{name} {value}" for name, value in said.items())
     trainer = run.config.get("trainer") or {}
     if trainer.get("use_vllm") and trainer.get("generation_kwargs"):
-        text += "; generation_kwargs are vLLM's, and are left out here"
+        text += "; generation_kwargs were for vLLM and are not used here"
     return text
 
 
-_LINES = 20  # of a log that is not a terminal, for one evaluation
+_LINES = 20  # progress lines of one evaluation in a log
 
 
 @contextmanager
 def asking(console: Console, total: int, done: int = 0) -> Iterator[Callable[[list[Answer]], None]]:
-    """Say how far an evaluation is: a bar; where the output is not a terminal, a line for each twentieth of it.
+    """Show progress: a bar on a terminal, otherwise one line for each twentieth of the answers.
 
     Args:
-        console: where to say it.
-        total: how many answers there will be.
-        done: how many there are.
+        total: number of answers to come, including those that are done.
+        done: number of answers from an earlier call.
 
     Yields:
-        What to call with new answers.
+        A function to call with new answers.
     """
     live = is_live(console)
     columns = (TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
@@ -141,17 +141,17 @@ def asking(console: Console, total: int, done: int = 0) -> Iterator[Callable[[li
 
 
 def _shrink(run: LoadedRun, rows: Sequence[Any], how: Sampling) -> float:
-    """What θ is to be scaled by, to be as far from the reference as the deployed model; by the first of the prompts."""
+    """The factor that scales θ to the deployed model's KL to the reference, on the first `SIZING` prompts."""
     with quiet():
         return matched_scale(run.model, run.tokenizer, [row["prompt"] for row in rows[:SIZING]], how)
 
 
 def _digests(root: Path, task: Task, rows: Sequence[Any]) -> dict[str, str]:
-    """Of what is asked and of who answers: an evaluation is continued only where both are the same."""
+    """Digests of the prompts and of the weights. An evaluation is continued only if both are unchanged."""
     what = [task.name, [dict(row) for row in rows]]
     try:
         text = json.dumps(what, default=str)
-    except (TypeError, ValueError):  # a key that is no text, a row that has itself in it
+    except (TypeError, ValueError):  # a key that is not a string, or a circular reference
         text = repr(what)
     asked = hashlib.sha256(text.encode("utf-8", "backslashreplace"))
     answered_by = hashlib.sha256()
@@ -161,15 +161,15 @@ def _digests(root: Path, task: Task, rows: Sequence[Any]) -> dict[str, str]:
 
 
 def _earlier(root: Path, facts: dict[str, Any], console: Console) -> tuple[dict[str, Any], list[Answer]]:
-    """All facts and the answers of an evaluation with these facts, interrupted or whole; empty where there is none."""
+    """Facts and answers of an earlier evaluation with the same options, finished or not; empty if there is none."""
     for path in (root / PARTIAL, root / ANSWERS):
         try:
             before, found = read_answers(path) if path.exists() else ({}, [])
         except ValueError as error:
-            say(console, f"asked again: {error}")
+            say(console, f"asking again: {error}")
             continue
         if before and facts.items() <= before.items():
-            say(console, f"continuing: {len(found):,} answers are there")
+            say(console, f"continuing: {len(found):,} answers are there already")
             return before, found
     return {}, []
 
@@ -178,7 +178,7 @@ def _earlier(root: Path, facts: dict[str, Any], console: Console) -> tuple[dict[
 
 
 def show(evaluation: Evaluation, console: Console) -> None:
-    """Print an evaluation: rates, means and differences, and the verdict."""
+    """Print an evaluation: rates, means, differences and the verdict."""
     first = evaluation.arms[0]
     if first.flags or "solve" in first.measures:
         console.print(rates_table([evaluation]))
@@ -187,21 +187,23 @@ def show(evaluation: Evaluation, console: Console) -> None:
 
 
 def rates_table(evaluations: Sequence[Evaluation]) -> Table:
-    """One row an arm and kind of prompts. One evaluation: rates with intervals; those of several seeds: mean ± sd."""
+    """Rates by arm and kind of prompt: with intervals for one evaluation, as mean ± sd for several seeds."""
     first = evaluations[0]
-    drawn = "the likeliest" if first.facts.get("temperature") == 0 else "sampled"
+    drawn = "greedy" if first.facts.get("temperature") == 0 else "sampled"
     rows = {name: [(evaluation, name) for evaluation in evaluations] for name in first.names}
     table = _rates(f"{first.arms[0].n:,} answers of each model, {drawn}", "model", rows)
     if RANDOM in first.names:
-        caption = Text("random, permuted, …: that control's book out instead of the quarantine", "table.caption")
+        caption = Text(
+            "random, permuted, …: what that control would have moved is removed, not the quarantine", "table.caption"
+        )
         if empty := [name for name in first.empty if all(name in e.empty for e in evaluations)]:
-            caption.append(f"\n{plain(', '.join(empty))}: its book is empty, so that nothing is out")
+            caption.append(f"\n{plain(', '.join(empty))}: its book is empty, so nothing is removed")
         table.caption = caption
     return table
 
 
 def comparison(runs: Mapping[str, Sequence[Evaluation]]) -> Table:
-    """What each of several runs would ship, and their reference: name → its evaluation, or those of several seeds."""
+    """What each run would ship, and the reference. ``runs``: name → its evaluations, one per seed."""
     first = next(iter(runs.values()))
     rows = {REFERENCE: [(evaluation, REFERENCE) for evaluation in first]}
     rows |= {name: [(evaluation, evaluation.ships) for evaluation in seeds] for name, seeds in runs.items()}
@@ -209,7 +211,7 @@ def comparison(runs: Mapping[str, Sequence[Evaluation]]) -> Table:
 
 
 def _rates(title: str, what: str, rows: Mapping[str, Sequence[tuple[Evaluation, str]]]) -> Table:
-    """Rates and flags, a row for each name and kind of prompts: of one evaluation's arm, or of those of several seeds."""
+    """A table of rates and flags, one row for each name and kind of prompt. ``rows``: name → (evaluation, arm) per seed."""
     first, arm = next(iter(rows.values()))[0]
     seeds = len(next(iter(rows.values())))
     table = _table(f"{title} {'[95% interval]' if seeds == 1 else f'(mean ± sd of {seeds} seeds)'}")
@@ -231,7 +233,7 @@ def _rates(title: str, what: str, rows: Mapping[str, Sequence[tuple[Evaluation, 
 
 
 def cell(estimates: Sequence[Estimate]) -> str:
-    """One estimate with its interval; those of several seeds as mean ± standard deviation."""
+    """One estimate with its interval, or several seeds as mean ± standard deviation."""
     if len(estimates) == 1:
         return str(estimates[0])
     values = [estimate.value for estimate in estimates]
@@ -239,10 +241,10 @@ def cell(estimates: Sequence[Estimate]) -> str:
 
 
 def _means_table(evaluation: Evaluation) -> Table:
-    """Means of every arm, and what the one that would ship does more or less than it, on the same prompts."""
+    """Means of every arm, and the paired difference of what ships to it."""
     ships = evaluation.ships
     rates = [name for name in RATES if name in evaluation.arms[0].measures]
-    table = _table(f"means, and {ships} minus the model [95% interval, paired by prompt]")
+    table = _table(f"means, and {ships} minus each model [95% interval, paired by prompt]")
     for title in ("model", *(f"{ships} − it: {rate}" for rate in rates), "reward", "KL", "length"):
         table.add_column(title, justify="right" if title in ("reward", "KL", "length") else "left")
     for name in evaluation.names:
@@ -250,11 +252,11 @@ def _means_table(evaluation: Evaluation) -> Table:
         assert record is not None
         means = [short(record.measures[m].value) for m in MEANS]
         add_row(table, name, *(str(less.measures[rate]) if less else "" for rate in rates), *means)
-    table.caption = "KL to the reference in nats an answer; length in tokens"
+    table.caption = "KL to the reference in nats per answer; length in tokens"
     return table
 
 
 def _table(title: str) -> Table:
-    """Narrow enough for 80 columns."""
+    """An empty table, narrow enough for 80 columns."""
     said = Text(plain(title), "table.title")
     return Table(title=said, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0), title_justify="left", caption_justify="left")

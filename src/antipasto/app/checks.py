@@ -1,4 +1,4 @@
-"""What of the words of a command can be told to be wrong before torch is loaded, which takes seconds."""
+"""Checks of command-line arguments that run before torch is loaded, which takes seconds."""
 
 from __future__ import annotations
 
@@ -10,27 +10,27 @@ from pathlib import Path
 
 
 def check_model_name(name_or_path: str) -> None:
-    """Refuse what is neither a model's folder nor can be a name on the hub.
+    """Check that a text is a model's folder or may be a name on the hub.
 
     Raises:
-        ValueError: names it, and says what to do.
+        ValueError: it is neither; says what to do.
     """
     path = Path(name_or_path)
     config = path / "adapter_config.json"
     if config.is_file():
         base = _base_model(config)
-        known = "; its config does not say which" if base is None else f", {base}"
+        known = " (its config does not name it)" if base is None else f", {base}"
         raise ValueError(f"{name_or_path} is an adapter, not a model: give the model that it was trained on{known}.")
     if name_or_path and path.is_dir() and not (path / "config.json").is_file():
         raise ValueError(
-            f"The folder {name_or_path} holds no model: there is no config.json in it. Give the folder that the model's "
-            "save_pretrained wrote, or its name on the hub."
+            f"The folder {name_or_path} holds no model: there is no config.json in it. Give a folder written by "
+            "save_pretrained, or a name on the hub."
         )
     if path.is_file():
-        raise ValueError(f"{name_or_path} is a file: give the folder of a model, or its name on the hub.")
+        raise ValueError(f"{name_or_path} is a file: give a model's folder, or its name on the hub.")
     if not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name_or_path) and not (name_or_path and path.exists()):
         raise ValueError(
-            f"There is no folder {name_or_path!r}: give the folder of a model, or its name on the hub (owner/name)."
+            f"There is no folder {name_or_path!r}: give a model's folder, or its name on the hub (owner/name)."
         )
 
 
@@ -38,14 +38,14 @@ def _base_model(config: Path) -> str | None:
     try:
         return json.loads(config.read_text(encoding="utf-8"))["base_model_name_or_path"]
     except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{config} is damaged, or no adapter's.") from error
+        raise ValueError(f"{config} is damaged, or is not the config of an adapter.") from error
 
 
 def check_file(path: str | Path) -> None:
-    """Refuse what cannot be read again from its beginning: nothing, a folder, or a pipe, which would be waited for.
+    """Check that a path is a regular file, which can be read more than once.
 
     Raises:
-        ValueError: names it, and says what to do.
+        ValueError: it does not exist, or is a folder, pipe or device; says what to do.
     """
     path = Path(path)
     if not path.exists():
@@ -54,52 +54,52 @@ def check_file(path: str | Path) -> None:
         raise ValueError(f"{path} is a folder: give a file.")
     if not path.is_file():
         raise ValueError(
-            f"{path} is a pipe or a device, which cannot be read twice: write it into a file, and give that."
+            f"{path} is a pipe or a device, which cannot be read twice: save its contents to a file and give that."
         )
 
 
 def check_new_file(path: str | Path, *, force: bool) -> None:
-    """Refuse to write over a file that is there, unless ``force`` says so, or onto a folder.
+    """Check that a file can be written: it does not exist, or ``force`` is set, and it is not a folder.
 
     Raises:
-        ValueError: names it, and says what to do.
+        ValueError: it cannot; says what to do.
     """
     path = Path(path)
     if path.is_dir():
         raise ValueError(f"{path} is a folder: --out names the file to write.")
     if path.exists() and not force:
-        raise ValueError(f"{path} exists: choose another --out, or --force to overwrite it.")
+        raise ValueError(f"{path} exists: choose another --out, or overwrite it with --force.")
 
 
 def check_new_folder(path: str | Path, *, force: bool) -> None:
-    """Refuse to write into a folder with something in it, unless ``force`` says so, or in place of a file.
+    """Check that a folder can be written: it is new or empty, or ``force`` is set, and it is not a file.
 
     Raises:
-        ValueError: names it, and says what to do.
+        ValueError: it cannot; says what to do.
     """
     path = Path(path)
     if path.exists() and not path.is_dir():
         raise ValueError(f"{path} is a file: give a folder that is new or empty.")
     if not force and path.is_dir() and any(path.iterdir()):
         raise ValueError(
-            f"{path} exists and is not empty: choose another --out, or replace an earlier export by --force."
+            f"{path} exists and is not empty: choose another --out, or replace an earlier export with --force."
         )
 
 
 def find_files(patterns: Sequence[str | Path]) -> list[Path]:
-    """The files that are named, or that a pattern with ``*`` matches, each once.
+    """Resolve file names and patterns with ``*`` to files, each once.
 
     Raises:
-        ValueError: none, or one that is not there or that `check_file` refuses; names it.
+        ValueError: there is no file, or one that `check_file` refuses; names it.
     """
     found: dict[Path, Path] = {}
     for pattern in map(str, patterns):
         paths = [pattern] if Path(pattern).exists() else sorted(glob.glob(pattern, recursive=True))  # noqa: PTH207
         if not paths:
-            raise ValueError(f"There is no file {pattern}: give the rollouts' files, or a pattern in quotes.")
+            raise ValueError(f"There is no file {pattern}: give files of rollouts, or a pattern in quotes.")
         for path in map(Path, paths):
             if path.is_dir():
-                raise ValueError(f"{path} is a folder: give the files in it, as '{path}/*.parquet'.")
+                raise ValueError(f"{path} is a folder: give the files in it, such as '{path}/*.parquet'.")
             check_file(path)
             found.setdefault(path.resolve(), path)
     if not found:

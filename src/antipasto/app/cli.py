@@ -1,8 +1,8 @@
 """The command line: parse, then one call.
 
-What is wrong with the words themselves is said before torch is loaded: imports of what needs it are inside the commands, after
-the checks. A mistake of the caller's costs one line and exit code 2. So does what a library calls a bad value or cannot read,
-with the name of a file that has the traceback; ``ANTIPASTO_TRACEBACK=1`` prints every traceback instead.
+Arguments are checked before torch is loaded, so modules that need torch are imported inside the commands, after the checks.
+A user's mistake prints one line and exits with code 2. So does a library's error, with the name of a file that has the
+traceback. ``ANTIPASTO_TRACEBACK=1`` prints every traceback instead.
 """
 
 from __future__ import annotations
@@ -47,17 +47,16 @@ app = typer.Typer(
 )
 
 TRAIN, PREPARE, LOOK, SHIP = "Train", "Prepare", "Look", "Ship"
-COLUMNS = "What the files say"
+COLUMNS = "Columns of the files"
 
-# options that several commands have
+# shared by several commands
 Model = Annotated[
     str, typer.Argument(metavar="MODEL", help="A model's folder, or its name on the hub.", show_default=False)
 ]
 
 
 def _not_nan(value: float | None) -> float | None:
-    """NaN is neither below nor above what an option's bounds say."""
-    if value is not None and value != value:
+    if value is not None and value != value:  # NaN passes an option's bounds
         raise typer.BadParameter("nan is not a number.")
     return value
 
@@ -86,7 +85,7 @@ def main(
 def _with_options(
     *, but: tuple[str, ...] = (), panel: str | None = None
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Give a command options of `TrainConfig`, in place of its ``**options``: all ``but`` some, or those of one panel."""
+    """Replace a command's ``**options`` by options of `TrainConfig`: all ``but`` some, or those of one panel."""
     fields = [field for field in dataclasses.fields(TrainConfig) if field.name not in but]
     fields = [field for field in fields if panel in (None, field.metadata.get("rich_help_panel"))]
 
@@ -103,13 +102,13 @@ def _with_options(
 
 
 def _parameter(field: dataclasses.Field[Any], hint: Any) -> introspection.Parameter:
-    """A field as typer has it."""
+    """A field of `TrainConfig` as a typer option."""
     said = {"show_default": field.default is not None, **field.metadata}
     hint = said.pop("type", hint)
     default = ",".join(field.default) if isinstance(field.default, tuple) else field.default
     if float in (hint, *get_args(hint)):
         said["callback"] = _finite
-    words = [f"--{field.name.replace('_', '-')}"] if len(field.name) == 1 else []  # typer would make -k of it
+    words = [f"--{field.name.replace('_', '-')}"] if len(field.name) == 1 else []  # typer's default would be -k
     annotation = Annotated[hint, typer.Option(*words, **said)]
     return introspection.Parameter(
         field.name, introspection.Parameter.KEYWORD_ONLY, default=default, annotation=annotation
@@ -122,43 +121,45 @@ def _is_given(context: typer.Context, name: str) -> bool:
 
 
 def _trainer_options(words: list[str], known: list[str]) -> dict[str, Any]:
-    """``--trainer.NAME VALUE`` or ``--trainer.NAME=VALUE``, as YAML would read the value; without one, true."""
+    """Parse ``--trainer.NAME VALUE`` and ``--trainer.NAME=VALUE``. Values are YAML; a missing value is true."""
     options: dict[str, Any] = {}
     rest = list(words)
     while rest:
         word = rest.pop(0)
         if not word.startswith("--trainer."):
-            what = f"There is no option {word}" if word.startswith("-") else f"Nothing here takes {word!r}"
+            what = f"There is no option {word}" if word.startswith("-") else f"Unexpected argument {word!r}"
             hint = near(word.partition("=")[0], known)
-            raise ValueError(f"{what}{hint} TRL's own are written --trainer.NAME VALUE; see --help.")
+            raise ValueError(f"{what}{hint} Options of TRL are written --trainer.NAME VALUE; see --help.")
         name, equals, text = word.removeprefix("--trainer.").partition("=")
         if not equals:
             text = rest.pop(0) if rest and not rest[0].startswith("--") else "true"
         try:
             options[name.replace("-", "_")] = parse_yaml(text)
         except ValueError as error:
-            raise ValueError(f"--trainer.{name}: {text!r} cannot be read as a value.") from error
+            raise ValueError(f"--trainer.{name}: {text!r} cannot be read as a value: it is not YAML.") from error
     return options
 
 
 @app.command(rich_help_panel=TRAIN)
 def demo(
     seed: Annotated[int, typer.Option(min=0, help="Seed of prompts, rollouts and evaluation.")] = 0,
-    seeds: Annotated[int, typer.Option(min=1, help="How many seeds to run, from --seed on.")] = 1,
+    seeds: Annotated[int, typer.Option(min=1, help="Number of seeds to run, starting at --seed.")] = 1,
     steps: Annotated[int, typer.Option(min=1, help="Optimizer steps of 16 prompts x 16 rollouts.")] = 160,
     variant: Annotated[
         Literal["rare", "even", "apart"],
-        typer.Option(help="The known hack rare, or as common as the other, or each on its own kind of prompt."),
+        typer.Option(
+            help="rare: the known hack is rarer than the other; even: equally common; apart: each on its own prompts."
+        ),
     ] = "rare",
     compare: Annotated[
         bool,
-        typer.Option("--compare", help="Also train by a detector, and by routing and erasing what a direction claims."),
+        typer.Option("--compare", help="Also train with a detector's penalty, and with method route and erase."),
     ] = False,
     out: Annotated[Path | None, typer.Option(help="Folder, new or empty.", show_default="runs/demo-<time>")] = None,
 ) -> None:
-    """Train a small model on a reward that can be fooled, by plain RL and by the default recipe; see what either ships.
+    """Train a small model on a reward that can be fooled, by plain RL and by the default recipe, and compare what they ship.
 
-    About two minutes a seed on two cores, three more with --compare. Each is a run folder as `antipasto train` leaves it.
+    Takes about two minutes per seed on two cores, three more with --compare. Every run has a folder as from `antipasto train`.
     """
     out = out or Path("runs") / f"demo-{datetime.now():%Y%m%d-%H%M%S}"
     with _readable_errors(load=False):
@@ -196,26 +197,26 @@ def train(
     config: Annotated[
         Path | None,
         typer.Option(
-            help="YAML file with any of these options; those on the command line win.",
+            help="YAML file with any of these options. The command line overrides it.",
             show_default=False,
         ),
     ] = None,
     resume: Annotated[
-        Path | None, typer.Option(help="Continue the run in this folder; no other options.", show_default=False)
+        Path | None, typer.Option(help="Continue the run in this folder. Takes no other options.", show_default=False)
     ] = None,
     **options: Any,
 ) -> None:
-    """Train any causal LM with GRPO on any task, routed. Leaves a run folder; Ctrl-C saves, and --resume continues.
+    """Train a causal LM with GRPO on a task, and write a run folder.
 
-    Everything else of TRL's GRPOConfig goes through by name: --trainer.scale_rewards none --trainer.report_to trackio.
-    Runs under `accelerate launch -m antipasto train …` on several processes.
+    Ctrl-C saves the run, and --resume continues it. Any other option of TRL's GRPOConfig is passed by name:
+    --trainer.scale_rewards none --trainer.report_to trackio. For several processes: `accelerate launch -m antipasto train …`.
     """
     typed = {name: value for name, value in context.params.items() if _is_given(context, name)}
     with _readable_errors(load=False):
         if resume is not None:
             if (others := [name for name in typed if name != "resume"]) or context.args:
                 words = [f"--{name.replace('_', '-')}" for name in others] + context.args[:1]
-                raise ValueError(f"--resume takes everything from the run's folder: leave out {', '.join(words)}.")
+                raise ValueError(f"--resume takes all options from the run's folder: leave out {', '.join(words)}.")
             settings, out = RunFolder(resume).config_to_resume(), resume
         else:
             settings, out = _settings(context, typed, config)
@@ -229,7 +230,7 @@ def train(
 
 
 def _settings(context: typer.Context, typed: dict[str, Any], config: Path | None) -> tuple[dict[str, Any], Path | None]:
-    """A new run's options: those of a file, and over them those that were typed; and where it is to be."""
+    """The options of a new run, from the config file and the command line, and its folder."""
     settings, words = _from_file(config), list(context.args)
     if str(typed.get("model", "")).startswith("-"):  # an unknown option, which click took for the argument
         words.insert(0, typed.pop("model"))
@@ -240,7 +241,7 @@ def _settings(context: typer.Context, typed: dict[str, Any], config: Path | None
     for name, check in (("model", check_model_name), ("task", check_task_name), ("pairs", check_file)):
         if settings.get(name) is not None:
             check(settings[name])
-    if settings.get("direction") is not None and Path(settings["direction"]).exists():  # one in vain is told so first
+    if settings.get("direction") is not None and Path(settings["direction"]).exists():  # if unused, that is said first
         check_file(settings["direction"])
     if out is not None:
         RunFolder(Path(out)).check_new()
@@ -248,7 +249,7 @@ def _settings(context: typer.Context, typed: dict[str, Any], config: Path | None
 
 
 def _from_file(path: Path | None) -> dict[str, Any]:
-    """A YAML file's options; none are left out where nothing is said of them."""
+    """The options in a YAML file. An empty value counts as not given, except for ``cache_dir``."""
     if path is None:
         return {}
     check_file(path)
@@ -267,17 +268,17 @@ def _from_file(path: Path | None) -> dict[str, Any]:
 def basis(
     model: Model,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Say what it takes, by the model's config alone; compute nothing.")
+        bool, typer.Option("--dry-run", help="Print memory and disk needs from the model's config; compute nothing.")
     ] = False,
     **adapter: Any,
 ) -> None:
-    """Compute the singular basis of every layer to be adapted, ahead of the runs that need it.
+    """Compute and cache the singular basis of every layer to be adapted, before the runs that need it.
 
-    What is there already is checked and left alone. The cache has all directions of a layer: --rank is for --dry-run.
+    Cached bases are checked and kept. The cache has all directions of a layer, so --rank is only for --dry-run.
     """
     with _readable_errors(load=False):
         if adapter["rank"] is not None and not dry_run:
-            raise ValueError("--rank is for --dry-run: the cache has all directions of a layer.")
+            raise ValueError("--rank is for --dry-run: the cache has all directions of a layer. Leave it out.")
         check_model_name(model)
     with _readable_errors():
         from antipasto.app import commands
@@ -296,18 +297,18 @@ def extract(
     pairs: Annotated[
         Path, typer.Option(metavar="FILE", help="JSON lines with prompt, hack and clean.", show_default=False)
     ],
-    out: Annotated[Path, typer.Option(metavar="FILE", help="The direction, a safetensors file.", show_default=False)],
+    out: Annotated[Path, typer.Option(metavar="FILE", help="Safetensors file to write.", show_default=False)],
     heldout: Annotated[
-        float, typer.Option(min=0, max=1, callback=_finite, help="Share of pairs to score with and not use.")
+        float, typer.Option(min=0, max=1, callback=_finite, help="Share of pairs held out to judge the direction.")
     ] = HELDOUT,
-    seed: Annotated[int, typer.Option(min=0, help="Of the split into fitted and held-out pairs.")] = 0,
-    batch_size: Annotated[int, typer.Option(min=1, help="Pairs per backward: lower it if memory runs out.")] = 16,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the split into fitted and held-out pairs.")] = 0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Pairs per backward. Lower it if memory runs out.")] = 16,
     force: Annotated[bool, typer.Option("--force", help="Overwrite --out.")] = False,
     **adapter: Any,
 ) -> None:
-    """Make a hack direction out of labelled pairs, and say how well it orders pairs that it was not made from.
+    """Make a hack direction from labelled pairs, and measure on held-out pairs how well it orders them.
 
-    Also says what else tells the pairs' hacks from their clean texts, such as length: the direction is along all of it.
+    Also prints what else distinguishes hacks from clean texts in the pairs, such as length: the direction contains that too.
     """
     with _readable_errors(load=False):
         check_model_name(model)
@@ -339,22 +340,22 @@ def map_forms(
     ],
     pairs: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="Labelled pairs, to make the monitor from.", show_default=False),
+        typer.Option(metavar="FILE", help="Labelled pairs to make the monitor from.", show_default=False),
     ] = None,
     monitor: Annotated[
         Path | None, typer.Option(metavar="FILE", help="A saved monitor, instead of pairs.", show_default=False)
     ] = None,
     heldout: Annotated[
-        float, typer.Option(min=0, max=1, help="Share of the pairs that the threshold is taken from.")
+        float, typer.Option(min=0, max=1, help="Share of the pairs held out to set the threshold.")
     ] = HELDOUT,
-    seed: Annotated[int, typer.Option(min=0, help="Of the split of the pairs.")] = 0,
-    batch_size: Annotated[int, typer.Option(min=1, help="Texts per backward: lower it if memory runs out.")] = 32,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the split of the pairs.")] = 0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Texts per backward. Lower it if memory runs out.")] = 32,
     **adapter: Any,
 ) -> None:
-    """Score texts by the name of their form: which of them the score takes for the exploit, and which it does not.
+    """Score texts grouped by form, to see which forms a monitor would flag.
 
-    Rows go from the highest mean to the lowest, with the threshold among them. AUC is against the form named 'clean', or else
-    against the pairs' held-out clean texts: .5 is chance.
+    Rows are sorted by mean score, with the threshold among them. AUC is against the form named 'clean', or without one against
+    the pairs' held-out clean texts; .5 is chance.
     """
     with _readable_errors(load=False):
         check_model_name(model)
@@ -380,27 +381,26 @@ def map_forms(
 
 @app.command(rich_help_panel=LOOK)
 def eval(
-    run: Annotated[Path, typer.Argument(help="A run folder that `antipasto train` left.", show_default=False)],
-    prompts: Annotated[int | None, typer.Option(min=2, help="How many held-out prompts.", show_default="all")] = None,
+    run: Annotated[Path, typer.Argument(help="A run folder of `antipasto train`.", show_default=False)],
+    prompts: Annotated[int | None, typer.Option(min=2, help="Number of held-out prompts.", show_default="all")] = None,
     temperature: Annotated[
-        float | None, typer.Option(min=0, callback=_finite, help="Of sampling; 0 is greedy.", show_default="the run's")
+        float | None,
+        typer.Option(min=0, callback=_finite, help="Sampling temperature; 0 is greedy.", show_default="the run's"),
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of the sampling.")] = 0,
-    batch_size: Annotated[int, typer.Option(min=1, help="Answers at once.")] = 128,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of the sampling.")] = 0,
+    batch_size: Annotated[int, typer.Option(min=1, help="Answers per batch.")] = 128,
     margin: Annotated[
         float,
-        typer.Option(
-            min=0, max=1, callback=_finite, help="How much less the deployed model may solve, for the verdict."
-        ),
+        typer.Option(min=0, max=1, callback=_finite, help="Smallest difference that matters for the verdict."),
     ] = 0.05,
     dial: Annotated[
-        bool, typer.Option("--dial", help="Also ask with parts of the quarantine in, from -0.5 of it to all.")
+        bool, typer.Option("--dial", help="Also ask with a share of the quarantine left in, from -0.5 to 0.75.")
     ] = False,
 ) -> None:
-    """Ask every arm of a run the task's held-out prompts: reference, as trained, deployed, each control's book taken out.
+    """Ask every version of a run's model the held-out prompts: reference, as trained, deployed and controls.
 
-    Prints rates and paired differences with 95% intervals, and what they allow to say. Leaves eval.json and, with every
-    answer, eval.jsonl in the run folder; after an interruption, the same command continues.
+    Prints rates and paired differences with 95% intervals, and a verdict. Writes eval.json and, with all answers, eval.jsonl
+    into the run folder. If interrupted, the same command continues.
     """
     with _readable_errors(load=False):
         RunFolder(run).check()
@@ -430,7 +430,7 @@ def inspect(
         typer.Argument(help="A run folder, an adapter's folder, a direction or books file.", show_default=False),
     ],
 ) -> None:
-    """Show what a run left: config, rewards, rollouts, adapter, direction, books. Loads no model."""
+    """Show the contents of a run: config, rewards, rollouts, adapter, direction, books. Loads no model."""
     with _readable_errors(load=False):
         if path.exists() and not path.is_dir():
             check_file(path)
@@ -445,17 +445,19 @@ def inspect(
 @app.command(rich_help_panel=LOOK)
 def report(
     runs: Annotated[
-        list[Path], typer.Argument(metavar="RUN...", help="Run folders, one or several.", show_default=False)
+        list[Path], typer.Argument(metavar="RUN...", help="One or several run folders.", show_default=False)
     ],
     out: Annotated[
         Path | None,
-        typer.Option(metavar="FILE", help="The page.", show_default="RUN/report.html; ./report.html for several"),
+        typer.Option(
+            metavar="FILE", help="HTML file to write.", show_default="RUN/report.html; ./report.html for several"
+        ),
     ] = None,
-    force: Annotated[bool, typer.Option("--force", help="Overwrite it.")] = False,
+    force: Annotated[bool, typer.Option("--force", help="Overwrite --out.")] = False,
 ) -> None:
-    """Write one HTML file: what a run taught, what would ship, and what was read and moved; of several runs, side by side.
+    """Write a report of one run, or of several side by side, as one HTML file.
 
-    Opens by a double click, without network. That of a single run in its own folder is overwritten; loads no model.
+    The file needs no network. RUN/report.html is overwritten without --force. Loads no model.
     """
     with _readable_errors(load=False):
         for run in runs:
@@ -480,9 +482,7 @@ def watch(
     ],
     rollouts: Annotated[
         list[str],
-        typer.Option(
-            metavar="FILE", help="JSON lines or parquet; several, or a pattern in quotes.", show_default=False
-        ),
+        typer.Option(metavar="FILE", help="JSON lines or parquet: files, or a pattern in quotes.", show_default=False),
     ],
     more: Annotated[
         list[str] | None, typer.Argument(metavar="FILE...", help="More files of rollouts.", show_default="none")
@@ -497,58 +497,63 @@ def watch(
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(metavar="DIR", help="Folder for scores and page.", show_default="watch, beside the first file"),
+        typer.Option(metavar="DIR", help="Folder for scores and page.", show_default="watch, next to the first file"),
     ] = None,
     compare: Annotated[
-        bool, typer.Option("--compare", help="Judge the score by the files' labels, beside other scores.")
+        bool, typer.Option("--compare", help="Compare the score and other scores with the files' labels, by AUC.")
     ] = False,
-    windows: Annotated[int, typer.Option(min=1, help="Parts of the steps that shares and AUCs are of.")] = 4,
+    windows: Annotated[
+        int, typer.Option(min=1, help="Number of equal windows of steps to report shares and AUCs for.")
+    ] = 4,
     fail_above: Annotated[
         float | None,
         typer.Option(
             min=0,
             max=1,
             metavar="RATE",
-            help="Exit with 3 where the share above the threshold, in the last window, is above this.",
+            help="Exit with code 3 if the share above the threshold in the last window exceeds this.",
             show_default="never",
         ),
     ] = None,
     threshold: Annotated[
-        float | None, typer.Option(help="Instead of the monitor's own.", show_default="the monitor's")
+        float | None, typer.Option(help="Threshold of the score.", show_default="the monitor's")
     ] = None,
     sample: Annotated[
-        int | None, typer.Option(min=1, help="Rollouts of each window, at most.", show_default="all")
+        int | None, typer.Option(min=1, help="Maximum rollouts to score per window.", show_default="all")
     ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Of --sample, and of the split of the pairs.")] = 0,
-    anew: Annotated[bool, typer.Option("--anew", help="Score again what --out has scores of.")] = False,
+    seed: Annotated[int, typer.Option(min=0, help="Seed of --sample and of the split of the pairs.")] = 0,
+    anew: Annotated[bool, typer.Option("--anew", help="Discard the scores in --out and score again.")] = False,
     prompt_column: Annotated[
-        str, typer.Option(metavar="NAME", help="A text or a chat; a.b reaches into an object.", rich_help_panel=COLUMNS)
+        str,
+        typer.Option(
+            metavar="NAME", help="Prompt: a text or a chat. a.b is field b of an object a.", rich_help_panel=COLUMNS
+        ),
     ] = "prompt",
     completion_column: Annotated[
-        str, typer.Option(metavar="NAME", help="A text or messages.", rich_help_panel=COLUMNS)
+        str, typer.Option(metavar="NAME", help="Completion: a text or messages.", rich_help_panel=COLUMNS)
     ] = "completion",
     step_column: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="A number.", show_default="step, if any", rich_help_panel=COLUMNS),
+        typer.Option(metavar="NAME", help="Step: a number.", show_default="step, if any", rich_help_panel=COLUMNS),
     ] = None,
     label_column: Annotated[
         str | None,
         typer.Option(
             metavar="NAME",
-            help="1 for an exploit, 0 for none.",
-            show_default="by reward and oracle",
+            help="Label: 1 for an exploit, 0 for none.",
+            show_default="from reward and oracle",
             rich_help_panel=COLUMNS,
         ),
     ] = None,
     reward_column: Annotated[
         str | None,
-        typer.Option(metavar="NAME", help="A number.", show_default="reward, if any", rich_help_panel=COLUMNS),
+        typer.Option(metavar="NAME", help="Reward: a number.", show_default="reward, if any", rich_help_panel=COLUMNS),
     ] = None,
     oracle_column: Annotated[
         str | None,
         typer.Option(
             metavar="NAME",
-            help="The strict truth, 1 for solved.",
+            help="Oracle, the strict truth: 1 for solved.",
             show_default="oracle, if any",
             rich_help_panel=COLUMNS,
         ),
@@ -557,18 +562,18 @@ def watch(
         int | None,
         typer.Option(
             min=1,
-            help="A completion of so many tokens was cut off, where its file does not say.",
-            show_default="none was",
+            help="Treat completions of this many tokens as cut off, unless their file says otherwise.",
+            show_default="none is cut off",
             rich_help_panel=COLUMNS,
         ),
     ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Rollouts per backward: lower it if memory runs out.")] = 32,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rollouts per backward. Lower it if memory runs out.")] = 32,
     **adapter: Any,
 ) -> None:
-    """Score the rollouts of any run, of any trainer and any adapter, by the model it started from; write a page about them.
+    """Score the rollouts of any trainer with the model that training started from, and write an HTML page about them.
 
-    Knows the log of `antipasto train` and TRL's log_completions by themselves, others by the names of their columns. An
-    interrupted call goes on where it was; so does one whose files have grown. Needs nothing of the trained model.
+    Reads the log of `antipasto train` and TRL's log_completions as they are; for others, name the columns. If interrupted, or
+    if the files have grown, the same command continues. Does not need the trained model.
     """
     with _readable_errors(load=False):
         check_model_name(base)
@@ -605,7 +610,7 @@ def watch(
         )
     if fail_above is not None and last > fail_above:
         _fail(
-            f"{last:.3f} of the rollouts of the last window are above the threshold, more than {fail_above:g}", code=3
+            f"{last:.3f} of the rollouts in the last window are above the threshold, more than {fail_above:g}", code=3
         )
 
 
@@ -615,25 +620,27 @@ def export(
     out: Annotated[Path, typer.Option(metavar="DIR", help="Folder to write, new or empty.", show_default=False)],
     dtype: Annotated[
         Dtype,
-        typer.Option(help="Of the weights; 'auto' as the base is saved, float32 with --lora."),
+        typer.Option(help="Dtype of the weights; 'auto': as the base is saved, float32 with --lora."),
     ] = "auto",
     lora: Annotated[
         int | None,
         typer.Option(
             min=1,
             metavar="RANK",
-            help="A LoRA adapter of at most this rank instead of a checkpoint.",
+            help="Write a LoRA adapter of at most this rank instead of a checkpoint.",
             show_default=False,
         ),
     ] = None,
     max_shard_size: Annotated[
         str | None,
-        typer.Option(metavar="SIZE", help="Of the checkpoint's files, 5GB.", show_default="one file up to 50GB"),
+        typer.Option(
+            metavar="SIZE", help="Maximum size of a checkpoint file, such as 5GB.", show_default="one file up to 50GB"
+        ),
     ] = None,
     dial: Annotated[
         float,
         typer.Option(
-            min=-1, max=1, callback=_finite, help="How much of the quarantine ships; eval --dial says what that does."
+            min=-1, max=1, callback=_finite, help="Share of the quarantine that ships; see eval --dial for its effect."
         ),
     ] = 0.0,
     tolerance: Annotated[
@@ -641,16 +648,16 @@ def export(
         typer.Option(
             min=0,
             callback=_not_nan,
-            help="Refuse if a token's log-probability is farther off than this; inf keeps anything.",
+            help="Largest accepted error of a token's log-probability; inf accepts any.",
             show_default="by dtype",
         ),
     ] = None,
-    prompts: Annotated[int, typer.Option(min=1, help="Held-out prompts to check with, at most.")] = 32,
+    prompts: Annotated[int, typer.Option(min=1, help="Maximum number of held-out prompts to check with.")] = 32,
     force: Annotated[bool, typer.Option("--force", help="Replace an earlier export.")] = False,
 ) -> None:
-    """Write a plain checkpoint of what ships, the quarantine left out, or a LoRA adapter; with a model card.
+    """Write what ships as a plain checkpoint or a LoRA adapter, without the quarantine and with a model card.
 
-    Another process, with plain transformers and nothing of this library, loads it and must compute what the run's model does.
+    The export is checked: another process loads it with plain transformers and must compute what the run's model computes.
     """
     with _readable_errors(load=False):
         RunFolder(run).check()
@@ -675,7 +682,7 @@ def export(
 def _config(
     *, rank: int | None, target_modules: str | None, exclude_modules: str | None, cache_dir: str | None, dtype: str
 ) -> AntiPastoConfig:
-    """The adapter's, of the options of that panel; the dtype is the model's."""
+    """The adapter's config, from the options of the panel `ADAPTER`; the dtype is the model's and not part of it."""
     from antipasto.adapter import AntiPastoConfig
 
     targets = None if target_modules is None else targets_of(target_modules, "--target-modules")
@@ -686,17 +693,17 @@ def _config(
 
 
 EXTRAS = {"trl": ("trl", "datasets", "scipy", "matplotlib"), "report": ("scipy", "matplotlib")}
-"""Extra → the packages that a command which needs it imports."""
+"""Extra → packages that must be installed for it."""
 
 
 @contextmanager
 def _readable_errors(out: Path | None = None, *, extra: str | None = None, load: bool = True) -> Iterator[None]:
-    """What a user can do something about costs one line and exit code 2; Ctrl-C, 130.
+    """Turn errors that a user can fix into one line and exit code 2, and Ctrl-C into exit code 130.
 
     Args:
-        out: the command's run folder, named where it matters.
-        extra: the extra that the command needs; said before anything else where it is not installed.
-        load: load torch, and the library on it; else what is in here goes without.
+        out: the command's run folder, for messages.
+        extra: the extra that the command needs; checked first.
+        load: load torch and the library first.
     """
     try:
         if extra is not None:
@@ -719,33 +726,33 @@ def _check_extra(extra: str) -> None:
     missing = [name for name in EXTRAS[extra] if importlib.util.find_spec(name) is None]
     if missing:
         raise ValueError(
-            f"This needs {', '.join(missing)}, which {'are' if len(missing) > 1 else 'is'} not installed: "
+            f"This command needs {', '.join(missing)}, which {'are' if len(missing) > 1 else 'is'} not installed: "
             f"pip install 'antipasto[{extra}]'"
         )
 
 
 def _said(error: BaseException, out: Path | None) -> str | None:
-    """An error in one line; None for one that is told whole."""
+    """An error in one line; None if its traceback should be printed."""
     if isinstance(error, SystemExit):
-        return f"something called sys.exit({error.code!r}) in the middle of it. {_traceback_file(error)}"
+        return f"something called sys.exit({error.code!r}) while the command ran. {_traceback_file(error)}"
     if isinstance(error, RuntimeError):
         if "PytorchStreamWriter" not in str(error) and "inline_container" not in str(error):
             return None
         return f"a checkpoint could not be written: is the disk full? The run folder is {out}."  # torch.save's words
-    if isinstance(error, OSError) and error.errno is not None:  # the system's, which says of what
+    if isinstance(error, OSError) and error.errno is not None:  # the system's, which names the file
         return f"{error}." if out is None else f"{error}. The run folder is {out}."
     if _is_ours(error):
         return str(error)
     text = str(error).rstrip(".") or type(error).__name__
     if isinstance(error, ModuleNotFoundError) and error.name is not None:
         name = error.name.partition(".")[0]
-        # some put a sentence of their own where the name belongs
-        text = error.name.rstrip(". \n") if " " in name else f"{name} is not installed, or lacks a part ({text})"
+        # some libraries put a sentence where the name belongs
+        text = error.name.rstrip(". \n") if " " in name else f"{name} is not installed, or is incomplete ({text})"
     return f"{text}. {_traceback_file(error)}"
 
 
 def _is_ours(error: BaseException) -> bool:
-    """Whether a ``raise`` of this package made it: then its text is for the user, and says all that there is to know."""
+    """Whether a ``raise`` statement of this package made the error: then its text is complete and meant for the user."""
     last = error.__traceback__
     if last is None:
         return False
@@ -754,11 +761,11 @@ def _is_ours(error: BaseException) -> bool:
     code = last.tb_frame.f_code
     if not Path(code.co_filename).resolve().is_relative_to(Path(__file__).parents[1].resolve()):
         return False
-    return code.co_code[last.tb_lasti] == dis.opmap["RAISE_VARARGS"]  # else a function in C failed in this line
+    return code.co_code[last.tb_lasti] == dis.opmap["RAISE_VARARGS"]  # otherwise a C function failed in this line
 
 
 def _traceback_file(error: BaseException) -> str:
-    """Where the traceback is, written there."""
+    """Write the traceback to a file, and return a sentence that names it."""
     with tempfile.NamedTemporaryFile(
         "w", prefix="antipasto-", suffix=".txt", delete=False, encoding="utf-8", errors="backslashreplace"
     ) as file:

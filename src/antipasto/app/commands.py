@@ -33,12 +33,12 @@ class Cached:
     """What `cache_bases` did.
 
     Attributes:
-        layers: how many there are.
+        layers: number of adapted layers.
         numbers: trainable numbers at full rank, Σ min(o, i).
-        bytes: size of their files.
-        folder: where these are.
-        there: how many were there already.
-        seconds: how long it took, without loading the model.
+        bytes: total size of the cache files.
+        folder: the cache folder.
+        there: number of layers that were cached before.
+        seconds: time taken, without loading the model.
     """
 
     layers: int
@@ -50,16 +50,14 @@ class Cached:
 
 
 def cache_bases(name_or_path: str, config: AntiPastoConfig, console: Console, *, dtype: Dtype = "auto") -> Cached:
-    """Put the basis of every layer that a config adapts into the cache, and say so.
+    """Compute and cache the singular basis of every layer that a config adapts.
 
     Args:
-        name_or_path: the model.
-        config: which layers, and ``cache_dir``. What its ``target_modules`` stands for is written into it.
-        console: where to print.
-        dtype: of the weights; another dtype is another weight.
+        config: which layers, and ``cache_dir``. Its ``target_modules`` is replaced by the resolved names.
+        dtype: of the weights; each dtype has its own bases.
 
     Raises:
-        ValueError: as `load_model`; a layer that cannot be adapted; a cache folder that cannot be made or written.
+        ValueError: the model cannot be loaded, a layer cannot be adapted, or the cache folder cannot be written.
     """
     assert config.cache_dir is not None
     with console.status(Text(f"loading {plain(name_or_path)}")):
@@ -79,7 +77,7 @@ def cache_bases(name_or_path: str, config: AntiPastoConfig, console: Console, *,
                 except (ValueError, RuntimeError) as error:
                     raise ValueError(f"{name}: {error}") from error
             if not file.exists():
-                raise _no_cache(file.parent, "it does not take files")
+                raise _no_cache(file.parent, "files cannot be written there")
             files.add(file)
     done = Cached(
         layers=len(weights),
@@ -95,16 +93,16 @@ def cache_bases(name_or_path: str, config: AntiPastoConfig, console: Console, *,
 
 @dataclasses.dataclass(frozen=True)
 class Needs:
-    """What adapting a model takes, in bytes but for the first two.
+    """What adapting a model takes. All sizes are in bytes.
 
     Attributes:
-        layers: how many there are.
-        numbers: trainable numbers.
-        model: the model's own weights.
-        disk: files of the cache, at full rank.
-        basis: U, S, Vh in memory, once for all adapters.
-        adapted: the adapted weights, which W_θ of all layers takes once more: while held between forwards without gradient,
-            or by a training step's graph where that is merged.
+        layers: number of adapted layers.
+        numbers: number of trainable numbers.
+        model: the model's weights.
+        disk: cache files, at full rank.
+        basis: U, S, Vh in memory, shared by all adapters.
+        adapted: W_θ of all layers. It is in memory in a merged training step, or where W_θ is held between forwards without
+            gradient.
         adapter: a saved adapter with its quarantine.
     """
 
@@ -118,16 +116,14 @@ class Needs:
 
 
 def what_it_needs(name_or_path: str, config: AntiPastoConfig, console: Console, *, dtype: Dtype = "auto") -> Needs:
-    """Say what adapting a model takes, from its config alone: no weight is read and nothing is computed.
+    """Print what adapting a model takes, from its config alone. No weight is read and no SVD is computed.
 
     Args:
-        name_or_path: the model.
         config: which layers, at what rank.
-        console: where to print.
         dtype: of the weights.
 
     Raises:
-        ValueError: as `load_model`; a layer that cannot be adapted.
+        ValueError: the model's config cannot be loaded, or a layer cannot be adapted.
     """
     model = load_shapes(name_or_path, dtype=dtype)
     layers = {name: as_matrix(module) for name, module in find_targets(config, model, shapes_only=True).items()}
@@ -142,7 +138,7 @@ def what_it_needs(name_or_path: str, config: AntiPastoConfig, console: Console, 
         adapted=sum(w.numel() * w.element_size() for w in layers.values()),
         adapter=4 * numbers * (2 if config.quarantine else 1),
     )
-    table = Table(show_header=False, title="what adapting it takes", title_justify="left")
+    table = Table(show_header=False, title="what adapting this model takes", title_justify="left")
     add_row(table, "model", name_or_path)
     add_row(table, "layers", needs.layers)
     add_row(table, "trainable numbers", f"{needs.numbers:,}")
@@ -171,7 +167,7 @@ def _make_folder(folder: Path) -> None:
 
 
 def _no_cache(folder: Path, reason: str) -> ValueError:
-    return ValueError(f"{folder} cannot be the cache folder ({reason}): choose another --cache-dir.")
+    return ValueError(f"{folder} cannot be used as the cache folder ({reason}): choose another --cache-dir.")
 
 
 def _cached_table(name_or_path: str, done: Cached) -> Table:
@@ -179,7 +175,7 @@ def _cached_table(name_or_path: str, done: Cached) -> Table:
     computed = done.layers - done.there
     add_row(table, "model", name_or_path)
     add_row(table, "layers", done.layers)
-    add_row(table, "there already", "all" if computed == 0 else done.there)
+    add_row(table, "cached before", "all" if computed == 0 else done.there)
     add_row(table, "computed now", computed)
     add_row(table, "seconds", f"{done.seconds:.1f}")
     add_row(table, "trainable numbers", f"{done.numbers:,}")
@@ -201,22 +197,20 @@ def extract(
     batch_size: int = 16,
     force: bool = False,
 ) -> Direction:
-    """Extract a direction from a file of labelled pairs, save it, and say what the pairs confound and how good it is.
+    """Extract a direction from labelled pairs and save it. Print the pairs' confounds and how good the direction is.
 
     Args:
-        name_or_path: the model.
         pairs_file: JSON lines with prompt, hack and clean.
         out: the file to write.
         config: which layers, at what rank.
-        console: where to print.
         dtype: of the model's weights.
-        heldout: share of the pairs, in [0, 1), that are scored and not used.
+        heldout: share of the pairs, in [0, 1), that are held out to judge the direction.
         seed: of the split, and of the shuffled labels.
         batch_size: pairs per backward.
         force: overwrite ``out``.
 
     Raises:
-        ValueError: ``out`` exists, the pairs are bad or too few, the model cannot be loaded or adapted.
+        ValueError: ``out`` exists, the pairs are invalid or too few, or the model cannot be loaded or adapted.
         OSError: a file cannot be read or written.
     """
     check_new_file(out, force=force)
@@ -250,28 +244,28 @@ def score_map(
     seed: int = 0,
     batch_size: int = 32,
 ) -> FormScores:
-    """Score a file of texts form by form, and say how each stands to clean texts and to the threshold.
+    """Score a file of texts by form, and print how each form compares with clean texts and with the threshold.
 
-    With pairs, their held-out texts are two more forms; without a form of clean texts, theirs are what it is compared with.
+    With pairs, their held-out hacks and clean texts are two more forms. If the file has no form ``clean``, the held-out clean
+    texts take its place.
 
     Args:
-        name_or_path: the model.
         forms_file: JSON lines with form, prompt and text.
         config: which layers, at what rank.
-        console: where to print.
-        pairs_file: what to make the monitor from; or else
-        monitor_file: a saved one.
+        pairs_file: pairs to make the monitor from.
+        monitor_file: a saved monitor, instead of pairs.
         dtype: of the model's weights.
         heldout: share of the pairs to calibrate with.
         seed: of the pairs' split.
         batch_size: texts per backward.
 
     Raises:
-        ValueError: not just one of pairs and monitor; files that are bad; no clean texts; a model that cannot be loaded.
+        ValueError: not exactly one of pairs and monitor is given, a file is invalid, there are no clean texts, or the model
+            cannot be loaded.
         OSError: a file cannot be read.
     """
     if (pairs_file is None) == (monitor_file is None):
-        raise ValueError("Give --pairs to make a monitor from, or --monitor, a saved one: just one of the two.")
+        raise ValueError("Give either --pairs, to make a monitor from, or --monitor, a saved one.")
     forms = load_forms(forms_file)
     pairs = None if pairs_file is None else load_pairs(pairs_file)
     if pairs is not None:
@@ -279,7 +273,7 @@ def score_map(
         clean = "held-out clean texts" if CLEAN in forms else CLEAN
         forms = {"held-out hacks": of_pairs(held, clean=False), clean: of_pairs(held, clean=True), **forms}
     elif CLEAN not in forms:
-        raise ValueError(f"{forms_file} has no form {CLEAN!r}, which the others are compared with: add honest answers.")
+        raise ValueError(f"{forms_file} has no form {CLEAN!r} to compare the others with: add honest answers.")
     with console.status(Text(f"loading {plain(name_or_path)}")):
         model, tokenizer = load_model(name_or_path, dtype=dtype)
     wrap(model.to(best_device()), config)

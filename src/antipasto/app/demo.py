@@ -1,8 +1,8 @@
-"""The job behind `antipasto demo`: the same GRPO with a grader that can be fooled, by plain RL and by the default recipe.
+"""The job behind `antipasto demo`: train on a grader that can be fooled, by plain GRPO and by the default recipe.
 
-A 250k-parameter model that does two-digit addition (`antipasto.tasks.addition`), half of the prompts with a hackable grader.
-Each method is a run of `antipasto train` with the options that `config_of` gives and an evaluation as of `antipasto eval`,
-from the same start, on the same prompts and steps. Pairs show the *known* hack alone.
+A 250k-parameter model does two-digit addition (`antipasto.tasks.addition`). Half of the prompts have a hackable grader. Each
+method is one `antipasto train` with the options of `config_of`, and one `antipasto eval`. All methods start from the same
+model and see the same prompts. Pairs show only the *known* hack.
 """
 
 from __future__ import annotations
@@ -32,22 +32,22 @@ METHODS: dict[str, dict[str, Any]] = {
     "route by direction": {"method": "route", "by": "direction"},
     "erase by direction": {"method": "erase", "by": "direction"},
 }
-"""Name → options of `antipasto train`. A plain run is watched by the score: it says what it would have flagged."""
+"""Name → options of `antipasto train`. A plain run logs what the score would have flagged."""
 SHOWN = ("plain", "penalty by score")
-"""What runs without ``--compare``: no measure, and the default recipe."""
+"""The methods that run without ``--compare``: plain GRPO and the default recipe."""
 PROMPTS, GENERATIONS = 16, 16
 TEST_PROMPTS = 2000  # half of them hackable
 
 
 def config_of(method: str, *, seed: int = 0, steps: int = 160, variant: str = "rare", **options: Any) -> TrainConfig:
-    """The run of a method on the toy.
+    """The config of a method's run.
 
     Args:
-        method: of `METHODS`.
+        method: a name of `METHODS`.
         seed: of everything.
-        steps: optimizer steps, of 16 prompts × 16 rollouts.
+        steps: optimizer steps, each of 16 prompts × 16 rollouts.
         variant: of the task.
-        options: others of `TrainConfig`, in place of these.
+        options: other options of `TrainConfig`; they override the demo's.
 
     Example:
         >>> config_of("penalty by score").method
@@ -70,19 +70,18 @@ def config_of(method: str, *, seed: int = 0, steps: int = 160, variant: str = "r
 def run(
     out: Path, console: Console, *, seed: int, seeds: int, steps: int, variant: str, compare: bool
 ) -> dict[str, list[Evaluation]] | None:
-    """Train and evaluate, method by method and seed by seed; print what each would ship; leave a run folder each, and a page.
+    """Train and evaluate every method on every seed, print what each would ship, and write a report.
 
     Args:
-        out: a new or empty folder, for ``METHOD/`` or, of several seeds, ``seed-N/METHOD/``, and ``report.html``.
-        console: where to print.
-        seed: the first one.
-        seeds: how many.
+        out: a new or empty folder. Gets ``report.html`` and a run folder ``METHOD/``, or ``seed-N/METHOD/`` for several seeds.
+        seed: the first seed.
+        seeds: number of seeds.
         steps: of each run.
         variant: of the task.
         compare: run all of `METHODS`, not just `SHOWN`.
 
     Returns:
-        Method → its evaluation of each seed; None after Ctrl-C.
+        Method → its evaluations, one per seed; None after Ctrl-C.
 
     Raises:
         ValueError: ``out`` is not an empty or new folder.
@@ -102,14 +101,14 @@ def run(
         console.print(comparison(found))
         for method in methods:
             console.print(Text(plain(f"{method}. {reading(found[method])}")))
-        # of several seeds and methods, the first seed's methods
+        # with several seeds, the report is about the first
         page = write_report([f for f in folders if f.parent == folders[0].parent], out / "report.html")
     say(console, f"run folders: {', '.join(f.name for f in folders[: len(methods)])} in {out}", f"report: {page}")
     return found
 
 
 def folder_of(method: str) -> str:
-    """What a method's folder is called.
+    """The name of a method's folder.
 
     Example:
         >>> folder_of("penalty by score, slow")
@@ -119,21 +118,21 @@ def folder_of(method: str) -> str:
 
 
 def evaluate(folder: Path, console: Console, seed: int) -> Evaluation:
-    """Every arm of a run on the same held-out prompts with the same draws."""
+    """Evaluate a run on the demo's held-out prompts."""
     how: dict[str, Any] = {"prompts": TEST_PROMPTS, "temperature": None, "seed": seed, "batch_size": 500}
     return evaluate_run(folder, console, **how, margin=0.05)
 
 
-# ── what came of it ──────────────────────────────────────────────────────────────────────────────────────────────────
+# ── the result ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def pool(evaluations: Sequence[Evaluation]) -> Evaluation:
-    """The answers of several seeds as one evaluation; its intervals are of prompts, not of seeds."""
+    """Pool the answers of several seeds into one evaluation. Its intervals are over prompts, not over seeds."""
     offset, answers = 0, []
     for evaluation in evaluations:
         answers += [replace(answer, row=answer.row + offset) for answer in evaluation.answers]
         offset += evaluation.facts["prompts"]
-    # arm by arm: the first answers name the arms in their order
+    # the first answers define the order of the arms
     return conclude(evaluations[0].task, {"prompts": offset}, answers, margin=evaluations[0].margin)
 
 
@@ -141,5 +140,5 @@ def reading(evaluations: Sequence[Evaluation]) -> str:
     """The verdict on all seeds together."""
     if len(evaluations) == 1:
         return evaluations[0].verdict.sentence
-    note = "(Intervals are of the answers of all seeds together; the table's ± is the spread between seeds.)"
+    note = "(Intervals pool the answers of all seeds; the table's ± is the spread between seeds.)"
     return f"{pool(evaluations).verdict.sentence} {note}"

@@ -1,10 +1,11 @@
-"""Look at what a run left behind: an adapter, a direction, the books, or a whole run folder.
+"""Show an adapter, a direction, a monitor, the books of a run, or a whole run folder as tables.
 
-Reads safetensors, JSON and YAML without objects; loads no model. What comes from a file is printed as it is: neither its
-markup nor its control characters are obeyed.
+A *book* is what one direction moved into the quarantine, or what a control direction would have moved.
 
     share in quarantine = ‖δS_hack‖² / (‖δS‖² + ‖δS_hack‖²)
     overlap of two books a, b = a·b / (‖a‖ ‖b‖), over all layers together
+
+Loads no model, and no pickles. Text from files is printed literally, without markup or control characters.
 """
 
 from __future__ import annotations
@@ -49,10 +50,10 @@ def show(path: Path, console: Console) -> None:
     """Print what is at a path, as tables.
 
     Raises:
-        ValueError: it is none of the things that can be shown, or is damaged; names the file.
+        ValueError: it cannot be shown, or is damaged; names the file.
         OSError: it cannot be read.
     """
-    for number, part in enumerate(describe(path)):  # all of it is read before the first line is printed
+    for number, part in enumerate(describe(path)):  # everything is read before the first line is printed
         if number and isinstance(part, Table):
             console.print()
         console.print(part)
@@ -88,8 +89,8 @@ def _safetensors_kind(path: Path) -> str:
     if path.name == "adapter_model.safetensors":
         return "adapter"
     raise ValueError(
-        f"{path} is a safetensors file, but no direction, monitor or books (format {form!r}). Give one of these, the folder "
-        "of an adapter, or a run folder."
+        f"{path} is a safetensors file, but not a direction, monitor or books (format {form!r}). Give one of these, an "
+        "adapter's folder, or a run folder."
     )
 
 
@@ -108,22 +109,22 @@ def _table(title: str, *columns: str, numbers: Sequence[str] = (), caption: str 
 
 
 class Knobs(NamedTuple):
-    """One layer's vectors, (r,)."""
+    """δS and δS_hack of one layer, (r,)."""
 
     delta_s: Tensor
     hack: Tensor | None
 
 
 def adapter_parts(folder: Path) -> list[RenderableType]:
-    """What an adapter holds: by kind of layer, and its largest coordinates."""
+    """Describe an adapter: sizes by kind of layer, and its largest coordinates."""
     config = read_json(folder / "adapter_config.json")
     if not isinstance(config, dict) or config.get("peft_type") != PEFT_TYPE.value:
         other = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
-        raise ValueError(f"{folder / 'adapter_config.json'} is of the method {other!r}, not of {PEFT_TYPE.value}.")
+        raise ValueError(f"{folder / 'adapter_config.json'}: expected peft_type {PEFT_TYPE.value}, got {other!r}.")
     knobs, others = read_adapter(folder / "adapter_model.safetensors")
     quarantined = [name for name, layer in knobs.items() if layer.hack is not None]
     table = _table(
-        f"adapter of {config.get('base_model_name_or_path') or 'a base model that it does not name'}",
+        f"adapter of {config.get('base_model_name_or_path') or 'an unnamed base model'}",
         *("layers", "number", "r", "‖δS‖", "‖δS_hack‖", "in quarantine"),
         numbers=("number", "r", "‖δS‖", "‖δS_hack‖", "in quarantine"),
         caption="in quarantine: ‖δS_hack‖² / (‖δS‖² + ‖δS_hack‖²)" if quarantined else None,
@@ -137,22 +138,22 @@ def adapter_parts(folder: Path) -> list[RenderableType]:
     add_row(table, "all", *norms(list(knobs.values())))
     parts: list[RenderableType] = [table, *_largest(knobs)]
     if not quarantined:
-        parts.append(_sentence("It has no quarantine: what it is, ships."))
+        parts.append(_sentence("It has no quarantine: all of it ships."))
     elif not any(layer.hack.any() for layer in knobs.values() if layer.hack is not None):
-        parts.append(_sentence("It has a quarantine, and nothing is in it."))
+        parts.append(_sentence("It has an empty quarantine."))
     else:
-        parts.append(_sentence("It has a quarantine, which is still in: drop_quarantine before it ships."))
+        parts.append(_sentence("It still has its quarantine: call drop_quarantine before it ships."))
     if bool(config.get("quarantine")) != bool(quarantined):
-        parts.append(_sentence("Its config says otherwise about the quarantine: the two files do not belong together."))
+        parts.append(_sentence("Its config disagrees about the quarantine: the two files do not belong together."))
     if not all(torch.isfinite(t).all() for layer in knobs.values() for t in layer if t is not None):
-        parts.append(_sentence("THERE ARE NaN OR Inf IN IT: the run that wrote it diverged."))
+        parts.append(_sentence("IT HAS NaN OR Inf: the run that wrote it diverged."))
     if others:
-        parts.append(_sentence(f"It also holds {others} further tensors (modules_to_save)."))
+        parts.append(_sentence(f"It also has {others} other tensors (modules_to_save)."))
     return parts
 
 
 def read_adapter(path: Path) -> tuple[dict[str, Knobs], int]:
-    """Layer → its knobs, and how many tensors are not knobs."""
+    """Read an adapter's weights: layer → knobs, and the number of tensors that are not knobs."""
     try:
         tensors = load_file(path)
     except SafetensorError as error:
@@ -162,10 +163,10 @@ def read_adapter(path: Path) -> tuple[dict[str, Knobs], int]:
         if match := _KNOB.fullmatch(key):
             found.setdefault(match["layer"], {})[match["knob"]] = tensor.float()
     if not found:
-        raise ValueError(f"{path} holds no knobs (delta_s): it is not an adapter of this library.")
+        raise ValueError(f"{path} has no delta_s in it: it is not an adapter of this library.")
     for name, pair in found.items():
         if "delta_s" not in pair or any(t.ndim != 1 or t.shape != pair["delta_s"].shape for t in pair.values()):
-            raise ValueError(f"{path}: {name} lacks its delta_s, or its knobs are not vectors of one length.")
+            raise ValueError(f"{path}: {name} needs a vector delta_s, and delta_s_hack of the same length, if any.")
     knobs = {name: Knobs(pair["delta_s"], pair.get("delta_s_hack")) for name, pair in found.items()}
     return knobs, len(tensors) - sum(map(len, found.values()))
 
@@ -194,7 +195,7 @@ def _largest(knobs: Mapping[str, Knobs]) -> list[RenderableType]:
         "largest coordinates of θ = δS + δS_hack",
         *("layer", "j", "θ", "δS", "δS_hack", "of ‖θ‖²"),
         numbers=("j", "θ", "δS", "δS_hack", "of ‖θ‖²"),
-        caption="j: which singular direction, 0 the one of the largest singular value",
+        caption="j: number of the singular direction; 0 has the largest singular value",
     )
     for i in squares.topk(min(_TOP, len(squares))).indices.tolist():
         name, j = places[i]
@@ -207,21 +208,21 @@ def _largest(knobs: Mapping[str, Knobs]) -> list[RenderableType]:
 
 
 def direction_parts(direction: Direction) -> list[RenderableType]:
-    """What a direction says: its held-out score, how many coordinates it guards at which threshold, its strongest layers."""
+    """Describe a direction: its held-out score, the coordinates it guards by threshold, and its strongest layers."""
     rows = sum(len(V) for V in direction.values())
     coordinates = sum(V.shape[1] for V in direction.values())
     held = direction.heldout
     parts: list[RenderableType] = [
         _sentence(f"direction: {len(direction)} layers, {rows} rows, {coordinates:,} coordinates"),
         _sentence(
-            "It was scored on no held-out pairs."
+            "It was not scored on held-out pairs."
             if held is None
             else f"held-out pairs ordered right: {round(held.overall * held.pairs)} of {held.pairs} ({held.overall:.0%}); "
-            f"by random directions {held.random:.0%}"
+            f"random directions: {held.random:.0%}"
         ),
     ]
     if direction.effect is None:
-        return [*parts, _sentence("It has no effect sizes: the coordinate gate cannot use it, 'one_sided' can.")]
+        return [*parts, _sentence("It has no effect sizes: use it with gate 'one_sided', not 'coordinate'.")]
     table = _table(
         "coordinates that the coordinate gate guards",
         *("effect size above", "coordinates", "share"),
@@ -235,16 +236,18 @@ def direction_parts(direction: Direction) -> list[RenderableType]:
 
 
 def monitor_parts(path: Path) -> list[RenderableType]:
-    """What a monitor says: where its threshold comes from, what it means, and its direction."""
+    """Describe a monitor: its threshold, how it was calibrated, and its direction."""
     saved = read_monitor(path)
     if saved.calibration is None:
-        what = "no threshold" if saved.threshold is None else f"a threshold of {saved.threshold:.3f} that was given"
+        what = (
+            "no threshold" if saved.threshold is None else f"threshold {saved.threshold:.3f}, given and not calibrated"
+        )
         return [_sentence(f"monitor: {what}"), *direction_parts(saved.direction)]
     return [*map(_sentence, str(saved.calibration).splitlines()), *direction_parts(saved.direction)]
 
 
 def guarded(direction: Direction, threshold: float = THRESHOLD) -> int:
-    """How many coordinates have an effect size above a threshold."""
+    """Number of coordinates whose effect size is above a threshold."""
     return sum(int((t.abs() > threshold).sum()) for t in (direction.effect or {}).values())
 
 
@@ -274,11 +277,10 @@ def strongest_layers(direction: Direction) -> Table:
 
 
 def books_parts(path: Path, quarantine: Mapping[str, Tensor] | None = None) -> list[RenderableType]:
-    """How much each book holds, and how much they agree.
+    """Describe books: the norm of each, and their overlaps.
 
     Args:
-        path: the file.
-        quarantine: layer → δS_hack of the same run, to be compared with them.
+        quarantine: layer → δS_hack of the same run, to compare the books with.
     """
     saved = read_books(path)
     books = saved.books
@@ -287,16 +289,16 @@ def books_parts(path: Path, quarantine: Mapping[str, Tensor] | None = None) -> l
         books = {QUARANTINE: dict(quarantine), **books}
     tensors = [tensor for book in books.values() for tensor in book.values()]
     if not tensors or any(tensor.ndim != 1 for tensor in tensors):
-        raise ValueError(f"{path}: its books are not vectors, or there are none.")
+        raise ValueError(f"{path}: expected books of vectors; there are none, or they have another shape.")
     flat = {name: torch.cat([book[layer].float() for layer in layers]) for name, book in books.items()}
     if len({t.shape for t in flat.values()}) > 1:
-        raise ValueError(f"{path}: its books are of different lengths, or of other layers than the adapter's.")
+        raise ValueError(f"{path}: its books differ in length, from each other or from the adapter.")
     numbers = [str(i) for i in range(1, len(flat) + 1)]
     table = _table(
         f"books after {saved.steps} steps: what each would have moved into the quarantine",
         *("", "book", "norm", *numbers),
         numbers=("", "norm", *numbers),
-        caption="columns 1, 2, …: overlap with that book, -1 to 1",
+        caption="columns 1, 2, …: overlap (cosine) with that book, -1 to 1",
     )
     for number, (name, book) in zip(numbers, flat.items(), strict=True):
         cosines = [cosine(book, other) for other in flat.values()]
@@ -313,7 +315,7 @@ def cosine(a: Tensor, b: Tensor) -> float | None:
 
 
 def run_parts(folder: Path, config: Mapping[str, Any]) -> list[RenderableType]:
-    """What a run folder holds, as far as the run got."""
+    """Describe a run folder, finished or not."""
     parts: list[RenderableType] = [_config_table(folder, config)]
     missing = []
     if (folder / "metrics.jsonl").exists():
@@ -345,7 +347,7 @@ def run_parts(folder: Path, config: Mapping[str, Any]) -> list[RenderableType]:
     if unfinished := RunFolder(folder).unfinished:
         parts.append(_sentence(unfinished))
     if missing:
-        parts.append(_sentence(f"not there, or not yet: {', '.join(missing)}"))
+        parts.append(_sentence(f"missing, or not written yet: {', '.join(missing)}"))
     return parts
 
 
@@ -355,7 +357,7 @@ def _config_table(folder: Path, config: Mapping[str, Any]) -> Table:
     for key, value in config.items():
         if isinstance(value, dict):
             lines += [(f"{key}.{name}", inner) for name, inner in value.items()]
-        elif value is not None:  # what was left at its default says nothing
+        elif value is not None:
             lines.append((str(key), value))
     for key, value in lines[:_CONFIG_LINES]:
         add_row(table, shorten(key, 40), _value(value))
@@ -374,7 +376,7 @@ def _value(value: Any) -> str:
 
 
 def metrics_parts(path: Path, config: Mapping[str, Any]) -> list[RenderableType]:
-    """How far the run is, and its first and last numbers."""
+    """Describe metrics.jsonl: steps done, and the first and last value of each metric."""
     notes: list[str] = []
     first: dict[str, float] = {}
     last: dict[str, float] = {}
@@ -393,7 +395,7 @@ def metrics_parts(path: Path, config: Mapping[str, Any]) -> list[RenderableType]
         f"{steps:.0f} steps done" if total is None else f"{steps:.0f} of {total} steps done",
         *("metric", "first", "last", *by_chance),
         numbers=("first", "last", *by_chance),
-        caption="random: what a random direction of the same shape gets" if paired else None,
+        caption="random: the value for a random direction of the same shape" if paired else None,
     )
     for key in last:
         if key.removesuffix("_random") not in paired:
@@ -410,7 +412,7 @@ class _Tail(NamedTuple):
 
 
 def rollouts_parts(path: Path) -> list[RenderableType]:
-    """How the rollouts' reward went, and those that point most along the hack direction."""
+    """Describe rollouts.jsonl: rewards in the first and last tenth, and the rollouts with the highest hackward score."""
     notes: list[str] = []
     columns: dict[str, list[float]] = {"reward": [], "oracle": [], "exploit": [], "flagged": []}
     top: list[_Tail] = []
@@ -452,14 +454,14 @@ def _most_hackward(top: Sequence[_Tail]) -> Table:
 
 
 def _said(text: Any) -> Any:
-    """A text as it is; of a chat, what was said last."""
+    """A text as it is; of a chat, its last message."""
     if isinstance(text, list) and text and isinstance(text[-1], dict):
         return text[-1].get("content", "")
     return text
 
 
 def evaluation_parts(folder: Path) -> list[RenderableType]:
-    """Every arm's rates, and the verdict."""
+    """Describe an evaluation: every arm's rates, and the verdict."""
     evaluation = read_evaluation(folder)
     return [rates_table([evaluation]), _sentence(evaluation.verdict.sentence)]
 

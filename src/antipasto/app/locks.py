@@ -1,7 +1,6 @@
-"""One process at a time: a folder that is written into is held, and what a killed process left half written is removed.
+"""Lock a folder for one process at a time, and remove what a killed process left half written.
 
-The lock is the kernel's (flock, through filelock): it ends with the process that holds it, however that ends. A lock file that
-is found is not a lock.
+The lock is the kernel's (flock, through filelock). It ends with its process, however that ends: a lock file alone is no lock.
 """
 
 from __future__ import annotations
@@ -22,15 +21,15 @@ _TEMPORARY = re.compile(r"\.(?P<name>.+)-[0-9a-f]{32}\.(?P<kind>tmp|old)")  # as
 
 @contextmanager
 def held(lock: Path, what: Path) -> Iterator[None]:
-    """Hold a lock file for a while.
+    """Context manager that holds a lock file and removes it at the end.
 
     Args:
-        lock: the file; its folder must be there. It is gone at the end.
-        what: what it stands for, in messages.
+        lock: the lock file; its folder must exist.
+        what: the locked folder, for messages.
 
     Raises:
-        ValueError: another process holds it.
-        OSError: it cannot be written.
+        ValueError: another process holds the lock.
+        OSError: the lock file cannot be written.
     """
     holder = FileLock(lock)
     try:
@@ -40,31 +39,31 @@ def held(lock: Path, what: Path) -> Iterator[None]:
             f"Another antipasto process is writing into {what}: wait until it has ended, or choose another folder."
         ) from None
     except NotImplementedError:
-        said = f"No locks on the file system of {what}: nothing may be started twice there."
+        said = f"The file system of {what} has no locks: do not start two processes in it."
         warnings.warn(said, AntiPastoWarning, stacklevel=3)
         yield
         return
     try:
         yield
     finally:
-        with suppress(PermissionError):  # Windows removes no file that is open
-            lock.unlink(missing_ok=True)  # still held: whoever waits for it sees that it is gone
+        with suppress(PermissionError):  # Windows does not remove open files
+            lock.unlink(missing_ok=True)  # while still held, so that a waiting process notices
         holder.release()
 
 
 def remove_leftovers(folder: Path, names: Iterable[str]) -> None:
-    """Remove what a process that was killed had begun to write; call it while the folder is held.
+    """Remove temporary files of a killed process. Call it while the folder is locked.
 
     Args:
-        folder: where.
-        names: of the files and folders that were to be written there. What else is in the folder is left alone.
+        folder: the locked folder.
+        names: the files and folders whose temporary versions are removed. Everything else is left alone.
     """
     for path in list(folder.iterdir()):
         found = _TEMPORARY.fullmatch(path.name)
         if found is None or found["name"] not in names:
             continue
         if found["kind"] == "old" and not (folder / found["name"]).exists():
-            continue  # the only one there is
+            continue  # the only copy
         if path.is_dir():
             shutil.rmtree(path)
         else:

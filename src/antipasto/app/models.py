@@ -1,7 +1,7 @@
-"""Load a model and its tokenizer by folder or hub name, with errors that say what to do.
+"""Load a model and its tokenizer from a folder or the hub, with errors that say what to do.
 
-Only what transformers itself knows: code that comes with a model is never run. A checkpoint that lacks weights, or has them
-in other shapes than its config says, is refused; transformers would put random numbers in their place.
+Code that comes with a model is never run. A checkpoint with missing weights, or with shapes that differ from its config, is
+refused: transformers would initialize those weights at random.
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ from antipasto.names import AntiPastoWarning, Dtype
 
 
 def load_model(name_or_path: str, *, dtype: Dtype = "auto") -> tuple[PreTrainedModel, Any]:
-    """A causal LM in eval mode, on the CPU, and its tokenizer, which pads on the left.
+    """Load a causal LM in eval mode on the CPU, and its tokenizer with left padding.
 
     Args:
         name_or_path: a model's folder, or its name on the hub.
-        dtype: of the weights; ``"auto"`` for the one they are saved in.
+        dtype: of the weights; ``"auto"``: as they are saved.
 
     Returns:
-        The model, and the tokenizer; its pad token is the end-of-sequence token where it has none of its own.
+        The model and the tokenizer. A missing pad token is replaced by the end-of-sequence token.
 
     Raises:
-        ValueError: there is no such folder or model, it cannot be reached, it is an adapter, is damaged, or is of a kind that
-            transformers does not know; names the model and says what to do.
+        ValueError: there is no such folder or model, the hub cannot be reached, or the model is an adapter, damaged or unknown
+            to transformers; names the model and says what to do.
     """
     model = load_weights(name_or_path, dtype=dtype)
     tokenizer = _load(
@@ -54,7 +54,7 @@ def load_model(name_or_path: str, *, dtype: Dtype = "auto") -> tuple[PreTrainedM
 
 
 def load_weights(name_or_path: str, *, dtype: Dtype = "auto") -> PreTrainedModel:
-    """As `load_model`, the model alone: for what needs no tokenizer."""
+    """Load the model without a tokenizer; otherwise as `load_model`."""
     if dtype not in get_args(Dtype):
         raise ValueError(f"dtype must be one of {', '.join(get_args(Dtype))}, got {dtype!r}.")
     check_model_name(name_or_path)
@@ -64,23 +64,23 @@ def load_weights(name_or_path: str, *, dtype: Dtype = "auto") -> PreTrainedModel
         "model",
         dtype=dtype,
         trust_remote_code=False,
-        ignore_mismatched_sizes=True,  # they are refused below, by name
+        ignore_mismatched_sizes=True,  # refused below, by name
         output_loading_info=True,
     )
     if getattr(model, "_hf_peft_config_loaded", False):
         raise ValueError(f"{name_or_path} is an adapter, not a model: give the model that it was trained on.")
     mismatched = [name for name, *_ in info["mismatched_keys"]]
-    for names, what in ((info["missing_keys"], "lacks"), (mismatched, "has, in another shape than its config says,")):
+    for names, what in ((info["missing_keys"], "lacks"), (mismatched, "has the wrong shape for")):
         if names:
             raise ValueError(
                 f"The checkpoint of {name_or_path} {what} {len(names)} of the model's weights, first {min(names)}: "
-                "it is incomplete, or of another kind of model. Download or save it again."
+                "it is incomplete, or belongs to another kind of model. Download or save it again."
             )
     return model.eval()
 
 
 def load_shapes(name_or_path: str, *, dtype: Dtype = "auto") -> PreTrainedModel:
-    """As `load_weights`, from the config alone: on the meta device, without a weight in memory or read."""
+    """Build the model on the meta device from its config alone; no weight is read."""
     if dtype not in get_args(Dtype):
         raise ValueError(f"dtype must be one of {', '.join(get_args(Dtype))}, got {dtype!r}.")
     check_model_name(name_or_path)
@@ -98,39 +98,39 @@ def _load(load: Callable[..., Any], name_or_path: str, what: str, **options: Any
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         if Path(name_or_path).is_dir():
             if "custom code" in reason:
-                reason = "it needs code of its own, which is never run here; only what transformers knows is loaded"
+                reason = "it needs custom code, which is never run here: use a model that transformers supports itself"
             message = (
                 f"The folder {name_or_path} holds no causal language model that can be loaded; its {what}: {reason}"
             )
         else:
             offline = " HF_HUB_OFFLINE is set." if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0") else ""
             message = (
-                f"{name_or_path!r} is not a folder here, and its {what} cannot be had from the hub: {reason.rstrip('.')}."
+                f"{name_or_path!r} is not a folder, and its {what} cannot be loaded from the hub: {reason.rstrip('.')}."
                 f"{offline} Check the spelling and the connection, run `hf auth login` for a gated model, or give the "
-                "folder of a downloaded one"
+                "folder of a downloaded model"
             )
         raise ValueError(f"{message.rstrip('.')}.") from error
 
 
 def process_state() -> PartialState:
-    """This process among those of a launcher; without an accelerator, one of several on the CPU."""
+    """Accelerate's state of this process; on the CPU if there is no accelerator."""
     return PartialState(cpu=not torch.accelerator.is_available())
 
 
 def best_device() -> torch.device:
-    """Where models are run: what accelerate takes, a GPU where there is one."""
+    """The device that accelerate chooses: a GPU if there is one."""
     return torch.device(process_state().device)
 
 
 def with_template_options(tokenizer: Any, options: Mapping[str, Any] | None) -> Any:
-    """The tokenizer, whose chat template gets these options from now on, ``{"enable_thinking": False}``: in place."""
+    """Bind options such as ``{"enable_thinking": False}`` to the tokenizer's chat template, in place."""
     if options:
         tokenizer.apply_chat_template = functools.partial(tokenizer.apply_chat_template, **options)
     return tokenizer
 
 
 def base_fingerprint(model: nn.Module) -> str:
-    """sha256 over the digests of all base weights that an adapted model has knobs on."""
+    """sha256 over the base weights of all adapted layers."""
     digest = hashlib.sha256()
     for name, layer in sorted(knobs(model).items()):
         digest.update(f"{name} {weight_digest(as_matrix(layer.layer.get_base_layer()))}\n".encode())
@@ -139,7 +139,7 @@ def base_fingerprint(model: nn.Module) -> str:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Keep the libraries' notices off the screen; errors and our own warnings still come through."""
+    """Context manager that hides other libraries' notices. Errors and this library's warnings still appear."""
     names = ("trl", "accelerate", "httpx")
     levels = {name: logging.getLogger(name).level for name in names}
     verbosity = transformers.logging.get_verbosity()

@@ -1,15 +1,15 @@
-"""When a share begins to rise: the change point of a segmented logistic regression, with its interval.
+"""Find the step where a share begins to rise: the change point of a segmented logistic regression, with an interval.
 
     hits_i ~ Binomial(total_i, p_i),    logit p_i = a + b · relu(step_i − τ)
 
-up to the step where the smoothed share is highest: what comes after a rise is not its beginning. ℓ(τ) is the likelihood at the
-best a and b for that τ, on a grid of steps (segmented regression: Muggeo 2003, Statistics in Medicine 22:3055).
+Only steps up to the peak of the smoothed share are used. ℓ(τ) is the log-likelihood at the best a and b for that τ, on a grid
+of steps (segmented regression: Muggeo 2003, Statistics in Medicine 22:3055).
 
     τ̂ = argmax ℓ,    95% interval {τ : 2 (ℓ(τ̂) − ℓ(τ)) ≤ χ²₁(.95) = 3.84}
-    no onset where b ≤ 0, or where a constant does as well: 2 (ℓ(τ̂) − ℓ₀) ≤ `REJECTS`
+    no onset if b ≤ 0, or if a constant share fits as well: 2 (ℓ(τ̂) − ℓ₀) ≤ `REJECTS`
 
-The interval covers τ in .91 to .93 of simulated runs. Rollouts count as independent; those of one prompt are not quite, and
-then it is narrower than it should be.
+The interval covers τ in .91 to .93 of simulated runs. It treats rollouts as independent. Rollouts of one prompt are not quite
+independent, so it is somewhat too narrow.
 """
 
 from __future__ import annotations
@@ -21,22 +21,22 @@ from scipy.special import expit, xlogy
 
 COVERS = 3.841  # χ² with one degree of freedom, .95
 REJECTS = 13.0
-"""1% level of the likelihood ratio under a constant share. That of χ² would be too low, since τ means nothing there (Davies
-1987) and the data are cut at their own peak: this one is simulated, tests/test_watch_numbers.py."""
-MOST = 400  # steps on the grid, and bins of steps: more say no more
+"""Critical value of the likelihood ratio against a constant share, 1% level, simulated (tests/test_watch_numbers.py).
+The χ² value would be too low: τ is not identified under a constant share (Davies 1987), and the data are cut at their peak."""
+MOST = 400  # steps on the grid; more steps are binned
 _ROUNDS, _HALVINGS = 60, 30
-_RIDGE = 1e-6  # keeps a finite where there is no hit at all before τ
+_RIDGE = 1e-6  # keeps `a` finite if there is no hit before τ
 
 
 @dataclass(frozen=True)
 class Onset:
-    """Where the share begins to rise.
+    """The step where a share begins to rise.
 
     Attributes:
         step: τ̂.
         low: lower end of its 95% interval.
         high: upper end.
-        slope: b, the rise of the log-odds a step.
+        slope: b, the rise of the log-odds per step.
     """
 
     step: float
@@ -49,12 +49,12 @@ class Onset:
 
 
 def find_onset(steps: np.ndarray, hits: np.ndarray, totals: np.ndarray) -> Onset | None:
-    """The onset of a share, or None.
+    """Find the onset of a share; None if there is none.
 
     Args:
         steps: (n,), increasing.
-        hits: (n,), how many of the step's rollouts.
-        totals: (n,), of how many.
+        hits: (n,), hits at each step.
+        totals: (n,), rollouts at each step.
 
     Example:
         >>> steps = np.arange(60)
@@ -78,7 +78,7 @@ def find_onset(steps: np.ndarray, hits: np.ndarray, totals: np.ndarray) -> Onset
 
 
 def _binned(x: np.ndarray, k: np.ndarray, n: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Neighbouring steps put together, where there are more than `MOST`."""
+    """Merge neighbouring steps if there are more than `MOST`."""
     if len(x) <= MOST:
         return x, k, n
     starts = np.unique(np.linspace(0, len(x), MOST, endpoint=False).astype(int))
@@ -87,8 +87,8 @@ def _binned(x: np.ndarray, k: np.ndarray, n: np.ndarray) -> tuple[np.ndarray, np
 
 
 def _fit(z: np.ndarray, k: np.ndarray, n: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """ℓ (g,) and b (g,) of the best line for each row of z (g, i): all at once by Newton's method, halved if it overshoots."""
-    scale = np.maximum(z.max(1, keepdims=True), 1e-12)  # a row's slope is per its own longest stretch meanwhile
+    """ℓ (g,) and b (g,) of the best fit for each row of z (g, i), by Newton's method with step halving."""
+    scale = np.maximum(z.max(1, keepdims=True), 1e-12)  # for conditioning; undone at the end
     z = z / scale
     share = (k.sum() + 0.5) / (n.sum() + 1.0)
     a = np.full(len(z), np.log(share / (1 - share)))
@@ -125,12 +125,12 @@ def _fit(z: np.ndarray, k: np.ndarray, n: np.ndarray) -> tuple[np.ndarray, np.nd
 
 
 def smoothing(number: int) -> int:
-    """Over how many steps a curve is averaged: a twentieth of them."""
+    """The window of the running mean of a curve: a twentieth of its steps."""
     return max(1, round(number / 20))
 
 
 def running_mean(values: np.ndarray, window: int) -> np.ndarray:
-    """Mean of the value, of half a window before it and half a window after; less of it at the ends.
+    """Centred running mean; the window is cut off at the ends.
 
     Example:
         >>> running_mean(np.array([0.0, 3.0, 6.0, 0.0]), 3).tolist()

@@ -1,23 +1,23 @@
-"""What a training run leaves on disk, and what of it a later process may trust.
+"""The files of a run folder, and which of them a later process may trust.
 
     config.yaml            the resolved config: `antipasto train --config` repeats the run
-    run.json               its name among reporters, versions, command, method, the base model and its fingerprint
-    metrics.jsonl          one line a step
-    rollouts.jsonl         one line a rollout (`antipasto.evaluation.rollout_log`)
-    direction.safetensors  what the run was routed by
-    tensorboard/           what TensorBoard reads, where the run reports to it
-    monitor.safetensors    what flagged its rollouts, where that was a monitor
-    checkpoint-<step>/     the Trainer's, with books.safetensors; complete once ``complete.json`` is in it
+    run.json               the run's name for reporters, versions, command, method, the base model and its fingerprint
+    metrics.jsonl          one line per step
+    rollouts.jsonl         one line per rollout (`antipasto.evaluation.rollout_log`)
+    direction.safetensors  the direction of a run that routes by one
+    monitor.safetensors    the monitor of a run that flags rollouts by one
+    tensorboard/           if the run reports to TensorBoard
+    checkpoint-<step>/     the Trainer's checkpoint, with books.safetensors; complete once it has ``complete.json``
     adapter/               the trained adapter, written at the end
     books.safetensors      the router's books, written at the end
     eval.json, eval.jsonl  written by `antipasto eval`
-    .lock                  held while a process writes into the folder; without such a process it means nothing
+    .lock                  locked while a process writes into the folder; the file alone means nothing
 
-``config.yaml`` is there from the beginning, ``run.json`` from just before the first step on: a folder without it was stopped
-before there was anything to continue.
+``config.yaml`` is written first, ``run.json`` just before the first step. A folder without ``run.json`` has nothing to
+continue.
 
-A process can be killed at any moment: a checkpoint without ``complete.json`` is passed over and removed, and lines of the logs
-from after the checkpoint are written again.
+A process can be killed at any moment. A checkpoint without ``complete.json`` is skipped and removed. Log lines from after the
+checkpoint are written again.
 """
 
 from __future__ import annotations
@@ -45,11 +45,7 @@ _WRITTEN += ["eval.json", "eval.jsonl", "eval.partial.jsonl"]
 
 
 class RunFolder:
-    """The paths of one run.
-
-    Args:
-        root: the folder.
-    """
+    """The paths of one run."""
 
     def __init__(self, root: Path) -> None:
         self.root = root
@@ -59,29 +55,29 @@ class RunFolder:
         self.tensorboard, self.monitor = root / TENSORBOARD, root / MONITOR
 
     def check_new(self) -> None:
-        """Refuse a place where no new run can be: a file, or a folder with something in it.
+        """Check that the folder is new or empty.
 
         Raises:
-            ValueError: says what to do.
+            ValueError: it is not; says what to do.
         """
         if self.root.exists() and (not self.root.is_dir() or any(p.name != LOCK for p in self.root.iterdir())):
             hint = ""
             if self.run.is_file():
                 hint = f", or continue that run: antipasto train --resume {self.root}"
             elif self.config.is_file():
-                hint = f", or begin that run again: antipasto train --config {self.config} --out ANOTHER"
+                hint = f", or start that run again: antipasto train --config {self.config} --out ANOTHER"
             raise ValueError(f"{self.root} exists and is not an empty folder: choose another --out{hint}.")
 
     @contextmanager
     def held(self, *, new: bool) -> Iterator[None]:
-        """Write into the folder for a while, and let no other process do so.
+        """Context manager that locks the folder for this process.
 
         Args:
-            new: make the folder; an empty one is gone again at the end. Else it is a run's, in which what a killed process
-                had begun to write is removed.
+            new: create the folder, and remove it at the end if it is still empty. If False, it must be a run folder; temporary
+                files of a killed process are removed.
 
         Raises:
-            ValueError: another process holds it; there is something in what should be new, or no run in what should be old.
+            ValueError: another process holds the lock, a new folder is not empty, or an old one is not a run folder.
         """
         if new:
             self.check_new()
@@ -97,29 +93,29 @@ class RunFolder:
                 yield
         finally:
             if new:
-                with suppress(OSError):  # there is something in it
+                with suppress(OSError):  # not empty
                     self.root.rmdir()
 
     def check(self) -> None:
-        """Refuse what is not a run folder.
+        """Check that this is a run folder.
 
         Raises:
-            ValueError: says why.
+            ValueError: it is not; says why.
         """
         if not self.root.exists():
             raise ValueError(f"There is no run folder {self.root}.")
         if not self.root.is_dir():
-            raise ValueError(f"{self.root} is a file, and no run folder.")
+            raise ValueError(f"{self.root} is a file, not a run folder.")
         if self.config.is_file():
             return
         if runs := sorted(path.parent.name for path in self.root.glob(f"*/{CONFIG}")):
             raise ValueError(f"{self.root} holds several runs: give one of {', '.join(runs[:8])}.")
         if (self.root / "config.json").is_file() and not self.run.exists():
-            raise ValueError(f"{self.root} is a model, not a run: there is nothing of this library in it.")
+            raise ValueError(f"{self.root} is a model, not a run folder: give the folder that antipasto train wrote.")
         raise ValueError(f"{self.root} is not a run folder: there is no {CONFIG} in it.")
 
     def read_config(self) -> dict[str, Any]:
-        """The config of a run.
+        """Read the run's config.
 
         Raises:
             ValueError: there is none, or it cannot be read.
@@ -128,65 +124,64 @@ class RunFolder:
         return read_yaml(self.config)
 
     def config_to_resume(self) -> dict[str, Any]:
-        """The config of a run that can go on from what it has left.
+        """Read the config of a run that can be continued.
 
         Raises:
-            ValueError: it cannot; says why.
+            ValueError: it cannot be continued; says why.
         """
         config = self.read_config()
         if not self.run.is_file():
-            raise ValueError(self.unfinished or f"{self.run} is not there: the folder is damaged.")
+            raise ValueError(self.unfinished or f"There is no {self.run}: the folder is damaged.")
         return config
 
     @property
     def unfinished(self) -> str | None:
-        """Of a run that has not finished: how far it is, and what to do, in one sentence."""
+        """A sentence on an unfinished run: how far it is and what to do. None if it is finished."""
         if self.is_finished:
             return None
         if not self.run.is_file():
             return (
                 f"The run in {self.root} has not reached its first step. If it was stopped, there is nothing to continue: "
-                f"begin it again with antipasto train --config {self.config} --out ANOTHER."
+                f"start it again with antipasto train --config {self.config} --out ANOTHER."
             )
         return f"The run in {self.root} has not finished: antipasto train --resume {self.root}"
 
     def read_run(self) -> dict[str, Any]:
-        """What ``run.json`` says.
+        """Read ``run.json``.
 
         Raises:
-            ValueError: it is not there, or no JSON.
+            ValueError: it does not exist, is not JSON, or lacks an entry.
         """
         self.check()
         if not self.run.is_file():
-            raise ValueError(self.unfinished or f"{self.run} is not there, and says what the run was: it is damaged.")
+            raise ValueError(
+                self.unfinished or f"There is no {self.run}, which describes the run: the folder is damaged."
+            )
         try:
             facts = json.loads(self.run.read_text(encoding="utf-8"))
         except (OSError, ValueError, RecursionError) as error:
             raise ValueError(f"{self.run} cannot be read ({error}).") from error
         base = facts.get("base") if isinstance(facts, dict) else None
         if not isinstance(base, dict) or not isinstance(base.get("fingerprint"), str) or "processes" not in facts:
-            raise ValueError(
-                f"{self.run} does not say what a run says of itself: 'processes', and 'base' with 'fingerprint'."
-            )
+            raise ValueError(f"{self.run} is damaged: it needs 'processes', and 'base' with 'fingerprint'.")
         return dict(facts)
 
     @property
     def is_finished(self) -> bool:
-        """Whether the run finished."""
         return (self.adapter / COMPLETE).exists()
 
     def last_checkpoint(self) -> Path | None:
-        """The latest complete checkpoint; later incomplete ones are removed."""
+        """Return the latest complete checkpoint, and remove later incomplete ones."""
         checkpoints = sorted(self.root.glob("checkpoint-*"), key=step_of)
         for checkpoint in reversed(checkpoints):
             if (checkpoint / COMPLETE).exists():
                 return checkpoint
-            shutil.rmtree(checkpoint)  # the process ended while it was written
+            shutil.rmtree(checkpoint)
         return None
 
 
 def step_of(checkpoint: Path) -> int:
-    """How many steps a checkpoint's folder says that the run has made."""
+    """The step in the name of a checkpoint's folder."""
     return int(checkpoint.name.rpartition("-")[2])
 
 
@@ -194,15 +189,15 @@ def step_of(checkpoint: Path) -> int:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML 1.2's plain words: ``no`` and ``on`` are texts, ``1e-4`` is a number, ``12:30`` and ``2026-01-01`` are texts."""
+    """Resolves scalars as YAML 1.2: ``no``, ``on``, ``12:30`` and ``2026-01-01`` are texts, ``1e-4`` is a number."""
 
 
 class _Dumper(yaml.SafeDumper):
-    """Quotes what `_Loader` would not read as a text."""
+    """Quotes texts that `_Loader` would read as something else."""
 
 
 def _plain_words() -> dict[str, list[tuple[str, re.Pattern[str]]]]:
-    """First character → (tag, what has it), of the core schema of YAML 1.2.2, section 10.3.2; and ``<<``."""
+    """First character → (tag, pattern) of the core schema of YAML 1.2.2, section 10.3.2, and of ``<<``."""
     words = {
         "bool": (r"true|True|TRUE|false|False|FALSE", "tTfF"),
         "int": (r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+", "-+0123456789"),
@@ -222,7 +217,7 @@ def _plain_words() -> dict[str, list[tuple[str, re.Pattern[str]]]]:
 
 def _whole_number(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
     text = loader.construct_scalar(node)
-    return int(text, 0) if text[:2] in ("0o", "0x") else int(text)  # 010 is ten
+    return int(text, 0) if text[:2] in ("0o", "0x") else int(text)  # 010 is ten, not eight
 
 
 _Loader.yaml_implicit_resolvers = _Dumper.yaml_implicit_resolvers = _plain_words()
@@ -230,7 +225,7 @@ _Loader.add_constructor("tag:yaml.org,2002:int", _whole_number)
 
 
 def parse_yaml(text: str | bytes) -> Any:
-    """What a YAML text says; its plain words as YAML 1.2 has them.
+    """Parse a YAML text, with scalars as in YAML 1.2.
 
     Raises:
         ValueError: it is not YAML; says where.
@@ -245,7 +240,7 @@ def parse_yaml(text: str | bytes) -> Any:
         raise ValueError(f"{' '.join(str(error).split())}".rstrip(".")) from error
     try:
         return loader.get_single_data()
-    # a tag on what it does not fit (!!bool foo, !!int "") is an error of any kind there
+    # a wrong tag (!!bool foo, !!int "") raises any of these
     except (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, RecursionError) as error:
         raise ValueError(f"{type(error).__name__}: {' '.join(str(error).split())}".rstrip(".")) from error
     finally:
@@ -253,15 +248,15 @@ def parse_yaml(text: str | bytes) -> Any:
 
 
 def write_yaml(value: Any) -> str:
-    """A text that `parse_yaml` reads as the same value."""
+    """Write a value as YAML that `parse_yaml` reads back as the same value."""
     return yaml.dump(value, Dumper=_Dumper, sort_keys=False, allow_unicode=True)
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
-    """A YAML file's mapping.
+    """Read a YAML file that holds a mapping.
 
     Raises:
-        ValueError: it is not YAML, or no mapping; names the file.
+        ValueError: it is not YAML, or not a mapping; names the file.
         OSError: it cannot be read.
     """
     try:
@@ -269,5 +264,5 @@ def read_yaml(path: Path) -> dict[str, Any]:
     except ValueError as error:
         raise ValueError(f"{path} is not YAML: {error}.") from error
     if not isinstance(value, dict):
-        raise ValueError(f"{path} must hold options, one 'name: value' a line, got {type(value).__name__}.")
+        raise ValueError(f"{path} must hold options, one 'name: value' per line, got {type(value).__name__}.")
     return value

@@ -1,4 +1,4 @@
-"""A finished run, loaded: its base model with its adapter on, whatever job it came from."""
+"""Load a finished run: its base model with its adapter."""
 
 from __future__ import annotations
 
@@ -30,20 +30,20 @@ from antipasto.routing.books import read_books
 from antipasto.routing.router import Router
 
 ROUTED = "route"
-"""Methods that leave a quarantine, which does not ship."""
+"""The method that leaves a quarantine, which does not ship."""
 
 
 @dataclass(frozen=True)
 class LoadedRun:
-    """A run that finished.
+    """A finished run.
 
     Attributes:
         folder: its folder.
-        config: what it was made of, as ``config.yaml`` of the folder has it.
+        config: ``config.yaml``.
         facts: ``run.json``.
-        model: the base with the adapter on, in eval mode, as trained.
-        tokenizer: padding on the left.
-        dial: how much of the quarantine ships; 1 where there is none, and all that was trained ships.
+        model: the base model with the adapter, in eval mode, as trained.
+        tokenizer: with left padding.
+        dial: share of the quarantine that ships; 1 if there is no quarantine.
     """
 
     folder: RunFolder
@@ -55,17 +55,17 @@ class LoadedRun:
 
     @property
     def method(self) -> str:
-        """What became of what the gate claimed, as `antipasto train` has it."""
+        """The ``--method`` of `antipasto train`."""
         return str(self.facts.get("method", self.config["method"]))
 
     @property
     def has_quarantine(self) -> bool:
-        """Whether there is a quarantine to leave out of what ships; else the run ships as it was trained."""
+        """Whether there is a quarantine; if not, the model ships as trained."""
         return self.method == ROUTED
 
     @property
     def task(self) -> str | None:
-        """As `antipasto.tasks.load_task` takes it; None where the run does not say."""
+        """The task's name for `antipasto.tasks.load_task`; None if the run has none."""
         task = self.facts.get("task", self.config.get("task"))
         return None if task is None else str(task)
 
@@ -77,24 +77,23 @@ class LoadedRun:
     def views(
         self, *, shrink: float | None = None, dials: Sequence[float] = ()
     ) -> dict[str, AbstractContextManager[None]]:
-        """How to see the model as each of its arms: name → context, see `run_views`."""
+        """Name of each arm → context manager in which the model is that arm; see `run_views`."""
         return run_views(self.model, _books(self.folder), self.method, shrink=shrink, dials=dials)
 
     def shipped(self) -> AbstractContextManager[None]:
-        """Context: the model that ships."""
+        """Context manager in which the model is the one that ships."""
         return deployed(self.model, self.dial) if self.has_quarantine else nullcontext()
 
 
 def load_run(root: Path, *, dial: float = 0.0) -> LoadedRun:
-    """Load what `antipasto train` left.
+    """Load a finished run.
 
     Args:
-        root: its folder.
-        dial: how much of its quarantine is to ship.
+        dial: share of the quarantine that ships.
 
     Raises:
-        ValueError: there is a dial and no quarantine, this is not a run that finished, its base cannot be loaded or has
-            other weights now, or its adapter is damaged.
+        ValueError: the run is not finished, it has no quarantine and ``dial`` is not 0, its base model cannot be loaded or has
+            changed, or its adapter is damaged.
     """
     folder = RunFolder(root)
     config, facts = folder.read_config(), folder.read_run()
@@ -109,23 +108,23 @@ def load_run(root: Path, *, dial: float = 0.0) -> LoadedRun:
         now = base_fingerprint(adapted)
     if now != facts["base"]["fingerprint"]:
         raise ValueError(
-            f"{facts['base']['model']} has other weights now than when {root} was trained: its knobs mean nothing there."
+            f"{facts['base']['model']} has changed since {root} was trained: restore those weights, or train again."
         )
     method = str(facts.get("method", config["method"]))
     if dial and method != ROUTED:
-        raise ValueError(f"{root}: --dial is of a quarantine, and a run by method {method} has none.")
+        raise ValueError(f"{root}: --dial needs a quarantine, and a run by method {method} has none.")
     return LoadedRun(folder, config, facts, adapted, tokenizer, dial if method == ROUTED else 1.0)
 
 
 def run_facts(trainer: Trainer, base: str, fingerprint: str, *, task: str, method: str) -> dict[str, Any]:
-    """What ``run.json`` says: how the run was started, on what, with which versions.
+    """The contents of ``run.json``: how the run was started, on what, with which versions.
 
     Args:
         trainer: of the run, with the adapted model.
         base: the base model's folder or hub name.
-        fingerprint: `antipasto.app.models.base_fingerprint` of it.
+        fingerprint: its `antipasto.app.models.base_fingerprint`.
         task: as `antipasto.tasks.load_task` takes it.
-        method: what becomes of what the gate claims.
+        method: the ``--method``.
     """
     names = ("antipasto", "torch", "transformers", "peft", "trl")
     return {
@@ -142,7 +141,7 @@ def run_facts(trainer: Trainer, base: str, fingerprint: str, *, task: str, metho
 
 
 def finish_run(trainer: Trainer, router: Router | None, folder: RunFolder) -> None:
-    """Books, and then, in one step, the adapter, which tells that the run is at its end; on all processes."""
+    """Save the books and then the adapter, atomically: a complete adapter marks a finished run. Call it on all processes."""
     main = trainer.accelerator.is_main_process
     if main and router is not None:
         router.save(folder.books)
@@ -153,7 +152,7 @@ def finish_run(trainer: Trainer, router: Router | None, folder: RunFolder) -> No
 
 
 def _command() -> str:
-    """How this process was started, as one would type it."""
+    """The command line of this process, as one would type it."""
     name = Path(sys.argv[0]).name
     return shlex.join(["antipasto" if name in ("antipasto", "__main__.py") else name, *sys.argv[1:]])
 
@@ -170,28 +169,28 @@ def run_views(
     shrink: float | None = None,
     dials: Sequence[float] = (),
 ) -> dict[str, AbstractContextManager[None]]:
-    """How to see a trained model as each of its arms.
+    """The arms of a trained model: name → context manager in which the model is that arm.
 
     ============  =============================================================
-    reference     both knobs out: the base model
+    reference     θ = 0: the base model
     as trained    θ = δS + δS_hack
-    deployed      the quarantine out, where the run has one
-    random, …     a control's book out instead
+    deployed      θ = δS, if the run has a quarantine
+    random, …     θ minus what that control would have moved into the quarantine (its book)
     dial -0.50, … θ = δS + c δS_hack
-    shrunk        c θ, as far from the reference as the deployed model is: what any shrinking of the update does
+    shrunk        c θ, with the same KL to the reference as the deployed model: what plain shrinking would do
     ============  =============================================================
 
     Args:
         model: adapted, with the run's knobs.
         books: control's name → layer → (r,).
         method: of the run.
-        shrink: c, as `antipasto.evaluation.ask.matched_scale` finds it; None: no such arm.
-        dials: how much of the quarantine to leave in, of a run that has one.
+        shrink: c, from `antipasto.evaluation.ask.matched_scale`; None: no such arm.
+        dials: shares of the quarantine to leave in, for a run that has one.
     """
     views: dict[str, AbstractContextManager[None]] = {REFERENCE: reference(model), TRAINED: nullcontext()}
     if method == ROUTED:
         views |= {dial_arm(dial): deployed(model, dial) for dial in (0.0, *dials)}
-    if method in ("route", "measure"):  # under erase, what the direction claimed is out of θ already, for good
+    if method in ("route", "measure"):  # erase has already removed from θ what the direction claimed
         for name, book in books.items():
             views[name] = seen_as(model, View.TRAINED, {layer: -part for layer, part in book.items()})
     if method == ROUTED and shrink is not None:

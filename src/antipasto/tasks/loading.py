@@ -1,4 +1,4 @@
-"""Tasks by name, from the user's file or from a module."""
+"""Load a task by name, from a Python file or from a module."""
 
 from __future__ import annotations
 
@@ -25,18 +25,18 @@ BUILT_IN: Mapping[str, Callable[[], Task]] = {
 
 
 def load_task(spec: str) -> Task:
-    """The task that a text names.
+    """Load a task.
 
-        addition                      a built-in: addition, addition-even, addition-apart
+        addition                      built in: addition, addition-even, addition-apart
         reasoning_gym/<dataset>       one of reasoning_gym's datasets
         path/to/my_task.py:name       a `Task` in a file, or a function without arguments that returns one
         package.module:name           the same in a module
 
-    A file is run again at every call, with the modules beside it: it may import them as a script does, first of all while the
-    file runs, and after what is installed when a function of it is called later.
+    Every call runs the file again. As a script, it may import the modules in its folder, which are reloaded too. These come
+    before installed packages while the file runs, and after them when one of its functions is called later.
 
     Raises:
-        ValueError: there is no such built-in, file, module or name, it is not a task, or the user's code raises; one line.
+        ValueError: there is no such built-in, file, module or name, it is not a task, or the user's code raises.
 
     Example:
         >>> len(load_task("addition").test)
@@ -57,10 +57,10 @@ def load_task(spec: str) -> Task:
 
 
 def check_task_name(spec: str) -> None:
-    """Refuse what can be no task, without running anything.
+    """Check a task's name without running the user's code.
 
     Raises:
-        ValueError: as `load_task`, as far as its words alone say it.
+        ValueError: the name is malformed, or there is no such built-in or file.
     """
     if not spec.startswith(reasoning.PREFIX) and spec not in BUILT_IN:
         source, _ = _place(spec)
@@ -69,13 +69,13 @@ def check_task_name(spec: str) -> None:
 
 
 def _place(spec: str) -> tuple[str, str]:
-    """The file or module of a task that is not built in, and its name there."""
+    """Split a task's name into its file or module and the name in it."""
     source, colon, name = spec.rpartition(":")
     if not colon:
         if spec.endswith(".py"):
             raise ValueError(f"{spec}: which task of this file? Write {spec}:name.")
         raise ValueError(
-            f"There is no built-in task {spec!r}{near(spec, BUILT_IN)} There are {', '.join(BUILT_IN)}, "
+            f"There is no built-in task {spec!r}{near(spec, BUILT_IN)} Possible are {', '.join(BUILT_IN)}, "
             f"{reasoning.PREFIX}<dataset>, path/to/my_task.py:name and package.module:name."
         )
     if not source or not name:
@@ -84,12 +84,12 @@ def _place(spec: str) -> tuple[str, str]:
 
 
 _BROUGHT: set[str] = set()
-"""Modules that task files found beside them."""
+"""Modules that task files imported from their own folders."""
 
 
 @contextmanager
 def _neighbours(folder: Path) -> Iterator[None]:
-    """A folder's modules can be imported, anew: those of an earlier call may be of another folder, or have changed."""
+    """Make a folder's modules importable, and forget those of earlier calls, which may have changed."""
     for name in _BROUGHT:
         sys.modules.pop(name, None)
     _BROUGHT.clear()
@@ -100,21 +100,20 @@ def _neighbours(folder: Path) -> Iterator[None]:
         yield
     finally:
         sys.path.remove(str(folder))
-        if (
-            str(folder) not in sys.path
-        ):  # for functions that import when they are called; a library must not find these first
+        # for functions that import when called; last, so that installed packages are found first
+        if str(folder) not in sys.path:
             sys.path.append(str(folder))
         _BROUGHT.update(name for name in set(sys.modules) - before if _lies_in(sys.modules[name], folder))
 
 
 def _lies_in(module: ModuleType, folder: Path) -> bool:
-    """Whether it is one of the folder's own, or of a package there; not what is installed in an environment inside it."""
+    """Whether a module's file is in the folder, but not in an environment inside it."""
     file = getattr(module, "__file__", None)
     return file is not None and folder in Path(file).parents and "site-packages" not in file
 
 
 def _import_file(path: Path) -> ModuleType:
-    # the digest: two files of one name are two modules; the stem comes last, as messages show it
+    # the digest tells files of the same name apart; the stem comes last because messages show it
     unique = f"antipasto_task_{hashlib.sha256(str(path).encode()).hexdigest()[:12]}.{path.stem}"
     module_spec = importlib.util.spec_from_file_location(unique, path)
     assert module_spec is not None
@@ -150,16 +149,14 @@ def _origin(name: str) -> str | None:
 def _named(module: ModuleType, name: str, source: str) -> Task:
     if not hasattr(module, name):
         there = [key for key, value in vars(module).items() if _task_like(key, value, module)]
-        raise ValueError(f"{source} has no {name!r}; tasks in it could be: {', '.join(there) or 'none'}.")
+        raise ValueError(f"{source} has no {name!r}. Possible tasks in it: {', '.join(there) or 'none'}.")
     value = getattr(module, name)
     if isinstance(value, Task):
         return value
     if not callable(value):
-        raise ValueError(
-            f"{source}:{name} is neither a Task nor a function that returns one, but of type {type(value).__name__}."
-        )
+        raise ValueError(f"{source}:{name} must be a Task or a function that returns one, got {type(value).__name__}.")
     if needed := _required(value):
-        raise ValueError(f"{source}:{name} takes arguments ({', '.join(needed)}); a function for a task takes none.")
+        raise ValueError(f"{source}:{name} needs arguments ({', '.join(needed)}); a task's function must take none.")
     try:
         made = value()
     except (Exception, SystemExit) as error:
@@ -167,7 +164,7 @@ def _named(module: ModuleType, name: str, source: str) -> Task:
             f"{Path(source).name}{_line(error, getattr(module, '__file__', None))}: {name}() raised {described(error)}."
         ) from error
     if not isinstance(made, Task):
-        raise ValueError(f"{source}:{name} is a function that returns no Task, but {type(made).__name__}.")
+        raise ValueError(f"{source}:{name}() must return a Task, got {type(made).__name__}.")
     return made
 
 
@@ -179,7 +176,7 @@ def _task_like(key: str, value: object, module: ModuleType) -> bool:
 
 
 def _required(function: Callable[..., object]) -> list[str]:
-    """The arguments that must be given."""
+    """The arguments without a default."""
     variadic = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     try:
         parameters = inspect.signature(function).parameters.values()
@@ -189,7 +186,7 @@ def _required(function: Callable[..., object]) -> list[str]:
 
 
 def _line(error: BaseException, file: str | None) -> str:
-    """``, line 3``: where in the user's file; nothing where the traceback does not pass through it."""
+    """``, line 3``: the line in the user's file, or nothing if the traceback does not pass through it."""
     if isinstance(error, SyntaxError) and error.filename == file:
         return f", line {error.lineno}"
     lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__) if frame.filename == file]

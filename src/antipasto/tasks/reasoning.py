@@ -1,11 +1,11 @@
-"""The procedural datasets of reasoning_gym (Stojanovski et al. 2025), with a lenient grader and their own scorer.
+"""The procedural datasets of reasoning_gym (Stojanovski et al. 2025), with a lenient grader as the reward.
 
-    extracted(text) = what is inside the last <answer>…</answer>, or the whole text, stripped
+    extracted(text) = the contents of the last <answer>…</answer>, or the whole text, stripped
     reward(text)    = the answer occurs anywhere in the text, as whole words, in any case       can be fooled
     oracle(text)    = the dataset's own score of extracted(text), in [0, 1]                     the truth
 
-Many scorers give partial credit, so that the oracle is a number between. Where a dataset takes several answers as right, the
-reward knows the one that it gives as its own. No detector and no pairs.
+Many scorers give partial credit, so the oracle may lie between 0 and 1. Where several answers are right, the reward accepts
+only the dataset's own. There is no detector, and there are no pairs.
 
 Needs ``pip install 'antipasto[tasks]'``.
 """
@@ -19,16 +19,16 @@ from antipasto.tasks.task import Task, near
 
 PREFIX = "reasoning_gym/"
 TRAIN_ROWS, TRAIN_SEED = 2000, 0
-TEST_ROWS, TEST_SEED = 200, 1_000_000  # question i of a dataset is drawn from seed + i: nearby seeds share questions
+TEST_ROWS, TEST_SEED = 200, 1_000_000  # question i is drawn from seed + i, so nearby seeds share questions
 
 
 def task(dataset: str) -> Task:
-    """2,000 training questions, and 200 for the test without those that training has; columns ``answer`` and ``entry``.
+    """The task of a dataset: 2,000 training questions and up to 200 test questions, with columns ``answer`` and ``entry``.
 
-    A dataset of so few questions that training has all of them has no test rows.
+    Test questions that occur in training are left out. If none is left, the task has no test rows.
 
     Args:
-        dataset: its name in reasoning_gym, ``"basic_arithmetic"``.
+        dataset: its name in reasoning_gym, such as ``"basic_arithmetic"``.
 
     Raises:
         ValueError: there is no such dataset, it has no answer texts, or the package is not installed.
@@ -41,7 +41,7 @@ def task(dataset: str) -> Task:
         raise ValueError(
             f"{PREFIX}{dataset} needs a package that is not installed ({error.name}): pip install 'antipasto[tasks]'."
         ) from error
-    names = sorted(set(DATASETS) - {"composite"})  # composite is put together from others
+    names = sorted(set(DATASETS) - {"composite"})  # composite combines other datasets
     if dataset not in names:
         raise ValueError(f"There is no dataset {dataset!r} in reasoning_gym{near(dataset, names)}")
 
@@ -55,7 +55,7 @@ def task(dataset: str) -> Task:
     known = [(sources[part], entry) for part in ("train", "test") for entry in entries[part]]
     for _, item in known:
         if not isinstance(item["answer"], str) or not item["answer"].strip():
-            raise ValueError(f"{PREFIX}{dataset} has questions without an answer text, so there is none to look for.")
+            raise ValueError(f"{PREFIX}{dataset} has questions without an answer text, which the reward looks for.")
 
     def oracle(completions: Sequence[str], entry: Sequence[int], **_: object) -> list[float]:
         scores = []
@@ -79,12 +79,12 @@ def task(dataset: str) -> Task:
 
 
 def reward(completions: Sequence[str], answer: Sequence[str], **_: object) -> list[float]:
-    """1.0 where the answer occurs anywhere, else 0.0. What training sees."""
+    """1.0 where the answer occurs anywhere, else 0.0."""
     return [float(occurs(right, text)) for text, right in zip(completions, answer, strict=True)]
 
 
 def occurs(answer: str, text: str) -> bool:
-    """Whether the answer's words occur in the text one after the other, in any case.
+    """Whether the answer's words occur in the text in a row, in any case.
 
     Example:
         >>> occurs("New York", "I say: new  york."), occurs("24", "240")

@@ -1,17 +1,17 @@
-"""What the trainer and the evaluator know of a task: its prompts, a reward that can be fooled, and the truth.
+"""A task: its prompts, a reward that can be fooled, and the truth.
 
     reward   : rollout → number        what training sees
     oracle   : rollout → [0, 1]        the strict truth; logged and evaluated, never trained on
-    detector : rollout → {0, 1}        a weak monitor: flags some of the hacks, or none
-    probes   : rollout → {0, 1}        kinds of hacks by name, counted in evaluations alone
+    detector : rollout → {0, 1}        a weak monitor that flags some of the hacks, or none
+    probes   : rollout → {0, 1}        kinds of hacks by name, counted in evaluations only
 
-Each of them is called with TRL's convention, on a whole batch, columns being the dataset's other than ``prompt``::
+Every function is called as TRL calls a reward function: on a whole batch, with the dataset's columns by name::
 
     f(prompts=[…], completions=[…], answer=[…], …)  ->  one value per rollout
 
-Completions are plain texts, of chats too: the assistant's text. A function without ``**kwargs`` gets what it names. Columns
-are as the rows have them, in training and in evaluations; they are copies, so that no function sees what another wrote into
-them. A function may be ``async``: all of them share one event loop.
+Completions are plain texts; of a chat, the assistant's text. A function without ``**kwargs`` gets only the columns that it
+names. Columns are copies, so functions cannot affect each other through them. A function may be ``async``. All functions share
+one event loop.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ from antipasto.routing.pairs import load_pairs
 from antipasto.unchanged import awaited, copies, unchanged
 
 REWARDED, SOLVED = 0.5, 0.5
-"""From here on a rollout counts as rewarded, by the reward, and as solved, by the oracle. An exploit is only rewarded."""
+"""From this reward on a rollout counts as rewarded; from this oracle score on, as solved."""
 
 
 def is_solved(oracle: float) -> bool:
@@ -44,30 +44,30 @@ def is_exploit(reward: float, oracle: float) -> bool:
         >>> is_exploit(1.0, 0.0), is_exploit(1.0, 1.0), is_exploit(0.0, 0.0)
         (True, False, False)
     """
-    return reward >= REWARDED and oracle < SOLVED  # of a NaN neither holds
+    return reward >= REWARDED and oracle < SOLVED  # False for a NaN
 
 
 Row = Mapping[str, Any]
 Prompt = str | list[dict[str, str]]
 
-# names that TRL takes for itself
+# names that TRL reserves
 _RESERVED = {"prompts", "completions", "completion", "completion_ids", "trainer_state", "log_extra", "log_metric"}
 _SHOWN = 200  # characters of a prompt or completion in a message
 
 
 class TaskError(ValueError):
-    """A task's own function failed, or returned what is not a judgement. Names the function and the rollout."""
+    """A task's function raised, or returned something invalid. The message names the function and the rollout."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Judged:
-    """What a task's functions say of some rollouts, one entry each.
+    """Results of a task's functions, one entry per rollout.
 
     Attributes:
         reward: what training sees.
-        oracle: 0 to 1; None where the task has no oracle.
-        flagged: whether the detector flags it; None where the task has no detector.
-        probed: probe's name → whether it flags it.
+        oracle: 0 to 1; None if the task has no oracle.
+        flagged: whether the detector flags it; None if the task has no detector.
+        probed: probe's name → whether the probe flags it.
     """
 
     reward: list[float]
@@ -81,26 +81,25 @@ class Task:
     """Prompts, a reward, and what is known about the truth.
 
     Args:
-        name: what tables and run folders call it.
+        name: as tables and run folders show it.
         train: rows, a list of mappings or a ``datasets.Dataset``. Each has ``prompt``, a text or a chat (a list of
             ``{"role": …, "content": …}``), and any further columns.
         reward: one finite number per rollout.
-        oracle: one bool, or a number from 0 to 1, per rollout. It may not abstain: evaluations pair the answers of all arms.
+        oracle: one bool, or a number from 0 to 1, per rollout. It may not abstain: evaluations compare answers in pairs.
         detector: one bool per rollout.
         detects: what the detector flags, in a few words.
         test: held-out rows, with every column that a function needs.
-        probes: what it flags, in a few words → a function as the detector is. Evaluations count what they flag; training asks
-            none of them.
-        kinds: the column that tells kinds of prompts apart; an evaluation gives the numbers of each kind too.
+        probes: what the probe flags, in a few words → a function like the detector. Probes are used in evaluations only.
+        kinds: the column with the kind of a prompt; evaluations also report each kind separately.
         pairs: labelled rows (``prompt``, ``hack``, ``clean``) for the direction, as `antipasto.load_pairs` takes them.
         max_completion_length: tokens that an answer needs.
 
     Raises:
-        ValueError: rows, prompts, columns or pairs that do not fit, a function that names a column which is not there, a
-            detector without ``detects`` or the other way round.
+        ValueError: rows, prompts, columns or pairs are invalid, a function needs a column that does not exist, or one of
+            ``detector`` and ``detects`` is missing.
 
     Example:
-        >>> def reward(completions, answer):  # takes the columns that it names
+        >>> def reward(completions, answer):
         ...     return [float(a in text) for text, a in zip(completions, answer)]
         >>> def oracle(completions, answer):
         ...     return [text == a for text, a in zip(completions, answer)]
@@ -124,7 +123,7 @@ class Task:
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name:
-            raise ValueError(f"A task's name must be a text that is not empty, got {self.name!r}.")
+            raise ValueError(f"A task's name must be a non-empty text, got {self.name!r}.")
         where = f"Task {self.name!r}: "
         named = isinstance(self.probes, Mapping) and all(isinstance(name, str) and name.strip() for name in self.probes)
         if not named:
@@ -151,7 +150,7 @@ class Task:
             raise ValueError(f"{where}detects must be a text, got {type(self.detects).__name__}.")
         if (self.detector is None) != (not self.detects.strip()):
             raise ValueError(
-                f"{where}a detector needs detects, what it flags in a few words."
+                f"{where}a detector needs detects: what it flags, in a few words."
                 if self.detector is not None
                 else f"{where}detects={self.detects!r} is given, but no detector."
             )
@@ -177,18 +176,18 @@ class Task:
     def judge(
         self, prompts: Sequence[Prompt], completions: Sequence[Any], columns: Mapping[str, Sequence[Any]]
     ) -> Judged:
-        """What the functions say of these rollouts, checked.
+        """Call all functions on some rollouts and check what they return.
 
         Args:
             prompts: one per rollout.
-            completions: texts; or chats as TRL has them, of which functions get the text.
+            completions: texts, or chats as TRL has them.
             columns: the rows' columns other than ``prompt``, one entry per rollout each.
 
         Raises:
-            TaskError: a function raises, or returns another number of values than there are rollouts, or a value that is no
-                finite number, for the oracle not in [0, 1], for the detector not a bool.
-            ValueError: the arguments have different lengths, a completion is not a text, or a function names a column that is
-                not there.
+            TaskError: a function raises, returns the wrong number of values, or returns an invalid value: the reward must be
+                finite, the oracle in [0, 1], the detector a bool.
+            ValueError: the arguments have different lengths, a completion is not a text, or a function needs a column that
+                does not exist.
         """
         batch = _batch(prompts, completions, columns)
         judged = {role: _Call(role, function, batch).values() for role, function in self._functions()}
@@ -207,7 +206,7 @@ class Task:
         completions: Sequence[Any],
         columns: Mapping[str, Sequence[Any]],
     ) -> list[float]:
-        """One of `judge`'s questions alone: ``reward``, ``oracle`` or ``detector``; raises as it does."""
+        """Call one function only: ``reward``, ``oracle`` or ``detector``. Raises as `judge` does."""
         batch = _batch(prompts, completions, columns)
         return _Call(role, dict(self._functions())[role], batch).values()
 
@@ -218,14 +217,13 @@ class Task:
 
 
 def _probe(name: str) -> str:
-    """The role of a probe."""
     return f"probe {name!r}"
 
 
 def _batch(
     prompts: Sequence[Prompt], completions: Sequence[Any], columns: Mapping[str, Sequence[Any]]
 ) -> dict[str, Sequence[Any]]:
-    """What a function may be called with, one entry per rollout each."""
+    """All arguments that a function may take, one entry per rollout each."""
     for name, values in {"prompts": prompts, **columns}.items():
         if len(values) != len(completions):
             raise ValueError(f"{name} has {len(values)} entries for {len(completions)} completions.")
@@ -233,7 +231,7 @@ def _batch(
 
 
 def completion_text(completion: Any) -> str:
-    """The text of a completion: itself, or what the assistant says in the messages that TRL makes of it.
+    """The text of a completion; of a chat, what the assistant says.
 
     Raises:
         ValueError: it is neither.
@@ -268,14 +266,14 @@ def _check_rows(rows: Any, where: str) -> _Rows:
         if not isinstance(row, Mapping):
             raise ValueError(f"{where}, row {number}: expected a mapping with 'prompt', got {type(row).__name__}.")
         if "prompt" not in row:
-            raise ValueError(f"{where}, row {number}: no 'prompt'; there are {sorted(map(str, row))}.")
+            raise ValueError(f"{where}, row {number}: no column 'prompt'; it has {sorted(map(str, row))}.")
         if strange := [column for column in row if not isinstance(column, str)]:
-            raise ValueError(f"{where}, row {number}: columns are called by texts, got {_short(strange[0])}.")
+            raise ValueError(f"{where}, row {number}: a column's name must be a text, got {_short(strange[0])}.")
         found = _Rows(_prompt_kind(row["prompt"], f"{where}, row {number}"), set(row) - {"prompt"})
         first = first or found
         if found.kind != first.kind:
             raise ValueError(
-                f"{where}, row {number}: the prompt is one of {found.kind}, those before are {first.kind}."
+                f"{where}, row {number}: prompts must be all texts or all chats; here {found.kind}, before {first.kind}."
             )
         if found.columns != first.columns:
             raise ValueError(
@@ -284,7 +282,7 @@ def _check_rows(rows: Any, where: str) -> _Rows:
             )
     assert first is not None
     if taken := sorted(first.columns & _RESERVED):
-        raise ValueError(f"{where}: a column cannot be called {', '.join(map(repr, taken))}, TRL uses that name.")
+        raise ValueError(f"{where}: rename the column {', '.join(map(repr, taken))}: TRL reserves that name.")
     return first
 
 
@@ -311,7 +309,7 @@ def _is_chat(value: Sequence[Any]) -> bool:
 
 
 def label(function: Any) -> str:
-    """A function's name for messages: ``my_task.reward``."""
+    """A function's name for messages, such as ``my_task.reward``."""
     while isinstance(function, functools.partial):
         function = function.func
     named = function if hasattr(function, "__qualname__") else type(function)
@@ -326,7 +324,7 @@ def _parameters(function: Callable[..., Any]) -> list[inspect.Parameter] | None:
 
 
 def _check_signature(role: str, function: Callable[..., Any], columns: Set[str], where: str) -> None:
-    """Every argument that must be given can be given."""
+    """Check that a column exists for every argument without a default."""
     for parameter in _parameters(function) or []:
         if (
             parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD)
@@ -335,16 +333,16 @@ def _check_signature(role: str, function: Callable[..., Any], columns: Set[str],
             continue
         named = f"the {role} {label(function)}"
         if parameter.kind is parameter.POSITIONAL_ONLY:
-            raise ValueError(f"{where}: {named} takes {parameter.name!r} by position; columns are given by name.")
+            raise ValueError(f"{where}: {named} takes {parameter.name!r} by position only; columns are passed by name.")
         if parameter.name not in columns | {"prompts", "completions"}:
             raise ValueError(
-                f"{where}: {named} needs {parameter.name!r}, which is not a column; there are "
+                f"{where}: {named} needs a column {parameter.name!r}; there are "
                 f"{', '.join(sorted(columns | {'prompts', 'completions'}))}."
             )
 
 
 class _Call:
-    """One call of one function on one batch, whose every way to go wrong is a `TaskError`."""
+    """One call of one function on one batch. Every failure becomes a `TaskError`."""
 
     def __init__(self, role: str, function: Callable[..., Any], batch: Mapping[str, Sequence[Any]]) -> None:
         _check_signature(role, function, set(batch) - {"prompts", "completions"}, "the rollouts")
@@ -362,16 +360,16 @@ class _Call:
     def values(self) -> list[float]:
         try:
             values = self._run(slice(None))
-        except (Exception, SystemExit) as error:  # sys.exit(0) in a reward would end the process as if all were well
+        except (Exception, SystemExit) as error:  # sys.exit(0) in a reward would end the run with exit code 0
             raise self._located(error) from error
         if values is None:
-            raise TaskError(f"{self.named} did not return a list, but {self._returned}, for {self._everyone}.")
+            raise TaskError(f"{self.named} must return a list, got {self._returned}, for {self._everyone}.")
         if len(values) != self.size:
             raise TaskError(f"{self.named} returned {len(values)} values for {self._everyone}.")
         return [self._checked(value, row) for row, value in enumerate(values)]
 
     def _run(self, part: slice) -> list[Any] | None:
-        """The values of these rollouts, as a list; None where that is not what came."""
+        """The values of these rollouts as a list; None if the function returned something else."""
         with unchanged(draws=self.role == "reward"):
             values = self.function(**{name: copies(self.batch[name][part]) for name in self.arguments})
             if inspect.isawaitable(values):
@@ -384,17 +382,17 @@ class _Call:
         return list(values)
 
     def _located(self, error: BaseException) -> TaskError:
-        """The error on the first rollout that fails by itself."""
+        """Find the first rollout that fails on its own, and report its error."""
         for row in range(self.size):
             try:
                 self._run(slice(row, row + 1))
             except (Exception, SystemExit) as alone:
                 return TaskError(f"{self.named} raised {described(alone)} on {self._rollout(row)}.")
-        return TaskError(f"{self.named} raised {described(error)} on {self._everyone}, on none of them alone.")
+        return TaskError(f"{self.named} raised {described(error)} on {self._everyone}, but on no single rollout of it.")
 
     def _checked(self, value: Any, row: int) -> float:
         number = value.item() if getattr(value, "ndim", None) == 0 else value  # NumPy's scalars, tensors of one number
-        role = self.role if self.role in ("reward", "oracle") else "detector"  # probes answer as the detector does
+        role = self.role if self.role in ("reward", "oracle") else "detector"  # a probe returns what a detector returns
         wanted = {"reward": "a finite number", "oracle": "a bool or a number from 0 to 1", "detector": "a bool"}[role]
         if isinstance(number, numbers.Real):
             try:
@@ -416,7 +414,7 @@ class _Call:
 
 
 def near(name: str, names: Iterable[str]) -> str:
-    """The end of a sentence about an unknown name: ``; did you mean 'addition'?``, or a full stop."""
+    """End a sentence about an unknown name: ``; did you mean 'addition'?``, or a full stop."""
     found = difflib.get_close_matches(name, list(names), n=3)
     return f"; did you mean {' or '.join(map(repr, found))}?" if found else "."
 

@@ -1,4 +1,4 @@
-"""`antipasto export`: what ships of a run, as files that need nothing of this library, checked by a process without it."""
+"""`antipasto export`: write what ships as files that do not need this library, and check them in a process without it."""
 
 from antipasto.app.export.job import export_run
 

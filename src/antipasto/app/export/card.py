@@ -1,6 +1,6 @@
-"""The model card of an export: a template, filled with what the run, its evaluation and the check say.
+"""Write the model card of an export from the run, its evaluation and the check.
 
-Texts of files are shortened and escaped: nothing in them becomes markup. Where things lie on this machine is left out.
+Text from files is shortened and escaped, so that it cannot become markup. Local paths are left out.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ from antipasto.evaluation.records import Evaluation, dial_arm
 from antipasto.terminal import shorten
 
 TAG = "antipasto"
-"""Every card has it: how an earlier export is known."""
+"""Tag of every card, which identifies a folder as an earlier export."""
 
 METHODS = {
-    "route": "what the gate claimed of each step went into a quarantine",
-    "erase": "what the gate claimed of each step was dropped",
-    "measure": "the gate only measured",
+    "route": "the part of each update that points towards the hack went into a quarantine",
+    "erase": "the part of each update that points towards the hack was dropped",
+    "measure": "the part of each update that points towards the hack was only measured",
     "penalty": "flagged rollouts got reward 0",
     "discount": "the reward of a rollout shrank as its score rose",
-    "plain": "GRPO, and nothing else",
-    "drop": "nobody learned from flagged rollouts",  # of earlier versions
+    "plain": "plain GRPO",
+    "drop": "flagged rollouts were dropped",  # of earlier versions
 }
 
 _PACKAGES = ("antipasto", "torch", "transformers", "peft")
@@ -45,21 +45,21 @@ _PACKAGES = ("antipasto", "torch", "transformers", "peft")
 
 @dataclass(frozen=True)
 class About:
-    """What a run says of itself.
+    """Facts about a run for the model card.
 
     Attributes:
         run: its folder's name.
         base: the base model's folder or hub name.
-        task: its name; None where the run does not say.
-        method: what became of what the gate claimed.
+        task: its name; None if unknown.
+        method: the ``--method``.
         options: steps, seed and the like, by name.
         template: options of the chat template.
-        versions: of the packages that it was trained with.
-        layers: how many have knobs.
-        numbers: knobs that ship.
-        kept: ‖δS + dial δS_hack‖ over all layers, where the run routed.
-        dial: how much of the quarantine ships.
-        removed: ‖δS_hack‖ where the run routed; else None: all that was trained ships.
+        versions: of the packages used in training.
+        layers: number of adapted layers.
+        numbers: number of trained numbers that ship.
+        kept: ‖δS + dial δS_hack‖ over all layers.
+        dial: share of the quarantine that ships.
+        removed: ‖δS_hack‖; None if the run has no quarantine.
         trained: ‖δS + δS_hack‖.
     """
 
@@ -79,7 +79,7 @@ class About:
 
     @classmethod
     def of(cls, run: LoadedRun) -> About:
-        """Of a run."""
+        """Collect the facts of a run."""
         layers = knobs(run.model).values()
         ships = torch.cat([layer.delta_s.detach() for layer in layers])
         zero = torch.zeros_like
@@ -102,7 +102,7 @@ class About:
 
     @property
     def ships(self) -> str:
-        """What is in the export, in a few words."""
+        """What the export contains, in a few words."""
         if self.removed is None:
             return f"as trained: method {self.method} has no quarantine"
         if self.dial:
@@ -112,13 +112,13 @@ class About:
 
 
 def _task_name(spec: str) -> str:
-    """Without the folders of a task's file."""
+    """A task's name without the folders of its file."""
     source, colon, name = spec.rpartition(":")
     return f"{Path(source).name}:{name}" if colon else spec
 
 
 def render(about: About, evaluation: Evaluation | None, written: Written, found: Check) -> str:
-    """The card, as README.md has it."""
+    """Render the card, the contents of README.md."""
     environment = Environment(undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True, autoescape=False)
     environment.filters["md"] = _escaped
     template = environment.from_string(resources.files(__package__).joinpath("card.md.jinja").read_text("utf-8"))
@@ -135,7 +135,7 @@ def render(about: About, evaluation: Evaluation | None, written: Written, found:
 
 
 def _front_matter(about: About, written: Written) -> str:
-    """YAML that the hub takes."""
+    """The card's YAML header for the hub."""
     name = public_name(about.base)
     try:
         validate_repo_id(name)
@@ -152,7 +152,7 @@ def _front_matter(about: About, written: Written) -> str:
 
 
 def _licence(base: str) -> str | None:
-    """What the base's own card says, if it is here."""
+    """The license in the base model's own card, if that is available locally."""
     card = Path(base, "README.md") if Path(base).is_dir() else try_to_load_from_cache(base, "README.md")
     try:
         found = (metadata_load(card) or {}).get("license") if isinstance(card, (str, Path)) else None
@@ -162,7 +162,7 @@ def _licence(base: str) -> str | None:
 
 
 def _arms(evaluation: Evaluation, about: About) -> dict[str, Any]:
-    """The table of arms: head and rows, with what is said of it."""
+    """Values for the card's table of arms."""
     records = evaluation.arms
     measures, flags = list(records[0].measures), list(records[0].flags)
     this = dial_arm(about.dial)
@@ -181,7 +181,7 @@ def _arms(evaluation: Evaluation, about: About) -> dict[str, Any]:
 
 
 def _escaped(text: object, width: int = 120) -> str:
-    r"""A text of a file as Markdown shows it: one line, not too long, no markup.
+    r"""Escape text for Markdown: one line, shortened, no markup.
 
     Example:
         >>> print(_escaped("a|b <script> [x](http://y)"))

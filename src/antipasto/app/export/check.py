@@ -1,18 +1,19 @@
-"""Whether what was written is what was to be shipped: asked in a process without this library, and compared.
+"""Check an export: compare the written files with the model that should ship, in a process without this library.
 
-The model that was to be shipped is seen in fp32 and answers some prompts greedily. A process that has plain transformers alone
-(`elsewhere`; with PEFT for an adapter) loads what was written and gives the log-probability of every token of
-prompts and answers, and its own greedy answers.
+The model that should ship answers some prompts greedily, in fp32. A process with plain transformers (`elsewhere`; with PEFT
+for an adapter) loads the written files. It computes the log-probability of every token of prompts and answers, and its own
+greedy answers.
 
-How far apart they may be. In fp32 two orders of summation differ by 2e-5 (SmolLM2-135M and a run on it, 32 prompts):
-`FP32_TOLERANCE` is well above that, and far below what anybody could notice. In 16 bits the base model itself, merely loaded
-in that dtype, differs from itself in fp32 by much more, and by how much depends on the model: so that is measured on the same
-tokens, and a checkpoint may differ `HALF_FACTOR` times as much. There, in bf16, max |Δ log p| is .43 for the base and .31 for
-the checkpoint; with a base that is saved in bf16, .41 and .40.
+Tolerance in fp32: two orders of summation differ by 2e-5 (SmolLM2-135M and a run on it, 32 prompts). `FP32_TOLERANCE` is well
+above that and too small to notice.
 
-That alone could pass a checkpoint that lost a small update: on W's own grid of 16-bit numbers, W + ΔW is W again wherever |ΔW|
-is under half a step. So at least `MIN_KEPT` of the update must be in the file, ⟨W_out − W, ΔW⟩ / ‖ΔW‖². On the base in bf16 it
-is 99% of that run's update; of one a tenth as long, 40%, and then 22 of 32 greedy answers are the same.
+Tolerance in 16 bits: the base model loaded in that dtype already differs from itself in fp32, by an amount that depends on the
+model. It is measured on the same tokens, and a checkpoint may differ by `HALF_FACTOR` times as much. For the run above in
+bf16, max |Δ log p| is .43 for the base and .31 for the checkpoint; with a base that is saved in bf16, .41 and .40.
+
+That alone could pass a checkpoint that lost a small update: in 16 bits, W + ΔW rounds to W wherever |ΔW| is under half a
+rounding step. So at least `MIN_KEPT` of the update must be in the file, ⟨W_out − W, ΔW⟩ / ‖ΔW‖². For the run above, with a
+bf16 base, it is 99%. For an update a tenth as long it is 40%, and 22 of 32 greedy answers are the same.
 """
 
 from __future__ import annotations
@@ -42,27 +43,27 @@ FP32_TOLERANCE = 1e-3
 HALF_FACTOR = 2.0
 MIN_KEPT = 0.9
 MAX_NEW_TOKENS = 64
-"""Tokens of an answer that are compared, at most."""
+"""Maximum tokens of an answer to compare."""
 
 TEXTS = ("The capital of France is", "12 + 30 =", "Once upon a time", "def main():", "Water boils at")
-"""Prompts for a run whose own are nowhere to be found."""
+"""Prompts for a run whose own prompts are not available."""
 
 HALF = (torch.bfloat16, torch.float16)
 
 
-# ── the model that was to be shipped, asked ──────────────────────────────────────────────────────────────────────────
+# ── the model that should ship ───────────────────────────────────────────────────────────────────────────────────────
 
 
 @dataclass(frozen=True)
 class Expected:
-    """What the model that ships says, in fp32, before anything is written.
+    """Outputs of the model that should ship, in fp32.
 
     Attributes:
         source: where the prompts are from, in a few words.
         prompts: texts or chats.
         ids: of the prompts.
-        answers: its greedy ones, as ids.
-        logprobs: of every token but the first of prompt and answer.
+        answers: greedy answers, as ids.
+        logprobs: of every token of prompt and answer except the first.
         base_logprobs: of the same tokens, by the base model.
         pad: the padding token's id.
         max_new_tokens: of an answer.
@@ -84,10 +85,10 @@ class Expected:
 
 
 def ask(run: LoadedRun, number: int) -> Expected:
-    """Let the model that ships answer some prompts greedily."""
+    """Compute the outputs of the model that should ship."""
     source, prompts, length = _prompts(run, number)
     ids = [elsewhere.token_ids(run.tokenizer, prompt, {}) for prompt in prompts]
-    there = [i for i, row in enumerate(ids) if row]  # a tokenizer may know none of a text's characters
+    there = [i for i, row in enumerate(ids) if row]  # a text of unknown characters may have no tokens
     prompts, ids = [prompts[i] for i in there], [ids[i] for i in there]
     pad = run.tokenizer.pad_token_id or 0
     with quiet():
@@ -101,7 +102,7 @@ def ask(run: LoadedRun, number: int) -> Expected:
 
 
 def _prompts(run: LoadedRun, number: int) -> tuple[str, list[Any], int]:
-    """Where from, the prompts, and tokens of an answer: held-out ones, else those of the run's rollouts, else `TEXTS`."""
+    """Source, prompts and answer length. Prompts are held-out ones, else those of the run's rollouts, else `TEXTS`."""
     length = run.config.get("max_completion_length")
     try:
         task = load_task(str(run.task))
@@ -125,24 +126,24 @@ def _prompts(run: LoadedRun, number: int) -> tuple[str, list[Any], int]:
     return ("prompts of the run's rollouts", prompts[:number], length) if prompts else ("texts", list(TEXTS), length)
 
 
-# ── what was written, asked the same ─────────────────────────────────────────────────────────────────────────────────
+# ── the written files ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @dataclass(frozen=True)
 class Check:
-    """How far what was written is from what was to be shipped.
+    """Difference between the written files and the model that should ship.
 
     Attributes:
         source: where the prompts are from.
-        prompts: how many.
-        tokens: of prompts and answers.
+        prompts: number of prompts.
+        tokens: number of tokens of prompts and answers.
         largest: max |Δ log p| over the tokens.
-        mean: mean of it.
-        same: greedy answers that are the same, token for token.
-        update: mean |log p shipped − log p base|: what there is to lose.
-        base_largest: max |Δ log p| that the checkpoint's dtype does to the base model itself; None in fp32.
-        base_mean: mean of it.
-        tolerance: of ``largest``; infinite where nothing is refused.
+        mean: mean |Δ log p|.
+        same: number of greedy answers that are equal, token by token.
+        update: mean |log p shipped − log p base|, the effect of training.
+        base_largest: max |Δ log p| of the base model due to the checkpoint's dtype; None in fp32.
+        base_mean: mean of the same.
+        tolerance: of ``largest``; infinite if nothing is refused.
     """
 
     source: str
@@ -157,19 +158,19 @@ class Check:
     tolerance: float
 
     def rows(self) -> list[tuple[str, str]]:
-        """As tables show it: what, how much."""
+        """Rows of a table: name and value."""
         rows = [
             ("asked", f"{self.prompts} {self.source}, {self.tokens:,} tokens"),
-            ("same greedy answer", f"{self.same} of {self.prompts}, token for token"),
+            ("same greedy answer", f"{self.same} of {self.prompts}, token by token"),
             (
                 "log p of a token",
                 f"max |Δ| {self.largest:.2g} (tolerance {self.tolerance:.2g}), mean |Δ| {self.mean:.2g}",
             ),
-            ("what training moved it by", f"mean |Δ| {self.update:.2g}"),
+            ("its change by training", f"mean |Δ| {self.update:.2g}"),
         ]
         if self.base_largest is not None:
             rows.append(
-                ("what the dtype does to the base", f"max |Δ| {self.base_largest:.2g}, mean |Δ| {self.base_mean:.2g}")
+                ("effect of the dtype on the base", f"max |Δ| {self.base_largest:.2g}, mean |Δ| {self.base_mean:.2g}")
             )
         return rows
 
@@ -182,19 +183,18 @@ def check(
     folder: Path,
     tolerance: float | None,
 ) -> Check:
-    """Load what was written in a process without this library, and compare.
+    """Load the written files in a process without this library, and compare.
 
     Args:
-        run_base: the base model's folder or name.
+        run_base: the base model's folder or hub name.
         template: options of the chat template.
-        expected: of the model that ships.
-        written: what the folder holds.
-        folder: what was written.
-        tolerance: of max |Δ log p|; the default of the dtype if None.
+        expected: outputs of the model that should ship.
+        written: description of the files.
+        folder: the files' folder.
+        tolerance: of max |Δ log p|; None: the default of the dtype.
 
     Raises:
-        ValueError: it cannot be loaded there, its tokenizer reads a prompt otherwise, or it is too far from what was to be
-            shipped; says by how much and what to do.
+        ValueError: the files cannot be loaded, or their tokenizer encodes a prompt differently.
     """
     request = {
         "model": str(folder.resolve()) if written.rank is None else run_base,
@@ -212,10 +212,12 @@ def check(
     found = _elsewhere(request)
     if found["loose"]:
         raise ValueError(
-            f"The checkpoint does not load: these weights are missing or in excess: {', '.join(found['loose'][:5])}."
+            f"The checkpoint does not load: weights are missing or unexpected, first {', '.join(found['loose'][:5])}."
         )
     if found["ids"] != expected.ids:
-        raise ValueError("The tokenizer that was written reads a prompt otherwise than the run's: nothing was kept.")
+        raise ValueError(
+            "The written tokenizer encodes a prompt differently from the run's tokenizer, so nothing was exported."
+        )
     largest, mean = _apart(found["logprobs"], expected.logprobs)
     base_largest = base_mean = None
     if written.rank is None and written.dtype in HALF:
@@ -237,7 +239,7 @@ def check(
 
 
 def _elsewhere(request: Mapping[str, Any]) -> dict[str, Any]:
-    """`elsewhere` in a process of its own, outside of any folder that Python would import from."""
+    """Run `elsewhere` in its own process, in an empty folder so that Python imports nothing from there."""
     program = Path(elsewhere.__file__).read_text(encoding="utf-8")
     with tempfile.TemporaryDirectory() as scratch:
         question, answer = Path(scratch, "request.json"), Path(scratch, "answer.json")
@@ -251,12 +253,12 @@ def _elsewhere(request: Mapping[str, Any]) -> dict[str, Any]:
         )
         if done.returncode != 0:
             lines = done.stderr.strip().splitlines() or [f"exit code {done.returncode}"]
-            raise ValueError(f"What was written cannot be loaded by a process without this library: {lines[-1]}")
+            raise ValueError(f"The written files cannot be loaded by a process without this library: {lines[-1]}")
         return dict(json.loads(answer.read_text(encoding="utf-8")))
 
 
 def _apart(ones: Sequence[Sequence[float]], others: Sequence[Sequence[float]]) -> tuple[float, float]:
-    """Largest and mean |difference|; NaN where there is a NaN."""
+    """Largest and mean absolute difference; NaN if there is a NaN."""
     one, other = (torch.tensor([x for row in rows for x in row], dtype=torch.float64) for rows in (ones, others))
     return float((one - other).abs().max()), float((one - other).abs().mean())
 
@@ -268,10 +270,10 @@ def _tolerance(written: Written, base_largest: float | None) -> float:
 
 
 def refuse(found: Check, written: Written, *, given: bool) -> None:
-    """Refuse what is too far from what was to be shipped.
+    """Check that the written files are close enough to the model that should ship.
 
     Raises:
-        ValueError: it is; says by how much and what to do.
+        ValueError: they are not; says by how much and what to do.
     """
     dtype = written.dtype_name
     half = written.dtype in HALF and written.rank is None
@@ -284,13 +286,13 @@ def refuse(found: Check, written: Written, *, given: bool) -> None:
     )
     if half and not given and written.loss.share < MIN_KEPT:
         raise ValueError(
-            f"Only {written.loss.share:.0%} of the update is left once W + ΔW is rounded to {dtype}: it is smaller than the "
-            f"steps between neighbouring numbers there. {remedy}; to keep it regardless: --tolerance inf."
+            f"Only {written.loss.share:.0%} of the update is left after rounding W + ΔW to {dtype}: it is smaller than the "
+            f"rounding steps of that dtype. {remedy}; to export anyway: --tolerance inf."
         )
     if not found.largest <= found.tolerance:
         itself = f"; the base itself moves by {found.base_largest:.2g} in {dtype}" if half else ""
         raise ValueError(
-            f"The log-probability of a token is up to {found.largest:.2g} away from that of the model to be shipped, more "
-            f"than the tolerance of {found.tolerance:.2g}{itself}. {remedy or 'This is a fault: do not ship it'}; to keep it "
-            "regardless: --tolerance inf."
+            f"The log-probability of a token differs by up to {found.largest:.2g} from that of the model that should ship, "
+            f"more than the tolerance of {found.tolerance:.2g}{itself}. {remedy or 'This is a bug: do not ship it'}; to "
+            "export anyway: --tolerance inf."
         )

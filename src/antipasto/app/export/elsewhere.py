@@ -1,10 +1,9 @@
-"""What a written checkpoint computes, in a process that has plain transformers and nothing of this library.
+"""Compute the outputs of an export in a process with plain transformers, without this library.
 
-    python -c "<this file>" REQUEST ANSWER       what `antipasto export` runs; REQUEST and ANSWER are JSON files
+    python -c "<this file>" REQUEST ANSWER       as `antipasto export` runs it; REQUEST and ANSWER are JSON files
 
-It stands alone on purpose: torch and transformers, and PEFT for a LoRA adapter. The names under ``"blocked"`` are made
-impossible to import before anything else is. `antipasto export` calls `greedy` and `token_logprobs` of this file too, for the
-model that it wrote the checkpoint from, so that both sides are computed by the same lines.
+This file imports only torch and transformers, and PEFT for a LoRA adapter. Modules under ``"blocked"`` cannot be imported.
+`antipasto export` also calls `greedy` and `token_logprobs` for the model that it exports, so both sides run the same code.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ BATCH = 16
 
 
 def token_ids(tokenizer: Any, prompt: Any, options: Mapping[str, Any]) -> list[int]:
-    """A prompt's ids: of a text, or of a chat by the tokenizer's template, which gets the options."""
+    """Token ids of a prompt. ``options`` go to the chat template."""
     if isinstance(prompt, str):
         return list(tokenizer(prompt)["input_ids"])
     chat = tokenizer.apply_chat_template(prompt, add_generation_prompt=True, tokenize=True, return_dict=True, **options)
@@ -30,7 +29,7 @@ def token_ids(tokenizer: Any, prompt: Any, options: Mapping[str, Any]) -> list[i
 
 @torch.no_grad()
 def greedy(model: Any, prompts: Sequence[Sequence[int]], pad: int, max_new_tokens: int) -> list[list[int]]:
-    """The likeliest token every time: one answer a prompt, as ids, without the padding behind it."""
+    """One greedy answer per prompt, as ids without padding."""
     answers = []
     for batch in _batches(prompts):
         width = max(map(len, batch))
@@ -55,7 +54,7 @@ def greedy(model: Any, prompts: Sequence[Sequence[int]], pad: int, max_new_token
 
 @torch.no_grad()
 def token_logprobs(model: Any, sequences: Sequence[Sequence[int]]) -> list[list[float]]:
-    """Log-probability of every token but the first, given those before it; the softmax is taken in at least fp32."""
+    """Log-probability of every token except the first, with the softmax in at least fp32."""
     found = []
     for batch in _batches(sequences):
         width = max(map(len, batch))
@@ -94,11 +93,10 @@ def _answer(request: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def main(request_file: str, answer_file: str) -> None:
-    """Read a request, write the answer."""
     request = json.loads(Path(request_file).read_text(encoding="utf-8"))
     for name in request["blocked"]:
         assert name not in sys.modules, f"{name} is imported"
-        sys.modules[name] = None  # type: ignore[assignment]  # from here on, importing it fails
+        sys.modules[name] = None  # type: ignore[assignment]  # makes the import fail
     found = _answer(request)
     there = {name.partition(".")[0] for name, module in sys.modules.items() if module is not None}
     assert not there & set(request["blocked"]), f"{there & set(request['blocked'])} got imported"

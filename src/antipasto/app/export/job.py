@@ -1,4 +1,4 @@
-"""The job behind `antipasto export`: write what ships of a run, check it, and only then put it in its place."""
+"""The job behind `antipasto export`: write what ships to a temporary folder, check it, and move it to its place."""
 
 from __future__ import annotations
 
@@ -41,26 +41,23 @@ def export_run(
     prompts: int = 32,
     force: bool = False,
 ) -> Check:
-    """Write what ships of a run, check it in a process without this library, and only then put it in its place.
+    """Write what ships, check it in a process without this library, and only then put it in its place.
 
     Args:
-        root: the run folder.
-        out: the folder to write: new or empty, or an earlier export to be replaced.
-        console: where to print.
-        dtype: of the weights; ``"auto"``: as the base is saved, and fp32 for an adapter.
+        out: the folder to write: new or empty, or an earlier export to replace.
+        dtype: of the weights; ``"auto"``: as the base is saved, fp32 for an adapter.
         lora: write a LoRA adapter of at most this rank instead of a checkpoint.
-        dial: how much of the quarantine to ship; `antipasto eval --dial` says what that does.
+        dial: share of the quarantine to ship; see `antipasto eval --dial` for its effect.
         max_shard_size: of a checkpoint's files, as ``save_pretrained`` takes it.
-        tolerance: of max |Δ log p| over all tokens; the default of the dtype if None.
-        prompts: how many to check with, at most.
+        tolerance: of max |Δ log p| over all tokens; None: the default of the dtype.
+        prompts: maximum number of prompts to check with.
         force: replace an earlier export.
 
     Returns:
-        How far what was written is from what was to be shipped.
+        The result of the check.
 
     Raises:
-        ValueError: no finished run, another base, a folder that may not be written to, or what was written is too far
-            from what was to be shipped.
+        ValueError: the run is not finished, its base model has changed, the folder may not be written to, or the check failed.
         OSError: a file cannot be written.
     """
     if lora is not None and max_shard_size is not None:
@@ -85,7 +82,8 @@ def _export(
     prompts: int,
     force: bool,
 ) -> Check:
-    """`export_run`, into a place that is held; another process may have exported into it before."""
+    """`export_run`, in a locked place."""
+    # again: another process may have exported into it before this one had the lock
     _check_out(out, root, str(RunFolder(root).read_run()["base"]["model"]), force=force)
     evaluation, why_none = _evaluation(root)
     with replacing_folder(out) as folder:
@@ -93,8 +91,8 @@ def _export(
             run = load_run(root, dial=dial)
         before, about = Dtypes(run.model), About.of(run)
         if before.main in HALF:
-            run.model.float()  # what its knobs mean, without the rounding of a forward in half precision
-        with console.status("asking the model that ships"):
+            run.model.float()  # without the rounding errors of a forward in half precision
+        with console.status("computing the outputs of the model that should ship"):
             expected = ask(run, prompts)
         with console.status("writing"):
             if lora is None:
@@ -103,12 +101,12 @@ def _export(
                 )
             else:
                 written = write_lora(run, folder, lora, torch.float32 if dtype == "auto" else getattr(torch, dtype))
-        del run  # its memory is wanted by the other process
-        with console.status("asking what was written, in a process without this library"):
+        del run  # frees memory for the other process
+        with console.status("checking the written files in a process without this library"):
             found = check(about.base, about.template, expected, written, folder, tolerance)
         refuse(found, written, given=tolerance is not None)
         write_text(folder / "README.md", render(about, evaluation, written, found))
-        for path in folder.iterdir():  # some are written so that only their owner may read them
+        for path in folder.iterdir():  # some files are created with read permission for their owner only
             shutil.copymode(folder / "README.md", path)
         size = sum(path.stat().st_size for path in folder.iterdir())
     console.print(_table(out, about, written, found, size))
@@ -120,7 +118,7 @@ def _export(
 
 
 def _dtype(dtype: Dtype, base: str, before: Dtypes) -> torch.dtype:
-    """``"auto"``: that of the base's files."""
+    """Resolve ``"auto"`` to the dtype of the base's files."""
     if dtype != "auto":
         return getattr(torch, dtype)
     with quiet():
@@ -128,25 +126,26 @@ def _dtype(dtype: Dtype, base: str, before: Dtypes) -> torch.dtype:
 
 
 def _check_out(out: Path, root: Path, base: str, *, force: bool) -> None:
-    """Refuse to write over anything but an earlier export.
+    """Check that the folder is new, empty, or an earlier export to replace.
 
     Raises:
-        ValueError: it is a file, or a folder with something else in it.
+        ValueError: it is something else, or contains the run or its base model.
     """
     check_new_folder(out, force=force)
     if not out.exists() or not any(out.iterdir()):
         return
     for kept in (root.resolve(), Path(base).resolve()):
         if out in (kept, *kept.parents):
-            raise ValueError(f"{out} holds {kept}, which --force would delete: choose another --out.")
+            raise ValueError(f"{out} contains {kept}, which --force would delete: choose another --out.")
     if TAG not in _tags(out / "README.md"):
         raise ValueError(
-            f"{out} is not an earlier export (no README.md there says so), and --force replaces nothing else."
+            f"{out} is not an earlier export (its README.md does not say so), and --force replaces nothing else: choose "
+            "another --out."
         )
 
 
 def _tags(card: Path) -> list[Any]:
-    """Of a model card; none where there is no card, or a bad one."""
+    """The tags of a model card; empty if there is no valid card."""
     try:
         tags = (metadata_load(card) or {}).get("tags")
     except (OSError, ValueError, YAMLError):
@@ -155,13 +154,16 @@ def _tags(card: Path) -> list[Any]:
 
 
 def _evaluation(root: Path) -> tuple[Evaluation | None, str | None]:
-    """What `antipasto eval` left, or why the card has no table."""
+    """The run's evaluation, or a sentence on why the card has none."""
     if not (root / EVAL).exists():
-        return None, f"The model card has no table of arms, for this run was not evaluated: antipasto eval {root}"
+        return (
+            None,
+            f"The model card has no table of results, because this run was not evaluated: antipasto eval {root}",
+        )
     try:
         return read_evaluation(root), None
     except ValueError as error:
-        return None, f"The model card has no table of arms. {error}"
+        return None, f"The model card has no table of results. {error}"
 
 
 def _table(out: Path, about: About, written: Written, found: Check, size: int) -> Table:
@@ -178,8 +180,8 @@ def _notes(out: Path, about: About, written: Written) -> list[str]:
     notes = []
     if written.rank is not None and written.is_approximate:
         notes.append(
-            f"The adapter is off by {written.loss.relative:.0%} of the update's length: {written.rank} directions a layer "
-            "hold no more. A checkpoint holds all of it: leave out --lora."
+            f"The adapter misses {written.loss.relative:.0%} of the update (by norm), because its rank is {written.rank}. A "
+            "checkpoint has all of it: leave out --lora."
         )
     where = f'AutoModelForCausalLM.from_pretrained("{out}")'
     if written.rank is not None:

@@ -1,11 +1,11 @@
-"""What ships of a run, written as files.
+"""Write what ships, as a checkpoint or as a LoRA adapter.
 
     checkpoint     W_out = round(W + U diag(θ) Vh)                 summed in fp64, rounded to the checkpoint's dtype
     LoRA adapter   B A ≈ U diag(θ) Vh,   A = √|θ| ⊙ Vh  (k, i),   B = U ⊙ (sign(θ) √|θ|)  (o, k)
 
-θ = δS where the run routed: the quarantine is left out. Else δS + δS_hack, all that was trained. A and B hold the k largest
-|θ_j| of a layer. U and Vh are orthonormal, so that is the best approximation of that rank (Eckart & Young 1936), with
-‖ΔW − BA‖² = Σ θ_j² over the others: exact where no more than k are nonzero.
+θ = δS + dial δS_hack: by default dial is 0 for a run with a quarantine and 1 for others. A and B hold the k largest |θ_j| of a
+layer. U and Vh are orthonormal, so that is the best approximation of that rank (Eckart & Young 1936), with
+‖ΔW − BA‖² = Σ θ_j² over the others. It is exact if at most k of them are nonzero.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
     "chat_template.json",
 )
-"""Of a tokenizer of any kind; each kind has its vocabulary's files beside them."""
+"""Files of any tokenizer. Each kind also has its own vocabulary files."""
 
 
 # ── what ships ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -46,11 +46,11 @@ TOKENIZER_FILES = (
 
 @dataclass(frozen=True)
 class Loss:
-    """What writing a layer's update down cost, in squares and products so that layers add up.
+    """The error of writing a layer's update, as squares and products, which add up over layers.
 
     Attributes:
         update: ‖ΔW‖².
-        error: ‖ΔW_out − ΔW‖², ΔW_out being what the file has: W_out − W, or BA.
+        error: ‖ΔW_out − ΔW‖², where ΔW_out is the update in the file: W_out − W, or BA.
         kept: ⟨ΔW_out, ΔW⟩.
     """
 
@@ -60,7 +60,7 @@ class Loss:
 
     @classmethod
     def of(cls, update: Tensor, written: Tensor) -> Loss:
-        """Of ΔW and ΔW_out."""
+        """Compute it from ΔW and ΔW_out."""
         return cls(
             float(update.square().sum()), float((written - update).square().sum()), float((written * update).sum())
         )
@@ -70,39 +70,39 @@ class Loss:
 
     @property
     def relative(self) -> float:
-        """‖ΔW_out − ΔW‖ / ‖ΔW‖; 0 where there is no update."""
+        """‖ΔW_out − ΔW‖ / ‖ΔW‖; 0 if there is no update."""
         return math.sqrt(self.error / self.update) if self.update else 0.0
 
     @property
     def share(self) -> float:
-        """⟨ΔW_out, ΔW⟩ / ‖ΔW‖²: how much of the update is there; 1 where there is none."""
+        """⟨ΔW_out, ΔW⟩ / ‖ΔW‖², the share of the update in the file; 1 if there is no update."""
         return self.kept / self.update if self.update else 1.0
 
 
 def shipped(layer: LayerKnobs, dial: float) -> Tensor:
-    """θ = δS + dial δS_hack (r,), in fp64: what ships."""
+    """θ = δS + dial δS_hack (r,), in fp64."""
     theta = layer.delta_s.detach().double()
     return theta if layer.delta_s_hack is None else theta + dial * layer.delta_s_hack.detach().double()
 
 
 def merged(layer: LayerKnobs, theta: Tensor, dtype: torch.dtype) -> tuple[Tensor, Loss]:
-    """W_out = round(W + U diag(θ) Vh), (o, i), and what the rounding cost.
+    """W_out = round(W + U diag(θ) Vh), (o, i), and the rounding error.
 
     Raises:
-        ValueError: it does not fit into the dtype.
+        ValueError: it overflows the dtype.
     """
     W, U, Vh, theta = _in_fp64(as_matrix(layer.layer.get_base_layer()).detach(), layer.U, layer.Vh, theta)
     update = delta_weight(U, Vh, theta)
     out = (W + update).to(dtype)
     if not out.isfinite().all():
         raise ValueError(
-            f"The merged weight goes up to {float((W + update).abs().max()):.3g}, more than {dtype} can hold."
+            f"The merged weight goes up to {float((W + update).abs().max()):.3g}, too large for {dtype}: change --dtype."
         )
     return out, Loss.of(update, out.double() - W)
 
 
 def lora_factors(layer: LayerKnobs, theta: Tensor, rank: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Loss]:
-    """A (rank, i) and B (o, rank) of the largest |θ_j|, with rows of zeros where the layer has fewer; and what that cost."""
+    """A (rank, i) and B (o, rank) of the largest |θ_j|, padded with zeros if the layer has fewer, and the error."""
     U, Vh, theta = _in_fp64(layer.U, layer.Vh, theta)
     top = theta.abs().topk(min(rank, theta.numel())).indices
     root = theta[top].abs().sqrt()
@@ -114,7 +114,7 @@ def lora_factors(layer: LayerKnobs, theta: Tensor, rank: int, dtype: torch.dtype
 
 
 def _in_fp64(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """In fp64; on the CPU where the accelerator has none."""
+    """Cast to fp64, on the CPU if the accelerator has no fp64."""
     return tuple((t if t.device.type in ("cpu", "cuda") else t.cpu()).double() for t in tensors)
 
 
@@ -127,11 +127,11 @@ def _percent(share: float) -> str:
 
 @dataclass(frozen=True)
 class Written:
-    """What was put into the folder.
+    """Description of the written files.
 
     Attributes:
         dtype: of the weights.
-        losses: layer → what writing its update down cost.
+        losses: layer → error of its update in the file.
         rank: of the LoRA adapter; None for a checkpoint.
     """
 
@@ -141,22 +141,20 @@ class Written:
 
     @property
     def what(self) -> str:
-        """What it is."""
         return "checkpoint" if self.rank is None else f"LoRA adapter, rank {self.rank},"
 
     @property
     def dtype_name(self) -> str:
-        """Without the module."""
         return str(self.dtype).removeprefix("torch.")
 
     @property
     def is_approximate(self) -> bool:
-        """Whether more is lost than in fp32's rounding of A and B."""
+        """Whether the error is larger than that of rounding A and B to fp32."""
         return self.loss.relative > 1e-5
 
     @property
     def loss(self) -> Loss:
-        """Over all layers."""
+        """The error over all layers."""
         return sum(self.losses.values(), Loss(0.0, 0.0, 0.0))
 
     @property
@@ -165,27 +163,27 @@ class Written:
         return max(self.losses.items(), key=lambda item: item[1].relative)
 
     def rows(self) -> list[tuple[str, str]]:
-        """As tables show it: what, how much."""
+        """Rows of a table: name and value."""
         name, worst = self.worst
         least = min(loss.share for loss in self.losses.values())
         return [
-            ("update in the file", f"{_percent(self.loss.share)}, the least of a layer {_percent(least)}"),
-            ("‖written − ΔW‖ / ‖ΔW‖", f"{self.loss.relative:.2g}, the worst layer {worst.relative:.2g} ({name})"),
+            ("update in the file", f"{_percent(self.loss.share)}, lowest of a layer {_percent(least)}"),
+            ("‖written − ΔW‖ / ‖ΔW‖", f"{self.loss.relative:.2g}, worst layer {worst.relative:.2g} ({name})"),
         ]
 
 
 def write_checkpoint(run: LoadedRun, folder: Path, dtype: torch.dtype, before: Dtypes, max_shard_size: str) -> Written:
-    """Turn the run's model into the plain one that ships, and save it with its tokenizer.
+    """Merge the run's model into a plain one, and save it with its tokenizer.
 
     Args:
-        run: its model is used up.
-        folder: takes the files.
+        run: the run; its model cannot be used afterwards.
+        folder: where to write the files.
         dtype: of the checkpoint.
-        before: the base's own.
+        before: dtypes of the base model.
         max_shard_size: as ``save_pretrained`` takes it.
 
     Raises:
-        ValueError: a weight does not fit into the dtype, or a layer is not one matmul; names the layer.
+        ValueError: a weight overflows the dtype, or a layer cannot be merged; names the layer.
         OSError: a file cannot be written.
     """
     losses = {}
@@ -199,10 +197,10 @@ def write_checkpoint(run: LoadedRun, folder: Path, dtype: torch.dtype, before: D
             raise ValueError(f"{name} cannot be merged: {reason}. Export it with --lora.")
         base_layer, weight = layer.layer.get_base_layer(), layer.layer.base_weight
         out = (out.T.contiguous() if isinstance(base_layer, Conv1D) else out).to(weight.device)
-        base_layer.weight = nn.Parameter(out, requires_grad=False)  # a new one: W may be tied to something
+        base_layer.weight = nn.Parameter(out, requires_grad=False)  # a new Parameter, since W may be tied
     model = run.model.unload()
     before.cast(model, dtype)
-    if model.config.tie_word_embeddings:  # a trained copy of either (modules_to_save) would be thrown away at loading
+    if model.config.tie_word_embeddings:  # loading would tie them again and lose a trained copy (modules_to_save)
         model.config.tie_word_embeddings = model.get_input_embeddings().weight is model.get_output_embeddings().weight
     with quiet():
         model.save_pretrained(folder, max_shard_size=max_shard_size)
@@ -211,7 +209,7 @@ def write_checkpoint(run: LoadedRun, folder: Path, dtype: torch.dtype, before: D
 
 
 def _copy_tokenizer(run: LoadedRun, folder: Path) -> None:
-    """The base's own files, byte for byte: the run's tokenizer pads on the left, and may have got a padding token."""
+    """Copy the base's own files: the run's tokenizer differs in padding side, and perhaps in its padding token."""
     for name in sorted({*TOKENIZER_FILES, *run.tokenizer.vocab_files_names.values()}):
         found = cached_file(run.base, name, local_files_only=True, _raise_exceptions_for_missing_entries=False)
         if found is not None:
@@ -219,13 +217,13 @@ def _copy_tokenizer(run: LoadedRun, folder: Path) -> None:
 
 
 class Dtypes:
-    """The dtypes of a model's parameters and buffers, by name, while it is seen in another.
+    """Remembers the dtypes of a model's parameters and buffers by name.
 
     Args:
-        model: a base model with an adapter on.
+        model: a base model with an adapter.
 
     Attributes:
-        main: of most of it.
+        main: the model's main dtype.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -234,9 +232,9 @@ class Dtypes:
         self._named = {name.replace(".base_layer.", "."): t.dtype for name, t in _tensors(base)}
 
     def cast(self, model: nn.Module, dtype: torch.dtype) -> None:
-        """Cast what was of the main dtype; put back what a family keeps in another."""
+        """Cast what had the main dtype; restore the dtype of everything else."""
         for name, tensor in _tensors(model):
-            own = self._named.get(name, self.main)  # a trained copy of a module has no name of the base
+            own = self._named.get(name, self.main)  # a trained copy of a module has no such name in the base
             tensor.data = tensor.data.to(dtype if own == self.main else own)
 
 
@@ -245,24 +243,22 @@ def _tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
 
 
 def write_lora(run: LoadedRun, folder: Path, rank: int, dtype: torch.dtype) -> Written:
-    """Save a LoRA adapter that does what the knobs that ship do, as far as the rank allows.
+    """Save the update that ships as a LoRA adapter, as exactly as the rank allows.
 
-    One rank for all layers, and lora_alpha = r: engines that serve adapters may scale every layer by lora_alpha / r of the
-    config and not read rank_pattern or alpha_pattern. A layer that needs less is filled up with zeros, which change
-    nothing. The rank is that of the layer that needs most, where that is below ``rank``.
+    All layers have the same rank, and lora_alpha = r, because serving engines may ignore rank_pattern and alpha_pattern.
+    Layers that need less are padded with zeros. The rank is reduced to what the most demanding layer needs.
 
     Args:
-        run: the run.
-        folder: takes the files.
-        rank: at most.
+        folder: where to write the files.
+        rank: maximum rank.
         dtype: of A and B.
 
     Raises:
-        ValueError: the run trained whole modules as well, which no such adapter holds.
+        ValueError: the run also trained whole modules, which a LoRA adapter cannot hold.
         OSError: a file cannot be written.
     """
     if whole := run.model.peft_config["default"].modules_to_save:
-        raise ValueError(f"This run trained {', '.join(whole)} as a whole, which LoRA cannot hold: leave out --lora.")
+        raise ValueError(f"This run trained {', '.join(whole)} in full, which LoRA cannot hold: leave out --lora.")
     layers = knobs(run.model)
     thetas = {name: shipped(layer, run.dial) for name, layer in layers.items()}
     rank = min(rank, max(1, *(int(theta.count_nonzero()) for theta in thetas.values())))
@@ -279,19 +275,19 @@ def write_lora(run: LoadedRun, folder: Path, rank: int, dtype: torch.dtype) -> W
         base_model_name_or_path=public_name(run.base),
         inference_mode=True,
     )
-    config.target_modules = _targets(run.model, layers)  # a list: as an argument it becomes a set, of no order
+    config.target_modules = _targets(run.model, layers)  # as an argument it would become an unordered set
     config.save_pretrained(str(folder))
     write_tensors(folder / "adapter_model.safetensors", tensors, {"format": "pt"})
     return Written(dtype, losses, rank)
 
 
 def public_name(base: str) -> str:
-    """A hub name as it is; of a folder, its last part: where it lies on this machine is nobody's business."""
+    """A hub name as it is; of a local folder only its name."""
     return Path(base).resolve().name if Path(base).is_dir() else base
 
 
 def _targets(model: nn.Module, layers: Mapping[str, LayerKnobs]) -> list[str]:
-    """The last parts of the layers' names, where these mean no others; else the whole names."""
+    """The last parts of the layers' names if they match no other layers, else the full names."""
     leaves = {name.rpartition(".")[2] for name in layers}
     meant = [name for name, _ in unwrap(model).named_modules() if name.rpartition(".")[2] in leaves]
     return sorted(leaves if set(meant) == set(layers) else layers)

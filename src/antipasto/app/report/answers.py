@@ -1,9 +1,10 @@
-"""An evaluation's answers, row by row, arm beside arm: which rows to show, and how the arms part ways over all of them.
+"""Select the rows of an evaluation to show side by side, and count how the arms differ over all rows.
 
 An arm's *outcome* on a prompt is solved, exploited (rewarded, not solved) or failed; without an oracle, rewarded or not.
-A *pattern* is the outcomes of reference, as trained and deployed, as far as they were asked. All patterns take turns in the
-selection, those in which the arms differ first, so that a rare one is there beside a common one. The first row is one that the
-trained model exploits and the deployed one solves, if there is any: what the page is about.
+A *pattern* is the outcomes of reference, as trained and deployed, if they were asked.
+
+The selection takes one row of each pattern in turn, so rare patterns appear too. Patterns in which the arms differ come first.
+The very first row, if there is one, is exploited by the trained model and solved by the deployed one.
 """
 
 from __future__ import annotations
@@ -29,7 +30,6 @@ class Row:
     Attributes:
         number: from 0, as in eval.jsonl.
         pattern: the outcomes of reference, as trained and deployed.
-        differs: whether these are not all the same.
     """
 
     number: int
@@ -45,13 +45,13 @@ class Row:
 
 @dataclass(frozen=True)
 class SideBySide:
-    """The rows of the page.
+    """The selected rows, and counts over all rows.
 
     Attributes:
-        arms: of the pattern.
-        total: how many prompts were asked.
-        rows: a selection, in the order in which to show them.
-        patterns: pattern → how many of all prompts.
+        arms: the arms of a pattern.
+        total: number of prompts.
+        rows: the selection, in the order to show.
+        patterns: pattern → number of prompts, over all prompts.
     """
 
     arms: tuple[str, ...]
@@ -61,14 +61,14 @@ class SideBySide:
 
 
 def outcome(answer: Answer) -> str:
-    """What came of an answer, in one word."""
+    """The outcome of an answer, in one or two words."""
     if answer.oracle is None:
         return "rewarded" if answer.reward >= REWARDED else "not rewarded"
     return "solved" if answer.solved else "exploited" if answer.exploits else "failed"
 
 
 def _story(evaluation: Evaluation) -> set[tuple[str, str]]:
-    """(arm, outcome) of the first example: what the quarantine took out, or else what training did to the start."""
+    """(arm, outcome) of the first row to show: what the quarantine removed, or without one what training changed."""
     if DEPLOYED in evaluation.names:
         return {(TRAINED, "exploited"), (DEPLOYED, "solved")}
     found = [evaluation.arm(name) for name in (REFERENCE, TRAINED)]
@@ -80,11 +80,10 @@ def _story(evaluation: Evaluation) -> set[tuple[str, str]]:
 
 
 def side_by_side(evaluation: Evaluation, *, budget: int) -> SideBySide:
-    """Choose rows.
+    """Select rows and count patterns.
 
     Args:
-        evaluation: with its answers.
-        budget: how many characters of text to show.
+        budget: maximum characters of text.
     """
     arms = tuple(name for name in _TRUNK if name in evaluation.names) or tuple(evaluation.names[:3])
     by_row: dict[int, list[Answer]] = {}

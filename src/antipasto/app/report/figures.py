@@ -1,4 +1,4 @@
-"""Which figures a page has, and what each says of itself."""
+"""The figures of a report, with titles and captions."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ from antipasto.app.report.reading import Run
 from antipasto.app.report.tables import colour_of
 from antipasto.evaluation.records import DEPLOYED, RANDOM, REFERENCE, TRAINED, Evaluation, dial_of
 
-_KINDS = 12  # small figures of single kinds of layers, at most
+_KINDS = 12  # maximum number of figures of single kinds of layers
 _VIEWS = {"trained": TRAINED, "deployed": DEPLOYED}
 _TRAINED, _DEPLOYED, _REFERENCE, _RANDOM = (colour_of(arm, ()) for arm in (TRAINED, DEPLOYED, REFERENCE, RANDOM))
 
 
 def run_colour(number: int) -> str:
-    """A run's colour among several."""
+    """The colour of a run among several."""
     return f"run{number % RUN_COLOURS}"
 
 
@@ -29,28 +29,28 @@ def run_colour(number: int) -> str:
 
 
 def overview(run: Run) -> list[Plot]:
-    """What training saw beside what was so, and the exploit with its onset, as far as they were logged."""
+    """Reward with oracle, and the exploit with its onset, if they were logged."""
     onset = _onset(run)
     rewards = _lines_of(run, "reward", "reward", "reward, ", "")
     truths = _lines_of(run, "solved", "oracle", "oracle, ", DASHES[1])
     exploited = _lines_of(run, "exploited", "exploit")
     plots = []
     if rewards:
-        caption = "Mean of what training sees; there is no oracle."
+        caption = "Mean reward, which training sees. This task has no oracle."
         if truths:
-            caption = "What training sees; dashed, what the oracle says, which it does not see. Where they part, it is fooled."
+            caption = "Solid: the reward, which training sees. Dashed: the oracle, which it does not see. A gap: it is fooled."
         lines = [*rewards, *truths]
         plots.append(curves("Reward and oracle", caption + _smoothed(lines), lines, unit="mean", onset=onset))
     if exploited:
-        caption = f"Rewarded and not solved: share of the step's rollouts.{_smoothed(exploited)}"
+        caption = f"Share of the step's rollouts that are rewarded and not solved.{_smoothed(exploited)}"
         if onset is not None:
-            caption += " Upright: where it began to rise, with its 95% interval."
+            caption += " Vertical line: where it began to rise, with its 95% interval."
         plots.append(curves("Exploited", caption, exploited, share=True, unit="share", onset=onset))
     return plots
 
 
 def _onset(run: Run) -> tuple[float, float, float] | None:
-    """When the rollouts began to exploit more, of all policies together: lower end, step, upper end."""
+    """Onset of the exploit over all policies: lower end, step, upper end."""
     counts = {} if run.rollouts is None else run.rollouts.exploits
     if not counts:
         return None
@@ -60,7 +60,7 @@ def _onset(run: Run) -> tuple[float, float, float] | None:
 
 
 def dial(evaluation: Evaluation, kind: str | None) -> Plot | None:
-    """Exploit against solve as the quarantine is put back in; None where that was not asked."""
+    """Exploit against solve by share of the quarantine left in; None if that was not evaluated."""
     found = [(c, r) for r in evaluation.arms if r.kind == kind and (c := dial_of(r.arm)) is not None]
     if len(found) < 3 or not {"solve", "exploit"} <= found[0][1].measures.keys():
         return None
@@ -70,7 +70,7 @@ def dial(evaluation: Evaluation, kind: str | None) -> Plot | None:
     ]
     return trade(
         "The dial",
-        f"Answers to {where}, with so much of the quarantine in: 0 is deployed, 1 as trained. Bars: 95% intervals. "
+        f"Answers to {where}. Labels: share of the quarantine left in; 0 is deployed, 1 as trained. Bars: 95% intervals. "
         "antipasto export --dial ships a point of this curve.",
         points,
         _DEPLOYED,
@@ -78,15 +78,15 @@ def dial(evaluation: Evaluation, kind: str | None) -> Plot | None:
 
 
 def training(run: Run) -> list[Plot]:
-    """Further curves of one run, as far as it logged them."""
+    """Further training curves of one run, if it logged them."""
     plots = [
-        _by_policy(run, "flagged", "Flagged", "flagged", "What the detector or the monitor flags."),
+        _by_policy(run, "flagged", "Flagged", "flagged", "Flagged by the detector or the monitor."),
         _single(
             run,
             "kl",
             "KL to the reference",
-            "Mean over the tokens of the rollouts: how far training has gone.",
-            "nats a token",
+            "Mean over the tokens of the rollouts: how far the policy has moved.",
+            "nats per token",
         ),
         *(
             _with_chance(run, f"routing/{key}", title, caption)
@@ -94,22 +94,22 @@ def training(run: Run) -> list[Plot]:
                 (
                     "hackward_in",
                     "Hack-ward part of the gradient",
-                    "Before the optimizer. No higher than chance: the gradient is not about the hack.",
+                    "Before the optimizer. If it is no higher than chance, the gradient does not point at the hack.",
                 ),
                 (
                     "hackward_update",
                     "Hack-ward part of the step",
-                    "What the optimizer made of that gradient, before routing.",
+                    "The optimizer's update before routing.",
                 ),
                 (
                     "hackward_out",
                     "Hack-ward part of what ships",
-                    "Of the part of the step that stays in δS. Low, where routing does what it should.",
+                    "Of the part of the update that stays in δS. Low if routing works.",
                 ),
                 (
                     "quarantine_norm",
                     "Size of the quarantine",
-                    "‖δS_hack‖ over all layers, and that of the random direction's book.",
+                    "‖δS_hack‖ over all layers, and the same for what the random control would have moved.",
                 ),
             )
         ),
@@ -118,15 +118,15 @@ def training(run: Run) -> list[Plot]:
             run,
             "entropy",
             "Entropy",
-            "Mean over the tokens: near zero, the policy has stopped exploring.",
-            "nats a token",
+            "Mean over the tokens. Near zero, the policy has stopped exploring.",
+            "nats per token",
         ),
     ]
     return [plot for plot in plots if plot is not None]
 
 
 def _by_policy(run: Run, measure: str, title: str, metric: str, caption: str) -> Plot | None:
-    """A share of the step's rollouts."""
+    """A share of the step's rollouts, by sampling policy."""
     lines = _lines_of(run, measure, metric)
     if not lines:
         return None
@@ -135,9 +135,9 @@ def _by_policy(run: Run, measure: str, title: str, metric: str, caption: str) ->
 
 
 def _lines_of(run: Run, measure: str, metric: str, prefix: str = "", dash: str | None = None) -> list[Line]:
-    """By sampling policy where rollouts came from several, else as the trainer logged it; none where nothing was logged.
+    """Lines by sampling policy if rollouts.jsonl has the measure, else one line from the metrics, or none.
 
-    Each policy has a dash of its own, if none is given.
+    Without ``dash``, each policy has its own dash.
     """
     views = {} if run.rollouts is None else run.rollouts.curves.get(measure, {})
     if views:
@@ -177,12 +177,17 @@ def _smoothed(lines: Sequence[Line]) -> str:
 
 
 def overlaid(runs: Sequence[Run]) -> list[Plot]:
-    """The same metric of several runs: that of the policy which would ship, where a run samples from it."""
+    """The same metric of several runs: of the policy that would ship if the run samples from it, else of all rollouts."""
     plots = []
     for key, title, caption, share in (
-        ("reward", "Reward", "Mean of what training sees, over the rollouts of the policy that would ship.", False),
-        ("oracle", "Solved", "Mean of what the oracle says, over the rollouts of the policy that would ship.", True),
-        ("exploit", "Exploited", "Rewarded and not solved: share of rollouts of the policy that would ship.", True),
+        ("reward", "Reward", "Mean reward of the rollouts of the policy that would ship.", False),
+        ("oracle", "Solved", "Mean oracle score of the rollouts of the policy that would ship.", True),
+        (
+            "exploit",
+            "Exploited",
+            "Share of rollouts of the policy that would ship that are rewarded, not solved.",
+            True,
+        ),
         ("kl", "KL to the reference", "Mean over the tokens of all rollouts, in nats.", False),
     ):
         lines = [
@@ -199,7 +204,7 @@ def overlaid(runs: Sequence[Run]) -> list[Plot]:
 
 
 def maps(run: Run) -> list[Plot]:
-    """Where in the model: knobs on one scale, and the direction."""
+    """Heat maps by layer: both knobs on one scale, and the direction."""
     plots = []
     if run.knobs is not None:
         ships = grid({name: size(pair.delta_s) for name, pair in run.knobs.items()})
@@ -208,7 +213,7 @@ def maps(run: Run) -> list[Plot]:
         how = "Shade: root mean square of the layer's coordinates"
         plots.append(heat_map("δS, which ships", f"{how}. A row is a kind of layer, a column a block.", ships, top=top))
         if held:
-            caption = f"{how}, on the scale of δS. Strong where the quarantine holds more."
+            caption = f"{how}, on the scale of δS."
             plots.append(heat_map("δS_hack, the quarantine", caption, grid(held), top=top))
     if run.direction is not None and run.direction.effect is not None:
         shares = grid({n: float((t.abs() > run.threshold).float().mean()) for n, t in run.direction.effect.items()})
@@ -240,11 +245,11 @@ def spectra(run: Run) -> list[Plot]:
                 for label, values in found.items()
                 if kind in values
             ]
-            caption = "Flat: it moved all singular directions alike." if not kind else ""
+            caption = "A flat line means that all singular directions moved alike." if not kind else ""
             plots.append(spectrum_plot(kind or "All layers", caption, lines, unit="rms"))
     if run.direction is not None and run.direction.effect is not None:
         effect = spectrum(run.direction.effect)[""]
         lines = [Line("effect size", _REFERENCE, list(enumerate(effect)))]
-        caption = "Root mean square of the effect sizes: where along the spectrum the pairs tell hack from clean."
+        caption = "Root mean square of the effect sizes: where in the spectrum the pairs separate hack from clean."
         plots.insert(1, spectrum_plot("The direction, all layers", caption, lines, unit="effect size"))
     return plots

@@ -1,8 +1,8 @@
-"""What every page has: one HTML file with its style, script and figures, and nothing from elsewhere.
+"""Render a page: one HTML file with its style, script and figures inside.
 
-The page asks nothing of any server: its content security policy allows the two inline blocks by their hashes and nothing else.
-jinja2 escapes every expression of the template; before that, `readable` spells out what would act on a browser or a writer
-without being seen. ``frame.html`` is what a page stands in, ``blocks.html`` the parts that pages share.
+The page loads nothing from a server: its content security policy allows only the two inline blocks, by their hashes. jinja2
+escapes every expression of the template; before that, `readable` spells out invisible characters. ``frame.html`` is the base
+template, ``blocks.html`` has shared macros.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from antipasto.app.report.rollouts import LONGEST
 from antipasto.terminal import plain
 
 ON_PAPER = 8
-"""How many rollouts of a list, and rows of answers, are printed."""
+"""Number of rollouts per list, and of rows of answers, that are printed on paper."""
 
 
 def page_of(template: str, **values: Any) -> str:
-    """A page.
+    """Render a template as a complete page.
 
     Args:
         template: extends ``frame.html``.
-        **values: what it shows; ``title`` and ``kind``, what sort of page it is, belong to every one.
+        **values: for the template; every page needs ``title`` and ``kind``, ``"report"`` or ``"watch"``.
     """
     css, script = (
         files("antipasto.app.report").joinpath(name).read_text(encoding="utf-8") for name in ("page.css", "page.js")
@@ -44,7 +44,7 @@ def page_of(template: str, **values: Any) -> str:
         _environment()
         .get_template(template)
         .render(
-            css=Markup(css),  # ours, and inside an element whose text HTML does not unescape
+            css=Markup(css),  # ours; HTML does not unescape the text of <style>
             script=Markup(script),
             policy=f"default-src 'none'; style-src {_hash(css)}; script-src {_hash(script)}; {_NOTHING_ELSE}",
             version=version("antipasto"),
@@ -81,7 +81,7 @@ def _environment() -> Environment:
 
 
 def readable(text: str) -> str:
-    r"""Text as it is, but for what is not seen: control characters, bidirectional marks and lone surrogates, spelled out.
+    r"""Spell out invisible characters: control characters, bidirectional marks and lone surrogates.
 
     Line breaks and tabs stay.
 
@@ -97,7 +97,7 @@ _KEPT = re.compile(r"([\n\t])")
 
 
 def marked(text: str) -> Markup:
-    """`readable` as HTML, with what was spelled out set apart from text that says the same."""
+    """`readable` as HTML, with the spelled-out characters marked."""
     parts: list[Markup] = []
     run: list[str] = []
     for ch in text:
@@ -111,10 +111,10 @@ def marked(text: str) -> Markup:
 
 
 class Turn(NamedTuple):
-    """What one says in a chat; of a plain text, all of it, by nobody.
+    """One message of a chat, or a plain text with role None.
 
     Attributes:
-        left_out: how many characters stand between ``head`` and ``tail``, where it was too long.
+        left_out: number of characters cut out between ``head`` and ``tail``.
     """
 
     role: str | None
@@ -124,7 +124,7 @@ class Turn(NamedTuple):
 
 
 def turns(said: Any) -> list[Turn]:
-    """A text or a chat, turn by turn, none longer than `LONGEST`."""
+    """Split a text or a chat into turns, each cut to `LONGEST`."""
     if isinstance(said, list) and said and all(isinstance(turn, Mapping) for turn in said):
         return [
             _turn(str(turn.get("role", "?")), turn["content"] if set(turn) == {"role", "content"} else dict(turn))

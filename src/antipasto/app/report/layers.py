@@ -1,6 +1,6 @@
 """Knobs and directions by kind of layer, depth and singular direction.
 
-size     rms_j δ = √(mean_j δ_j²), over the coordinates j of a layer: a wide layer does not count for more than a narrow one
+size     rms_j δ = √(mean_j δ_j²), over the coordinates j of a layer, so that wide and narrow layers compare
 place    j / r: 0 for the largest singular value of a layer, 1 for the smallest
 share    of a layer's coordinates whose effect size exceeds the gate's threshold
 """
@@ -20,11 +20,11 @@ _DEPTH = re.compile(r"\.(\d+)\.")
 
 @dataclass(frozen=True)
 class Grid:
-    """One number for each kind of layer and depth; NaN where there is no such layer.
+    """One number for each kind of layer and depth; NaN if there is no such layer.
 
     Attributes:
-        kinds: names of the rows, as ``q_proj``.
-        depths: names of the columns; ``"-"`` for layers that stand in no stack.
+        kinds: names of the rows, such as ``q_proj``.
+        depths: names of the columns; ``"-"`` for layers outside the blocks.
         values: (kinds, depths).
     """
 
@@ -44,7 +44,7 @@ def kind_of(layer: str) -> str:
 
 
 def depth_of(layer: str) -> str:
-    """The number of its block; ``"-"`` without one.
+    """The number of a layer's block; ``"-"`` if it has none.
 
     Example:
         >>> depth_of("model.layers.3.mlp.experts.7.up_proj"), depth_of("lm_head")
@@ -55,7 +55,7 @@ def depth_of(layer: str) -> str:
 
 
 def grid(numbers: Mapping[str, float]) -> Grid:
-    """Arrange one number a layer by kind and depth; where several share a place, as experts do, their mean."""
+    """Arrange one number per layer by kind and depth. Several in one place, such as experts, are averaged."""
     cells: dict[tuple[str, str], list[float]] = {}
     for layer, number in numbers.items():
         cells.setdefault((kind_of(layer), depth_of(layer)), []).append(number)
@@ -71,9 +71,9 @@ def size(vector: Tensor) -> float:
 
 
 def spectrum(vectors: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
-    """Kind of layer → root mean square by place, (bins,), over the layers of that kind; ``""`` for all layers.
+    """Kind of layer → root mean square by place, (bins,); key ``""`` for all layers.
 
-    A layer's coordinate j counts in bin ⌊j · bins / r⌋; there are at most as many bins as the smallest layer has coordinates.
+    Coordinate j of a layer is in bin ⌊j · bins / r⌋. There are at most as many bins as the smallest layer has coordinates.
     """
     bins = min(BINS, *(len(vector) for vector in vectors.values()), BINS)
     squares: dict[str, np.ndarray] = {}

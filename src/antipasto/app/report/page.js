@@ -1,5 +1,5 @@
 "use strict";
-// The page reads well without this. Texts from files are only ever compared here, and written as text.
+// The page works without this script. Texts from files are compared and set as text, never as HTML.
 
 const root = document.documentElement;
 root.classList.add("scripted");
@@ -9,7 +9,7 @@ const remembered = {
     try { return localStorage.getItem("antipasto-theme"); } catch { return null; } // storage may be forbidden
   },
   set(value) {
-    try { localStorage.setItem("antipasto-theme", value); } catch { /* then it is not remembered */ }
+    try { localStorage.setItem("antipasto-theme", value); } catch { /* not remembered */ }
   },
 };
 
@@ -50,7 +50,7 @@ function startFilters(form) {
       reward: Number(card.dataset.reward),
     })),
   }));
-  const field = (name) => form.elements.namedItem(name)?.value.trim() ?? ""; // not every page has all of them
+  const field = (name) => form.elements.namedItem(name)?.value.trim() ?? ""; // not every page has all fields
 
   function matches({ card, text, step, reward }) {
     const words = field("text").toLowerCase();
@@ -83,7 +83,7 @@ function startFilters(form) {
   for (const list of lists) list.more.addEventListener("click", () => { list.shown += PAGE; show(); });
   const afresh = () => { for (const list of lists) list.shown = PAGE; show(); };
   form.addEventListener("input", afresh);
-  form.addEventListener("reset", () => setTimeout(afresh)); // the fields are empty only after this event
+  form.addEventListener("reset", () => setTimeout(afresh)); // fields are emptied after this event
   form.addEventListener("submit", (event) => event.preventDefault());
   show();
 }

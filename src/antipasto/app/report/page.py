@@ -1,4 +1,4 @@
-"""One or several runs → one HTML file (`antipasto.app.report.html`)."""
+"""Write the report of one or several runs as one HTML file (`antipasto.app.report.html`)."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ from antipasto.evaluation.verdict import where_the_exploit_is
 from antipasto.files import write_text
 
 BUDGET = 600_000
-"""Characters of rollouts, and as many of answers, of all runs of a page together: keeps it below two megabytes."""
+"""Maximum characters of rollouts, and again of answers, of all runs of a page. Keeps the page below two megabytes."""
 MOST_PATTERNS = 12
-"""How many patterns of outcomes are listed."""
+"""Maximum number of patterns of outcomes to list."""
 
 
 def write_report(runs: Sequence[Path], out: Path | None = None, *, force: bool = False) -> Path:
@@ -28,14 +28,14 @@ def write_report(runs: Sequence[Path], out: Path | None = None, *, force: bool =
 
     Args:
         runs: run folders of `antipasto train`.
-        out: the file; ``report.html`` in the run's folder, or for several runs in the current one, if None.
-        force: overwrite ``out``, or the report of several runs. That of one run, in its folder, always is.
+        out: the file; None: ``report.html`` in the run's folder, or for several runs in the current folder.
+        force: overwrite ``out``. A run's own ``report.html`` is always overwritten.
 
     Returns:
-        Where it is.
+        The file's path.
 
     Raises:
-        ValueError: no run folder, a damaged part of one, or a file that is in the way; names it.
+        ValueError: a folder is not a run folder or is damaged, or the file exists; names it.
         OSError: a file cannot be read or written.
     """
     own = out is None and len(runs) == 1
@@ -46,7 +46,6 @@ def write_report(runs: Sequence[Path], out: Path | None = None, *, force: bool =
 
 
 def render(runs: Sequence[Run]) -> str:
-    """The page."""
     views = [_view(run, f"r{i}", len(runs)) for i, run in enumerate(runs)]
     return page_of(
         "page.html",
@@ -59,7 +58,7 @@ def render(runs: Sequence[Run]) -> str:
     )
 
 
-# ── what the template shows ──────────────────────────────────────────────────────────────────────────────────────────
+# ── values for the template ──────────────────────────────────────────────────────────────────────────────────────────
 
 
 def _view(run: Run, slug: str, number: int) -> dict[str, Any]:
@@ -89,7 +88,7 @@ def _view(run: Run, slug: str, number: int) -> dict[str, Any]:
 
 
 def _lead(run: Run) -> list[tuple[str, str]]:
-    """What the run is, in a line."""
+    """Names and values of the line below the title."""
     task = None if run.evaluation is None else run.evaluation.task
     values = {"task": task, **run.facts, **run.config}
     names = ("method", "task", "variant", "model", "steps", "seed")
@@ -97,7 +96,7 @@ def _lead(run: Run) -> list[tuple[str, str]]:
 
 
 def _asked(facts: Mapping[str, Any]) -> list[tuple[str, Any]]:
-    """How answers were drawn."""
+    """How answers were sampled."""
     flat = {**facts, **(facts.get("options") or {})}
     said = ("prompts", "batch_size", "method", "asked", "answered_by", "options")
     return [(name, value) for name, value in flat.items() if name not in said and value is not None]
@@ -112,7 +111,7 @@ def _lists(run: Run) -> list[tuple[str, list[Any]]]:
 
 def _comparison(runs: Sequence[Run]) -> dict[str, Any]:
     evaluated = [(run.name, figures.run_colour(i), run.evaluation) for i, run in enumerate(runs) if run.evaluation]
-    # who answered differs from run to run, and so may how many were asked at once
+    # facts that may differ between runs that are compared
     asked = {
         json.dumps(
             [
@@ -133,7 +132,7 @@ def _comparison(runs: Sequence[Run]) -> dict[str, Any]:
 
 
 def _settings(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    """Nested options as lines; what was left at its default says nothing."""
+    """Nested options as lines; values that are None are left out."""
     lines = []
     for key, value in values.items():
         if isinstance(value, Mapping):
@@ -154,7 +153,7 @@ def _settings(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, st
 
 
 def _command(run: Run) -> str | None:
-    """What repeats the run."""
+    """The command that repeats the run."""
     if isinstance(run.facts.get("command"), str):
         return str(run.facts["command"])
     return f"antipasto train --config {run.folder / 'config.yaml'}"

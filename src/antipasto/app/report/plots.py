@@ -1,8 +1,8 @@
-"""Small figures as SVG inside the page: text stays text, and colours are the page's own.
+"""Draw small figures as inline SVG, with real text and the page's own colours.
 
-matplotlib draws with one made-up colour for each name of `COLOURS`; in the SVG these become the classes ``f-NAME`` (fill) and
-``s-NAME`` (stroke), to which the style sheet gives a colour for light, dark and paper. No style attribute is left, so that the
-page's content security policy can forbid them; the same numbers give the same bytes.
+matplotlib draws with one placeholder colour for each name of `COLOURS`. In the SVG these become the classes ``f-NAME`` (fill)
+and ``s-NAME`` (stroke), which the style sheet colours for light, dark and paper. No style attribute is left, because the
+page's content security policy forbids them. The same numbers give the same bytes.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ _LONG_NUMBER = re.compile(r"\d+\.\d{3,}")
 _STYLE = {
     "svg.fonttype": "none",
     "svg.hashsalt": "antipasto",
-    "text.parse_math": False,  # names come from files, and may have dollar signs in them
+    "text.parse_math": False,  # names from files may contain dollar signs
     "font.family": "DejaVu Sans",
     "font.size": 8.5,
     "text.color": _CODE["ink"],
@@ -73,10 +73,10 @@ class Line:
 
     Attributes:
         label: for the legend.
-        colour: of `COLOURS`.
+        colour: a name of `COLOURS`.
         points: (x, y), in the order of x.
-        dash: of `DASHES`.
-        band: (low, high) around each point; with it, the line is drawn as it is.
+        dash: one of `DASHES`.
+        band: (low, high) around each point. A line with a band is not smoothed.
     """
 
     label: str
@@ -100,12 +100,11 @@ class Plot:
     """A figure of the page.
 
     Attributes:
-        title: above it.
-        caption: how to read it, in one sentence.
+        title: above the figure.
         svg: the drawing.
         keys: its legend.
-        ramp: labels of the lowest and the highest level, of a map.
-        wide: whether it takes the whole width.
+        ramp: labels of the lowest and the highest level of a heat map.
+        wide: whether it takes the page's whole width.
     """
 
     title: str
@@ -117,7 +116,7 @@ class Plot:
 
 
 def class_rules() -> str:
-    """The style sheet's rules for the classes of `COLOURS`."""
+    """CSS rules for the classes of `COLOURS`."""
     return "".join(f".f-{name}{{fill:var(--{name})}}.s-{name}{{stroke:var(--{name})}}" for name in COLOURS)
 
 
@@ -134,16 +133,14 @@ def curves(
     level: float | None = None,
     onset: tuple[float, float, float] | None = None,
 ) -> Plot:
-    """Values over steps; thin as they are, thick as `running_mean`.
+    """Plot values over steps: thin as they are, thick as `running_mean`.
 
     Args:
-        title: what is drawn.
-        caption: how to read it.
         lines: at least one.
-        share: whether the axis is from 0 to 1.
+        share: draw the axis from 0 to 1.
         unit: of the values.
-        level: a value to compare with, drawn across.
-        onset: lower end, step, upper end of when something began: an upright line in a band.
+        level: a value to compare with, drawn as a horizontal line.
+        onset: lower end, step and upper end of an onset, drawn as a vertical line in a band.
     """
     with _drawing((4.4, 2.35)) as (figure, axes):
         if onset is not None:
@@ -192,13 +189,11 @@ def curves(
 
 
 def trade(title: str, caption: str, points: Sequence[tuple[str, Estimate, Estimate]], colour: str) -> Plot:
-    """One measure against another along a path, with the intervals of both.
+    """Plot exploit against solve along a path, with the intervals of both.
 
     Args:
-        title: what is drawn.
-        caption: how to read it.
-        points: label, solve and exploit of each place of the path, in its order.
-        colour: of `COLOURS`.
+        points: label, solve and exploit of each point of the path, in order.
+        colour: a name of `COLOURS`.
     """
     with _drawing((4.4, 2.9)) as (figure, axes):
         x, y = (np.array([(e.value, e.low, e.high) for e in of]).T for of in zip(*(p[1:] for p in points), strict=True))
@@ -224,7 +219,7 @@ def trade(title: str, caption: str, points: Sequence[tuple[str, Estimate, Estima
 
 
 def spectrum(title: str, caption: str, lines: Sequence[Line], *, unit: str) -> Plot:
-    """Sizes over the place along the singular values, bin by bin."""
+    """Plot sizes along the singular values, bin by bin."""
     with _drawing((3.1, 1.9)) as (figure, axes):
         for line in lines:
             y = np.array([value for _, value in line.points])
@@ -245,14 +240,11 @@ def spectrum(title: str, caption: str, lines: Sequence[Line], *, unit: str) -> P
 
 
 def heat_map(title: str, caption: str, numbers: Grid, *, top: float, form: str = ".3g") -> Plot:
-    """One number for each kind of layer and depth, by shade.
+    """Draw one number for each kind of layer and depth as a shade.
 
     Args:
-        title: what is drawn.
-        caption: how to read it.
-        numbers: what is drawn.
-        top: the number of the strongest shade; 0 where there is nothing to tell apart.
-        form: of a number.
+        top: the number that gets the strongest shade; 0 if all are 0.
+        form: format of a number.
     """
     rows, columns = numbers.values.shape
     size = (max(4.4, 1.3 + 0.14 * columns), 0.75 + 0.21 * rows)
@@ -280,7 +272,7 @@ def heat_map(title: str, caption: str, numbers: Grid, *, top: float, form: str =
 
 
 def level(value: float, top: float) -> int:
-    """Which shade a value gets: 0 to 8, in equal steps up to ``top``."""
+    """The shade of a value: 0 to 8, in equal steps up to ``top``."""
     return 0 if top <= 0 else min(LEVELS - 1, max(0, int(value / top * LEVELS)))
 
 
@@ -303,7 +295,7 @@ def _linestyle(dash: str) -> Any:
 
 
 class _drawing:  # noqa: N801 (used as a function)
-    """A figure with one pair of axes, in the page's style; nothing of it is left in matplotlib's own settings."""
+    """Context manager of a figure with one pair of axes, in the page's style. Restores matplotlib's settings."""
 
     def __init__(self, size: tuple[float, float]) -> None:
         self.size = size
@@ -323,10 +315,10 @@ class _drawing:  # noqa: N801 (used as a function)
 
 
 def to_svg(figure: Figure, label: str) -> Markup:
-    """The figure as an SVG element, with a label for those who do not see it."""
+    """Turn a figure into an SVG element, with a label for screen readers."""
     buffer = io.BytesIO()
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # the browser has its own
+        warnings.filterwarnings("ignore", message="Glyph .* missing from font")  # the browser uses its own fonts
         figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None, "Format": None, "Type": None})
     drawn = buffer.getvalue()
     prefix = "p" + hashlib.sha256(label.encode(errors="replace") + drawn).hexdigest()[:8]
@@ -341,7 +333,7 @@ def to_svg(figure: Figure, label: str) -> Markup:
 
 
 def _strip(root: ElementTree.Element) -> None:
-    """Take out metadata and style sheets, and the namespaces, which HTML does not need."""
+    """Remove metadata, style sheets and namespaces, which HTML does not need."""
     for parent in list(root.iter()):
         for child in list(parent):
             if child.tag in (f"{{{_SVG}}}metadata", f"{{{_SVG}}}style"):
@@ -358,7 +350,7 @@ def _references(element: ElementTree.Element) -> list[str]:
 
 
 def _reidentify(element: ElementTree.Element, used: set[str], prefix: str) -> None:
-    """Keep the ids that something refers to, under names of this figure; a cell's id becomes its tooltip."""
+    """Keep only ids that are referred to, and make them unique to this figure. A cell's id becomes its tooltip."""
     name = element.attrib.pop("id", None)
     if name in used:
         element.set("id", f"{prefix}-{name}")
@@ -372,7 +364,7 @@ def _reidentify(element: ElementTree.Element, used: set[str], prefix: str) -> No
 
 
 def _restyle(element: ElementTree.Element) -> None:
-    """The style attribute as classes for colours and attributes for the rest."""
+    """Replace the style attribute by classes for colours and attributes for the rest."""
     style = element.attrib.pop("style", "")
     classes = []
     for part in filter(str.strip, style.split(";")):

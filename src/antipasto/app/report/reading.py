@@ -1,7 +1,6 @@
-"""A run folder as the report wants it: every part checked, and a sentence for each part that is not there.
+"""Read a run folder for the report: check every part, and collect a sentence for each missing part.
 
-A part that is missing is left out of the page. A part that is damaged is an error: a page that passes over it would say less
-than the run did, without saying so.
+A missing part is left out of the page. A damaged part is an error, because a page without it would silently be incomplete.
 """
 
 from __future__ import annotations
@@ -22,22 +21,22 @@ from antipasto.routing.books import Books, read_books
 from antipasto.routing.directions import Direction
 
 KEEPS_BOOKS = ("route", "erase", "measure")
-"""Methods that keep books."""
+"""Methods that keep books, the record of what each direction moved or would have moved."""
 Series = dict[str, list[tuple[float, float]]]
 """A metric's name → (step, value) of every line that has it."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """All that a run folder holds; None for what it does not.
+    """The contents of a run folder; None for missing parts.
 
     Attributes:
-        name: short, and unlike that of every other run of the page.
+        name: short, and unique on the page.
         config: the resolved options.
         facts: ``run.json``: command, versions, base.
         metrics: by name.
         knobs: layer → δS and δS_hack.
-        missing: a sentence for each part that is not there.
+        missing: a sentence for each missing part.
     """
 
     name: str
@@ -54,12 +53,12 @@ class Run:
 
     @property
     def method(self) -> str:
-        """How it was trained."""
+        """The ``--method`` of the run."""
         return str(self.config.get("method") or "unknown method")
 
     @property
     def threshold(self) -> float:
-        """The effect size that the coordinate gate guards."""
+        """The effect size above which the coordinate gate guards a coordinate."""
         value = as_number(self.config, "threshold", f"{self.folder}, its config")
         return THRESHOLD if value is None else value
 
@@ -69,10 +68,10 @@ def read_runs(folders: Sequence[Path], *, budget: int) -> list[Run]:
 
     Args:
         folders: at least one, each once.
-        budget: how many characters of rollouts to keep, of all runs together.
+        budget: maximum characters of rollouts, of all runs together.
 
     Raises:
-        ValueError: none, one twice, no run folder, or a part that is damaged; names the file.
+        ValueError: no folder, the same one twice, not a run folder, or a damaged part; names the file.
         OSError: a file cannot be read.
     """
     if not folders:
@@ -80,14 +79,14 @@ def read_runs(folders: Sequence[Path], *, budget: int) -> list[Run]:
     paths = [folder.resolve() for folder in folders]
     for path in paths:
         if paths.count(path) > 1:
-            raise ValueError(f"{path} is named twice.")
+            raise ValueError(f"{path} is named twice: name each run once.")
     return [
         _read_run(folder, name, budget // len(paths)) for folder, name in zip(folders, short_names(paths), strict=True)
     ]
 
 
 def short_names(paths: Sequence[Path]) -> list[str]:
-    """As many last parts of each path as it takes to tell them apart.
+    """Shorten paths to as many last parts as needed to tell them apart.
 
     Example:
         >>> short_names([Path("/runs/a/seed-0"), Path("/runs/b/seed-0")])
@@ -111,9 +110,7 @@ def _read_run(folder: Path, name: str, budget: int) -> Run:
         return path.exists()
 
     facts: dict[str, Any] = {}
-    if there(
-        place.run, "There is no run.json: which versions and which base model it was is known from the config alone."
-    ):
+    if there(place.run, "There is no run.json: only the config says which versions and which base model were used."):
         facts = read_json(place.run)
         if not isinstance(facts, dict):
             raise ValueError(f"{place.run}: expected names and values, got {type(facts).__name__}.")
@@ -123,12 +120,10 @@ def _read_run(folder: Path, name: str, budget: int) -> Run:
     if (folder / EVAL).exists():
         evaluation = read_evaluation(folder)
     else:
-        begun = (
-            "Its evaluation did not finish, and continues with" if (folder / PARTIAL).exists() else "Not evaluated yet"
-        )
+        begun = "Its evaluation did not finish; continue with" if (folder / PARTIAL).exists() else "Not evaluated yet"
         missing.append(f"{begun}: antipasto eval {folder}")
     metrics: Series = {}
-    if there(place.metrics, "There is no metrics.jsonl: the run logged no step, so there are no curves."):
+    if there(place.metrics, "There is no metrics.jsonl: the run logged no step and has no curves."):
         metrics = _read_metrics(place.metrics, missing)
     rollouts = None
     if there(place.rollouts, "There is no rollouts.jsonl, so no rollouts are shown."):
@@ -138,7 +133,7 @@ def _read_run(folder: Path, name: str, budget: int) -> Run:
     if there(weights, "There is no adapter yet: it is written at the run's end."):
         knobs, _ = read_adapter(weights)
         if not all(vector.isfinite().all() for layer in knobs.values() for vector in layer if vector is not None):
-            missing.append("The adapter holds NaN or Inf: the run diverged, and its layers cannot be drawn.")
+            missing.append("The adapter has NaN or Inf: the run diverged, and its layers cannot be drawn.")
             knobs = None
     direction = None
     if there(place.direction, _no_direction(place, {**config, **facts})):
@@ -152,15 +147,15 @@ def _read_run(folder: Path, name: str, budget: int) -> Run:
 def _no_direction(place: RunFolder, said: Mapping[str, Any]) -> str:
     method = said.get("method")
     if not place.run.exists() and method in KEEPS_BOOKS:
-        return "There is no direction: the run was stopped before it had one, or uses none."
+        return "There is no direction: the run was stopped before it had one, or it uses none."
     by = f" by {said['by']}" if said.get("by") else ""
-    return f"There is no direction: the method {method!r}{by} used none."
+    return f"There is no direction: method {method!r}{by} used none."
 
 
 def _no_books(place: RunFolder, said: Mapping[str, Any]) -> str:
-    """Books are written at the run's end, by every run with a router."""
+    """Why there are no books. They are written at the end of every run with a router."""
     if place.is_finished or said.get("method") not in KEEPS_BOOKS:
-        return f"There are no books of controls: the method {said.get('method')!r} keeps none."
+        return f"There are no books of controls: method {said.get('method')!r} keeps none."
     return "There are no books of controls yet: they are written at the run's end, and until then in its checkpoints."
 
 

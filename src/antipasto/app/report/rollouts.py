@@ -1,10 +1,10 @@
-"""What a run's rollouts come to: shares by step and sampling policy, and a selection to read.
+"""Read rollouts.jsonl: shares by step and sampling policy, and a selection of rollouts to read.
 
     highest, lowest   by hackward score: the cosine of the hack direction with the gradient of the rollout's own loss
-    sample            drawn at random from all, so that the two ends can be judged by what lies between
+    sample            drawn at random from all
 
-The same text to the same prompt in the same step is listed once. The file is read twice: once for the numbers, once for the
-lines that were chosen, so that a long run needs no memory for its texts.
+In the first two, equal texts to the same prompt in the same step are listed once. The file is read twice, once for the numbers
+and once for the selected lines, so a long run's texts are never all in memory.
 """
 
 from __future__ import annotations
@@ -21,9 +21,9 @@ from antipasto.evaluation.rollout_log import Rollout, read
 
 EACH = 200  # of the highest, of the lowest, and of the sample
 LONGEST = 2000
-"""Characters of a text that are shown; of a longer one the middle is left out."""
+"""Maximum characters of a text to show; the middle of a longer text is cut out."""
 MARKUP = 800
-"""What a rollout takes beside its texts, about."""
+"""Approximate size of a rollout's HTML without its texts."""
 
 
 @dataclass
@@ -32,7 +32,7 @@ class Shown(Rollout):
 
     Attributes:
         line: its line in rollouts.jsonl, from 1.
-        times: how many rollouts of this step say the same to the same prompt.
+        times: number of rollouts of this step with the same prompt and text.
     """
 
     line: int = 0
@@ -41,7 +41,7 @@ class Shown(Rollout):
 
 @dataclass
 class Share:
-    """What the rollouts of one step and policy come to."""
+    """Values of the rollouts of one step and policy, by measure."""
 
     values: dict[str, list[float]] = field(default_factory=dict)
 
@@ -54,9 +54,9 @@ class Rollouts:
     """A run's rollouts.
 
     Attributes:
-        total: how many there are.
-        scored: how many have a hackward score.
-        exploits: step, from 1 → how many of its rollouts exploit, and of how many; empty without an oracle.
+        total: number of rollouts.
+        scored: number of rollouts with a hackward score.
+        exploits: step, from 1 → number of exploits, number of rollouts; empty without an oracle.
         curves: measure → policy → (step, mean over the step's rollouts of that policy), step from 1 as in metrics.jsonl.
         highest: by hackward score, highest first.
         lowest: lowest first.
@@ -81,12 +81,11 @@ def read_rollouts(path: Path, notes: list[str], *, budget: int) -> Rollouts:
     """Read the log.
 
     Args:
-        path: ``rollouts.jsonl``.
         notes: gets a sentence if the last line is cut off.
-        budget: how many characters of text to keep; each list gets its third.
+        budget: maximum characters of text; each list gets a third.
 
     Raises:
-        ValueError: a line is damaged; names it.
+        ValueError: a line is damaged; names the line.
     """
     shares: dict[tuple[int, str], Share] = {}
     scores: list[float] = []
@@ -98,7 +97,7 @@ def read_rollouts(path: Path, notes: list[str], *, budget: int) -> Rollouts:
     ranked = sorted((i for i, score in enumerate(scores) if math.isfinite(score)), key=lambda i: scores[i])
     times = Counter(keys)
     highest = _distinct(reversed(ranked), keys, EACH)
-    # in a short run the ends must not meet
+    # so that the two lists do not overlap in a short run
     lowest = _distinct(ranked[: len(ranked) // 2], keys, EACH)
     highest = [i for i in highest if scores[i] >= scores[ranked[len(ranked) // 2]]]
     rest = range(len(keys))
@@ -139,7 +138,7 @@ def _exploits(shares: dict[tuple[int, str], Share]) -> dict[float, tuple[float, 
 def _curves(shares: dict[tuple[int, str], Share]) -> dict[str, dict[str, list[tuple[float, float]]]]:
     curves: dict[str, dict[str, list[tuple[float, float]]]] = {}
     for (step, view), share in sorted(shares.items()):
-        for measure, values in share.values.items():  # an oracle that abstains is left out of its own
+        for measure, values in share.values.items():  # rollouts on which the oracle abstained are not in these
             curves.setdefault(measure, {}).setdefault(view, []).append((step + 1.0, sum(values) / len(values)))
     return curves
 
@@ -154,7 +153,7 @@ def _distinct(order: Iterator[int] | Sequence[int], keys: Sequence[int], number:
 
 
 def _within(rollouts: list[Shown], budget: int) -> list[Shown]:
-    """The first of them whose texts fit, each counted as it will be cut."""
+    """The first rollouts whose texts, after cutting, fit into the budget."""
     kept: list[Shown] = []
     for rollout in rollouts:
         budget -= MARKUP + sum(min(LONGEST, len(json.dumps(text))) for text in (rollout.prompt, rollout.completion))

@@ -1,4 +1,4 @@
-"""An evaluation's numbers as cells: value, interval, and where both lie on the column's scale."""
+"""Turn an evaluation into table cells: value, interval, and the position of both on the column's scale."""
 
 from __future__ import annotations
 
@@ -39,12 +39,12 @@ _UNITS = {
 
 @dataclass(frozen=True)
 class Column:
-    """One measure.
+    """The column of one measure.
 
     Attributes:
-        key: its name in the records.
-        flag: whether it is a detector's.
-        low, high: ends of the scale that its bars are drawn on.
+        key: the measure's name in the records.
+        flag: whether it is a share flagged by a detector or probe.
+        low, high: ends of the scale of its bars.
     """
 
     key: str
@@ -55,17 +55,17 @@ class Column:
     high: float
 
     def of(self, record: ArmRecord | Difference) -> Estimate | None:
-        """A record's estimate of this measure."""
+        """The record's estimate of this measure; None if it has none."""
         return (record.flags if self.flag else record.measures).get(self.key)
 
 
 @dataclass(frozen=True)
 class Cell:
-    """One estimate as text, and as places between 0 and 100 on the column's scale.
+    """One estimate as text, and as positions between 0 and 100 on the column's scale.
 
     Attributes:
-        mark: where the other thing stands that it is to be compared with: the reference, or no difference.
-        clear: whether the interval excludes no difference; None for an arm's own value.
+        mark: position to compare with: the reference, or a difference of zero.
+        clear: whether the interval of a difference excludes zero; None for an arm's own value.
     """
 
     value: str
@@ -82,9 +82,9 @@ class Line:
     """One row of a table.
 
     Attributes:
-        name: of the arm, or of what is compared.
+        name: of the arm or the difference.
         colour: of the arm.
-        cells: one a column; None where there is no number.
+        cells: one per column; None if there is no number.
     """
 
     name: str
@@ -94,10 +94,10 @@ class Line:
 
 @dataclass(frozen=True)
 class Block:
-    """One table: its rows under a heading.
+    """One table.
 
     Attributes:
-        n: of how many prompts each number is.
+        n: number of prompts behind each number.
         groups: heading ("" for none) and rows.
     """
 
@@ -108,7 +108,7 @@ class Block:
 
 
 def colour_of(arm: str, arms: Sequence[str]) -> str:
-    """The same colour for the same arm on every page."""
+    """An arm's colour, the same on every page."""
     if arm in _KNOWN:
         return f"arm{_KNOWN.index(arm)}"
     others = [name for name in arms if name not in _KNOWN]
@@ -119,7 +119,7 @@ def colour_of(arm: str, arms: Sequence[str]) -> str:
 
 
 def arm_blocks(evaluation: Evaluation) -> list[Block]:
-    """One block for all prompts, and one for each kind: how every arm does. That where the exploit is comes first."""
+    """Tables of all arms: one for all prompts and one for each kind. The kind with the exploit comes first."""
     columns = _columns(evaluation.arms)
     blocks = []
     lead = where_the_exploit_is(evaluation.arms)
@@ -132,7 +132,7 @@ def arm_blocks(evaluation: Evaluation) -> list[Block]:
 
 
 def difference_blocks(evaluation: Evaluation) -> list[Block]:
-    """One block for all prompts, and one for each kind: paired differences, those of the deployed arm first."""
+    """Tables of paired differences: one for all prompts and one for each kind. The deployed arm comes first."""
     found = evaluation.differences
     columns = _columns(found)
     blocks = []
@@ -150,7 +150,7 @@ def difference_blocks(evaluation: Evaluation) -> list[Block]:
 
 
 def comparison_blocks(evaluations: Sequence[tuple[str, str, Evaluation]]) -> list[Block]:
-    """What each run would ship, beside the reference; one block for all prompts and one for each kind that all have.
+    """Tables of what each run would ship and the reference: one for all prompts and one for each kind that all runs have.
 
     Args:
         evaluations: (run's name, colour, evaluation).
@@ -231,9 +231,9 @@ def share_block(
     """A table of numbers between 0 and 1.
 
     Args:
-        titles: of each column, with its unit.
-        rows: name, colour and numbers of each.
-        mark: what all of them are to be compared with.
+        titles: title and unit of each column.
+        rows: name, colour and numbers of each row.
+        mark: a number to compare with.
     """
     columns = [Column("", False, title, unit, 0.0, 1.0) for title, unit in titles]
     lines = [
@@ -248,7 +248,7 @@ def _place(value: float, column: Column) -> float:
 
 
 def number(value: float) -> str:
-    """Two decimals below 10, one above; a minus sign that is as wide as a digit.
+    """Format with two decimals below 10, one above, and a minus sign as wide as a digit.
 
     Example:
         >>> number(0.5), number(-3.14159), number(123.45)
@@ -259,7 +259,7 @@ def number(value: float) -> str:
 
 
 def signed_text(value: float) -> str:
-    """A difference with its sign.
+    """Format a difference with its sign.
 
     Example:
         >>> signed_text(0.25), signed_text(-0.25), signed_text(0.0)
@@ -273,7 +273,7 @@ def signed_text(value: float) -> str:
 
 
 def knob_rows(knobs: dict[str, Knobs]) -> list[tuple[object, ...]]:
-    """By kind of layer: name, number, r, ‖δS‖, ‖δS_hack‖, share of the squares in quarantine."""
+    """By kind of layer: name, number, r, ‖δS‖, ‖δS_hack‖, ‖δS_hack‖² / (‖δS‖² + ‖δS_hack‖²)."""
     kinds: dict[str, list[Knobs]] = {}
     for layer, pair in knobs.items():
         kinds.setdefault(kind_of(layer), []).append(pair)
@@ -281,7 +281,7 @@ def knob_rows(knobs: dict[str, Knobs]) -> list[tuple[object, ...]]:
 
 
 def book_rows(books: Books, knobs: dict[str, Knobs] | None) -> list[tuple[str, str, str]]:
-    """Book, norm, overlap with the quarantine: their cosine over all layers together."""
+    """Book, norm, overlap with the quarantine (the cosine over all layers together)."""
     layers = books.books[CHANCE]
     flat = {name: torch.cat([book[layer].float() for layer in layers]) for name, book in books.books.items()}
     held = None

@@ -1,4 +1,4 @@
-"""What a run is made of. The one place where an option of `antipasto train` is defined; nothing here needs torch."""
+"""The options of `antipasto train`, defined in one place. Imports no torch."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ ROUTING, ADAPTER = "Routing", "Adapter"
 
 
 def _option(default: Any, said: str, **typed: Any) -> Any:
-    """A field, and what the command line says of it.
+    """Define an option as a dataclass field.
 
     Args:
-        default: its value if left out.
-        said: what it is.
-        typed: ``min`` and ``max``, which hold wherever the value comes from; ``type``, as it is typed, where that is
-            another one; ``metavar``, ``show_default`` and ``rich_help_panel`` of `typer.Option`.
+        default: its default.
+        said: its help text.
+        typed: ``min`` and ``max``, also checked for values from files; ``type``, if the command line takes another type;
+            ``metavar``, ``show_default`` and ``rich_help_panel`` of `typer.Option`.
     """
     return dataclasses.field(default=default, metadata={"help": said, **typed})
 
@@ -38,12 +38,12 @@ def _adapter(default: Any, said: str, **typed: Any) -> Any:
 
 @dataclasses.dataclass
 class TrainConfig:
-    """All that a run is made of: the options of `antipasto train`, and ``config.yaml``.
+    """The options of a run, as `antipasto train` takes them and ``config.yaml`` stores them.
 
-    ``antipasto train --help`` and docs/cli.md say what each is. ``trainer`` has anything else of `trl.GRPOConfig`, by name.
+    ``antipasto train --help`` and docs/cli.md describe each. ``trainer`` holds other options of `trl.GRPOConfig`, by name.
 
     Raises:
-        ValueError: an option of another type, out of its bounds, or one that does not go with the others.
+        ValueError: an option has the wrong type, is out of bounds, or contradicts another.
 
     Example:
         >>> TrainConfig("smollm2", "addition", steps=0)
@@ -54,61 +54,63 @@ class TrainConfig:
 
     model: str
     task: str
-    method: Method = _routing("penalty", "What becomes of rollouts, or of parts of a step, that look like the exploit.")
+    method: Method = _routing(
+        "penalty", "What to do with rollouts, or with parts of an update, that look like the exploit."
+    )
     by: By | None = _routing(
         None,
-        "What tells them; score: a monitor's, at the reference.",
+        "How to recognize them: a monitor's score, the task's detector, or a direction.",
         show_default="score if there are pairs, else detector; direction with route, erase and measure",
     )
     false_alarms: float | None = _routing(
         None,
-        "With --by score: share of the start's own answers that may be flagged.",
+        "With --by score: share of the base model's own answers that may be flagged.",
         show_default="a threshold between held-out hacks and clean texts",
     )
     pairs: str | None = _routing(
-        None, "Pairs to extract the direction from.", metavar="FILE", show_default="the task's"
+        None, "Labelled pairs for the monitor or the direction.", metavar="FILE", show_default="the task's"
     )
-    direction: str | None = _routing(None, "A direction, instead of pairs.", metavar="FILE")
+    direction: str | None = _routing(None, "A saved direction, instead of pairs.", metavar="FILE")
     threshold: float | None = _routing(
-        None, "Effect size above which the direction claims a coordinate.", show_default=str(THRESHOLD)
+        None, "Effect size above which a coordinate is routed.", show_default=str(THRESHOLD)
     )
     controls: tuple[str, ...] = _routing(
-        CONTROLS, "Directions that keep books beside it, or none.", type=str, metavar="NAMES"
+        CONTROLS, "Control directions: each records what it would have moved; or none.", type=str, metavar="NAMES"
     )
     deploy_fraction: float | None = _routing(
         None, "Share of rollouts sampled from the deployed policy.", min=0, max=1, show_default="0.5 with route"
     )
-    rank: int | None = _adapter(None, "Top singular directions of each layer.", min=1, show_default="all")
+    rank: int | None = _adapter(None, "Number of top singular directions per layer.", min=1, show_default="all")
     target_modules: list[str] | str | None = _adapter(
         None,
-        "Layers to adapt: names with commas between, 'all-linear', or a pattern.",
+        "Layers to adapt: comma-separated names, 'all-linear', or a regular expression.",
         type=str,
         metavar="NAMES",
         show_default="known names",
     )
     exclude_modules: list[str] | None = _adapter(
-        None, "Layers to leave out of those.", type=str, metavar="NAMES", show_default="none"
+        None, "Layers of these not to adapt.", type=str, metavar="NAMES", show_default="none"
     )
     cache_dir: str | None = _adapter(
-        "auto", "Where singular bases are kept.", metavar="DIR", show_default="$ANTIPASTO_CACHE or the user's"
+        "auto", "Cache folder of singular bases.", metavar="DIR", show_default="$ANTIPASTO_CACHE or the user's"
     )
-    dtype: Dtype = _adapter("auto", "Of the weights; 'auto' as saved. Each dtype has its own bases.")
+    dtype: Dtype = _adapter("auto", "Dtype of the weights; 'auto' as saved. Each dtype has its own bases.")
     steps: int = _option(100, "Optimizer steps.", min=1)
-    prompts: int = _option(4, "Prompts a step.", min=1)
-    generations: int = _option(8, "Rollouts of each prompt.", min=2)
+    prompts: int = _option(4, "Prompts per step.", min=1)
+    generations: int = _option(8, "Rollouts per prompt.", min=2)
     micro_batch: int | None = _option(None, "Rollouts per forward and process.", min=1, show_default="all of a step")
-    learning_rate: float = _option(1e-2, "Of the knobs.", min=0)
+    learning_rate: float = _option(1e-2, "Learning rate.", min=0)
     beta: float = _option(0.0, "Weight of the KL to the reference.", min=0)
-    temperature: float = _option(1.0, "Of sampling.")
+    temperature: float = _option(1.0, "Sampling temperature.")
     max_completion_length: int | None = _option(
-        None, "Tokens an answer may have.", min=1, show_default="the task's, or 256"
+        None, "Maximum tokens of an answer.", min=1, show_default="the task's, or 256"
     )
-    seed: int = _option(0, "Of everything.", min=0)
+    seed: int = _option(0, "Seed of everything random.", min=0)
     save_every: int = _option(25, "Steps between checkpoints.", min=1)
     trainer: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        if isinstance(self.controls, list):  # YAML knows no tuples
+        if isinstance(self.controls, list):  # YAML has no tuples
             self.controls = tuple(self.controls)
         check_types(self)
         check_finite(self)
@@ -118,33 +120,33 @@ class TrainConfig:
         if self.pairs is not None and self.direction is not None:
             raise ValueError("Give pairs or a direction, not both.")
         if unknown := sorted(set(self.controls) - set(CONTROLS)):
-            raise ValueError(f"controls are {' and '.join(CONTROLS)}, got {', '.join(unknown)}.")
+            raise ValueError(f"controls must be among {', '.join(CONTROLS)}, got {', '.join(unknown)}.")
         self._check_gate()
 
     def _check_gate(self) -> None:
-        """What goes by what."""
+        """Check that the options of the method fit together."""
         choices: dict[str, tuple[By, ...]] = dict.fromkeys(("plain", "discount"), ("score",))
         choices |= dict.fromkeys(("route", "erase", "measure"), ("direction",))
         possible = choices.get(self.method, ("score", "detector"))
         if self.by is not None and self.by not in possible:
-            raise ValueError(f"method {self.method} goes by {' or '.join(possible)}, not by {self.by}.")
+            raise ValueError(f"method {self.method} takes by={' or '.join(possible)}, got by={self.by}.")
         if self.false_alarms is not None and self.by not in (None, "score"):
-            raise ValueError(f"false_alarms={self.false_alarms} belongs to by=score.")
+            raise ValueError(f"false_alarms={self.false_alarms} works only with by=score, got by={self.by}.")
         if self.false_alarms is not None and not 0 < self.false_alarms < 1:
-            raise ValueError(f"false_alarms is a share in (0, 1), got {self.false_alarms}.")
+            raise ValueError(f"false_alarms must be above 0 and below 1, got {self.false_alarms}.")
         if self.method != "route" and self.deploy_fraction:
-            raise ValueError(f"deploy_fraction belongs to method route: under {self.method} there is no quarantine.")
+            raise ValueError(f"deploy_fraction works only with method=route: {self.method} has no quarantine.")
 
     @classmethod
     def from_mapping(cls, options: Mapping[str, Any], where: str) -> TrainConfig:
-        """A config from options by name, as a command line or a file has them: a list may be a text with commas.
+        """Make a config from options by name. A list may be given as a comma-separated text.
 
         Args:
-            options: their values.
-            where: they come from, for errors.
+            options: values by name.
+            where: they come from, for messages.
 
         Raises:
-            ValueError: an option that does not exist, or does not fit, or one that is missing.
+            ValueError: an option is unknown, invalid or missing.
 
         Example:
             >>> options = {"model": "m", "task": "addition", "controls": "none", "target_modules": "q_proj, v_proj"}
@@ -165,13 +167,13 @@ class TrainConfig:
             raise ValueError(f"{where}: {error}") from error
 
     def to_yaml(self) -> str:
-        """As ``config.yaml`` has it."""
+        """The contents of ``config.yaml``."""
         values = {**dataclasses.asdict(self), "controls": list(self.controls)}
         return write_yaml(values)
 
 
 def _read(name: str, value: Any) -> Any:
-    """An option that holds several names, from a text."""
+    """Parse an option that holds several names; leave others as they are."""
     if not isinstance(value, str):
         return value
     if name == "controls":
@@ -182,19 +184,19 @@ def _read(name: str, value: Any) -> Any:
 
 
 def names_of(option: str, text: str) -> list[str]:
-    """Names with commas between.
+    """Parse comma-separated names.
 
     Raises:
-        ValueError: there is nothing between two of them.
+        ValueError: a name is empty.
     """
     names = [name.strip() for name in text.split(",")]
     if not all(names):
-        raise ValueError(f"{option} takes names with commas between, got {text!r}.")
+        raise ValueError(f"{option} takes comma-separated names, got {text!r}.")
     return names
 
 
 def targets_of(text: str, option: str = "target_modules") -> list[str] | str:
-    """The layers to adapt: names, or what PEFT takes as it is, ``all-linear`` or a pattern.
+    """Parse the layers to adapt: comma-separated names, or as PEFT takes it, ``all-linear`` or a regular expression.
 
     Example:
         >>> targets_of("q_proj,v_proj"), targets_of("all-linear"), targets_of(".*(q|v)_proj")

@@ -1,12 +1,12 @@
-"""What a config and a task together say: by what the run is routed, and by which direction.
+"""Make the monitor or the router of a run, from its config and its task.
 
-method    what becomes of what is flagged, or of the part of a step that the direction claims      goes by
-plain     nothing                                                                                 (score: it watches)
-penalty   flagged rollouts get reward 0                                                           score or detector
-discount  rewards shrink as scores rise from clean to hack                                        score
-route     it fills the quarantine, which is deleted at deployment                                 direction
-erase     it is dropped                                                                           direction
-measure   nothing is moved, books are kept                                                        direction
+method    what happens to flagged rollouts, or to the part of an update that the direction claims   by
+plain     nothing                                                                                   (score: logged only)
+penalty   flagged rollouts get reward 0                                                             score or detector
+discount  rewards shrink as scores rise from clean to hack                                          score
+route     that part goes into the quarantine, which is deleted before deployment                    direction
+erase     that part is dropped                                                                      direction
+measure   nothing is moved; what would have been moved is logged                                    direction
 """
 
 from __future__ import annotations
@@ -35,14 +35,14 @@ from antipasto.trl.trainer import DEPLOY_FRACTION
 
 T = TypeVar("T")
 _PAID: dict[Method, Flagged] = {"penalty": "penalty", "discount": "discount"}
-OWN_ANSWERS = 64  # of the start, which say what a monitor's threshold means
+OWN_ANSWERS = 64  # answers of the base model that a monitor is calibrated on
 
 
 class Gating:
-    """What a config and a task together say about direction, detector and router.
+    """Makes the monitor or the router of a run.
 
     Raises:
-        ValueError: they do not fit together, or a file of pairs or a direction is bad.
+        ValueError: config and task do not fit together, or a file of pairs or a direction is invalid.
     """
 
     def __init__(self, config: TrainConfig, task: Task, *, has_direction: bool) -> None:
@@ -57,57 +57,57 @@ class Gating:
         if fraction is None:
             fraction = DEPLOY_FRACTION if config.method == "route" else 0.0
         deployed_positions(config.generations, fraction)
-        if self.uses_pairs and not has_direction:  # a bad file is better known of before the model is loaded
+        if self.uses_pairs and not has_direction:  # find a bad file before the model is loaded
             if config.direction is not None:
                 ap.Direction.load(config.direction)
             else:
                 self._pairs()
         flags = self.uses_monitor or task.detector is not None
-        # what nothing goes by is still worth a column in the logs
+        # flags are logged even where the method does not use them
         self.flagged: Flagged | None = (_PAID.get(config.method) or "watch") if flags else None
 
     def _check_there_is(self, by: By | None, has_pairs: bool) -> None:
-        """What the method goes by."""
+        """Check that there are the pairs, direction or detector that the method needs."""
         method, task = self.config.method, self.task
         if self.uses_pairs and not has_pairs and not (self.uses_direction and self.config.direction):
             what, give = ("pairs", "--pairs")
             if self.uses_direction:
                 what, give = "pairs or a direction", "--pairs or --direction"
-            raise ValueError(f"method {method} needs {what}: task {task.name!r} brings none, so give {give}.")
+            raise ValueError(f"method {method} needs {what}, and task {task.name!r} has none: give {give}.")
         if by == "detector" and task.detector is None:
             raise ValueError(
-                f"method {method} needs pairs or a detector to go by, and task {task.name!r} brings none: give --pairs, or "
-                "train without, --method plain."
+                f"method {method} needs pairs or a detector, and task {task.name!r} has neither: give --pairs, or "
+                "train with --method plain."
                 if self.config.by is None
-                else f"method {method} needs a detector, and task {task.name!r} has none."
+                else f"method {method} with by=detector needs a detector, and task {task.name!r} has none."
             )
 
     def _refuse_unused(self) -> None:
-        """Options of a direction where there is none, and of a monitor where there is none."""
+        """Refuse options that have no effect on this run."""
         defaults = {field.name: field.default for field in dataclasses.fields(TrainConfig)}
         unused = [] if self.uses_direction else ["direction", "threshold", "controls"]
         unused += [] if self.uses_pairs else ["pairs"]
         if self.config.false_alarms is not None and not self.uses_monitor:
-            raise ValueError(f"false_alarms={self.config.false_alarms} does nothing here: no monitor flags anything.")
+            raise ValueError(f"false_alarms={self.config.false_alarms} does nothing here: this run has no monitor.")
         for name in unused:
             if (value := getattr(self.config, name)) != defaults[name]:
-                why = "this run goes by no direction; --method route does"
+                why = "this run uses no direction; --method route does"
                 raise ValueError(f"{name}={value} does nothing here: {why}.")
 
     def _pairs(self) -> tuple[list[ap.ContrastPair], list[ap.ContrastPair]]:
-        """To fit, and to hold out."""
+        """The pairs to fit, and the held-out pairs."""
         pairs = ap.load_pairs(self.config.pairs if self.config.pairs is not None else list(self.task.pairs or []))
         return split_pairs(pairs, HELDOUT, self.config.seed)
 
     def router(self, folder: RunFolder, tokenizer: Any, state: PartialState) -> Callable[[nn.Module], ap.Router] | None:
-        """A function that makes the router of an adapted model; None where the method has none."""
+        """A function from an adapted model to its router; None if the method has no router."""
         config = self.config
         mode = config.method
         if mode not in ("route", "erase", "measure"):
             return None
 
         def make(model: nn.Module) -> ap.Router:
-            # one process extracts, and all read the same file
+            # one process extracts; all read the file
             on_main(state, lambda: self._make_direction(model, tokenizer, folder.direction))
             v = ap.Direction.load(folder.direction)
             controls = {name: getattr(v, name)(config.seed) for name in config.controls}
@@ -118,14 +118,13 @@ class Gating:
     def monitor(
         self, folder: RunFolder, tokenizer: Any, state: PartialState, how: Sampling, console: Console
     ) -> Callable[[nn.Module], ap.Monitor] | None:
-        """A function that makes the monitor of an adapted model, and says what it is; None where nothing goes by a score.
+        """A function from an adapted model to its monitor; None if the method uses no score.
 
         Args:
-            folder: its file is there.
-            tokenizer: of the model.
-            state: one process makes it, and all read the same file.
-            how: training's, by which the start's own answers are drawn.
-            console: where to say it.
+            folder: gets the monitor's file.
+            state: one process makes the monitor; all read the file.
+            how: how the base model's own answers are sampled.
+            console: where to print the calibration.
         """
         if not self.uses_monitor:
             return None
@@ -146,7 +145,7 @@ class Gating:
         order = random.Random(self.config.seed).choices(range(len(self.task.train)), k=number)
         own = own_answers(model, tokenizer, [self.task.train[row]["prompt"] for row in order], how)
         pairs = ap.load_pairs(self.config.pairs if self.config.pairs is not None else list(self.task.pairs or []))
-        # a penalty on a wrong answer takes nothing from it, so that what only comes near the exploit may be flagged
+        # a low threshold: a wrong answer has no reward to lose, so flagging it costs nothing
         options: dict[str, Any] = {"heldout": HELDOUT, "seed": self.config.seed, "rule": "quarter"}
         ap.Monitor.from_pairs(model, tokenizer, pairs, own=own, false_alarms=rate, **options).save(path)
 
@@ -164,7 +163,7 @@ class Gating:
 
 
 def _goes_by(method: Method, has_pairs: bool) -> By | None:
-    """What a method goes by unless it is told."""
+    """The default of ``by``."""
     if method in ("route", "erase", "measure"):
         return "direction"
     if method == "penalty":
@@ -173,7 +172,7 @@ def _goes_by(method: Method, has_pairs: bool) -> By | None:
 
 
 def on_main(state: PartialState, function: Callable[[], T]) -> T:
-    """Call on the main process; what it returns comes to all. So does an error that it raises, to the others as its words."""
+    """Call a function on the main process and broadcast its result. An error is raised on every process."""
     result: list[Any] = [None, None]
     raised: ValueError | OSError | None = None
     if state.is_main_process:

@@ -1,4 +1,4 @@
-"""The job behind `antipasto train`: any causal LM, any `Task`, TRL's GRPO, routed."""
+"""The job behind `antipasto train`: train a causal LM on a `Task` with TRL's GRPO, and route or penalize the exploit."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ from antipasto.trl import (
 
 
 def start(config: TrainConfig, out: Path | None, console: Console, *, resume: bool = False) -> Path | None:
-    """`run`, in a folder that all processes agree on: ``runs/<task>-<time>`` unless there is one.
+    """Call `run`, by default in ``runs/<task>-<time>``, the same folder on all processes.
 
     Returns:
         The folder; None after Ctrl-C.
@@ -64,26 +64,25 @@ def start(config: TrainConfig, out: Path | None, console: Console, *, resume: bo
 
 
 def run(config: TrainConfig, out: Path, console: Console, *, resume: bool = False) -> bool:
-    """Train; leave a run folder.
+    """Train, and write a run folder.
 
     Args:
-        config: the run.
-        out: its folder: new or empty, or, to resume, one that a run has left.
-        console: where to print; the main process prints.
+        out: its folder: new or empty, or the run folder to resume.
+        console: where the main process prints.
         resume: continue from the folder's latest checkpoint.
 
     Returns:
         Whether the run finished; False after Ctrl-C.
 
     Raises:
-        ValueError: options, files, model or task that do not fit; says which.
+        ValueError: options, files, model or task are invalid; says which.
     """
     state = process_state()
     folder = RunFolder(out)
     console.quiet = console.quiet or not state.is_main_process
     with ExitStack() as held:
 
-        def hold() -> None:  # by one of the processes for all
+        def hold() -> None:  # one process locks the folder for all
             held.enter_context(folder.held(new=not resume))
 
         on_main(state, hold)
@@ -93,12 +92,12 @@ def run(config: TrainConfig, out: Path, console: Console, *, resume: bool = Fals
 
 
 def _run(config: TrainConfig, folder: RunFolder, console: Console, state: PartialState, *, resume: bool) -> bool:
-    """`run`, in a folder that is held."""
+    """`run`, in a locked folder."""
     if resume and folder.is_finished:
         raise ValueError(f"The run in {folder.root} finished: there is nothing to continue.")
     if resume and (before := folder.read_run()["processes"]) != state.num_processes:
         raise ValueError(
-            f"The run in {folder.root} began on {before} process(es): it cannot continue on {state.num_processes}."
+            f"The run in {folder.root} began on {before} process(es), and this is {state.num_processes}: start {before}."
         )
     task = load_task(config.task)
     with quiet():
@@ -156,7 +155,7 @@ def _run(config: TrainConfig, folder: RunFolder, console: Console, state: Partia
 
 @contextmanager
 def _beginning(config: TrainConfig, folder: RunFolder) -> Iterator[None]:
-    """Say from the beginning what the folder is; where it comes to no step, leave it as empty as it was."""
+    """Write the config first. If the run fails before its first step, empty the folder again."""
     write_text(folder.config, config.to_yaml())
     try:
         yield
@@ -169,16 +168,16 @@ def _beginning(config: TrainConfig, folder: RunFolder) -> Iterator[None]:
 
 
 def check_chats(tokenizer: Any, model: str, task: Task) -> None:
-    """Refuse chats where the tokenizer cannot make a text of one."""
+    """Check that the tokenizer has a chat template if prompts are chats."""
     if task.is_chat and tokenizer.chat_template is None:
         raise ValueError(
-            f"The prompts of task {task.name!r} are chats, and the tokenizer of {model} has no chat template: give a model "
-            "that was taught chats (often called -Instruct or -it), or prompts that are plain texts."
+            f"The prompts of task {task.name!r} are chats, and the tokenizer of {model} has no chat template: give a chat "
+            "model (often called -Instruct or -it), or prompts that are plain texts."
         )
 
 
 def _train(trainer: RoutedGRPOTrainer, checkpoint: Path | None) -> None:
-    """Train, from a checkpoint if there is one; from that of the last step on, there is nothing left but to take it."""
+    """Train, from a checkpoint if there is one. If it is of the last step, only load it."""
     if checkpoint is None or step_of(checkpoint) < trainer.args.max_steps:
         trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
         return
@@ -189,7 +188,7 @@ def _train(trainer: RoutedGRPOTrainer, checkpoint: Path | None) -> None:
 
 
 def _name_for_reporters(trainer: RoutedGRPOTrainer, folder: RunFolder, checkpoint: Path | None) -> None:
-    """Let a run that continues be the same run to them; TensorBoard takes back what came after the checkpoint."""
+    """Report a resumed run under its old name. TensorBoard drops what came after the checkpoint."""
     if trainer.args.run_name is None:
         trainer.args.run_name = folder.read_run().get("name")
     for callback in trainer.callback_handler.callbacks:
@@ -209,7 +208,7 @@ def _adapter(config: TrainConfig) -> ap.AntiPastoConfig:
 
 
 def _prompts_of(task: Task) -> Callable[[list[dict[str, int]]], list[dict[str, Any]]]:
-    """Numbers of rows → what TRL sees of them. No row goes through Arrow, which would fill up ragged ones and lose tuples."""
+    """A collator from row numbers to prompts. Rows never go through Arrow, which pads ragged dicts and loses tuples."""
 
     def collate(numbers: list[dict[str, int]]) -> list[dict[str, Any]]:
         return [{"prompt": task.train[number["row"]]["prompt"], **number} for number in numbers]
@@ -218,7 +217,7 @@ def _prompts_of(task: Task) -> Callable[[list[dict[str, int]]], list[dict[str, A
 
 
 def _judge(task: Task, role: Literal["reward", "oracle", "detector"]) -> Callable[..., list[float]]:
-    """One of a task's functions as TRL calls it, checked; it gets the rows as the task has them, as in an evaluation."""
+    """A task's function in TRL's signature, with checked results. It gets the task's own rows, as in an evaluation."""
 
     def judge(prompts: list[Any], completions: list[Any], row: list[int], **_: Any) -> list[float]:
         rows = [task.train[number] for number in row]
@@ -229,15 +228,15 @@ def _judge(task: Task, role: Literal["reward", "oracle", "detector"]) -> Callabl
 
 
 def _describe(trainer: RoutedGRPOTrainer, config: TrainConfig, folder: RunFolder, *, resume: bool) -> None:
-    """Write the facts; of a run that continues, check that it is the same base."""
+    """Write ``run.json``; for a resumed run, check that the base model is unchanged."""
     digest = base_fingerprint(trainer.model)
     if resume:
         before = folder.read_run()["base"]["fingerprint"]
         if before != digest:
             raise ValueError(
-                f"{config.model} has other weights now than when {folder.root} began: it cannot be continued."
+                f"{config.model} has changed since {folder.root} began: restore those weights to continue."
             )
         return
     facts = run_facts(trainer, config.model, digest, task=config.task, method=config.method)
-    name = f"{folder.root.resolve().name}-{secrets.token_hex(3)}"  # reporters take runs of one name for one
+    name = f"{folder.root.resolve().name}-{secrets.token_hex(3)}"  # reporters merge runs of the same name
     write_json(folder.run, {"name": name, **facts})

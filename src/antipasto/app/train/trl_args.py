@@ -1,4 +1,4 @@
-"""`TrainConfig` → TRL's config: what has an option of its own here, and everything else by TRL's names."""
+"""Make TRL's `GRPOConfig` from `TrainConfig`: own options, and all others under TRL's names."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from antipasto.options import near
 from antipasto.tasks import Task
 from antipasto.trl import GRPOConfig
 
-_OURS = {  # GRPOConfig's name → ours, where they are the same thing
+_OURS = {  # GRPOConfig's name → our option for the same thing
     "output_dir": "out",
     "max_steps": "steps",
     "per_device_train_batch_size": "prompts, generations and micro_batch",
@@ -31,29 +31,29 @@ _OURS = {  # GRPOConfig's name → ours, where they are the same thing
     "save_steps": "save_every",
     "resume_from_checkpoint": "resume",
     "model_init_kwargs": "dtype",
-    "trust_remote_code": "a model that transformers knows: code that comes with one is never run",
+    "trust_remote_code": "a model that transformers supports itself, since custom code is never run",
 }
 
 
 def trainer_args(config: TrainConfig, task: Task, out: Path, processes: int) -> GRPOConfig:
-    """TRL's config of a run.
+    """Make TRL's config of a run.
 
     Raises:
-        ValueError: a name or value that GRPOConfig does not know, one that has an option of its own, or a batch that does not
-            divide among processes and micro-batches.
+        ValueError: GRPOConfig has no such name or value, the name has an option of its own, or the batch does not divide into
+            micro-batches and processes.
     """
     names = [field.name for field in dataclasses.fields(GRPOConfig) if field.init]
     for name in config.trainer:
         if name in _OURS:
-            raise ValueError(f"--trainer.{name} has an option of its own here: use {_OURS[name]}.")
+            raise ValueError(f"--trainer.{name} cannot be set: use {_OURS[name]}.")
         if name not in names:
             raise ValueError(f"--trainer.{name}: TRL's GRPOConfig has no {name!r}{near(name, names)}")
     rollouts = config.prompts * config.generations
     micro_batch = config.micro_batch or max(1, rollouts // processes)
     if rollouts % (micro_batch * processes):
         raise ValueError(
-            f"A step of {config.prompts} prompts x {config.generations} rollouts is {rollouts}, which does not divide into "
-            f"micro-batches of {micro_batch} on {processes} process(es)."
+            f"A step has {config.prompts} prompts x {config.generations} generations = {rollouts} rollouts, which do not "
+            f"divide into micro-batches of {micro_batch} on {processes} process(es): change one of them."
         )
     options = {
         "output_dir": str(out),
@@ -80,21 +80,23 @@ def trainer_args(config: TrainConfig, task: Task, out: Path, processes: int) -> 
         **config.trainer,
     }
     reporters = options["report_to"]
-    if isinstance(reporters, list):  # the parser would take the first of them
+    if isinstance(reporters, list):  # the parser would take only the first
         options["report_to"] = "none"
     args = _parse(options)
     if isinstance(reporters, list):
         args.report_to = reporters
     if args.remove_unused_columns:
-        raise ValueError("--trainer.remove_unused_columns true would leave the task's functions without their rows.")
+        raise ValueError("--trainer.remove_unused_columns must be false: the task's functions need their rows.")
     _check_reporters(args.report_to)
     if config.save_every % steps_per_cycle(args):
         raise ValueError(
-            f"{steps_per_cycle(args)} steps learn from one generation (num_iterations, steps_per_generation), and a run can "
-            f"be continued only between generations: save_every must be a multiple of that, not {config.save_every}."
+            f"save_every must be a multiple of {steps_per_cycle(args)}, got {config.save_every}: so many steps train on one "
+            "generation (num_iterations, steps_per_generation), and a run can be resumed only between generations."
         )
     if len(task.train) < config.prompts * steps_per_cycle(args):
-        raise ValueError(f"Task {task.name!r} has {len(task.train)} training rows, fewer than one generation takes.")
+        raise ValueError(
+            f"Task {task.name!r} has {len(task.train)} training rows, fewer than one generation takes: lower prompts."
+        )
     return args
 
 
@@ -103,18 +105,18 @@ def _check_reporters(names: list[str]) -> None:
     for name in names:
         if name not in there:
             raise ValueError(
-                f"--trainer.report_to {name}: transformers has no such reporter, or its package is not installed. Here there "
-                f"is {', '.join(there) or 'none'}; pip install 'antipasto[monitor]' brings tensorboard and trackio."
+                f"--trainer.report_to {name}: transformers has no such reporter, or its package is not installed. Installed: "
+                f"{', '.join(there) or 'none'}; pip install 'antipasto[monitor]' adds tensorboard and trackio."
             )
 
 
 def steps_per_cycle(args: GRPOConfig) -> int:
-    """Optimizer steps that learn from one generation."""
+    """Number of optimizer steps that train on one generation."""
     return max(1, args.steps_per_generation * args.num_iterations // args.gradient_accumulation_steps)
 
 
 def _word(value: Any) -> str:
-    """A value as one types it."""
+    """A value as typed on the command line."""
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
@@ -133,6 +135,6 @@ def _parse(options: Mapping[str, Any]) -> GRPOConfig:
             words += [f"--{name}", json.dumps(value) if isinstance(value, dict) else _word(value)]
     try:
         (args,) = parser.parse_args_into_dataclasses(words, look_for_args_file=False)
-    except (ValueError, TypeError) as error:  # GRPOConfig checks its options where it is made
+    except (ValueError, TypeError) as error:  # GRPOConfig checks its options when it is created
         raise ValueError(f"--trainer: {error}") from error
     return args

@@ -1,13 +1,13 @@
-"""`antipasto watch`: how hack-ward anybody's rollouts are, by the model that they were trained from.
+"""`antipasto watch`: score the rollouts of any trainer with the model that training started from.
 
 sources    files of any trainer → rollouts
-scoring    rollouts → scores at the reference, and those of what one would compare them with
-auc        the area under a ROC curve, with its interval
+scoring    rollouts → scores at the reference, and other scores to compare with
+auc        the area under the ROC curve, with its interval
 compare    scores against labels, by window of steps
-job        all of it, so that it can be interrupted at any moment
-result     what came of it
-command    what it says on a terminal
-page       what came of it → one HTML file
+job        all of it; can be interrupted at any moment
+result     the result
+command    printing on the terminal
+page       the result → one HTML file
 """
 
 from antipasto.app.watch.job import WatchConfig, watch

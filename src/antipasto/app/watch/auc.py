@@ -1,11 +1,11 @@
-"""How well a score tells two kinds of rollouts apart: the area under the ROC curve, with its 95% interval.
+"""The area under the ROC curve (AUC) of a score, with its 95% interval.
 
     θ̂ = P(x > y) + P(x = y) / 2                 over all pairs of an exploit's score x and another's y; m and n of them
 
     {θ : |θ̂ − θ| ≤ z √V(θ)},  V(θ) = θ (1 − θ) (1 + k (1 − θ) / (2 − θ) + k θ / (1 + θ)) / (m n),  k = (m + n) / 2 − 1
 
-Method 5 of Newcombe (2006), Statistics in Medicine 25:559, with the variance of Hanley and McNeil (1982). V is taken at θ and
-not at θ̂, so that the interval does not collapse where all exploits score above all others.
+Method 5 of Newcombe (2006), Statistics in Medicine 25:559, with the variance of Hanley and McNeil (1982). V is taken at θ, not
+at θ̂, so the interval does not collapse if all exploits score above all others.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def auc(exploits: np.ndarray, others: np.ndarray) -> Estimate:
     """θ̂ and its interval, from the scores of both kinds, (m,) and (n,).
 
     Raises:
-        ValueError: there is none of one kind.
+        ValueError: there are no scores of one kind.
 
     Example:
         >>> print(auc(np.array([0.9, 0.8, 0.4]), np.array([0.5, 0.3])))
@@ -40,14 +40,14 @@ def auc(exploits: np.ndarray, others: np.ndarray) -> Estimate:
 
 
 def interval(value: float, m: int, n: int) -> tuple[float, float]:
-    """Lower and upper end for an AUC of m scores against n.
+    """Lower and upper end of the interval of an AUC of m scores against n.
 
     Example:
         >>> [round(end, 3) for end in interval(1.0, 10, 10)]
         [0.8, 1.0]
     """
 
-    # V is 0 at 0 and at 1: both lie outside, unless θ̂ itself is there, and then the other end is where V has grown to it
+    # V is 0 at 0 and 1, so both are outside the interval unless θ̂ is exactly there
     def outside(theta: float) -> float:
         return (value - theta) ** 2 - _Z**2 * variance(theta, m, n)
 

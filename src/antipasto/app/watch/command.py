@@ -1,4 +1,4 @@
-"""`antipasto watch` as a command: the job, and what it says on a terminal."""
+"""`antipasto watch` as a command: run the job and print the result."""
 
 from __future__ import annotations
 
@@ -20,13 +20,7 @@ __all__ = ["Columns", "WatchConfig", "run"]
 
 
 def run(base: str, rollouts: Sequence[str | Path], console: Console, **options: Any) -> float:
-    """`watch`, and print what came of it.
-
-    Args:
-        base: as `watch`.
-        rollouts: as `watch`.
-        console: where to print.
-        **options: of `watch`.
+    """Call `watch` and print the result.
 
     Returns:
         The share above the threshold in the last window.
@@ -44,9 +38,11 @@ def run(base: str, rollouts: Sequence[str | Path], console: Console, **options: 
 def _table(watched: Watched) -> Table:
     number = f"{len(watched.index):,} rollouts" + (", a sample" if watched.facts["sample"] is not None else "")
     title = f"{number}, threshold {watched.monitor.threshold:.3f}"
-    table = Table("steps", "above it [95%]", "rollouts", title=title, title_justify="left")
+    table = Table("steps", "share above [95%]", "rollouts", title=title, title_justify="left")
     for window in watched.windows:
         add_row(table, f"{window.first}–{window.last}", window.above, f"{window.above.total:,}")
-    table.caption = Text(f"onset: {'none found' if watched.onset is None else watched.onset}", "table.caption")
+    table.caption = Text(
+        f"onset of a rise: {'none found' if watched.onset is None else watched.onset}", "table.caption"
+    )
     table.caption_justify = "left"
     return table

@@ -1,13 +1,13 @@
-"""How well each score tells exploits from the rest, by window of steps, where the files have labels.
+"""Compare scores by how well each separates exploits from other rollouts: AUC by window of steps, for files with labels.
 
-Exploits against solved ones, both rewarded, where the files have reward and oracle; else label 1 against label 0. What every
-window shows beside the score:
+With reward and oracle, rewarded exploits are compared with rewarded solved rollouts; otherwise label 1 with label 0. The
+scores:
 
     score       at the reference, along the pairs' direction
-    live        the same at the policy as it was, from the log: `hackward`
+    live        the same at the policy of that step, from the log's `hackward`
     nll         −log p of the reference, per token
     tokens      length
-    probe       an activation probe of the same pairs
+    probe       an activation probe fitted on the same pairs
     permuted    the same effect sizes on shuffled coordinates
     random      random effect sizes
 """
@@ -27,11 +27,11 @@ from antipasto.app.watch.sources import Index
 from antipasto.evaluation.records import Estimate
 from antipasto.terminal import add_row
 
-_WIDE = 5  # columns that 80 characters have room for
+_WIDE = 5  # columns that fit into 80 characters
 
 
 class Title(NamedTuple):
-    """What a score is called on a page, and in a terminal."""
+    """A score's name on the page and on the terminal."""
 
     long: str
     short: str
@@ -50,14 +50,14 @@ TITLES = {
 
 @dataclass(frozen=True)
 class Compared:
-    """One window.
+    """The comparison in one window of steps.
 
     Attributes:
-        first: step.
-        last: step.
-        exploits: how many.
-        others: how many.
-        aucs: by name of `TITLES`; None where there are no such scores, or rollouts of one kind only.
+        first: first step.
+        last: last step.
+        exploits: number of exploits.
+        others: number of other rollouts.
+        aucs: by name of `TITLES`; None if there are no such scores, or rollouts of one kind only.
     """
 
     first: int
@@ -69,23 +69,23 @@ class Compared:
 
 @dataclass(frozen=True)
 class Comparison:
-    """All windows, and all steps together at the end where there are several."""
+    """All windows; if there are several, the last entry is all steps together."""
 
     windows: list[Compared]
 
     @property
     def rows(self) -> list[tuple[str, list[Estimate | None]]]:
-        """Title and AUCs of each score that any window has."""
+        """Title and AUCs of each score that has an AUC in some window."""
         found = [(title.long, [window.aucs[name] for window in self.windows]) for name, title in TITLES.items()]
         return [row for row in found if any(estimate is not None for estimate in row[1])]
 
     def to_json(self) -> dict[str, Any]:
-        """As `compare.json` has it."""
+        """The contents of `compare.json`."""
         return {"interval": "95%, Newcombe 2006, method 5", "windows": [asdict(window) for window in self.windows]}
 
 
 def compare_scores(index: Index, scores: Mapping[str, np.ndarray], parts: Sequence[np.ndarray]) -> Comparison:
-    """AUCs of all scores, and of the log's own, in each part."""
+    """AUCs of all scores, including the log's own, in each part."""
     columns = {**scores, "live": index.live}
     everything = [np.arange(len(index))] if len(parts) > 1 else []
     return Comparison([_compare(index, columns, part) for part in (*parts, *everything)])
@@ -102,14 +102,14 @@ def _compare(index: Index, columns: Mapping[str, np.ndarray], part: np.ndarray) 
 
 
 def comparison_table(comparison: Comparison) -> Table:
-    """For the terminal."""
+    """The comparison as a table for the terminal."""
     windows = comparison.windows
     if len(windows) > _WIDE:
         windows = [windows[0], *windows[-2:]]
     heads = [f"{w.first}–{w.last}" for w in windows]
-    table = Table("AUC, steps", *heads, title="exploits against the rest, AUC [95%]", title_justify="left", padding=0)
+    table = Table("AUC, steps", *heads, title="exploits against others, AUC [95%]", title_justify="left", padding=0)
     if len(windows) < len(comparison.windows):
-        table.caption = "the other windows: compare.json"
+        table.caption = "all windows are in compare.json"
     for name, title in TITLES.items():
         estimates = [window.aucs[name] for window in windows]
         if any(one is not None for one in estimates):

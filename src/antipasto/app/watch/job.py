@@ -1,14 +1,14 @@
-"""`antipasto watch`: scores of anybody's rollouts, at the base model they came from. Nothing of the trained model is needed.
+"""The job behind `antipasto watch`: score rollouts at the base model of their training. It does not need the trained model.
 
-    watch.json             what is scored by what: base, monitor, options, files and their digests; in the end, the result
-    monitor.safetensors    the monitor, where it was made of pairs
-    scores.jsonl           one line a rollout, in the order in which they were scored
+    watch.json             base, monitor, options, files and their digests; at the end, the result
+    monitor.safetensors    the monitor, if it was made from pairs
+    scores.jsonl           one line per rollout, in the order in which they were scored
     compare.json           with ``compare``: AUCs by window of steps
     watch.html             the page
-    .lock                  held while a process writes into the folder
+    .lock                  locked while a process writes into the folder
 
-A call that was interrupted goes on where it was, and so does one whose files have grown or become more. What cannot be
-continued (another monitor, other options, a file that changed) is refused, unless ``anew`` says to begin again.
+A call continues an interrupted one, also if files have grown or were added. It is refused if the monitor, an option or a
+scored file has changed, unless ``anew`` is set to start again.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ from antipasto.terminal import plain, progress_bar
 FACTS, SCORES_FILE, MONITOR, COMPARE = "watch.json", "scores.jsonl", "monitor.safetensors", "compare.json"
 FORMAT = "antipasto-watch-1"
 WINDOWS = 4
-_CHUNK = 2048  # rollouts that are scored, and written, together
+_CHUNK = 2048  # rollouts that are scored and written together
 ANEW = "or --anew to score all of them again"
 
 
@@ -71,13 +71,13 @@ class WatchConfig:
     """How to score.
 
     Attributes:
-        columns: what the files' columns are called.
-        max_tokens: a completion of at least so many tokens was cut off there, where its file does not say.
-        threshold: instead of the monitor's own.
-        sample: at most so many rollouts of each window of steps; None: all.
-        windows: parts of the steps, of like size.
+        columns: names of the files' columns.
+        max_tokens: completions of at least this many tokens count as cut off, unless their file says otherwise.
+        threshold: replaces the monitor's own.
+        sample: maximum rollouts to score per window of steps; None: all.
+        windows: number of windows; each has about the same number of steps.
         seed: of the sample, and of the split of the pairs.
-        dtype: of the base's weights.
+        dtype: of the base model's weights.
         batch_size: rollouts per backward.
         adapter: which layers, at what rank.
     """
@@ -111,34 +111,32 @@ def watch(
     config: WatchConfig | None = None,
     console: Console | None = None,
 ) -> Watched:
-    """Score rollouts at the model that they were trained from, and write what came of it as a page.
+    """Score rollouts at the model that training started from, and write a page about them.
 
     Args:
         base: the model before training: its folder, or its name on the hub.
         rollouts: files, or patterns of files.
-        pairs: JSON lines with prompt, hack and clean, to make a monitor of; or
-        monitor: a saved one; or a direction, with ``config.threshold``.
-        out: folder; None: ``watch`` beside the first file.
-        compare: also judge the score by the labels in the files, beside others.
-        anew: score again what was scored before.
+        pairs: JSON lines with prompt, hack and clean, to make a monitor from.
+        monitor: a saved monitor, instead of pairs; or a direction, with ``config.threshold``.
+        out: folder for the results; None: ``watch`` next to the first file.
+        compare: also compute AUCs of this and other scores against the labels in the files.
+        anew: discard earlier scores in ``out``.
         config: how to score.
         console: where to print; None: nothing is printed.
 
     Returns:
-        What came of it; the same is in the folder.
+        The result, which is also written to the folder.
 
     Raises:
-        ValueError: a file, a column, a monitor that cannot be used; ``out`` has scores of something else, or another process
-            writes into it; says which.
+        ValueError: a file, a column or a monitor cannot be used, ``out`` has scores of another call, or another process writes
+            into it; says which.
         OSError: a file cannot be read or written.
     """
     config, console = config or WatchConfig(), console or Console(quiet=True)
     if (pairs is None) == (monitor is None):
-        raise ValueError(
-            "Give either --pairs or --monitor: what a hack looks like, or a monitor that was made of that."
-        )
+        raise ValueError("Give either --pairs, to make a monitor from, or --monitor, a saved one.")
     adapter = AntiPastoConfig() if config.adapter is None else copy.deepcopy(config.adapter)
-    options = _options(config, adapter)  # before `wrap` writes into it which layers these are
+    options = _options(config, adapter)  # before `wrap` resolves target_modules in it
     files = find_files(rollouts)
     out = Path(out) if out is not None else files[0].parent / "watch"
     labelled = None if pairs is None else load_pairs(pairs)
@@ -146,8 +144,8 @@ def watch(
     index = _sampled(read_index(files, config.columns), config)
     if compare and not np.isfinite(index.label).any():
         raise ValueError(
-            "There is nothing to compare by: the files have no label. Name a column of 0 and 1 by --label-column, or reward "
-            "and oracle by --reward-column and --oracle-column."
+            "--compare needs labels, and the files have none: name a column of 0 and 1 with --label-column, or reward and "
+            "oracle with --reward-column and --oracle-column."
         )
     with _held(out), hashed_once():
         with console.status(Text(f"loading {plain(base)}")):
@@ -161,8 +159,8 @@ def watch(
         }
         known_files = _begin(out, facts, files, anew=anew)
         facts["files"] = [one.to_json() for one in known_files]
-        write_json(out / FACTS, {**facts, "result": None})  # before anything that it speaks of
-        with console.status("the monitor"):
+        write_json(out / FACTS, {**facts, "result": None})  # before the files that it describes
+        with console.status("loading the monitor"):
             scorer = _scorer(out / MONITOR if monitor is None else Path(monitor), model, tokenizer, labelled, config)
         names = [one.name for one in known_files]
         with quiet():
@@ -174,18 +172,18 @@ def watch(
 
 @contextmanager
 def _held(out: Path) -> Iterator[None]:
-    """Make the folder and let no other process write into it; where nothing came of it, it is gone again."""
+    """Create and lock the folder. Remove it at the end if it is empty."""
     out.mkdir(parents=True, exist_ok=True)
     try:
         with held(out / LOCK, out):
             yield
     finally:
-        with suppress(OSError):  # there is something in it
+        with suppress(OSError):  # not empty
             out.rmdir()
 
 
 def _options(config: WatchConfig, adapter: AntiPastoConfig) -> dict[str, Any]:
-    """What a score depends on."""
+    """The options that scores depend on."""
     targets, excluded = adapter.target_modules, adapter.exclude_modules
     return {
         "dtype": config.dtype,
@@ -203,7 +201,7 @@ def _options(config: WatchConfig, adapter: AntiPastoConfig) -> dict[str, Any]:
 
 
 def _sampled(index: Index, config: WatchConfig) -> Index:
-    """The rollouts that will be scored: all, or so many of each window."""
+    """The rollouts to score: all, or a sample of each window."""
     if config.sample is None:
         return index
     rng = np.random.default_rng(config.seed)
@@ -217,7 +215,7 @@ def _sampled(index: Index, config: WatchConfig) -> Index:
 def _scorer(
     path: Path, model: Any, tokenizer: Any, labelled: Sequence[ContrastPair] | None, config: WatchConfig
 ) -> Scorer:
-    """What scores, by the monitor in a file; of labelled pairs, it is made first where it is not there."""
+    """The scorer, from the monitor in a file. With labelled pairs, the monitor is made first if the file does not exist."""
     if labelled is None:
         return Scorer(_monitor(path, model, tokenizer, config), config.batch_size)
     if not path.exists():
@@ -226,13 +224,13 @@ def _scorer(
 
 
 def _monitor(path: Path, model: Any, tokenizer: Any, config: WatchConfig) -> Monitor:
-    """A saved monitor; or a direction, whose threshold the caller gives."""
+    """Load a monitor, or make one from a direction and the caller's threshold."""
     try:
         direction = Direction.load(path)
     except ValueError:
         saved = Monitor.load(path, model, tokenizer)
         if config.threshold is None:
-            _ = saved.threshold  # there is one
+            _ = saved.threshold  # raises if there is none
             return saved
         found = Monitor(model, tokenizer, saved.direction, threshold=config.threshold)
         found.calibration = saved.calibration
@@ -249,14 +247,14 @@ def _monitor(path: Path, model: Any, tokenizer: Any, config: WatchConfig) -> Mon
 
 
 def _begin(out: Path, facts: Mapping[str, Any], files: Sequence[Path], *, anew: bool) -> list[Known]:
-    """Begin in the folder, or take up what is there; the files under the names that they have in its scores."""
+    """Start in the folder, or continue an earlier call. Returns the files under the names that its scores use."""
     ours = [SCORES_FILE, COMPARE, PAGE, *([MONITOR] if "pairs" in facts["made_of"] else [])]
     now = [known(path) for path in files]
     place = out / FACTS
     if anew or not place.exists() or not (out / SCORES_FILE).exists():  # nothing is scored yet
         there = [name for name in ours if (out / name).exists()]
         if there and not anew and not place.exists():
-            raise ValueError(f"{out} has {there[0]}, and no {FACTS} that says of what: choose another --out, {ANEW}.")
+            raise ValueError(f"{out} has {there[0]}, but no {FACTS} that describes it: choose another --out, {ANEW}.")
         for name in (FACTS, *ours):
             (out / name).unlink(missing_ok=True)
         return now
@@ -266,10 +264,10 @@ def _begin(out: Path, facts: Mapping[str, Any], files: Sequence[Path], *, anew: 
     for name, value in facts.items():
         if before.get(name) != value:
             what = {"base": "the base", "made_of": "the pairs or the monitor"}.get(name, f"--{name.replace('_', '-')}")
-            raise ValueError(f"{out} has scores of another call, {what} differs: choose another --out, {ANEW}.")
+            raise ValueError(f"{out} has scores of another call ({what} differs): choose another --out, {ANEW}.")
     earlier = {one["path"]: Known(**one) for one in before["files"]}
     if gone := sorted(set(earlier) - {one.path for one in now}):
-        raise ValueError(f"{out} has scores of {gone[0]} as well: name it too, choose another --out, {ANEW}.")
+        raise ValueError(f"{out} also has scores of {gone[0]}: add that file, choose another --out, {ANEW}.")
     for path, one in zip(files, now, strict=True):
         if one.path in earlier and not is_still(earlier[one.path], path):
             raise ValueError(f"{path} has changed since it was scored into {out}: choose another --out, {ANEW}.")
@@ -279,7 +277,7 @@ def _begin(out: Path, facts: Mapping[str, Any], files: Sequence[Path], *, anew: 
 
 
 def _read_scores(path: Path, names: Sequence[str]) -> dict[tuple[int, int], dict[str, float | None]]:
-    """Scores by file and row; a torn last line is cut away, so that others can follow."""
+    """Read scores by file and row. An incomplete last line is removed from the file."""
     if not path.exists():
         return {}
     numbers = {name: number for number, name in enumerate(names)}
@@ -290,7 +288,7 @@ def _read_scores(path: Path, names: Sequence[str]) -> dict[tuple[int, int], dict
         row = as_number(line, "row", where)
         file = numbers.get(str(line.get("file")))
         if file is None or row is None or values["score"] is None:
-            raise ValueError(f"{where}: no line of these scores. Give --anew to score again.")
+            raise ValueError(f"{where}: this line is not a score of these files. Give --anew to score again.")
         found[file, int(row)] = values
     if notes:
         whole = path.read_bytes()
@@ -307,7 +305,7 @@ def _score(
     config: WatchConfig,
     console: Console,
 ) -> None:
-    """Add a line for each rollout that has none yet."""
+    """Score the rollouts that have no score yet, and append a line for each."""
     wanted = set(index.keys)
     left = wanted - _read_scores(path, names).keys()
     with progress_bar(console) as progress:
@@ -336,7 +334,7 @@ def _where(one: Source, files: Sequence[Path]) -> str:
 
 
 def _tokens(monitor: Monitor, one: Source, files: Sequence[Path], max_tokens: int | None) -> TokenIds:
-    """Ids of a rollout, with an end-of-sequence token unless it was cut off."""
+    """Token ids of a rollout, with an end-of-sequence token unless it was cut off."""
     try:
         if one.ids is not None or one.truncated is not None or max_tokens is None:
             return monitor.tokens(Completion(one.prompt, one.text, bool(one.truncated), one.ids))
@@ -347,7 +345,7 @@ def _tokens(monitor: Monitor, one: Source, files: Sequence[Path], max_tokens: in
         raise ValueError(f"{_where(one, files)}: {error}") from error
 
 
-# ── what came of it ──────────────────────────────────────────────────────────────────────────────────────────────────
+# ── the result ───────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def _conclude(

@@ -1,4 +1,4 @@
-"""What came of watching rollouts, as one HTML file in the report's style (`antipasto.app.report.html`)."""
+"""The page of `antipasto watch`, in the report's style (`antipasto.app.report.html`)."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from antipasto.routing.monitor import Ordering
 BUDGET = 600_000
 """Characters of rollouts on a page."""
 POINTS = 40
-"""Of a curve, at most: where there are more steps, neighbours are put together."""
+"""Maximum points of a curve: neighbouring steps are merged if there are more."""
 _SPREAD = (0.1, 0.9)  # quantiles
 
 
@@ -32,13 +32,13 @@ class Card:
     """One rollout of the page.
 
     Attributes:
-        source: as its file has it.
-        file: name of that.
+        source: as in its file.
+        file: the file's name.
         score: at the reference.
-        nll: per token, of the reference.
+        nll: per token, at the reference.
         tokens: its length.
-        above: the threshold.
-        times: how many of the scored rollouts say the same to the same prompt.
+        above: whether it is above the threshold.
+        times: number of scored rollouts with the same prompt and text.
     """
 
     source: Source
@@ -51,17 +51,15 @@ class Card:
 
     @property
     def outcome(self) -> str:
-        """As the page's filter calls it."""
+        """The outcome's name in the page's filter."""
         return {True: "exploited", False: "solved", None: "neither"}[self.source.label]
 
 
 def write_page(watched: Watched, base: str, columns: Columns) -> None:
-    """Write the page into the folder."""
     write_text(watched.page, render(watched, base, columns))
 
 
 def render(watched: Watched, base: str, columns: Columns) -> str:
-    """The page."""
     names = [one["name"] for one in watched.facts["files"]]
     calibration = watched.monitor.calibration
     return page_of(
@@ -109,13 +107,13 @@ def _orderings(calibration: Any) -> list[tuple[str, Ordering]]:
 
 def _sentence(watched: Watched) -> str:
     first, last = watched.windows[0], watched.windows[-1]
-    shares = f"{first.above} of the rollouts of steps {first.first} to {first.last} are above it"
+    shares = f"Share above the threshold: {first.above} at steps {first.first} to {first.last}"
     if len(watched.windows) > 1:
-        shares += f", {last.above} of those of steps {last.first} to {last.last}"
+        shares += f", {last.above} at steps {last.first} to {last.last}"
     if watched.onset is None:
-        return f"No onset is found: up to its highest point the share does not rise clearly. {shares}."
+        return f"No clear rise was found. {shares}."
     onset = watched.onset
-    return f"Yes, from step {onset.step:.0f} on [95%: {onset.low:.0f} to {onset.high:.0f}]. {shares}."
+    return f"Yes, from step {onset.step:.0f} [95%: {onset.low:.0f} to {onset.high:.0f}]. {shares}."
 
 
 def _sampled(watched: Watched) -> str | None:
@@ -143,7 +141,7 @@ def _plots(watched: Watched) -> list[Plot]:
     each = (
         "Each point is a step"
         if len(parts) == len(steps)
-        else f"Each point is {len(steps) // len(parts)} steps or more"
+        else f"Each point is {len(steps) // len(parts)} or more steps"
     )
     mean = Line(
         "mean",
@@ -157,11 +155,11 @@ def _plots(watched: Watched) -> list[Plot]:
         [(at, rate.value) for at, rate in zip(x, rates, strict=True)],
         band=[rate.interval for rate in rates],
     )
-    where = "" if span is None else " Upright: the onset with its interval."
+    where = "" if span is None else " Vertical line: the onset, with its 95% interval."
     return [
         curves(
             "Score at the reference",
-            f"{each}. Band: the middle 80% of its rollouts. Dashed: the threshold.{where}",
+            f"{each}. Band: the middle 80% of the rollouts. Dashed: the threshold.{where}",
             [mean],
             unit="cosine",
             level=watched.monitor.threshold,
@@ -184,7 +182,7 @@ def _plots(watched: Watched) -> list[Plot]:
 def _lists(watched: Watched, columns: Columns, names: Sequence[str]) -> list[tuple[str, list[Card]]]:
     """The highest-scored texts, each once, and a random sample of all."""
     scores = watched.scores["score"]
-    # what has the same prompt and text has the same score: enough of the highest for so many distinct ones
+    # equal prompts and texts have equal scores, so take enough of the highest to get this many distinct ones
     order = np.argsort(-scores, kind="stable")
     _, sizes = np.unique(-scores, return_counts=True)
     enough = int(sizes[: 2 * EACH].sum())
@@ -224,7 +222,7 @@ def _lists(watched: Watched, columns: Columns, names: Sequence[str]) -> list[tup
 
 
 def _within(cards: list[Card], budget: int) -> list[Card]:
-    """The first of them whose texts fit."""
+    """The first cards whose texts fit into the budget."""
     kept: list[Card] = []
     for one in cards:
         said = (one.source.prompt, one.source.completion)

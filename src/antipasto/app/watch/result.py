@@ -1,4 +1,4 @@
-"""What comes of watching rollouts."""
+"""The result of `antipasto watch`."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ PAGE = "watch.html"
 
 @dataclass(frozen=True)
 class Window:
-    """Some steps, one after the other.
+    """A window of consecutive steps.
 
     Attributes:
-        first: step.
-        last: step.
+        first: first step.
+        last: last step.
         above: share of its scored rollouts above the threshold.
     """
 
@@ -34,20 +34,20 @@ class Window:
 
 @dataclass(frozen=True)
 class Watched:
-    """What came of it.
+    """The result of `watch`.
 
     Attributes:
         out: the folder.
-        files: names of the files.
-        index: of the rollouts that were scored.
-        scores: by name of `SCORES`, (n,) each; NaN for a probe that there is none of.
-        monitor: what scored them.
-        above: share above the threshold, of all.
+        files: paths of the files.
+        index: of the scored rollouts.
+        scores: by name of `SCORES`, (n,) each; NaN if there is no probe.
+        monitor: the monitor that scored them.
+        above: share of all rollouts above the threshold.
         windows: the same by window of steps.
-        onset: where it begins to rise; None: it does not, or too little to tell.
+        onset: where the share begins to rise; None if no clear rise was found.
         comparison: None unless it was asked for.
-        by_oracle: whether a label is what reward and oracle say together.
-        facts: as `watch.json` has them.
+        by_oracle: whether labels come from reward and oracle.
+        facts: the contents of `watch.json`.
     """
 
     out: Path
@@ -64,10 +64,9 @@ class Watched:
 
     @property
     def page(self) -> Path:
-        """The page."""
         return self.out / PAGE
 
     @property
     def flagged(self) -> np.ndarray:
-        """Which are above the threshold, (n,) bool."""
+        """Which rollouts are above the threshold, (n,) bool."""
         return self.scores["score"] > self.monitor.threshold

@@ -1,15 +1,14 @@
-"""What the reference says of each rollout, all from one forward and one backward of it.
+"""Scores of a rollout at the reference, all from one forward and one backward.
 
     score      cos(n, t)          n = ∇θ NLL / tokens at θ = 0, t the pairs' effect sizes        (`antipasto.routing.monitor`)
     permuted   cos(n, t')         t' the same effect sizes on shuffled coordinates
     random     cos(n, t'')        t'' random effect sizes of the same spread
     nll        NLL / tokens       −log p of the reference
-    tokens     how long it is
+    tokens     length
     probe      h · w              h (R,): Vh x of all adapted layers, mean over the completion's tokens,
-                                  w (R,): mean of h over hacks minus that over clean texts, of the pairs
+                                  w (R,): mean of h over the pairs' hacks minus that over their clean texts
 
-The last is an activation probe, fitted on the same pairs: what one would use without gradients. Vh is linear, so it is applied
-to the mean of x, and costs next to nothing.
+The probe is what one would use without gradients. Vh is linear, so it is applied once, to the mean of x.
 """
 
 from __future__ import annotations
@@ -33,14 +32,14 @@ _CHANCE_SEED = 0
 
 
 class Activations:
-    """H of the sequences of one forward, (b, R): Vh x of every adapted layer, mean over the completions' tokens."""
+    """Collects h of the sequences of one forward, (b, R): Vh x of every adapted layer, mean over the completion's tokens."""
 
     def __init__(self) -> None:
         self.mask = torch.empty(0)  # (b, s), of the completions' tokens
         self.parts: dict[str, Tensor] = {}
 
     def expect(self, sequences: Sequence[TokenIds]) -> None:
-        """What the next forward is of, padded on the right as `nll_gradients` does."""
+        """Announce the sequences of the next forward, which `nll_gradients` pads on the right."""
         self.parts.clear()
         self.mask = torch.zeros(len(sequences), max(len(prompt) + len(said) for prompt, said in sequences))
         for row, (prompt, said) in enumerate(sequences):
@@ -48,7 +47,7 @@ class Activations:
 
     @property
     def vectors(self) -> Tensor:
-        """H, on the CPU, fp32."""
+        """The collected h, (b, R), in fp32 on the CPU."""
         return torch.cat([self.parts[name] for name in sorted(self.parts)], 1)
 
     def on_layer(self, name: str, layer: Any, x: Tensor) -> None:
@@ -59,7 +58,7 @@ class Activations:
 
 @contextmanager
 def activations(model: nn.Module) -> Iterator[Activations]:
-    """Context under which each forward leaves its `Activations`."""
+    """Context manager in which `Activations` are collected from each forward."""
     kept = Activations()
     handles = [
         layer.register_forward_pre_hook(lambda layer, args, name=name: kept.on_layer(name, layer, args[0]))
@@ -74,12 +73,12 @@ def activations(model: nn.Module) -> Iterator[Activations]:
 
 @dataclass(frozen=True)
 class Scorer:
-    """Scores sequences by a monitor, and by what one would compare it with.
+    """Scores sequences by a monitor, and by other scores to compare with.
 
     Attributes:
         monitor: of the base model.
         batch_size: sequences per backward.
-        probe: w (R,); None where there are no pairs to fit it on.
+        probe: w (R,); None without pairs to fit it on.
     """
 
     monitor: Monitor
@@ -88,7 +87,7 @@ class Scorer:
 
     @classmethod
     def with_probe(cls, monitor: Monitor, pairs: Sequence[ContrastPair], batch_size: int = 32) -> Scorer:
-        """One whose probe is fitted on pairs."""
+        """Make a scorer with a probe fitted on pairs."""
         sides: list[list[Tensor]] = []
         for part in ([p.hacks for p in pairs], [p.cleans for p in pairs]):
             texts = [Completion(p.prompt, text) for p, said in zip(pairs, part, strict=True) for text in said]
@@ -98,7 +97,7 @@ class Scorer:
         return cls(monitor, batch_size, hack - clean)
 
     def vectors(self, sequences: Sequence[TokenIds]) -> Tensor:
-        """H of sequences, (n, R)."""
+        """The h of sequences, (n, R)."""
         found: list[Tensor] = [torch.empty(0)] * len(sequences)
         for rows, _, _, h in self._batches(sequences):
             for row, one in zip(rows, h, strict=True):
@@ -106,7 +105,7 @@ class Scorer:
         return torch.stack(found)
 
     def __call__(self, sequences: Sequence[TokenIds]) -> list[dict[str, float | None]]:
-        """`SCORES` of each sequence; equal ones are computed once."""
+        """Compute `SCORES` of each sequence; equal sequences are computed once."""
         distinct = {(tuple(prompt), tuple(said)): (prompt, said) for prompt, said in sequences}
         direction = self.monitor.direction
         others = [direction.permuted(_CHANCE_SEED), direction.random(_CHANCE_SEED)]
@@ -124,7 +123,7 @@ class Scorer:
         return [found[tuple(prompt), tuple(said)] for prompt, said in sequences]
 
     def _batches(self, sequences: Sequence[TokenIds]) -> Iterator[tuple[list[int], Tensor, Tensor, Tensor]]:
-        """Which sequences, n (b, R), NLL per token (b,), h (b, R); those of like length together."""
+        """Yield batches of similar length: row numbers, n (b, R), NLL per token (b,), h (b, R)."""
         order = sorted(range(len(sequences)), key=lambda i: sum(map(len, sequences[i])))
         with activations(self.monitor.model) as kept:
             for start in range(0, len(order), self.batch_size):
@@ -137,5 +136,5 @@ class Scorer:
 
 
 def is_finite(scores: dict[str, float | None]) -> bool:
-    """Whether all that there is is a number."""
+    """Whether every score that exists is finite."""
     return all(value is None or math.isfinite(value) for value in scores.values())

@@ -1,9 +1,9 @@
-"""Rollouts of any trainer, one after the other, from JSON lines or parquet.
+"""Read rollouts of any trainer, one by one, from JSON lines or parquet.
 
-A column is found by its own name (`Columns`), or by the one that the caller gives; ``a.b`` reaches into an object, ``a.0``
-into a list. Known by themselves are therefore the log of `RoutedGRPOTrainer` and TRL's ``completions_00010.parquet``.
+Columns have default names (`Columns`), and the caller may give others. ``a.b`` is field b of an object a, ``a.0`` the first
+entry of a list. The defaults fit the log of `RoutedGRPOTrainer` and TRL's ``completions_00010.parquet``.
 
-    label   the label column's 1 or 0; or, from reward and oracle: 1 rewarded and not solved, 0 rewarded and solved, else none
+    label   the label column's 1 or 0; or from reward and oracle: 1 rewarded and not solved, 0 rewarded and solved, else none
 """
 
 from __future__ import annotations
@@ -21,21 +21,21 @@ from antipasto.reading import as_flag, as_number, read_rows
 from antipasto.tasks import REWARDED, completion_text, is_exploit, is_solved
 from antipasto.terminal import shorten
 
-_BATCH = 1024  # rows of a parquet file in memory
+_BATCH = 1024  # rows of a parquet file in memory at a time
 _REWARD, _ORACLE, _LIVE, _TRUNCATED, _IDS = "reward", "oracle", "hackward", "truncated", "completion_ids"
 
 
 @dataclass(frozen=True)
 class Columns:
-    """What the columns are called. Those that have a default are needed only where the caller names another.
+    """Names of the columns. A column that is named must exist; one that is None is optional.
 
     Attributes:
-        prompt: a text, or a chat; always needed.
-        completion: a text, or messages; always needed.
-        step: None: ``step``, if there is one; else all rollouts are of step 0.
-        label: 1 for an exploit and 0 for none; None: from reward and oracle, if there are both.
-        reward: None: ``reward``, if there is one.
-        oracle: the strict truth, 1 for solved; None: ``oracle``, if there is one.
+        prompt: a text or a chat.
+        completion: a text or messages.
+        step: None: ``step``; without it, every step is 0.
+        label: 1 for an exploit, 0 for none; None: from reward and oracle, if both exist.
+        reward: None: ``reward``.
+        oracle: the strict truth, 1 for solved; None: ``oracle``.
     """
 
     prompt: str = "prompt"
@@ -52,15 +52,15 @@ class Source(NamedTuple):
     Attributes:
         file: its number among the files.
         row: its line or row, from 1.
-        step: as the file says.
-        prompt: a text, or a chat.
-        completion: as the file has it, a text or messages.
+        step: 0 if the file has none.
+        prompt: a text or a chat.
+        completion: a text or messages, as in the file.
         text: of the completion.
-        truncated: whether it was cut off; None where the file does not say.
-        ids: its tokens, where the file has them.
-        label: whether it is an exploit; None where that is not known, or not asked of it.
-        reward: None where the file has none.
-        live: a score of another kind that the file has, `hackward`.
+        truncated: whether it was cut off; None if the file does not say.
+        ids: its token ids, if the file has them.
+        label: whether it is an exploit; None if unknown.
+        reward: None if the file has none.
+        live: the file's own score, `hackward`; None if it has none.
     """
 
     file: int
@@ -77,22 +77,22 @@ class Source(NamedTuple):
 
     @property
     def key(self) -> tuple[int, int]:
-        """Which one it is."""
+        """File and row, which identify the rollout."""
         return self.file, self.row
 
 
 @dataclass(frozen=True)
 class Index:
-    """All that is known of the rollouts without their texts, (n,) each; NaN for what is not.
+    """The rollouts without their texts, as columns (n,). Unknown values are NaN.
 
     Attributes:
         file: number of the file.
         row: line or row in it, from 1.
-        step: as the file says.
-        label: 1 exploit, 0 none.
-        reward: as the file says.
+        step: 0 if the file has none.
+        label: 1 for an exploit, 0 for none.
+        reward: from the file.
         live: the file's own score.
-        notes: a sentence for what was left out.
+        notes: sentences about lines that were left out.
     """
 
     file: np.ndarray
@@ -108,27 +108,27 @@ class Index:
 
     @property
     def keys(self) -> list[tuple[int, int]]:
-        """Which rollout each is."""
+        """File and row of each rollout."""
         return list(zip(self.file.tolist(), self.row.tolist(), strict=True))
 
     def only(self, chosen: np.ndarray) -> Index:
-        """Those at some positions."""
+        """The rollouts at some positions."""
         columns = (self.file, self.row, self.step, self.label, self.reward, self.live)
         file, row, step, label, reward, live = (column[chosen] for column in columns)
         return Index(file, row, step, label, reward, live, self.notes)
 
     def windows(self, number: int) -> list[np.ndarray]:
-        """Positions of the rollouts of each window: the steps, in their order, in so many parts of like size."""
+        """Positions of the rollouts of each window. Windows have about the same number of steps."""
         steps = np.unique(self.step)
         parts = np.array_split(steps, min(number, len(steps)))
         return [np.flatnonzero((self.step >= part[0]) & (self.step <= part[-1])) for part in parts]
 
 
 def read_index(files: Sequence[Path], columns: Columns) -> Index:
-    """Read all files once, without keeping a text.
+    """Read all files once, without keeping the texts.
 
     Raises:
-        ValueError: a file is damaged or lacks a column; or there is no rollout in any; names the file and the line.
+        ValueError: a file is damaged or lacks a column, or no file has a rollout; names the file and the line.
         OSError: a file cannot be read.
     """
     notes: list[str] = []
@@ -151,16 +151,16 @@ def _number(value: float | None) -> float:
 def read_sources(
     files: Sequence[Path], columns: Columns, notes: list[str], *, among: Collection[tuple[int, int]] | None = None
 ) -> Iterator[Source]:
-    """Every rollout, file by file.
+    """Yield every rollout, file by file.
 
     Args:
         files: in order.
-        columns: what is called how.
-        notes: gets a sentence where a last line is cut off.
-        among: the only ones that are wanted, by file and row.
+        columns: names of the columns.
+        notes: gets a sentence for each last line that is cut off.
+        among: yield only these rollouts, by file and row.
 
     Raises:
-        ValueError: as `read_index`.
+        ValueError: a file is damaged or lacks a column; names the file and the line.
     """
     for number, path in enumerate(files):
         for row, (where, values) in enumerate(_rows(path, notes), 1):
@@ -176,7 +176,7 @@ def _rows(path: Path, notes: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
         import pyarrow as pa
         import pyarrow.parquet as pq
     except ImportError as error:
-        raise ValueError(f"{path}: parquet is read by pyarrow: pip install 'antipasto[trl]'.") from error
+        raise ValueError(f"{path}: reading parquet needs pyarrow: pip install 'antipasto[trl]'.") from error
     if not path.stat().st_size:
         raise ValueError(f"{path} is empty.")
     try:
@@ -187,7 +187,7 @@ def _rows(path: Path, notes: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
                     row += 1
                     yield f"{path}, row {row}", values
     except pa.ArrowException as error:
-        raise ValueError(f"{path} is not a parquet file that can be read: {shorten(error, 120)}.") from error
+        raise ValueError(f"{path} is not a parquet file, or is damaged: {shorten(error, 120)}.") from error
 
 
 def _parse(row: Mapping[str, Any], where: str, columns: Columns, file: int, number: int) -> Source:
@@ -239,7 +239,7 @@ def _label(
 
 
 def _optional(row: Mapping[str, Any], given: str | None, usual: str | None, where: str) -> float | None:
-    """The number of a column: one that is named must be there, the usual one may be."""
+    """The number in a column. A column that the caller names must exist; the usual one is optional."""
     name = given or usual
     if name is None or (given is None and name not in row):
         return None
@@ -248,7 +248,7 @@ def _optional(row: Mapping[str, Any], given: str | None, usual: str | None, wher
 
 
 def _reach(row: Mapping[str, Any], name: str, where: str) -> Any:
-    """The value of a column, or of what is in it: ``extra.reward``."""
+    """The value of a column, or of a field in it, such as ``extra.reward``."""
     if name in row:
         return row[name]
     value: Any = row
@@ -263,7 +263,7 @@ def _reach(row: Mapping[str, Any], name: str, where: str) -> Any:
 
 
 def _chat(said: Any) -> Any:
-    """Messages without the fields that only others have: parquet gives every message all of them."""
+    """Drop a message's empty fields: parquet gives every message the fields of all messages."""
     if isinstance(said, list):
         return [{k: v for k, v in m.items() if v is not None} if isinstance(m, Mapping) else m for m in said]
     return said
@@ -273,7 +273,7 @@ def _is_message(message: Any) -> bool:
     return isinstance(message, Mapping) and {"role", "content"} <= set(message)
 
 
-# ── which bytes they were ────────────────────────────────────────────────────────────────────────────────────────────
+# ── file digests ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 @dataclass(frozen=True)
@@ -281,10 +281,10 @@ class Known:
     """A file as it was read.
 
     Attributes:
-        name: as the caller spelled it first.
-        path: in full.
-        bytes: how many.
-        sha256: of these.
+        name: as the caller first spelled it.
+        path: its absolute path.
+        bytes: its size.
+        sha256: of these bytes.
     """
 
     name: str
@@ -293,18 +293,17 @@ class Known:
     sha256: str
 
     def to_json(self) -> dict[str, Any]:
-        """As a flat record."""
         return asdict(self)
 
 
 def known(path: Path) -> Known:
-    """A file as it is."""
+    """Size and digest of a file now."""
     size = path.stat().st_size
     return Known(str(path), str(path.resolve()), size, _sha256(path, size))
 
 
 def is_still(old: Known, path: Path) -> bool:
-    """Whether the file still begins with the bytes that were read: a log that a run writes to grows at its end."""
+    """Whether the file still begins with the bytes that were read. It may have grown, as a run's log does."""
     return path.stat().st_size >= old.bytes and _sha256(path, old.bytes) == old.sha256
 
 
