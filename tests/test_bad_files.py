@@ -320,7 +320,7 @@ def test_no_pickle_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         assert not forbidden.search(source.read_text()), source
 
 
-@pytest.mark.parametrize("name", ["steps", "prompts", "generations", "seed", "learning_rate", "k", "beta"])
+@pytest.mark.parametrize("name", ["steps", "prompts", "generations", "seed", "learning_rate", "beta"])
 def test_true_is_no_number(name: str) -> None:
     with pytest.raises(ValueError, match=f"{name} must be (int|float), got True"):
         TrainConfig.from_mapping(CONFIG | {name: True}, "config.yaml")

@@ -603,6 +603,8 @@ def test_a_number_of_hundreds_of_digits_is_refused_in_every_file(tmp_path: Path)
         ),
         *(["eval", "r", f"--{name}"] for name in ("temperature", "margin")),
         ["extract", "m", "--pairs", "p", "--out", "o", "--heldout"],
+        ["map", "m", "--forms", "f", "--heldout"],
+        *(["watch", "m", "--rollouts", "f", f"--{name}"] for name in ("fail-above", "threshold")),
     ],
     ids=lambda command: " ".join(command),
 )

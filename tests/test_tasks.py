@@ -306,7 +306,7 @@ def _by_position(answer: object, /) -> list[float]:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"name": ""}, "name must be a text"),
+        ({"name": ""}, "name must be a non-empty text"),
         ({"train": []}, "Task 'sums': train is empty"),
         ({"train": {"prompt": ["a"]}}, "train must be a list of rows or a datasets.Dataset, got dict"),
         ({"train": iter(ROWS)}, "train must be a list of rows or a datasets.Dataset, got list_iterator"),

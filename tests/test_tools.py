@@ -339,7 +339,7 @@ def test_extract_overwrites_only_when_told(pairs: Path, tmp_path: Path) -> None:
         ([{"prompt": "2+2=", "hack": "!"}], "line 1: no field 'clean'"),
         ([{"prompt": "2+2=", "hack": "!", "clean": "!"}], "are the same text"),
         ([3], "line 1: expected an object"),
-        (addition.hack_pairs(2, seed=0), "leave 1 to fit"),
+        (addition.hack_pairs(2, seed=0), "1 left to fit"),
     ],
 )
 def test_extract_refuses_bad_pairs(rows: list[Any], words: str, tmp_path: Path) -> None:
@@ -350,7 +350,7 @@ def test_extract_refuses_bad_pairs(rows: list[Any], words: str, tmp_path: Path) 
 
 def test_extract_refuses_options_that_make_no_sense(pairs: Path, tmp_path: Path) -> None:
     command = ["extract", MODEL, "--pairs", pairs, "--out", tmp_path / "out"]
-    assert "leave 0 to fit" in refused(*command, "--heldout", "0.99")
+    assert "0 left to fit" in refused(*command, "--heldout", "0.99")
     assert "share in [0, 1), got 1.0" in refused(*command, "--heldout", "1")
     assert "--target-modules takes comma-separated names" in refused(*command, "--target-modules", "q_proj,,k_proj")
     assert "There is no file" in refused("extract", MODEL, "--pairs", tmp_path / "none", "--out", tmp_path / "out")

@@ -88,7 +88,7 @@ def fixed(model: nn.Module) -> Iterator[None]:
     Nothing changes where a gradient is wanted, rows of a batch see different knobs, or ``hold_weights`` is off.
 
     Args:
-        model: the adapted model.
+        model: the adapted model; one without adapted layers is left as it is.
 
     Example:
         >>> import torch
@@ -103,7 +103,7 @@ def fixed(model: nn.Module) -> Iterator[None]:
         >>> same
         True
     """
-    layers = list(adapted_layers(model).values())
+    layers = [module for module in unwrap(model).modules() if isinstance(module, AntiPastoLinear)]
     before = [layer.fixed for layer in layers]
     for layer in layers:
         layer.fixed = []

@@ -346,7 +346,7 @@ def map_forms(
         Path | None, typer.Option(metavar="FILE", help="A saved monitor, instead of pairs.", show_default=False)
     ] = None,
     heldout: Annotated[
-        float, typer.Option(min=0, max=1, help="Share of the pairs held out to set the threshold.")
+        float, typer.Option(min=0, max=1, callback=_finite, help="Share of the pairs held out to set the threshold.")
     ] = HELDOUT,
     seed: Annotated[int, typer.Option(min=0, help="Seed of the split of the pairs.")] = 0,
     batch_size: Annotated[int, typer.Option(min=1, help="Texts per backward. Lower it if memory runs out.")] = 32,
@@ -511,12 +511,13 @@ def watch(
             min=0,
             max=1,
             metavar="RATE",
+            callback=_finite,
             help="Exit with code 3 if the share above the threshold in the last window exceeds this.",
             show_default="never",
         ),
     ] = None,
     threshold: Annotated[
-        float | None, typer.Option(help="Threshold of the score.", show_default="the monitor's")
+        float | None, typer.Option(callback=_finite, help="Threshold of the score.", show_default="the monitor's")
     ] = None,
     sample: Annotated[
         int | None, typer.Option(min=1, help="Maximum rollouts to score per window.", show_default="all")
