@@ -18,7 +18,8 @@ The first process in the sandbox is a shell of ours, under the same limits and t
 ``/box``, by ``/proc/PID/root``; that keeps the files when the namespaces are gone. So they are read after everything is dead.
 
 For root, the kernel counts no processes. So root's programs run as the user ``nobody`` outside as well: a first bwrap shows
-what the sandbox will show and no more, setpriv(1) becomes nobody in there, and a second bwrap goes on as anybody's would.
+what the sandbox will show and no more, setpriv(1) becomes nobody in there, and a second bwrap goes on as anybody's would. It
+is shown by root because nobody may not walk to an interpreter in root's home.
 
 What it does not protect from: holes in the kernel; side channels; a machine kept busy within the limits. Buffers of sockets
 and pipes are the kernel's memory and count nowhere; `OPEN_FILES` bounds them. If the machine runs out of memory, the kernel
@@ -28,12 +29,12 @@ kills the sandbox first, unless the program asked not to be.
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import re
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
 import tempfile
@@ -63,6 +64,7 @@ _DEVICES = ("null", "zero", "full", "random", "urandom")
 _STDIN = "/run/stdin"
 _ABOVE = 9  # processes that the kernel allows above the limit: our shell, and some for the watch to see
 _SETUP_SECONDS = 30.0
+_CREDENTIALS = struct.Struct("iII")  # struct ucred: pid, uid, gid
 
 # Its standard input is our socket: it says that all is mounted, and waits for leave. `exec` in a subshell: no builtin is run,
 # and what the shell has to say of a program's death goes nowhere.
@@ -108,14 +110,17 @@ class Bubblewrap(Pooled):
         self._check()
 
     def _run(self, program: Program, stop: threading.Event) -> Result:
-        return self._run_within(self.limits, program, stop)
+        try:
+            return self._run_within(self.limits, program, stop)
+        except OSError as error:  # no memory or descriptor to be had
+            raise SandboxError(f"A program could not be run: {error}.") from error
 
     def _run_within(self, limits: Limits, program: Program, stop: threading.Event) -> Result:
         files = {name: as_bytes(content, name) for name, content in program.files.items()}
         with ExitStack() as held:
             # what is left open here is closed whatever comes, a process of ours killed
-            process, control, info = self._start(limits, program, files, held)
-            inside = _Inside(process, control, info, held)
+            process, control = self._start(limits, program, files, held)
+            inside = _Inside(process, control, held)
             control.sendall(b"go\n")
             control.close()
             seen = watch(process, limits, inside.usage, inside.kill, stop)
@@ -125,18 +130,16 @@ class Bubblewrap(Pooled):
 
     def _start(
         self, limits: Limits, program: Program, files: Mapping[str, bytes], held: ExitStack
-    ) -> tuple[subprocess.Popen[bytes], socket.socket, int]:
-        """bwrap, started; our end of the shell's standard input; and where bwrap says the number of that shell."""
+    ) -> tuple[subprocess.Popen[bytes], socket.socket]:
+        """bwrap, started, and our end of the shell's standard input."""
         with ExitStack() as given:  # to bwrap, which has them once it is started
             control, theirs = socket.socketpair()
+            control.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
             held.callback(control.close)
             given.callback(theirs.close)
-            info, info_in = os.pipe()
-            held.callback(os.close, info)
-            given.callback(os.close, info_in)
             memory = {name: _in_memory(content, given) for name, content in files.items()}
             stdin, rules = _in_memory(as_bytes(program.stdin, "stdin"), given), _in_memory(self._filter, given)
-            words = [*self._isolation(limits), "--seccomp", str(rules), "--info-fd", str(info_in)]
+            words = [*self._isolation(limits), "--seccomp", str(rules)]
             for name, file in memory.items():
                 words += ["--perms", "0755", "--file", str(file), f"{BOX}/{name}"]
             words += ["--perms", "0444", "--file", str(stdin), _STDIN, "--remount-ro", "/"]
@@ -148,11 +151,11 @@ class Bubblewrap(Pooled):
                 stderr=subprocess.PIPE,
                 env=environment(BOX, self._path),  # of all of them: nothing of ours is there to be found
                 cwd="/",
-                pass_fds=[*memory.values(), stdin, rules, info_in],
+                pass_fds=[*memory.values(), stdin, rules],
                 start_new_session=True,  # Ctrl-C is ours to pass on
             )
             held.callback(_end, process)
-        return process, control, info
+        return process, control
 
     def _view(self) -> list[str]:
         """The files that a program can read, as words for bwrap."""
@@ -179,8 +182,9 @@ class Bubblewrap(Pooled):
         """For root, what executes another command as nobody, where there is nothing but what the sandbox will show."""
         if os.geteuid() != 0:
             return []
-        words = [self._tools["bwrap"], "--die-with-parent", "--dir", "/tmp", *self._view(), "--bind", "/proc", "/proc"]
-        words += ["--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID", "--"]
+        # a pid namespace: root's process may not kill nobody's when it dies, but the kernel kills all in there
+        words = [self._tools["bwrap"], "--die-with-parent", "--unshare-pid", "--dir", "/tmp", *self._view()]
+        words += ["--bind", "/proc", "/proc", "--cap-add", "CAP_SETUID", "--cap-add", "CAP_SETGID", "--"]
         return [*words, self._tools["setpriv"], "--reuid", _NOBODY, "--regid", _NOBODY, "--clear-groups", "--"]
 
     def _isolation(self, limits: Limits) -> list[str]:
@@ -203,7 +207,7 @@ class Bubblewrap(Pooled):
             probe = Program(["/bin/sh", "-c", _PROBE, "sh", canary.name])
             try:
                 found = self._run_within(limits, probe, threading.Event())
-            except SandboxError as error:
+            except (SandboxError, OSError) as error:
                 raise NotIsolatedError(_not_isolated(str(error))) from error
         if wrong := _found_wrong(found.stdout.decode()):
             raise NotIsolatedError(_not_isolated(f"{wrong}. {found.stderr.decode(errors='replace')}".strip()))
@@ -212,16 +216,16 @@ class Bubblewrap(Pooled):
 class _Inside:
     """A sandbox whose mounts are made and whose program has not begun: what is looked at from outside of it."""
 
-    def __init__(self, process: subprocess.Popen[bytes], control: socket.socket, info: int, held: ExitStack) -> None:
+    def __init__(self, process: subprocess.Popen[bytes], control: socket.socket, held: ExitStack) -> None:
         control.settimeout(_SETUP_SECONDS)
         try:
-            ready = control.recv(16)
+            ready, sent, *_ = control.recvmsg(16, socket.CMSG_SPACE(_CREDENTIALS.size))
         except TimeoutError:
             raise SandboxError(f"bwrap was not ready after {_SETUP_SECONDS:g} seconds.") from None
         if ready != b"ready\n":
             said = process.communicate()[1].decode(errors="replace").strip()
             raise SandboxError(f"bwrap did not start the program: {said or f'exit code {process.returncode}'}")
-        first = json.loads(os.read(info, 4096))["child-pid"]
+        first, *_ = _CREDENTIALS.unpack(sent[0][2])  # the kernel says who sent it, by the number that it has out here
         self._first = os.pidfd_open(first)
         held.callback(os.close, self._first)
         root = f"/proc/{first}/root"
@@ -231,9 +235,8 @@ class _Inside:
 
     def usage(self) -> Usage:
         used = use(self._proc, numbers_in(self._proc))
-        return dataclasses.replace(
-            used, processes=used.processes - 1, file_bytes=self.file_bytes()
-        )  # without our shell
+        without_shell = used.processes - 1
+        return dataclasses.replace(used, processes=without_shell, file_bytes=self.file_bytes())
 
     def file_bytes(self) -> int:
         """What is in files, with what the files themselves take; also after all are dead."""

@@ -30,6 +30,7 @@ LimitName = Literal["cpu", "wall", "memory", "processes", "output", "files"]
 MIB = 2**20
 FILE = 1024
 """Bytes that a file or folder takes beside what is in it, about."""
+_ARGV_BYTES = 100_000  # the kernel takes 128 KiB a word, and bubblewrap has words of its own
 
 
 class SandboxError(RuntimeError):
@@ -65,6 +66,8 @@ class Program:
             raise ValueError(f"argv must be a command and its arguments, a list of texts, got {self.argv!r}.")
         if not self.argv[0] or self.argv[0].startswith("-") or any("\0" in word for word in self.argv):
             raise ValueError(f"argv must begin with a command, and have no NUL in it, got {list(self.argv)!r}.")
+        if (size := sum(len(word.encode(errors="replace")) for word in self.argv)) > _ARGV_BYTES:
+            raise ValueError(f"argv must have no more than {_ARGV_BYTES} bytes, got {size}: put them in a file.")
         if isinstance(self.keep, str):
             raise ValueError(f"keep must be a list of names, got the text {self.keep!r}.")
         for name in (*self.files, *self.keep):

@@ -23,7 +23,7 @@ from pathlib import Path
 from antipasto.names import AntiPastoWarning
 from antipasto.sandbox.leftovers import read_left
 from antipasto.sandbox.pool import Pooled
-from antipasto.sandbox.protocol import Limits, Program, Result, as_bytes, environment
+from antipasto.sandbox.protocol import Limits, Program, Result, SandboxError, as_bytes, environment
 from antipasto.sandbox.watching import numbers_in, opened, rlimits, use, watch
 
 
@@ -51,33 +51,39 @@ class RlimitsOnly(Pooled):
         )
 
     def _run(self, program: Program, stop: threading.Event) -> Result:
-        # a program may leave folders that nobody may enter: TemporaryDirectory gives itself the right to
-        with tempfile.TemporaryDirectory(prefix="antipasto-program-", ignore_cleanup_errors=True) as folder:
-            for name, content in program.files.items():
-                path = Path(folder, name)
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_bytes(as_bytes(content, name))
-                path.chmod(0o755)
-            with tempfile.TemporaryFile() as stdin, opened(folder) as left, opened("/proc") as proc:
-                stdin.write(as_bytes(program.stdin, "stdin"))
-                stdin.seek(0)
-                with subprocess.Popen(
-                    [*rlimits(self.limits, processes=None, file_bytes=self.limits.file_bytes), *program.argv],
-                    stdin=stdin,
-                    stdout=subprocess.PIPE,
-                    stderr=subprocess.PIPE,
-                    cwd=folder,
-                    env=environment(folder, self.path),
-                    start_new_session=True,
-                ) as process:
-                    seen = watch(
-                        process,
-                        self.limits,
-                        look=lambda: use(proc, numbers_in(proc), session=process.pid),
-                        kill=partial(_kill_group, process.pid),
-                        stop=stop,
-                    )
-                files, refused = read_left(left, program.keep, self.limits.output_bytes)
+        try:
+            # a program may leave folders that nobody may enter: TemporaryDirectory gives itself the right to
+            with tempfile.TemporaryDirectory(prefix="antipasto-program-", ignore_cleanup_errors=True) as folder:
+                return self._run_in(folder, program, stop)
+        except OSError as error:  # no disk, memory or descriptor to be had
+            raise SandboxError(f"A program could not be run: {error}.") from error
+
+    def _run_in(self, folder: str, program: Program, stop: threading.Event) -> Result:
+        for name, content in program.files.items():
+            path = Path(folder, name)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(as_bytes(content, name))
+            path.chmod(0o755)
+        with tempfile.TemporaryFile() as stdin, opened(folder) as left, opened("/proc") as proc:
+            stdin.write(as_bytes(program.stdin, "stdin"))
+            stdin.seek(0)
+            with subprocess.Popen(
+                [*rlimits(self.limits, processes=None, file_bytes=self.limits.file_bytes), *program.argv],
+                stdin=stdin,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                cwd=folder,
+                env=environment(folder, self.path),
+                start_new_session=True,
+            ) as process:
+                seen = watch(
+                    process,
+                    self.limits,
+                    look=lambda: use(proc, numbers_in(proc), session=process.pid),
+                    kill=partial(_kill_group, process.pid),
+                    stop=stop,
+                )
+            files, refused = read_left(left, program.keep, self.limits.output_bytes)
         return seen.result(files, refused)
 
 
