@@ -14,8 +14,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
+from antipasto.options import near
 from antipasto.tasks import addition, reasoning
-from antipasto.tasks.task import Task, described, near
+from antipasto.tasks.task import Task, described
 
 BUILT_IN: Mapping[str, Callable[[], Task]] = {
     "addition": addition.task,
@@ -75,7 +76,7 @@ def _place(spec: str) -> tuple[str, str]:
         if spec.endswith(".py"):
             raise ValueError(f"{spec}: which task of this file? Write {spec}:name.")
         raise ValueError(
-            f"There is no built-in task {spec!r}{near(spec, BUILT_IN)} Possible are {', '.join(BUILT_IN)}, "
+            f"There is no built-in task {spec!r}{near(spec, BUILT_IN, most=3)} Possible are {', '.join(BUILT_IN)}, "
             f"{reasoning.PREFIX}<dataset>, path/to/my_task.py:name and package.module:name."
         )
     if not source or not name:

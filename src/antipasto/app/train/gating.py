@@ -27,7 +27,7 @@ import antipasto as ap
 from antipasto.app.run_folder import RunFolder
 from antipasto.app.train.config import TrainConfig
 from antipasto.evaluation.ask import Sampling, own_answers
-from antipasto.names import HELDOUT, By, Flagged, Method
+from antipasto.names import HELDOUT, MODES, By, Flagged, Method
 from antipasto.routing.pairs import split_pairs
 from antipasto.tasks import Task
 from antipasto.trl.advantages import deployed_positions
@@ -103,7 +103,7 @@ class Gating:
         """A function from an adapted model to its router; None if the method has no router."""
         config = self.config
         mode = config.method
-        if mode not in ("route", "erase", "measure"):
+        if mode not in MODES:
             return None
 
         def make(model: nn.Module) -> ap.Router:
@@ -164,7 +164,7 @@ class Gating:
 
 def _goes_by(method: Method, has_pairs: bool) -> By | None:
     """The default of ``by``."""
-    if method in ("route", "erase", "measure"):
+    if method in MODES:
         return "direction"
     if method == "penalty":
         return "score" if has_pairs else "detector"
