@@ -5,6 +5,7 @@ from antipasto.adapter.basis import Basis, BasisCacheWarning, load_basis
 from antipasto.adapter.knobs import (
     LayerKnobs,
     deployed,
+    dequantize,
     drop_quarantine,
     knobs,
     ref_logprobs,
@@ -40,6 +41,7 @@ __all__ = [
     "Router",
     "confounds",
     "deployed",
+    "dequantize",
     "drop_quarantine",
     "extract_direction",
     "fixed",

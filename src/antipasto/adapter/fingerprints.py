@@ -66,8 +66,8 @@ class Fingerprint(NamedTuple):
 
     Attributes:
         shape: (o, i).
-        dtype: the weight's dtype, such as ``"bfloat16"``.
-        weight: sha256 of dtype, shape and bytes, in hex.
+        dtype: the weight's dtype, such as ``"bfloat16"``, or its packing, such as ``"bnb_nf4"``.
+        weight: sha256 of dtype, shape and bytes, in hex; of a quantised weight, of its codes and constants (`quantized`).
         svd: name and version of the algorithm.
         S: digest of the singular values.
         basis: digest of U, S and Vh.
@@ -232,9 +232,12 @@ def _signs(side: str, size: int) -> Tensor:
 
 
 def _rounding(*dtypes: str) -> float:
-    """Upper bound of the error of rounding to the coarser of two dtypes, relative to ‖W‖_F."""
-    known = [getattr(torch, dtype, None) for dtype in dtypes]
-    return max(torch.finfo(dtype).eps for dtype in known if isinstance(dtype, torch.dtype))
+    """Upper bound of the error of rounding to the coarser of two dtypes, relative to ‖W‖_F.
+
+    If one of them is a packing, that of fp32: a packed weight is the same as its own dequantised copy, and as nothing else.
+    """
+    known = [dtype for name in dtypes if isinstance(dtype := getattr(torch, name, None), torch.dtype)]
+    return max(torch.finfo(dtype).eps for dtype in (known if len(known) == len(dtypes) else [torch.float32]))
 
 
 # ── compare a file's base with the model's ───────────────────────────────────────────────────────────────────────────

@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +28,7 @@ from transformers import PreTrainedModel
 
 from antipasto.adapter import AntiPastoConfig, AntiPastoLinear, View
 from antipasto.adapter.fingerprints import Fingerprint
+from antipasto.adapter.quantized import as_linear, is_quantised
 from antipasto.adapter.views import adapted_layers, seen_as, unwrap
 from antipasto.files import replacing_folder
 
@@ -253,6 +255,33 @@ def drop_quarantine(model: nn.Module) -> None:
     for config in getattr(unwrap(model), "peft_config", {}).values():
         if isinstance(config, AntiPastoConfig):
             config.quarantine = False
+
+
+def dequantize(model: nn.Module, dtype: torch.dtype) -> None:
+    """Replace every quantised Linear of an adapted model by a plain one with the same W, in place.
+
+    The adapter stays. The model can then be merged, and saved as any other; it takes the memory of its unquantised weights.
+    Outputs change by the rounding of W to ``dtype``, and by that of the quantised kernels.
+
+    Args:
+        model: an adapted model.
+        dtype: of the plain layers; that of the rest of the model.
+
+    Raises:
+        ValueError: the model is not adapted, or has no quantised layer.
+    """
+    base, layers = unwrap(model), adapted_layers(model)
+    quantised = {name: module for name, module in base.named_modules() if is_quantised(module)}
+    if not quantised:
+        raise ValueError(f"This {type(model).__name__} has no quantised layer: there is nothing to dequantise.")
+    for layer in layers.values():
+        if is_quantised(layer.get_base_layer()):
+            layer.dequantize(dtype)
+    for name, module in quantised.items():
+        if base.get_submodule(name) is module:  # not of an adapted layer
+            base.set_submodule(name, as_linear(cast(nn.Linear, module), dtype))
+    if getattr(base, "hf_quantizer", None) is not None:  # otherwise saving would write that it is quantised
+        cast(PreTrainedModel, base).hf_quantizer.remove_quantization_config(base)
 
 
 def token_logprobs(logits: Tensor, input_ids: Tensor) -> Tensor:

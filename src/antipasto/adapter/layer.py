@@ -26,9 +26,19 @@ from transformers.pytorch_utils import Conv1D
 
 from antipasto.adapter.basis import Basis
 from antipasto.adapter.choice import Asked, Choice, matmul_dtype
-from antipasto.adapter.fingerprints import Fingerprint
+from antipasto.adapter.fingerprints import Fingerprint, weight_digest
 from antipasto.adapter.functional import delta_weight, merged_linear, spectral_delta
 from antipasto.adapter.plans import Execution
+from antipasto.adapter.quantized import (
+    as_linear,
+    changed_by,
+    compute_dtype,
+    dequantised,
+    is_quantised,
+    keep_packing,
+    packed_digest,
+    packing,
+)
 from antipasto.adapter.rows import RowViews, per_token
 from antipasto.names import PlanName
 
@@ -77,7 +87,9 @@ class CarriedBasis(nn.Module):
 
 
 def as_matrix(base_layer: nn.Module) -> Tensor:
-    """The weight of a Linear or Conv1D as W (o, i); a view of the layer's weight."""
+    """The weight of a Linear or Conv1D as W (o, i): a view of the layer's weight, or `dequantised`."""
+    if is_quantised(base_layer):
+        return dequantised(base_layer)
     weight = base_layer.weight
     assert isinstance(weight, Tensor)
     return weight.T if isinstance(base_layer, Conv1D) else weight
@@ -174,8 +186,11 @@ class AntiPastoLinear(nn.Module, BaseTunerLayer):
         self.merged_adapters: list[str] = []
         self._unmerged: tuple[nn.Parameter] | None = None  # in a tuple, so that it is not registered as a parameter
         self._disable_adapters = False
-        o, i = as_matrix(self.get_base_layer()).shape
-        self.in_features, self.out_features = i, o
+        if isinstance(base_layer, nn.Linear) and is_quantised(base_layer):
+            keep_packing(base_layer)
+            self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
+        else:
+            self.out_features, self.in_features = as_matrix(base_layer).shape
 
     def add_adapter(
         self,
@@ -200,7 +215,7 @@ class AntiPastoLinear(nn.Module, BaseTunerLayer):
             carry_basis: whether the basis is saved with the adapter.
         """
         weight = self.base_weight
-        dtype = torch.promote_types(weight.dtype, torch.float32)
+        dtype = torch.promote_types(self.weight_dtype, torch.float32)
         grows = self.basis is None or basis.rank > self.basis.rank
         if self.fingerprint not in (None, fingerprint) and (grows or carry_basis):
             raise ValueError(
@@ -225,7 +240,23 @@ class AntiPastoLinear(nn.Module, BaseTunerLayer):
     def current_fingerprint(self) -> Fingerprint:
         """Fingerprint of the basis and of the present base weight, which is hashed again."""
         assert self.fingerprint is not None
-        return self.fingerprint.of_weight(self.matrix())
+        base_layer, digest = self.get_base_layer(), self.weight_digest()
+        if digest == self.fingerprint.weight:
+            return self.fingerprint
+        current = self.fingerprint.of_weight(self.matrix())
+        kind = packing(base_layer)
+        return current if kind is None else current._replace(weight=digest, dtype=kind)
+
+    def weight_digest(self) -> str:
+        """sha256 of the present base weight, as in the fingerprint."""
+        base_layer = self.get_base_layer()
+        return packed_digest(base_layer) if is_quantised(base_layer) else weight_digest(self.matrix())
+
+    @property
+    def weight_dtype(self) -> torch.dtype:
+        """The base weight's dtype; of a quantised one, the dtype of its products."""
+        base_layer = self.get_base_layer()
+        return compute_dtype(base_layer) if is_quantised(base_layer) else self.base_weight.dtype
 
     @property
     def base_weight(self) -> nn.Parameter:
@@ -235,7 +266,9 @@ class AntiPastoLinear(nn.Module, BaseTunerLayer):
         return weight
 
     def matrix(self) -> Tensor:
-        """W (o, i), also while merged; a view."""
+        """W (o, i), also while merged: a view, or `dequantised`."""
+        if is_quantised(self.get_base_layer()):
+            return dequantised(self.get_base_layer())
         return self.base_weight.T if isinstance(self.get_base_layer(), Conv1D) else self.base_weight
 
     def delete_adapter(self, adapter_name: str) -> None:
@@ -259,24 +292,29 @@ class AntiPastoLinear(nn.Module, BaseTunerLayer):
                     f"{key} of the state dict has shape {tuple(value.shape)}, expected {tuple(knob.shape)}: the adapter's "
                     "rank differs from its config, or it belongs to another model."
                 )
-        name = f"{prefix}base_layer.weight"
-        weight = self.get_base_layer().weight
-        assert isinstance(weight, Tensor)
-        new: Tensor = state_dict.get(name, weight)
-        plain = all(type(tensor.data) is Tensor and not tensor.is_meta for tensor in (weight, new))
-        if plain and not torch.equal(new.to(weight), weight):
+        if (name := self._other_weight(state_dict, f"{prefix}base_layer.")) is not None:
             raise ValueError(
                 f"{name} of the state dict is not the weight that this layer was adapted on, so the layer's singular basis "
                 "does not fit it. Load weights first, adapt afterwards."
             )
         super()._load_from_state_dict(state_dict, prefix, *args)
 
+    def _other_weight(self, state_dict: dict[str, Any], prefix: str) -> str | None:
+        """The name under which a state dict has another weight than the base layer; None if there is none."""
+        if is_quantised(self.get_base_layer()):
+            return changed_by(self.get_base_layer(), state_dict, prefix)
+        name, weight = f"{prefix}weight", self.get_base_layer().weight
+        assert isinstance(weight, Tensor)
+        new: Tensor = state_dict.get(name, weight)
+        plain = all(type(tensor.data) is Tensor and not tensor.is_meta for tensor in (weight, new))
+        return name if plain and not torch.equal(new.to(weight), weight) else None
+
     def cast_adapter(self, name: str, *, autocast: bool) -> None:
         """Cast an adapter as PEFT documents: to at least fp32, or to the weight's dtype without ``autocast``.
 
         A carried basis is cast too, except S, which is never used in low-precision products.
         """
-        low = self.base_weight.dtype
+        low = self.weight_dtype
         dtype = torch.promote_types(low, torch.float32) if autocast else low
         for container in (self.delta_s, self.delta_s_hack, self.delta_s_basis):
             for key, parameter in container[name].named_parameters() if name in container else ():
@@ -327,9 +365,8 @@ class AntiPastoLinear(nn.Module, BaseTunerLayer):
             return None
         assert self.basis is not None
         if self.view is View.ORIGIN:  # independent of which adapters exist or are active
-            weight = as_matrix(self.get_base_layer())
-            dtype = torch.promote_types(weight.dtype, torch.float32)
-            return torch.zeros(self.basis.rank, dtype=dtype, device=weight.device)
+            dtype = torch.promote_types(self.weight_dtype, torch.float32)
+            return torch.zeros(self.basis.rank, dtype=dtype, device=self.base_weight.device)
         total: Tensor | None = None
         theta: Tensor
         for adapter in adapters:
@@ -415,12 +452,12 @@ class AntiPastoLinear(nn.Module, BaseTunerLayer):
     def _delta_weight(self, adapters: list[str]) -> Tensor:
         theta = self.theta(adapters)
         if theta is None:
-            weight = self.get_base_layer().weight
-            assert isinstance(weight, Tensor)
-            return torch.zeros_like(weight, dtype=torch.promote_types(weight.dtype, torch.float32))
-        assert self.basis is not None
-        theta = theta.detach().to(torch.promote_types(theta.dtype, torch.float32))
-        delta = delta_weight(self.basis.U, self.basis.Vh, theta)
+            dtype = torch.promote_types(self.weight_dtype, torch.float32)
+            delta = torch.zeros(self.out_features, self.in_features, dtype=dtype, device=self.base_weight.device)
+        else:
+            assert self.basis is not None
+            theta = theta.detach().to(torch.promote_types(theta.dtype, torch.float32))
+            delta = delta_weight(self.basis.U, self.basis.Vh, theta)
         return delta.T if isinstance(self.get_base_layer(), Conv1D) else delta
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -455,6 +492,11 @@ class AntiPastoLinear(nn.Module, BaseTunerLayer):
         that does not depend on W. A base layer with its own forward or hooks is tested on a random weight and input.
         """
         base_layer = self.get_base_layer()
+        if is_quantised(base_layer):
+            return (
+                "it is quantised, and rounding W_θ to its codes would change the model. To get a plain model, call "
+                "antipasto.dequantize(model, dtype) before"
+            )
         if not (
             base_layer._forward_hooks
             or base_layer._forward_pre_hooks
@@ -470,6 +512,16 @@ class AntiPastoLinear(nn.Module, BaseTunerLayer):
         return (
             "its forward, or a hook on it, uses its weight W for more than W x, so that merging would change its output"
         )
+
+    def dequantize(self, dtype: torch.dtype) -> None:
+        """Replace a quantised base layer by a plain Linear with its W, rounded to ``dtype``. The basis and the knobs stay."""
+        assert self.fingerprint is not None
+        self.base_layer = as_linear(cast(nn.Linear, self.get_base_layer()), dtype)
+        if self._basis is not None:
+            U, S, Vh = self._basis
+            self._basis = Basis(U.to(dtype), S, Vh.to(dtype))
+        self.fingerprint = self.fingerprint.of_weight(self.matrix())
+        self.choice.forget()
 
     def unmerge(self) -> None:
         """Put W back, bit for bit."""

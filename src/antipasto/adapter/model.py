@@ -39,10 +39,13 @@ from antipasto.names import AntiPastoWarning
 
 from .config import TARGET_MODULES, AntiPastoConfig
 from .layer import AntiPastoLinear, as_matrix
+from .quantized import KINDS, compute_dtype, is_quantised, packed_digest, packing, why_not_dequantised
 from .views import adapted_layers
 
-SUPPORTED = "2-D weights of torch.nn.Linear and transformers' Conv1D, in " + ", ".join(map(str, WEIGHT_DTYPES)).replace(
-    "torch.", ""
+SUPPORTED = (
+    "2-D weights of torch.nn.Linear and transformers' Conv1D, in "
+    + ", ".join(map(str, WEIGHT_DTYPES)).replace("torch.", "")
+    + f"; quantised: {KINDS}"
 )
 # model type → layers whose weight its kernels read without calling the layer; some of these are from PEFT's LoRA
 _READ_PAST: dict[str, set[str]] = {
@@ -70,8 +73,10 @@ def why_unsupported(module: nn.Module, *, shapes_only: bool = False) -> str | No
         return f"it already carries an adapter of another method ({type(module).__module__}.{type(module).__name__})"
     if isinstance(module, NonDynamicallyQuantizableLinear):
         return "it is the out_proj of nn.MultiheadAttention, which reads its weight and never calls it"
-    if hasattr(module, "qweight") or hasattr(module, "W_q"):
-        return f"it is quantised ({type(module).__name__})"
+    if (reason := why_not_dequantised(module)) is not None:
+        return reason
+    if is_quantised(module) and module.weight.device.type != "meta":
+        return None
     if not isinstance(module, (nn.Linear, Conv1D)):
         return f"its type is {type(module).__name__}"
     weight = module.weight
@@ -471,8 +476,8 @@ class Found(NamedTuple):
 
     Attributes:
         rank: the layer's rank under the config.
-        basis: basis of at least that rank. U and Vh have the weight's dtype, so that their products use the same dtype as
-            the base layer; S keeps its own.
+        basis: basis of at least that rank. U and Vh have the weight's dtype (`compute_dtype` of a quantised one), so that
+            their products use the same dtype as the base layer; S keeps its own.
         fingerprint: fingerprint of the weight and the basis.
     """
 
@@ -527,5 +532,9 @@ def _basis_for(name: str, module: nn.Module, config: AntiPastoConfig) -> Found:
         basis, fingerprint = load_identified_basis(W, cache_dir=config.cache_dir)
     except (ValueError, RuntimeError) as error:
         raise ValueError(f"{name}: {error}") from error
+    dtype = W.dtype
+    base = module.get_base_layer() if isinstance(module, AntiPastoLinear) else module
+    if (kind := packing(base)) is not None:
+        dtype, fingerprint = compute_dtype(base), fingerprint._replace(dtype=kind, weight=packed_digest(base))
     U, S, Vh = basis.truncate(rank)
-    return Found(rank, Basis(U.to(W.dtype), S, Vh.to(W.dtype)), fingerprint)
+    return Found(rank, Basis(U.to(dtype), S, Vh.to(dtype)), fingerprint)

@@ -62,11 +62,13 @@ def cache_bases(name_or_path: str, config: AntiPastoConfig, console: Console, *,
     assert config.cache_dir is not None
     with console.status(Text(f"loading {plain(name_or_path)}")):
         model = load_weights(name_or_path, dtype=dtype)
-    weights = {name: as_matrix(module) for name, module in find_targets(config, model).items()}
+    targets = find_targets(config, model)
     started = time.monotonic()
-    files, there = set(), 0
+    files, there, numbers = set(), 0, 0
     with progress_bar(console) as progress:
-        for name, weight in progress.track(weights.items(), description="singular bases"):
+        for name, module in progress.track(targets.items(), description="singular bases"):
+            weight = as_matrix(module)
+            numbers += min(weight.shape)
             file = cache_file(weight, config.cache_dir)
             _make_folder(file.parent)
             if is_cached(weight, config.cache_dir):
@@ -80,8 +82,8 @@ def cache_bases(name_or_path: str, config: AntiPastoConfig, console: Console, *,
                 raise _no_cache(file.parent, "files cannot be written there")
             files.add(file)
     done = Cached(
-        layers=len(weights),
-        numbers=sum(min(weight.shape) for weight in weights.values()),
+        layers=len(targets),
+        numbers=numbers,
         bytes=sum(file.stat().st_size for file in files),
         folder=file.parent,
         there=there,

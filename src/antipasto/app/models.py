@@ -23,9 +23,7 @@ from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from antipasto.adapter.fingerprints import weight_digest
 from antipasto.adapter.knobs import knobs
-from antipasto.adapter.layer import as_matrix
 from antipasto.app.checks import check_model_name
 from antipasto.names import AntiPastoWarning, Dtype
 
@@ -133,7 +131,7 @@ def base_fingerprint(model: nn.Module) -> str:
     """sha256 over the base weights of all adapted layers."""
     digest = hashlib.sha256()
     for name, layer in sorted(knobs(model).items()):
-        digest.update(f"{name} {weight_digest(as_matrix(layer.layer.get_base_layer()))}\n".encode())
+        digest.update(f"{name} {layer.layer.weight_digest()}\n".encode())
     return digest.hexdigest()
 
 

@@ -188,13 +188,13 @@ def write_checkpoint(run: LoadedRun, folder: Path, dtype: torch.dtype, before: D
     """
     losses = {}
     for name, layer in knobs(run.model).items():
+        reason = layer.layer.why_not_mergeable()
+        if reason is not None:
+            raise ValueError(f"{name} cannot be merged: {reason}. Export it with --lora.")
         try:
             out, losses[name] = merged(layer, shipped(layer, run.dial), dtype)
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
-        reason = layer.layer.why_not_mergeable()
-        if reason is not None:
-            raise ValueError(f"{name} cannot be merged: {reason}. Export it with --lora.")
         base_layer, weight = layer.layer.get_base_layer(), layer.layer.base_weight
         out = (out.T.contiguous() if isinstance(base_layer, Conv1D) else out).to(weight.device)
         base_layer.weight = nn.Parameter(out, requires_grad=False)  # a new Parameter, since W may be tied
