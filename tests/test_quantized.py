@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -13,6 +14,7 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from peft.utils.integrations import dequantize_module_weight
+from rich.console import Console
 from scripted import tokenizer
 from torch import Tensor, nn
 from torchao.quantization import (
@@ -30,6 +32,9 @@ import antipasto as ap
 from antipasto.adapter import AntiPastoLinear, basis
 from antipasto.adapter.fingerprints import Likeness
 from antipasto.adapter.quantized import dequantised, is_quantised, packed_digest, packing
+from antipasto.app.commands import cache_bases
+from antipasto.app.export.job import export_run
+from antipasto.app.models import base_fingerprint
 from antipasto.tasks import addition
 
 MODEL = addition.model_path()
@@ -431,6 +436,40 @@ def test_a_dequantised_bf16_model_is_bf16_throughout(kind: str) -> None:
     merged = adapted.merge_and_unload()
     assert {p.dtype for p in merged.parameters()} == {torch.bfloat16}
     near(logits(merged), before, 5e-2)
+
+
+def test_a_checkpoint_of_a_quantised_base_is_refused_by_name(tmp_path: Path) -> None:
+    load("nf4", dtype=torch.bfloat16).save_pretrained(tmp_path / "base")
+    tokenizer().save_pretrained(tmp_path / "base")
+    run = make_run(tmp_path, base=tmp_path / "base")
+    with pytest.raises(
+        ValueError, match=r"layers\.0.*cannot be merged: it is quantised.*dequantize.*Export it with --lora"
+    ):
+        export_run(run, tmp_path / "out", Console(quiet=True), prompts=2)
+    assert not (tmp_path / "out").exists()
+
+
+def make_run(root: Path, base: Path) -> Path:
+    """A finished run on a quantised base."""
+    adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(base), ap.AntiPastoConfig())
+    run = root / "a-run"
+    ap.save_adapter(adapted, run / "adapter")
+    (run / "adapter" / "complete.json").write_text("{}")
+    settings = {"model": str(base), "task": "addition", "method": "route", "dtype": "auto", "steps": 3, "seed": 0}
+    (run / "config.yaml").write_text(json.dumps({**settings, "trainer": {}}))
+    facts = {"base": {"model": str(base), "fingerprint": base_fingerprint(adapted)}, "processes": 1, "versions": {}}
+    (run / "run.json").write_text(json.dumps(facts))
+    return run
+
+
+def test_bases_computed_before_are_those_that_are_used(tmp_path: Path) -> None:
+    load("nf4").save_pretrained(tmp_path / "base")
+    config = ap.AntiPastoConfig(cache_dir=str(tmp_path / "bases"))
+    done = cache_bases(str(tmp_path / "base"), config, Console(quiet=True))
+    assert (done.layers, done.there) == (21, 0)
+    before = {file.stat().st_mtime_ns for file in (tmp_path / "bases").iterdir()}
+    ap.wrap(load("nf4"), ap.AntiPastoConfig(cache_dir=str(tmp_path / "bases")))
+    assert {file.stat().st_mtime_ns for file in (tmp_path / "bases").iterdir()} == before
 
 
 # ── what stays refused ───────────────────────────────────────────────────────────────────────────────────────────────
