@@ -22,6 +22,7 @@ from torchao.quantization import (
     Int8DynamicActivationInt8WeightConfig,
     Int8WeightOnlyConfig,
     IntxWeightOnlyConfig,
+    MappingType,
     PerGroup,
     PerTensor,
     quantize_,
@@ -131,6 +132,9 @@ def linears(dtype: torch.dtype) -> dict[str, nn.Linear]:
         "stored as bf16": four(quant_type="nf4", quant_storage=torch.bfloat16),
         "int8": bitsandbytes.nn.Linear8bitLt(64, 96, has_fp16_weights=False).to(dtype).to("cpu"),
         "one scale": torchao(Int8WeightOnlyConfig(granularity=PerTensor())),
+        "zero points": torchao(
+            IntxWeightOnlyConfig(weight_dtype=torch.int4, granularity=PerGroup(32), mapping_type=MappingType.ASYMMETRIC)
+        ),
         "int3": torchao(IntxWeightOnlyConfig(weight_dtype=torch.int3, granularity=PerGroup(32))),
     }
 
@@ -438,7 +442,7 @@ def test_a_dequantised_bf16_model_is_bf16_throughout(kind: str) -> None:
     near(logits(merged), before, 5e-2)
 
 
-def test_a_checkpoint_of_a_quantised_base_is_refused_by_name(tmp_path: Path) -> None:
+def test_a_checkpoint_of_a_quantised_base_is_refused_by_name_and_a_lora_adapter_is_not(tmp_path: Path) -> None:
     load("nf4", dtype=torch.bfloat16).save_pretrained(tmp_path / "base")
     tokenizer().save_pretrained(tmp_path / "base")
     run = make_run(tmp_path, base=tmp_path / "base")
@@ -447,11 +451,15 @@ def test_a_checkpoint_of_a_quantised_base_is_refused_by_name(tmp_path: Path) -> 
     ):
         export_run(run, tmp_path / "out", Console(quiet=True), prompts=2)
     assert not (tmp_path / "out").exists()
+    check = export_run(run, tmp_path / "out", Console(quiet=True), lora=96, prompts=2)
+    assert check.largest < 1e-3 < check.update
 
 
 def make_run(root: Path, base: Path) -> Path:
     """A finished run on a quantised base."""
     adapted = get_peft_model(AutoModelForCausalLM.from_pretrained(base), ap.AntiPastoConfig())
+    for layer in ap.knobs(adapted).values():
+        layer.delta_s.data.fill_(0.1)
     run = root / "a-run"
     ap.save_adapter(adapted, run / "adapter")
     (run / "adapter" / "complete.json").write_text("{}")

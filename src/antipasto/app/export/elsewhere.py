@@ -81,7 +81,8 @@ def _answer(request: Mapping[str, Any]) -> dict[str, Any]:
     if request["adapter"] is not None:
         from peft import PeftModel
 
-        model = PeftModel.from_pretrained(model, request["adapter"])
+        # transformers loads a quantised base in the dtype that it was saved in, whatever it is asked for
+        model = PeftModel.from_pretrained(model, request["adapter"]).float()
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     model = model.to(device or "cpu").eval()
     found["logprobs"] = token_logprobs(model, request["sequences"])
