@@ -106,7 +106,7 @@ def test_truncate_keeps_the_top_in_memory_of_its_own() -> None:
     ("weight", "message"),
     [
         (torch.zeros(3), "2-D"),
-        (torch.zeros(2, 3, 4), r"\(2, 3, 4\)"),
+        (torch.zeros(1, 2, 3, 4), r"\(1, 2, 3, 4\)"),
         (torch.zeros(2, 3, dtype=torch.int8), "torch.int8"),
         (torch.full((2, 3), float("nan")), "NaN or Inf"),
         (torch.full((2, 3), float("inf")), "NaN or Inf"),

@@ -3,6 +3,7 @@
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 
 from .config import PEFT_TYPE, TARGET_MODULES, AntiPastoConfig
+from .experts import AntiPastoExperts
 from .layer import AntiPastoLinear, View
 from .model import AntiPastoModel
 
@@ -11,4 +12,4 @@ PEFT_TYPE_TO_CONFIG_MAPPING[PEFT_TYPE] = AntiPastoConfig
 PEFT_TYPE_TO_TUNER_MAPPING[PEFT_TYPE] = AntiPastoModel
 PEFT_TYPE_TO_PREFIX_MAPPING[PEFT_TYPE] = AntiPastoModel.prefix
 
-__all__ = ["TARGET_MODULES", "AntiPastoConfig", "AntiPastoLinear", "AntiPastoModel", "View"]
+__all__ = ["TARGET_MODULES", "AntiPastoConfig", "AntiPastoExperts", "AntiPastoLinear", "AntiPastoModel", "View"]

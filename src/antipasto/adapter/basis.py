@@ -2,6 +2,8 @@
 
     W = U diag(S) Vh        W (o, i), U (o, r), S (r,) descending, Vh (r, i), r = min(o, i)
 
+A stack of weights (E, o, i), as of experts, has one basis per weight: U (E, o, r), S (E, r), Vh (E, r, i), in one file.
+
 Method. For o ≥ i, ``eigh`` of the fp64 Gram matrix WᵀW gives V and S², and U = W V / S. For o < i, the transpose is
 decomposed. This is about as fast as LAPACK's fp32 SVD and several times more accurate, but it squares the condition number:
 a weight with S_min < 1e-4 S_max goes through LAPACK's SVD in fp64 instead. The sign of a singular vector is arbitrary; it is
@@ -50,7 +52,10 @@ _MIN_CONDITION = 1e-4  # S_min / S_max; below this the Gram matrix loses U's ort
 
 
 class Basis(NamedTuple):
-    """Reduced SVD of one weight: ``U`` (o, r), ``S`` (r,) descending, ``Vh`` (r, i), of one dtype on one device."""
+    """Reduced SVD of one weight: ``U`` (o, r), ``S`` (r,) descending, ``Vh`` (r, i), of one dtype on one device.
+
+    For a stack of weights, all three have a leading dimension (E, …).
+    """
 
     U: Tensor
     S: Tensor
@@ -59,13 +64,13 @@ class Basis(NamedTuple):
     @property
     def rank(self) -> int:
         """Number of singular directions, r."""
-        return self.S.shape[0]
+        return self.S.shape[-1]
 
     def truncate(self, rank: int) -> Basis:
         """Copy of the top ``rank`` directions; the basis itself if it has no more than that."""
         if rank >= self.rank:
             return self
-        return Basis(self.U[:, :rank].clone(), self.S[:rank].clone(), self.Vh[:rank].clone())
+        return Basis(self.U[..., :rank].clone(), self.S[..., :rank].clone(), self.Vh[..., :rank, :].clone())
 
 
 class BasisCacheWarning(AntiPastoWarning):
@@ -81,14 +86,14 @@ def decompose(weight: Tensor) -> Basis:
     """Compute the reduced SVD of a weight, on its device if that supports fp64, else on the CPU.
 
     Args:
-        weight: (o, i), any of `WEIGHT_DTYPES`.
+        weight: (o, i) or a stack (E, o, i), any of `WEIGHT_DTYPES`.
 
     Returns:
         `Basis` in fp32 (in fp64 for an fp64 weight), on the weight's device.
 
     Raises:
-        ValueError: the weight is not 2-D, has an unsupported dtype, is on the meta device, contains a NaN or Inf, or has a
-            singular value that overflows the basis's dtype.
+        ValueError: the weight is not 2-D or 3-D, has an unsupported dtype, is on the meta device, contains a NaN or Inf, or
+            has a singular value that overflows the basis's dtype.
 
     Example:
         >>> basis = decompose(torch.tensor([[0.0, 2.0], [3.0, 0.0]]))
@@ -96,6 +101,8 @@ def decompose(weight: Tensor) -> Basis:
         tensor([3., 2.])
     """
     _check(weight)
+    if weight.ndim == 3:  # one by one, since each needs several copies in fp64
+        return Basis(*map(torch.stack, zip(*map(decompose, weight), strict=True)))
     out_dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
     W = weight.detach()
     W = W.double() if W.device.type in ("cpu", "cuda") else W.cpu().double()
@@ -117,7 +124,7 @@ def load_basis(weight: Tensor, *, cache_dir: str | os.PathLike[str] | None = DEF
     """Load the basis of a weight from the cache, or compute it and write it there.
 
     Args:
-        weight: (o, i), any of `WEIGHT_DTYPES`, on any device.
+        weight: (o, i) or a stack (E, o, i), any of `WEIGHT_DTYPES`, on any device.
         cache_dir: a folder; ``"auto"`` for `cache_home()`; ``None`` for no cache.
 
     Returns:
@@ -137,9 +144,8 @@ def load_identified_basis(
 ) -> tuple[Basis, Fingerprint]:
     """Call `load_basis`; return the basis and the `Fingerprint` that identifies weight and basis."""
     basis, key, basis_digest = _load(weight, cache_dir)
-    o, i = weight.shape
     return basis, Fingerprint(
-        shape=(o, i),
+        shape=tuple(weight.shape),
         dtype=dtype_name(weight),
         weight=key,
         svd=SVD_VERSION,
@@ -210,8 +216,10 @@ def is_cached(weight: Tensor, cache_dir: str | os.PathLike[str] = DEFAULT_CACHE)
 
 
 def _check(weight: Tensor) -> None:
-    if weight.ndim != 2 or weight.numel() == 0:
-        raise ValueError(f"Expected a 2-D weight (o, i) with numbers in it, got one of shape {tuple(weight.shape)}.")
+    if weight.ndim not in (2, 3) or weight.numel() == 0:
+        raise ValueError(
+            f"Expected a 2-D weight (o, i) with numbers in it, or a stack of them, got one of shape {tuple(weight.shape)}."
+        )
     if weight.dtype not in WEIGHT_DTYPES:
         raise ValueError(f"Expected a weight of dtype {', '.join(map(str, WEIGHT_DTYPES))}, got {weight.dtype}.")
     if weight.device.type == "meta":
@@ -258,8 +266,9 @@ def _read(path: Path, key: str, weight: Tensor, *, quiet: bool = False) -> tuple
 def _verify(metadata: dict[str, str], tensors: dict[str, Tensor], key: str, weight: Tensor) -> None:
     if metadata.get("weight") != key:
         raise ValueError("it belongs to another weight")
-    (o, i), r = weight.shape, min(weight.shape)
-    expected = {"U": (o, r), "S": (r,), "Vh": (r, i)}
+    *stack, o, i = weight.shape
+    r = min(o, i)
+    expected = {"U": (*stack, o, r), "S": (*stack, r), "Vh": (*stack, r, i)}
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if shapes != expected:
         raise ValueError(f"shapes {shapes}, expected {expected}")

@@ -16,7 +16,7 @@ from antipasto.adapter.basis import Basis
 from antipasto.adapter.functional import Route, is_low, merged_weight
 from antipasto.adapter.held import HeldWeights, source
 from antipasto.adapter.plans import Call, Execution, cheapest, is_well_conditioned
-from antipasto.adapter.rows import RowViews, per_token
+from antipasto.adapter.rows import RowViews
 from antipasto.names import PlanName
 
 
@@ -145,7 +145,7 @@ class Choice:
         if execution is not Execution.MERGED:
             return execution, None
         weights = [self._weight(t, W, basis, dtype, hold=keeps) for t in thetas]
-        return execution, Merged(weights, _which(x, rows) if differ else None, route)
+        return execution, Merged(weights, rows.index(x) if differ and rows else None, route)
 
     def _weight(self, theta: Tensor, W: Tensor, basis: Basis, dtype: torch.dtype, *, hold: bool) -> Tensor:
         """W_θ; W itself where θ is zero, which takes nobody's place among the held ones."""
@@ -174,10 +174,3 @@ def _distinct(theta: Tensor, rows: RowViews | None) -> list[Tensor]:
     assert rows is not None
     thetas = [theta[row] for row in rows.examples]
     return thetas[:1] if len(thetas) == 1 or torch.equal(*thetas) else thetas
-
-
-def _which(x: Tensor, rows: RowViews | None) -> Tensor:
-    """For each row of x (…, i), its index into the result of `_distinct`."""
-    assert rows is not None
-    assert rows.quarantine is not None
-    return per_token(rows.quarantine.long(), x, rows.shape).reshape(x.shape[0])

@@ -5,6 +5,8 @@ sign, order and rotations among near-equal singular values. So adapters, directi
 
     sha256 of the weight W (o, i) · its shape and dtype · the SVD's version · digests of S and of (U, S, Vh) · a sketch of W
 
+W may be a stack of weights (E, o, i), which share one fingerprint.
+
 The sketch is n numbers z_j = a_jᵀ W b_j, with fixed random signs a_j (o,) and b_j (i,). They are linear in W and
 E[(a_jᵀ D b_j)²] = ‖D‖_F². Two sketches therefore give the distance of two weights, without the weights:
 
@@ -33,6 +35,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from antipasto.files import digest
@@ -40,7 +43,7 @@ from antipasto.names import AntiPastoWarning
 
 SKETCH_NUMBERS = 8
 _LINE = re.compile(
-    r"(?P<o>\d+)x(?P<i>\d+) (?P<dtype>\w+) sha256:(?P<weight>[0-9a-f]{64}) svd:(?P<svd>[\w.-]+) "
+    r"(?P<shape>\d+(?:x\d+){1,2}) (?P<dtype>\w+) sha256:(?P<weight>[0-9a-f]{64}) svd:(?P<svd>[\w.-]+) "
     r"S:(?P<S>[0-9a-f]{16}) basis:(?P<basis>[0-9a-f]{16}) sketch:(?P<sketch>[A-Za-z0-9+/]+=*)"
 )
 _SVD_ERROR = 1e-6  # how far S differs between libraries in fp32, relative to the largest singular value
@@ -65,7 +68,7 @@ class Fingerprint(NamedTuple):
     """Identity of one weight and its singular basis.
 
     Attributes:
-        shape: (o, i).
+        shape: (o, i), or (E, o, i).
         dtype: the weight's dtype, such as ``"bfloat16"``, or its packing, such as ``"bnb_nf4"``.
         weight: sha256 of dtype, shape and bytes, in hex; of a quantised weight, of its codes and constants (`quantized`).
         svd: name and version of the algorithm.
@@ -74,7 +77,7 @@ class Fingerprint(NamedTuple):
         sketch: `SKETCH_NUMBERS` random projections of the weight, in fp64.
     """
 
-    shape: tuple[int, int]
+    shape: tuple[int, ...]
     dtype: str
     weight: str
     svd: str
@@ -104,16 +107,15 @@ class Fingerprint(NamedTuple):
                 raise ValueError("its sketch is damaged")
         except ValueError as error:
             raise ValueError(f"Not a fingerprint of a layer: {line!r:.80} ({error}).") from error
-        shape = (int(match["o"]), int(match["i"]))
+        shape = tuple(map(int, match["shape"].split("x")))
         return cls(shape, match["dtype"], match["weight"], match["svd"], match["S"], match["basis"], sketch)
 
     def of_weight(self, weight: Tensor) -> Fingerprint:
-        """Fingerprint with the same basis and another weight (o, i); this one if the weight is the same."""
+        """Fingerprint with the same basis and another weight; this one if the weight is the same."""
         key = weight_digest(weight)
         if key == self.weight:
             return self
-        o, i = weight.shape
-        return self._replace(weight=key, shape=(o, i), dtype=dtype_name(weight), sketch=sketch(weight))
+        return self._replace(weight=key, shape=tuple(weight.shape), dtype=dtype_name(weight), sketch=sketch(weight))
 
     def distance(self, other: Fingerprint) -> float:
         """Estimate ‖W − W'‖_F / ‖W‖_F, to within about a third; infinite if the shapes differ."""
@@ -139,17 +141,16 @@ class Fingerprint(NamedTuple):
 
         Args:
             other: fingerprint of the other weight.
-            S: (r,) singular values, descending.
+            S: (r,) singular values, descending; or (E, r).
         """
         S = S.double()
         if self.weight == other.weight:
-            coupling = _SVD_ERROR * float(S[0])
+            coupling = _SVD_ERROR * S[..., :1]
         else:
             size = math.sqrt(sum(z**2 for z in self.sketch) / len(self.sketch))
-            coupling = self.distance(other) * size / math.sqrt(math.prod(self.shape))
-        gaps = S[:-1] - S[1:]
-        infinite = S.new_full((1,), math.inf)
-        return int((torch.minimum(torch.cat([infinite, gaps]), torch.cat([gaps, infinite])) < coupling / _TURN).sum())
+            coupling = S.new_tensor(self.distance(other) * size / math.sqrt(math.prod(self.shape)))
+        gaps = F.pad(S[..., :-1] - S[..., 1:], (1, 1), value=math.inf)
+        return int((torch.minimum(gaps[..., :-1], gaps[..., 1:]) < coupling / _TURN).sum())
 
 
 def fingerprints_to_json(fingerprints: Mapping[str, Fingerprint]) -> str:
@@ -215,8 +216,8 @@ def hashed_once() -> Iterator[None]:
 
 
 def sketch(weight: Tensor) -> tuple[float, ...]:
-    """Compute `SKETCH_NUMBERS` random projections a_jᵀ W b_j of a weight (o, i), in fp64."""
-    W = weight.detach()
+    """Compute `SKETCH_NUMBERS` random projections a_jᵀ W b_j of a weight (o, i), or of a stack as (E·o, i), in fp64."""
+    W = weight.detach().flatten(0, -2)
     W = W.double() if W.device.type in ("cpu", "cuda") else W.cpu().double()
     a, b = (_signs(side, size).to(W.device) for side, size in zip(("out", "in"), W.shape, strict=True))
     return tuple(((W @ b) * a).sum(0).tolist())  # (o, i) (i, n) ⊙ (o, n), summed over o
@@ -257,7 +258,7 @@ def check_same_base(
     Args:
         expected: layer name → the fingerprint that a file carries.
         found: layer name → the fingerprint of the model.
-        S: layer name → (r,) singular values.
+        S: layer name → (r,) singular values, or (E, r).
         what: what the file is, for messages: ``"The adapter in runs/a"``.
         remedy: what to do if the base is refused, for messages.
         carries_basis: whether the file has its own basis, so that nothing is unsettled.
@@ -298,7 +299,7 @@ def _warn_of_unsettled(
     unsettled = sum(expected[name].unsettled(found[name], S[name]) for name in names)
     if not unsettled:
         return
-    numbers = sum(len(S[name]) for name in names)
+    numbers = sum(S[name].numel() for name in names)
     one, other = expected[names[0]], found[names[0]]
     dtypes = f" ({one.dtype} there, {other.dtype} here)" if how is Likeness.ROUNDED else ""
     warnings.warn(

@@ -24,6 +24,9 @@ So both factors can be computed on the smaller side. Only their sum over tokens 
 
 Division by σ amplifies the rounding error of the other factor by up to σ_max / σ_min. `plans` allows it where that is small.
 
+**Merged for others**, ``with_gradient``: a W_θ that somebody else multiplies with. What comes back is G = ∂L/∂W_θ, and
+∂L/∂θ = diag(Uᵀ G Vhᵀ), as by the weight route. It takes a stack of weights (E, o, i) with θ (E, r), as of experts.
+
 Prior work: AntiPaSTO (github.com/wassname/AntiPaSTO); SVF in Transformer² (arXiv:2501.06252), which rescales S.
 """
 
@@ -44,12 +47,12 @@ def delta_weight(U: Tensor, Vh: Tensor, theta: Tensor) -> Tensor:
     """Compute the weight change ``ΔW = U diag(θ) Vh``.
 
     Args:
-        U: (o, r).
-        Vh: (r, i).
-        theta: (r,).
+        U: (o, r), or a stack (E, o, r).
+        Vh: (r, i), or (E, r, i).
+        theta: (r,), or (E, r).
 
     Returns:
-        (o, i), in the widest dtype of the three.
+        (o, i) or (E, o, i), in the widest dtype of the three.
 
     Example:
         >>> delta_weight(torch.eye(2), torch.eye(2), torch.tensor([1.0, 2.0]))
@@ -58,7 +61,7 @@ def delta_weight(U: Tensor, Vh: Tensor, theta: Tensor) -> Tensor:
     """
     dtype = torch.promote_types(torch.promote_types(U.dtype, Vh.dtype), theta.dtype)
     with _no_autocast(U.device):
-        return (U.to(dtype) * theta.to(dtype)) @ Vh.to(dtype)
+        return (U.to(dtype) * theta.to(dtype).unsqueeze(-2)) @ Vh.to(dtype)
 
 
 def spectral_linear_reference(
@@ -176,7 +179,7 @@ def is_low(dtype: torch.dtype) -> bool:
 
 
 def merged_weight(weight: Tensor, U: Tensor, Vh: Tensor, theta: Tensor, dtype: torch.dtype | None = None) -> Tensor:
-    """``W_θ = W + U diag(θ) Vh`` (o, i), rounded once to ``dtype``: that of the weight if None.
+    """``W_θ = W + U diag(θ) Vh`` (o, i), or a stack of them, rounded once to ``dtype``: that of the weight if None.
 
     In low precision ΔW is a product of that precision, and so has its relative error; the sum is taken in the wider of the
     dtypes of W and ΔW, and an addition of two bf16 numbers rounds once.
@@ -188,9 +191,48 @@ def merged_weight(weight: Tensor, U: Tensor, Vh: Tensor, theta: Tensor, dtype: t
     """
     dtype = weight.dtype if dtype is None else dtype
     with _no_autocast(weight.device):
+        left = U * theta.unsqueeze(-2)
         if not is_low(dtype):
-            return torch.addmm(weight, U * theta, Vh)  # (o, r) @ (r, i) -> (o, i)
-        return (weight + (U * theta).to(dtype) @ Vh.to(dtype)).to(dtype)
+            add = torch.addmm if weight.ndim == 2 else torch.baddbmm
+            return add(weight, left, Vh)  # (o, r) @ (r, i) -> (o, i)
+        return (weight + left.to(dtype) @ Vh.to(dtype)).to(dtype)
+
+
+class _WithGradient(torch.autograd.Function):
+    """W_θ, given, as a function of θ."""
+
+    @staticmethod
+    def forward(ctx: Any, weight: Tensor, theta: Tensor, U: Tensor, Vh: Tensor) -> Tensor:
+        ctx.save_for_backward(U, Vh)
+        ctx.dtype = theta.dtype
+        return weight.view_as(weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, G: Tensor) -> tuple[None, Tensor, None, None]:
+        U, Vh = ctx.saved_tensors
+        with _no_autocast(G.device):
+            projected = U.mT @ G  # (E, r, o) @ (E, o, i) -> (E, r, i)
+            return None, (projected * Vh).sum(-1, dtype=ctx.dtype), None, None
+
+
+def with_gradient(weight: Tensor, theta: Tensor, U: Tensor, Vh: Tensor) -> Tensor:
+    """Make a W_θ from `merged_weight` differentiable, once, with respect to θ. Nothing is copied.
+
+    Args:
+        weight: W_θ, (E, o, i), without gradient.
+        theta: (E, r).
+        U: (E, o, r), of W_θ's dtype.
+        Vh: (E, r, i), of W_θ's dtype.
+
+    Example:
+        >>> eye, theta = torch.eye(2)[None], torch.tensor([[1.0, 2.0]], requires_grad=True)
+        >>> W_theta = with_gradient(merged_weight(eye, eye, eye, theta.detach()), theta, eye, eye)
+        >>> torch.autograd.grad((W_theta**2).sum(), theta)
+        (tensor([[4., 6.]]),)
+    """
+    weight_theta: Tensor = _WithGradient.apply(weight, theta, U, Vh)
+    return weight_theta
 
 
 class _MergedLinear(torch.autograd.Function):

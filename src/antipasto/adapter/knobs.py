@@ -47,7 +47,7 @@ class LayerKnobs:
 
     @property
     def delta_s(self) -> nn.Parameter:
-        """δS (r,), fp32, which trains and ships."""
+        """δS (r,), fp32, which trains and ships; (E, r) for a stack of experts, here and below."""
         return self.layer.knobs(self.adapter)[0]
 
     @property
@@ -63,26 +63,31 @@ class LayerKnobs:
 
     @property
     def r(self) -> int:
-        """Number of singular directions."""
+        """Number of singular directions; of each expert."""
         return self.layer.r[self.adapter]
+
+    @property
+    def numbers(self) -> int:
+        """Number of coordinates: r, or E·r. Directions, books and gradients have them flat, expert by expert."""
+        return self.delta_s.numel()
 
     @property
     def U(self) -> Tensor:  # noqa: N802 (the field's notation)
         """Left singular vectors (o, r), in the weight's dtype."""
         assert self.layer.basis is not None
-        return self.layer.basis.U[:, : self.r]
+        return self.layer.basis.U[..., : self.r]
 
     @property
     def S(self) -> Tensor:  # noqa: N802
         """Singular values (r,), descending, fp32 unless the model was cast."""
         assert self.layer.basis is not None
-        return self.layer.basis.S[: self.r]
+        return self.layer.basis.S[..., : self.r]
 
     @property
     def Vh(self) -> Tensor:  # noqa: N802
         """Right singular vectors (r, i), in the weight's dtype."""
         assert self.layer.basis is not None
-        return self.layer.basis.Vh[: self.r]
+        return self.layer.basis.Vh[..., : self.r, :]
 
 
 def current_fingerprints(layers: Mapping[str, LayerKnobs]) -> dict[str, Fingerprint]:

@@ -53,18 +53,18 @@ class View(enum.Enum):
 
 
 class Knob(nn.Module):
-    """One trainable number per singular direction: ``weight`` (r,), initially zero.
+    """One trainable number per singular direction: ``weight`` (r,), or (E, r) for a stack, initially zero.
 
     It is a module, like ``lora_A`` in PEFT, so that the parameter's name is ``….delta_s.<adapter>.weight``. Code that copies
     one adapter into another by name, such as TRL's reference adapter, relies on that.
     """
 
-    def __init__(self, rank: int, dtype: torch.dtype, device: torch.device, *, trainable: bool) -> None:
+    def __init__(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device, *, trainable: bool) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.zeros(rank, dtype=dtype, device=device), requires_grad=trainable)
+        self.weight = nn.Parameter(torch.zeros(*shape, dtype=dtype, device=device), requires_grad=trainable)
 
     def extra_repr(self) -> str:
-        return f"r={self.weight.shape[0]}"
+        return f"r={self.weight.shape[-1]}"
 
 
 class CarriedBasis(nn.Module):
@@ -86,13 +86,18 @@ class CarriedBasis(nn.Module):
         return Basis(*(getattr(self, f"basis_{name}") for name in Basis._fields))
 
 
+def is_transposed(base_layer: nn.Module) -> bool:
+    """Whether a layer keeps its weight as (i, o)."""
+    return isinstance(base_layer, Conv1D) or bool(getattr(base_layer, "is_transposed", False))
+
+
 def as_matrix(base_layer: nn.Module) -> Tensor:
-    """The weight of a Linear or Conv1D as W (o, i): a view of the layer's weight, or `dequantised`."""
+    """The weight of a Linear or Conv1D as W (o, i), of a stack of experts as (E, o, i): a view of it, or `dequantised`."""
     if is_quantised(base_layer):
         return dequantised(base_layer)
     weight = base_layer.weight
     assert isinstance(weight, Tensor)
-    return weight.T if isinstance(base_layer, Conv1D) else weight
+    return weight.mT if is_transposed(base_layer) else weight
 
 
 @dataclass(frozen=True)
@@ -152,7 +157,8 @@ class AntiPastoLinear(nn.Module, BaseTunerLayer):
             basis, that basis is used.
         fingerprint: fingerprint of the base weight and that basis.
         view: which knobs the forward sees.
-        offset: where set, added to θ: how a router takes a control's book out for a while. (r,) of the basis, or shorter.
+        offset: where set, added to θ: how a router takes a control's book out for a while. As many numbers as an adapter's
+            knobs, in any shape.
         rows: where set, says which sequences of a batch see the quarantine; θ is then (b, r).
         spread_theta: where set, called with θ and x at every forward for a θ that broadcasts over x's tokens: how
             `rollouts` tells sequences apart.
@@ -178,7 +184,7 @@ class AntiPastoLinear(nn.Module, BaseTunerLayer):
         self.view = View.TRAINED
         self.offset: Tensor | None = None
         self.rows: RowViews | None = None
-        self.spread_theta: Callable[[Tensor, Tensor], Tensor] | None = None
+        self.spread_theta: Callable[[Tensor, Tensor], Any] | None = None
         self.plan: PlanName = "auto"
         self.hold_weights = True
         self.fixed: list[Fixed] | None = None
@@ -190,7 +196,7 @@ class AntiPastoLinear(nn.Module, BaseTunerLayer):
             keep_packing(base_layer)
             self.in_features, self.out_features = base_layer.in_features, base_layer.out_features
         else:
-            self.out_features, self.in_features = as_matrix(base_layer).shape
+            self.out_features, self.in_features = as_matrix(base_layer).shape[-2:]
 
     def add_adapter(
         self,
@@ -228,9 +234,10 @@ class AntiPastoLinear(nn.Module, BaseTunerLayer):
             self._basis = None if carry_basis else basis
             self.choice.trust(weight)
         self.r[name] = rank
-        self.delta_s[name] = Knob(rank, dtype, weight.device, trainable=trainable)
+        shape = (*basis.S.shape[:-1], rank)
+        self.delta_s[name] = Knob(shape, dtype, weight.device, trainable=trainable)
         if quarantine:
-            self.delta_s_hack[name] = Knob(rank, dtype, weight.device, trainable=False)
+            self.delta_s_hack[name] = Knob(shape, dtype, weight.device, trainable=False)
 
     @property
     def basis(self) -> Basis | None:
@@ -269,7 +276,7 @@ class AntiPastoLinear(nn.Module, BaseTunerLayer):
         """W (o, i), also while merged: a view, or `dequantised`."""
         if is_quantised(self.get_base_layer()):
             return dequantised(self.get_base_layer())
-        return self.base_weight.T if isinstance(self.get_base_layer(), Conv1D) else self.base_weight
+        return self.base_weight.mT if is_transposed(self.get_base_layer()) else self.base_weight
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter as PEFT does; keep the basis for the other adapters."""
@@ -344,14 +351,14 @@ class AntiPastoLinear(nn.Module, BaseTunerLayer):
             for other, weight in terms:
                 if other in container:
                     knob = cast(Knob, container[other]).weight
-                    total[: len(knob)] += weight * knob
+                    total[..., : knob.shape[-1]] += weight * knob
 
     def drop_quarantine(self) -> None:
         """Delete every adapter's ``delta_s_hack``."""
         self.delta_s_hack.clear()
 
     def knobs(self, adapter: str) -> tuple[nn.Parameter, nn.Parameter | None]:
-        """Return ``delta_s`` and ``delta_s_hack`` of one adapter, (r,) each; the latter is None once dropped."""
+        """Return ``delta_s`` and ``delta_s_hack`` of one adapter, of one shape; the latter is None once dropped."""
         delta_s = cast(Knob, self.delta_s[adapter]).weight
         hack = cast(Knob, self.delta_s_hack[adapter]).weight if adapter in self.delta_s_hack else None
         return delta_s, hack
@@ -366,7 +373,7 @@ class AntiPastoLinear(nn.Module, BaseTunerLayer):
         assert self.basis is not None
         if self.view is View.ORIGIN:  # independent of which adapters exist or are active
             dtype = torch.promote_types(self.weight_dtype, torch.float32)
-            return torch.zeros(self.basis.rank, dtype=dtype, device=self.base_weight.device)
+            return torch.zeros(self.basis.S.shape, dtype=dtype, device=self.base_weight.device)
         total: Tensor | None = None
         theta: Tensor
         for adapter in adapters:
@@ -381,7 +388,8 @@ class AntiPastoLinear(nn.Module, BaseTunerLayer):
                 theta = F.pad(theta, (0, self.basis.rank - theta.shape[-1]))
             total = theta if total is None else total + theta
         if total is not None and self.offset is not None:
-            total = total + F.pad(self.offset, (0, total.shape[-1] - self.offset.shape[0]))
+            offset = self.offset.reshape(*self.basis.S.shape[:-1], -1)
+            total = total + F.pad(offset, (0, total.shape[-1] - offset.shape[-1]))
         return total
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -452,13 +460,15 @@ class AntiPastoLinear(nn.Module, BaseTunerLayer):
     def _delta_weight(self, adapters: list[str]) -> Tensor:
         theta = self.theta(adapters)
         if theta is None:
+            assert self.basis is not None
+            shape = (*self.basis.S.shape[:-1], self.out_features, self.in_features)
             dtype = torch.promote_types(self.weight_dtype, torch.float32)
-            delta = torch.zeros(self.out_features, self.in_features, dtype=dtype, device=self.base_weight.device)
+            delta = torch.zeros(shape, dtype=dtype, device=self.base_weight.device)
         else:
             assert self.basis is not None
             theta = theta.detach().to(torch.promote_types(theta.dtype, torch.float32))
             delta = delta_weight(self.basis.U, self.basis.Vh, theta)
-        return delta.T if isinstance(self.get_base_layer(), Conv1D) else delta
+        return delta.mT if is_transposed(self.get_base_layer()) else delta
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Replace W by W_θ; W itself is kept for `unmerge`.

@@ -38,12 +38,13 @@ from antipasto.adapter.fingerprints import Fingerprint, check_same_base
 from antipasto.names import AntiPastoWarning
 
 from .config import TARGET_MODULES, AntiPastoConfig
+from .experts import AntiPastoExperts, Stack, mount, unmount
 from .layer import AntiPastoLinear, as_matrix
 from .quantized import KINDS, compute_dtype, is_quantised, packed_digest, packing, why_not_dequantised
 from .views import adapted_layers
 
 SUPPORTED = (
-    "2-D weights of torch.nn.Linear and transformers' Conv1D, in "
+    "2-D weights of torch.nn.Linear and transformers' Conv1D, and transformers' fused experts, in "
     + ", ".join(map(str, WEIGHT_DTYPES)).replace("torch.", "")
     + f"; quantised: {KINDS}"
 )
@@ -77,8 +78,10 @@ def why_unsupported(module: nn.Module, *, shapes_only: bool = False) -> str | No
         return reason
     if is_quantised(module) and module.weight.device.type != "meta":
         return None
-    if not isinstance(module, (nn.Linear, Conv1D)):
+    if not isinstance(module, (nn.Linear, Conv1D, Stack)):
         return f"its type is {type(module).__name__}"
+    if isinstance(module, Stack) and module.refused is not None:
+        return module.refused
     weight = module.weight
     if not isinstance(weight, nn.Parameter):
         return "its weight is not a parameter but computed (weight_norm or another parametrisation)"
@@ -86,7 +89,7 @@ def why_unsupported(module: nn.Module, *, shapes_only: bool = False) -> str | No
         return f"its weight has dtype {weight.dtype}, perhaps quantised ({type(module).__name__})"
     if weight.device.type == "meta" and not shapes_only:
         return "its weight is on the meta device (offloaded, or not loaded yet), where there is nothing to decompose"
-    if weight.ndim != 2:
+    if weight.ndim != 2 and not isinstance(module, Stack):
         return f"its weight has shape {tuple(weight.shape)}"
     if type(weight.data) is not Tensor:
         return f"its weight is a {type(weight.data).__name__}, not a plain tensor: wrap before sharding or quantising"
@@ -218,13 +221,18 @@ class AntiPastoModel(BaseTuner):
 
     def _prepare_model(self, peft_config: AntiPastoConfig, model: nn.Module) -> None:
         """Resolve and check the targets, load or compute their bases, and check that the base model is the adapter's."""
-        found = _bases_for(find_targets(peft_config, model), peft_config)
+        targets = find_targets(peft_config, model)
+        found = _bases_for(targets, peft_config)
         expected = {name: Fingerprint.parse(line) for name, line in peft_config.expected_base.items()}
         if peft_config.check_base:
             _check_base(peft_config, expected, found)
         if peft_config.save_basis:  # the adapter's file carries its own basis
             found = {n: one._replace(fingerprint=expected.get(n, one.fingerprint)) for n, one in found.items()}
         self._bases = found
+        for name, module in targets.items():
+            if isinstance(module, Stack):
+                experts, _, leaf = name.rpartition(".")
+                mount(model.get_submodule(experts), leaf, module)  # PEFT will find it under this name
 
     def _create_and_replace(
         self,
@@ -237,10 +245,13 @@ class AntiPastoModel(BaseTuner):
         parameter_name: str | None = None,
     ) -> None:
         found = self._bases.pop(current_key, None)
+        if found is None and isinstance(target, AntiPastoExperts):
+            return  # matched by name, but left out with the module of experts, which `find_targets` knows
         if found is None:  # PEFT took the layer names from a state dict and not from the config
             _require_supported(current_key, target)
             found = _basis_for(current_key, target, peft_config)
-        layer = target if isinstance(target, AntiPastoLinear) else AntiPastoLinear(target)
+        kind = AntiPastoExperts if isinstance(target, Stack) else AntiPastoLinear
+        layer = target if isinstance(target, AntiPastoLinear) else kind(target)
         trainable = adapter_name in self.active_adapters and not peft_config.inference_mode
         layer.add_adapter(
             adapter_name,
@@ -255,6 +266,13 @@ class AntiPastoModel(BaseTuner):
         if layer is not target:
             layer.set_adapter(self.active_adapters)
             self._replace_module(parent, target_name, layer, target)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        """Replace a module as PEFT does, and a stack of experts, which is no part of the base model, by its parameter."""
+        if isinstance(new_module, Stack):
+            unmount(parent, child_name, new_module)
+        else:
+            super()._replace_module(parent, child_name, new_module, child)
 
 
 def find_targets(config: AntiPastoConfig, model: nn.Module, *, shapes_only: bool = False) -> dict[str, nn.Module]:
@@ -271,9 +289,7 @@ def find_targets(config: AntiPastoConfig, model: nn.Module, *, shapes_only: bool
     if config.target_modules is None:
         return _default_targets(config, model, shapes_only=shapes_only)
     _resolve_targets(config, model)
-    targets = _match_modules(config, model)
-    for key, reason in _stacked_experts(config, model).items():
-        raise _unsupported(key, reason, leave_out=key.split(".")[-2])
+    targets = _match_modules(config, model) | _match_experts(config, model)
     if not targets:
         raise _nothing_matches(config, model)
     out_of_place = _out_of_place(targets, model)
@@ -296,7 +312,7 @@ def _default_targets(config: AntiPastoConfig, model: nn.Module, *, shapes_only: 
     for names in ([t for t in TARGET_MODULES if any(_matches_name(key, t) for key in keys)], theirs):
         config.target_modules = names
         targets = _match_modules(config, model) if names else {}
-        stacked = _stacked_experts(config, model) if names else {}
+        stacked = {n: _why_not_by_default(m) for n, m in _match_experts(config, model).items()} if names else {}
         left = stacked | {n: _reason(m) for n, m in targets.items() if _is_of_another_kind(m)}
         left |= _out_of_place({n: m for n, m in targets.items() if n not in left}, model)
         first = first or next(iter(left.items()), None)
@@ -358,7 +374,7 @@ def _out_of_place(targets: dict[str, nn.Module], model: nn.Module) -> dict[str, 
     for name, module in targets.items():
         weight = module.base_weight if isinstance(module, AntiPastoLinear) else getattr(module, "weight", None)
         owner = owners.setdefault(id(weight if isinstance(weight, nn.Parameter) else module), name)
-        others = [other for other in places[id(module)].values() if other != name]
+        others = [other for other in places.get(id(module), {}).values() if other != name]  # a Stack is in no place yet
         if name.rpartition(".")[2] in _READ_PAST.get(model_type or "", ()):
             reasons[name] = f"the fused kernels of {model_type} models read its weight and never call it"
         elif others:
@@ -374,7 +390,7 @@ def _matches_name(key: str, name: str) -> bool:
 
 def _candidates(model: nn.Module) -> list[str]:
     """Names of modules, and of parameters that may be stacked experts, so that the latter are not skipped silently."""
-    return [key for key, _ in model.named_modules() if key] + [key for key, p in model.named_parameters() if p.ndim > 2]
+    return [key for key, _ in model.named_modules() if key] + [key for key, _ in _experts(model)]
 
 
 def _resolve_targets(config: AntiPastoConfig, model: nn.Module) -> None:
@@ -401,21 +417,44 @@ def _match_modules(config: AntiPastoConfig, model: nn.Module) -> dict[str, nn.Mo
             continue
         if isinstance(module, BaseTunerLayer):
             adapted = (*adapted, f"{key}.")
-        if check_target_module_exists(config, key):
+        if check_target_module_exists(config, key) and not isinstance(module, AntiPastoExperts):
             targets[key] = module
     return targets
 
 
-def _stacked_experts(config: AntiPastoConfig, model: nn.Module) -> dict[str, str]:
-    """Parameters that match a target's name and look like stacked experts, with the reason why they cannot be adapted."""
-    found: dict[str, str] = {}
-    for key, parameter in model.named_parameters():
-        holder = key.rpartition(".")[0]
-        if parameter.ndim <= 2 or isinstance(check_target_module_exists(config, holder), _ExcludedModule):
+def _match_experts(config: AntiPastoConfig, model: nn.Module) -> dict[str, nn.Module]:
+    """Those of `_experts` that match a config's targets. Excluding the module that holds them excludes them."""
+    return {
+        key: module
+        for key, module in _experts(model)
+        if not isinstance(check_target_module_exists(config, key.rpartition(".")[0]), _ExcludedModule)
+        and check_target_module_exists(config, key)
+    }
+
+
+def _experts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Parameters that may be experts, with more than two dimensions, each as a `Stack`; and adapted ones."""
+    adapted: tuple[str, ...] = ()
+    for holder, module in model.named_modules():
+        if holder.startswith(adapted):
             continue
-        if check_target_module_exists(config, key):
-            found[key] = f"it is a parameter of shape {tuple(parameter.shape)}, probably stacked experts"
-    return found
+        if isinstance(module, BaseTunerLayer):
+            adapted = (*adapted, f"{holder}.")
+        if isinstance(module, AntiPastoExperts):
+            yield holder, module
+        elif not isinstance(module, BaseTunerLayer):
+            for name, parameter in module.named_parameters(recurse=False):
+                if parameter.ndim > 2:
+                    yield f"{holder}.{name}".lstrip("."), Stack(module, name)
+
+
+def _why_not_by_default(module: nn.Module) -> str:
+    """Why experts are not adapted unless they are named."""
+    reason = None if isinstance(module, AntiPastoExperts) else why_unsupported(module, shapes_only=True)
+    return (
+        reason
+        or "experts in one parameter are adapted only where target_modules names them, since their bases are large"
+    )
 
 
 def _nothing_matches(config: AntiPastoConfig, model: nn.Module) -> ValueError:
@@ -425,14 +464,15 @@ def _nothing_matches(config: AntiPastoConfig, model: nn.Module) -> ValueError:
 
 
 def _describe_linears(model: nn.Module) -> str:
-    names = sorted({k.rpartition(".")[2] for k, m in model.named_modules() if k and why_unsupported(m) is None})
+    modules = (*model.named_modules(), *_experts(model))
+    names = sorted({k.rpartition(".")[2] for k, m in modules if k and why_unsupported(m) is None})
     return f"Layers that can be adapted here: {', '.join(names) or 'none'}."
 
 
 def _require_supported(name: str, module: nn.Module, *, shapes_only: bool = False) -> None:
     reason = None if isinstance(module, AntiPastoLinear) else why_unsupported(module, shapes_only=shapes_only)
     if reason is not None:
-        raise _unsupported(name, reason)
+        raise _unsupported(name, reason, leave_out=name.split(".")[-2] if isinstance(module, Stack) else None)
 
 
 def _unsupported(name: str, reason: str, *, leave_out: str | None = None) -> ValueError:
@@ -445,7 +485,8 @@ def _unsupported(name: str, reason: str, *, leave_out: str | None = None) -> Val
 def rank_of(name: str, weight: Tensor, config: AntiPastoConfig) -> int:
     """The rank of a layer under a config, at most min(o, i)."""
     pattern = get_pattern_key(list(config.rank_pattern), name)
-    return min(config.rank_pattern.get(pattern, config.rank) or min(weight.shape), *weight.shape)
+    sides = weight.shape[-2:]
+    return min(config.rank_pattern.get(pattern, config.rank) or min(sides), *sides)
 
 
 def _fingerprints(model: nn.Module, adapter_name: str) -> dict[str, str]:
@@ -490,7 +531,7 @@ def _check_base(config: AntiPastoConfig, expected: dict[str, Fingerprint], found
     check_same_base(
         expected,
         {name: one.fingerprint for name, one in found.items()},
-        {name: one.basis.S[: one.rank] for name, one in found.items()},
+        {name: one.basis.S[..., : one.rank] for name, one in found.items()},
         what="The adapter",
         remedy="Load the base that it belongs to. To use it here anyway, set check_base=False on its config "
         "(AntiPastoConfig.from_pretrained) and pass that as config.",
@@ -525,6 +566,11 @@ def _basis_for(name: str, module: nn.Module, config: AntiPastoConfig) -> Found:
     """Return a layer's existing basis if its rank suffices; else load or compute it."""
     W = module.matrix() if isinstance(module, AntiPastoLinear) else as_matrix(module)
     rank = rank_of(name, W, config)
+    if isinstance(module, AntiPastoExperts) and module.basis is not None and module.basis.rank != rank:
+        raise ValueError(
+            f"{name}: all adapters of experts need one rank; those that are there have {module.basis.rank}, this one {rank}. "
+            f"Set rank or rank_pattern to {module.basis.rank}."
+        )
     if isinstance(module, AntiPastoLinear) and module.basis is not None and module.basis.rank >= rank:
         assert module.fingerprint is not None
         return Found(rank, module.basis, module.fingerprint)

@@ -3,7 +3,8 @@
     ∂L/∂θ = Σ_tokens (Uᵀ ∂L/∂y) ⊙ (Vh x) = Σ_b g_b,     g_b: the same sum over the tokens of sequence b alone     (batch, r)
 
 Each layer's θ (r,) is expanded to one row per sequence. g is the gradient of the expanded θ, which autograd computes on the
-way to the gradient of θ. If L is a sum of one term per sequence, g_b is the gradient of the term of sequence b.
+way to the gradient of θ. If L is a sum of one term per sequence, g_b is the gradient of the term of sequence b. Experts in one
+parameter run once per sequence for that, each time with that sequence's row (`experts`); their g is flat, (batch, E·r).
 
 `nll_gradients` applies this to each completion's negative log-likelihood (NLL) given its prompt.
 """
@@ -21,7 +22,7 @@ import torch.nn.functional as F
 from jinja2 import TemplateError
 from torch import Tensor, nn
 
-from antipasto.adapter import AntiPastoLinear
+from antipasto.adapter import AntiPastoExperts, AntiPastoLinear
 from antipasto.adapter.rows import batch_shape, per_token
 from antipasto.adapter.views import adapted_layers, unwrap
 
@@ -66,6 +67,22 @@ class RolloutGrads(Mapping[str, Tensor]):
 
     def spread(self, name: str, theta: Tensor, x: Tensor) -> Tensor:
         """Expand θ (r,) or (b, r) to a shape that broadcasts to x's tokens, and record the gradient of each sequence's row."""
+        rows, index = self._rows_of(name, theta, x, (-1,))
+        return self._per_token(name, rows, x) if index is None else rows[index]  # (…, r)
+
+    def by_sequence(self, name: str, theta: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+        """As `spread` for θ (E, r) or (b, E, r) of experts, but return a row per sequence, and each token's sequence.
+
+        Returns:
+            (b, E, r), and (T,) for tokens x (T, d).
+        """
+        rows, index = self._rows_of(name, theta, x, (-1, -1))
+        if index is None:
+            index = self._per_token(name, torch.arange(len(rows), device=x.device)[:, None], x)
+        return rows, index.flatten()
+
+    def _rows_of(self, name: str, theta: Tensor, x: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, Tensor | None]:
+        """θ of each sequence, whose gradient is recorded; and which of them each token of x sees, if the caller said so."""
         if self._forward == 0:
             raise ValueError(
                 f"{name} was called directly inside rollout_grads: call the model passed to rollout_grads."
@@ -80,25 +97,25 @@ class RolloutGrads(Mapping[str, Tensor]):
             theta = theta.detach().requires_grad_()
             self.leaves.append(theta)
         leading = tuple(x.shape[:-1])
-        if self.sequence_index is not None:
-            return self._gather(name, theta, self.sequence_index.to(x.device), leading)
-        batch = self._tokens[0] if self._tokens else (*leading, 1)[0]
-        rows = theta.expand(batch, -1)
-        self._keep(name, rows)
-        try:
-            return per_token(rows, x, self._tokens)
-        except ValueError as error:
-            raise ValueError(f"{name} sees {error}") from None
-
-    def _gather(self, name: str, theta: Tensor, index: Tensor, leading: tuple[int, ...]) -> Tensor:
-        if index.numel() != torch.Size(leading).numel():
+        index = None if self.sequence_index is None else self.sequence_index.to(x.device)
+        if index is None:
+            batch = self._tokens[0] if self._tokens else (*leading, 1)[0]
+        elif index.numel() == torch.Size(leading).numel():
+            batch, index = int(index.max()) + 1, index.reshape(leading)
+        else:
             raise ValueError(
                 f"{name} sees {torch.Size(leading).numel()} tokens (inputs of leading shape {leading}), "
                 f"but sequence_index has {index.numel()} entries: give one per token."
             )
-        rows = theta.expand(int(index.max()) + 1, -1)  # (sequences, r)
+        rows = theta.expand(batch, *shape)
         self._keep(name, rows)
-        return rows[index.reshape(leading)]  # (…, r)
+        return rows, index
+
+    def _per_token(self, name: str, rows: Tensor, x: Tensor) -> Tensor:
+        try:
+            return per_token(rows, x, self._tokens)
+        except ValueError as error:
+            raise ValueError(f"{name} sees {error}") from None
 
     def _keep(self, name: str, rows: Tensor) -> None:
         forward = self._forward
@@ -163,7 +180,8 @@ def rollout_grads(
 
 
 def _bound(grads: RolloutGrads, name: str, layer: AntiPastoLinear) -> Any:
-    return lambda theta, x: grads.spread(name, theta, x)
+    by_layer = grads.by_sequence if isinstance(layer, AntiPastoExperts) else grads.spread
+    return lambda theta, x: by_layer(name, theta, x)
 
 
 # ── the gradient of a completion's NLL ───────────────────────────────────────────────────────────────────────────────

@@ -89,9 +89,15 @@ class RowViews:
         self._next = (self._next + b) % n
 
     def theta(self, delta_s: Tensor, hack: Tensor) -> Tensor:
-        """θ of the present call: (r,) if all rows see both knobs, else (b, r)."""
+        """θ of the present call: in the knobs' shape, (r,) or (E, r), if all rows see both, else one for each row, (b, …)."""
         if self._deployed is None:
             return delta_s + hack
         if self.quarantine is None:
             raise ValueError("A layer was called directly while rows see different knobs: call the model.")
-        return delta_s + torch.where(self.quarantine, hack, torch.zeros_like(hack))
+        sees = self.quarantine.view(-1, *[1] * hack.ndim)
+        return delta_s + torch.where(sees, hack, torch.zeros_like(hack))
+
+    def index(self, x: Tensor) -> Tensor:
+        """For each row of x (n, …), its kind: its number in ``examples`` if there are two."""
+        assert self.quarantine is not None
+        return per_token(self.quarantine.long(), x, self.shape).reshape(x.shape[0])

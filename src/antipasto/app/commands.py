@@ -10,6 +10,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+from torch import Tensor
 
 from antipasto.adapter import AntiPastoConfig
 from antipasto.adapter.basis import cache_file, is_cached, load_basis
@@ -68,7 +69,7 @@ def cache_bases(name_or_path: str, config: AntiPastoConfig, console: Console, *,
     with progress_bar(console) as progress:
         for name, module in progress.track(targets.items(), description="singular bases"):
             weight = as_matrix(module)
-            numbers += min(weight.shape)
+            numbers += _experts(weight) * min(weight.shape[-2:])
             file = cache_file(weight, config.cache_dir)
             _make_folder(file.parent)
             if is_cached(weight, config.cache_dir):
@@ -130,13 +131,13 @@ def what_it_needs(name_or_path: str, config: AntiPastoConfig, console: Console, 
     model = load_shapes(name_or_path, dtype=dtype)
     layers = {name: as_matrix(module) for name, module in find_targets(config, model, shapes_only=True).items()}
     ranks = {name: rank_of(name, weight, config) for name, weight in layers.items()}
-    numbers = sum(ranks.values())
+    numbers = sum(_experts(weight) * ranks[name] for name, weight in layers.items())
     needs = Needs(
         layers=len(layers),
         numbers=numbers,
         model=sum(p.numel() * p.element_size() for p in model.parameters()),
-        disk=sum(4 * min(w.shape) * (sum(w.shape) + 1) for w in layers.values()),
-        basis=sum(w.element_size() * ranks[name] * sum(w.shape) + 4 * ranks[name] for name, w in layers.items()),
+        disk=sum(4 * _experts(w) * min(w.shape[-2:]) * (sum(w.shape[-2:]) + 1) for w in layers.values()),
+        basis=sum(_experts(w) * ranks[name] * (w.element_size() * sum(w.shape[-2:]) + 4) for name, w in layers.items()),
         adapted=sum(w.numel() * w.element_size() for w in layers.values()),
         adapter=4 * numbers * (2 if config.quarantine else 1),
     )
@@ -151,6 +152,11 @@ def what_it_needs(name_or_path: str, config: AntiPastoConfig, console: Console, 
     add_row(table, "memory: merged, or weights held", f"+ {_size(needs.basis + needs.adapted)}, with all W_θ")
     console.print(table)
     return needs
+
+
+def _experts(weight: Tensor) -> int:
+    """Number of matrices in a weight: 1, or that of the experts of a stack."""
+    return weight.shape[:-2].numel()
 
 
 def _size(number: float) -> str:

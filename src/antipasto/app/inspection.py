@@ -109,7 +109,7 @@ def _table(title: str, *columns: str, numbers: Sequence[str] = (), caption: str 
 
 
 class Knobs(NamedTuple):
-    """δS and δS_hack of one layer, (r,)."""
+    """δS and δS_hack of one layer, (r,); (E·r,) for a stack of experts."""
 
     delta_s: Tensor
     hack: Tensor | None
@@ -165,8 +165,11 @@ def read_adapter(path: Path) -> tuple[dict[str, Knobs], int]:
     if not found:
         raise ValueError(f"{path} has no delta_s in it: it is not an adapter of this library.")
     for name, pair in found.items():
-        if "delta_s" not in pair or any(t.ndim != 1 or t.shape != pair["delta_s"].shape for t in pair.values()):
+        if "delta_s" not in pair or any(
+            t.ndim not in (1, 2) or t.shape != pair["delta_s"].shape for t in pair.values()
+        ):
             raise ValueError(f"{path}: {name} needs a vector delta_s, and delta_s_hack of the same length, if any.")
+        pair.update({knob: tensor.flatten() for knob, tensor in pair.items()})
     knobs = {name: Knobs(pair["delta_s"], pair.get("delta_s_hack")) for name, pair in found.items()}
     return knobs, len(tensors) - sum(map(len, found.values()))
 
@@ -195,7 +198,7 @@ def _largest(knobs: Mapping[str, Knobs]) -> list[RenderableType]:
         "largest coordinates of θ = δS + δS_hack",
         *("layer", "j", "θ", "δS", "δS_hack", "of ‖θ‖²"),
         numbers=("j", "θ", "δS", "δS_hack", "of ‖θ‖²"),
-        caption="j: number of the singular direction; 0 has the largest singular value",
+        caption="j: number of the singular direction; 0 has the largest singular value (experts: e·r + j)",
     )
     for i in squares.topk(min(_TOP, len(squares))).indices.tolist():
         name, j = places[i]

@@ -272,8 +272,8 @@ class Direction(Mapping[str, Tensor]):
                 raise ValueError(
                     f"The direction has a layer {name}, which is not among the adapted layers of this model."
                 )
-            if V.shape[1] != layers[name].r:
-                raise ValueError(f"{name}: the direction has r={V.shape[1]}, the layer {layers[name].r}.")
+            if V.shape[1] != layers[name].numbers:
+                raise ValueError(f"{name}: the direction has r={V.shape[1]}, the layer {layers[name].numbers}.")
         check_same_base(
             {name: one for name, one in self.fingerprints.items() if name in self},
             found or current_fingerprints({name: layers[name] for name in self}),
@@ -382,7 +382,7 @@ def pair_differences(
                 sequences += [tokenize(tokenizer, pair.prompt, text, append_eos=append_eos) for text in texts]
         grads, _ = nll_gradients(model, sequences, per_token=length_normalise)
         for name, layer in layers.items():
-            collected.setdefault(name, []).append(weights @ grads[name][:, : layer.r].float().cpu())
+            collected.setdefault(name, []).append(weights @ grads[name][:, : layer.numbers].float().cpu())
     return {name: torch.cat(parts) for name, parts in collected.items()}
 
 

@@ -220,9 +220,9 @@ class Monitor:
                 raise ValueError(
                     f"The monitor has a layer {name}, which is not among the adapted layers of this model."
                 )
-            rank = layers[name].basis.rank  # type: ignore[union-attr]
-            if V.shape[1] > rank:
-                raise ValueError(f"{name}: the monitor's direction has r={V.shape[1]}, the layer's basis {rank}.")
+            r = layers[name].basis.S.numel()  # type: ignore[union-attr]
+            if V.shape[1] > r:
+                raise ValueError(f"{name}: the monitor's direction has r={V.shape[1]}, the layer's basis {r}.")
         known = self.direction.fingerprints
         check_same_base(
             {name: one for name, one in known.items() if name in self.direction},

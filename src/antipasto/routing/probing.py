@@ -135,7 +135,7 @@ def _displacement(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Para
         twin = nn.Parameter(parameter.detach() + shift)
         twin.grad = None if parameter.grad is None else parameter.grad.detach().clone()
         twins[id(parameter)] = twin
-    before = torch.cat([twin.detach().clone() for twin in twins.values()])
+    before = torch.cat([twin.detach().flatten().clone() for twin in twins.values()])
     stand_in = object.__new__(type(optimizer))
     # without "step", which schedulers wrap
     vars(stand_in).update({name: value for name, value in vars(optimizer).items() if name != "step"})
@@ -151,8 +151,8 @@ def _displacement(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Para
             if parameter in optimizer.state:
                 stand_in.state[twins[id(parameter)]] = copy.deepcopy(optimizer.state[parameter])
     type(optimizer).step(stand_in)
-    return torch.cat([twin.detach() for twin in twins.values()]) - before
+    return torch.cat([twin.detach().flatten() for twin in twins.values()]) - before
 
 
 def _flat(knobs: Mapping[str, nn.Parameter]) -> Tensor:
-    return torch.cat([knob.detach() for knob in knobs.values()])
+    return torch.cat([knob.detach().flatten() for knob in knobs.values()])

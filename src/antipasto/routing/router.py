@@ -107,7 +107,7 @@ class Router:
         self.steps = 0
         layers = knobs(model)
         self.adapter_name = next(iter(layers.values())).adapter
-        self._sizes = {name: layer.r for name, layer in layers.items()}
+        self._sizes = {name: layer.numbers for name, layer in layers.items()}
         self._fingerprints = current_fingerprints(layers)
         self._delta_s = [layer.delta_s for layer in layers.values()]
         hack = [layer.delta_s_hack for layer in layers.values()] if mode == "route" else []
@@ -324,9 +324,9 @@ class Router:
         moved, self._seen["fired"] = self._gates[OWN_BOOK].moved(-g)
         self._seen["fired_random"] = self._gates[CHANCE].moved(-g)[1]
         for knob, part in zip(self._delta_s, self._split(g + moved), strict=True):
-            knob.grad = part.clone()
+            knob.grad = part.reshape(knob.shape).clone()
         for knob, part in zip(self._hack, self._split(-moved), strict=False):  # empty in mode="erase"
-            knob.grad = part.clone()
+            knob.grad = part.reshape(knob.shape).clone()
 
     def _end_interrupted(self) -> None:
         """Route what an interrupted step had moved before its exception."""
@@ -496,8 +496,8 @@ class Router:
 
 
 def _flat(tensors: Any) -> Tensor:
-    return torch.cat([tensor.detach() for tensor in tensors])
+    return torch.cat([tensor.detach().flatten() for tensor in tensors])
 
 
 def _write(parameters: list[nn.Parameter], values: tuple[Tensor, ...]) -> None:
-    torch._foreach_copy_([parameter.detach() for parameter in parameters], list(values))
+    torch._foreach_copy_([parameter.detach().view(-1) for parameter in parameters], list(values))

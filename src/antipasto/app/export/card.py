@@ -81,9 +81,10 @@ class About:
     def of(cls, run: LoadedRun) -> About:
         """Collect the facts of a run."""
         layers = knobs(run.model).values()
-        ships = torch.cat([layer.delta_s.detach() for layer in layers])
+        ships = torch.cat([layer.delta_s.detach().flatten() for layer in layers])
         zero = torch.zeros_like
-        hack = torch.cat([zero(x.delta_s) if x.delta_s_hack is None else x.delta_s_hack.detach() for x in layers])
+        parts = [zero(x.delta_s) if x.delta_s_hack is None else x.delta_s_hack.detach() for x in layers]
+        hack = torch.cat([part.flatten() for part in parts])
         return cls(
             run=run.folder.root.resolve().name,
             base=run.base,

@@ -24,7 +24,7 @@ from transformers.utils import cached_file
 
 from antipasto.adapter.functional import delta_weight
 from antipasto.adapter.knobs import LayerKnobs, knobs
-from antipasto.adapter.layer import as_matrix
+from antipasto.adapter.layer import as_matrix, is_transposed
 from antipasto.adapter.views import unwrap
 from antipasto.app.models import quiet
 from antipasto.app.runs import LoadedRun
@@ -80,7 +80,7 @@ class Loss:
 
 
 def shipped(layer: LayerKnobs, dial: float) -> Tensor:
-    """θ = δS + dial δS_hack (r,), in fp64."""
+    """θ = δS + dial δS_hack in the knobs' shape, in fp64."""
     theta = layer.delta_s.detach().double()
     return theta if layer.delta_s_hack is None else theta + dial * layer.delta_s_hack.detach().double()
 
@@ -196,7 +196,7 @@ def write_checkpoint(run: LoadedRun, folder: Path, dtype: torch.dtype, before: D
         except ValueError as error:
             raise ValueError(f"{name}: {error}") from error
         base_layer, weight = layer.layer.get_base_layer(), layer.layer.base_weight
-        out = (out.T.contiguous() if isinstance(base_layer, Conv1D) else out).to(weight.device)
+        out = (out.mT.contiguous() if is_transposed(base_layer) else out).to(weight.device)
         base_layer.weight = nn.Parameter(out, requires_grad=False)  # a new Parameter, since W may be tied
     model = run.model.unload()
     before.cast(model, dtype)
@@ -254,12 +254,15 @@ def write_lora(run: LoadedRun, folder: Path, rank: int, dtype: torch.dtype) -> W
         dtype: of A and B.
 
     Raises:
-        ValueError: the run also trained whole modules, which a LoRA adapter cannot hold.
+        ValueError: the run also trained whole modules, or experts in one parameter, which a LoRA adapter cannot hold.
         OSError: a file cannot be written.
     """
     if whole := run.model.peft_config["default"].modules_to_save:
         raise ValueError(f"This run trained {', '.join(whole)} in full, which LoRA cannot hold: leave out --lora.")
     layers = knobs(run.model)
+    for name, layer in layers.items():
+        if layer.delta_s.ndim > 1:
+            raise ValueError(f"{name} has a matrix for each expert, which this LoRA cannot hold: leave out --lora.")
     thetas = {name: shipped(layer, run.dial) for name, layer in layers.items()}
     rank = min(rank, max(1, *(int(theta.count_nonzero()) for theta in thetas.values())))
     losses: dict[str, Loss] = {}
