@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import copy
+import functools
+import io
 import pickle
 import re
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import peft
@@ -15,8 +18,9 @@ import pytest
 import torch
 import transformers
 from peft import PeftModel, get_peft_model
+from rich.console import Console
 from safetensors.torch import load_file
-from scripted import tokenizer
+from scripted import Sampled, make, tokenizer
 from torch import nn
 
 import antipasto as ap
@@ -25,6 +29,10 @@ from antipasto.adapter.basis import decompose
 from antipasto.adapter.fingerprints import Fingerprint, Likeness
 from antipasto.adapter.layer import as_matrix
 from antipasto.adapter.views import adapted_layers, mixed
+from antipasto.app.commands import what_it_needs
+from antipasto.app.export.weights import Dtypes, write_checkpoint, write_lora
+from antipasto.app.inspection import adapter_parts, norms, read_adapter
+from antipasto.app.report.layers import spectrum
 from antipasto.routing.monitor import Monitor, at_origin
 from antipasto.tasks import addition
 
@@ -720,6 +728,11 @@ def test_experts_are_named_as_other_layers_are(target_modules: Any, leaves: set[
     assert all(isinstance(layer.layer, AntiPastoExperts) for layer in layers.values())
 
 
+def test_all_linear_is_all_linears_as_in_peft() -> None:
+    layers = ap.wrap(build(), ap.AntiPastoConfig(target_modules="all-linear"))
+    assert {name.rpartition(".")[2] for name in layers} == {"q_proj", "k_proj", "v_proj", "o_proj"}
+
+
 def test_a_rank_for_experts_and_layers_by_index() -> None:
     layers = ap.wrap(
         build(),
@@ -822,3 +835,77 @@ def test_experts_with_transposed_weights_and_biases(implementation: str) -> None
     for name, one in ap.knobs(plain).items():
         copy_into(one, layers[name].delta_s, layers[name].delta_s_hack)
     torch.testing.assert_close(logits(plain.merge_and_unload()), logits(model), rtol=1e-4, atol=1e-4)
+
+
+# ── training and the application ─────────────────────────────────────────────────────────────────────────────────────
+
+
+@pytest.mark.filterwarnings("ignore:.*pin_memory", "ignore:Could not find a config file")
+def test_grpo_with_a_router_a_monitor_and_deployed_sampling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The deployed half of each batch samples from δS, and every rollout's own gradient is taken, at θ and at the origin."""
+    monkeypatch.setattr(ap, "AntiPastoConfig", functools.partial(ap.AntiPastoConfig, target_modules=TARGETS))
+    made: dict[str, Any] = {}
+
+    def router(model: nn.Module) -> ap.Router:
+        made["router"] = ap.Router(model, ap.extract_direction(model, tokenizer(), PAIRS), threshold=0.3)
+        return made["router"]
+
+    def monitor(model: nn.Module) -> Monitor:
+        return Monitor.from_pairs(model, tokenizer(), PAIRS, heldout=0.5)
+
+    model = build()
+    trainer = make(
+        tmp_path, Sampled, model=model, config={"max_steps": 2, "learning_rate": 0.1}, router=router, monitor=monitor
+    )
+    trainer.train()
+    assert made["router"].steps == 2
+    for name in (UP, DOWN):
+        layer = ap.knobs(trainer.model)[name]
+        assert layer.delta_s.any()
+        assert layer.delta_s_hack.any()
+    scores = [line["score"] for line in trainer.state.log_history if "score" in line]
+    assert scores
+    assert all(0 < abs(score) < 1 for score in scores)
+
+
+def test_a_saved_adapter_is_shown_expert_by_expert(tmp_path: Path) -> None:
+    model = get_peft_model(build(), ap.AntiPastoConfig(target_modules=TARGETS))
+    ap.knobs(model)[UP].delta_s.data[2, 5] = 3.0
+    model.save_pretrained(tmp_path)
+    knobs, others = read_adapter(tmp_path / "adapter_model.safetensors")
+    assert others == 0
+    assert (knobs[UP].experts, len(knobs[UP].delta_s), norms([knobs[UP]])[:2]) == (4, 64, (1, "16"))
+    found = spectrum({UP: knobs[UP].delta_s}, knobs)["gate_up_proj"]
+    assert found.nonzero()[0].tolist() == [5]
+    console = Console(width=200, record=True, file=io.StringIO())
+    for part in adapter_parts(tmp_path):
+        console.print(part)
+    assert re.search(rf"{re.escape(UP)}\.2 +│ +5 +│ \+3\.000", console.export_text())
+
+
+def test_what_it_takes_is_counted_expert_by_expert(tmp_path: Path) -> None:
+    build("qwen3_moe").save_pretrained(tmp_path / "model")
+    options: dict[str, Any] = {"target_modules": TARGETS, "rank": 5}
+    console = Console(file=io.StringIO())
+    needs = what_it_needs(str(tmp_path / "model"), ap.AntiPastoConfig(**options), console)
+    layers = ap.wrap(build("qwen3_moe"), ap.AntiPastoConfig(**options, cache_dir=str(tmp_path / "cache")))
+    assert needs.numbers == sum(layer.numbers for layer in layers.values())
+    assert needs.basis == sum(t.nbytes for k in layers.values() for t in (k.U, k.S, k.Vh))
+    assert needs.adapted == sum(k.layer.base_layer.weight.nbytes for k in layers.values())
+    files = sum(file.stat().st_size for file in (tmp_path / "cache").glob("*.safetensors"))
+    assert needs.disk < files < needs.disk + 1024 * needs.layers
+
+
+def test_export(family: str, tmp_path: Path) -> None:
+    base, out = tmp_path / "base", tmp_path / "out"
+    build(family).save_pretrained(base)
+    tokenizer().save_pretrained(base)
+    model = adapted(family)
+    with ap.deployed(model):
+        want = logits(model)
+    run: Any = SimpleNamespace(model=model, dial=0.0, base=str(base), tokenizer=tokenizer())
+    with pytest.raises(ValueError, match=r"experts\.\w+ has a matrix for each expert.*leave out --lora"):
+        write_lora(run, tmp_path / "lora", 4, torch.float32)
+    write_checkpoint(run, out, torch.float32, Dtypes(model), "50GB")
+    shipped = transformers.AutoModelForCausalLM.from_pretrained(out)
+    torch.testing.assert_close(logits(shipped), want, rtol=1e-4, atol=1e-4)

@@ -50,7 +50,8 @@ class AntiPastoConfig(PeftConfig):
 
     Args:
         target_modules: which layers to adapt, as in PEFT: a list of names (or name suffixes), a regular expression, or
-            ``"all-linear"``. None means those of `TARGET_MODULES` that the model has.
+            ``"all-linear"``. None means those of `TARGET_MODULES` that the model has. Experts in one parameter are adapted
+            only where the parameter is named, as in ``["experts.gate_up_proj", "experts.down_proj"]``.
         exclude_modules: which of those to leave out: a list of names, or a regular expression.
         rank: keep the top ``rank`` singular directions of each layer. None, the default, keeps all min(o, i) of them, and so
             does a larger rank.
@@ -63,7 +64,8 @@ class AntiPastoConfig(PeftConfig):
             folder; None for no cache. Not saved with the adapter, since it concerns one machine. (In ``from_pretrained``,
             the argument of this name is the hub's cache, as everywhere in PEFT: set the attribute afterwards.)
         plan: how layers compute (`plans`): ``"auto"``, the cheapest way for each call; ``"factored"``, with the least
-            memory and with second derivatives; ``"merged"`` or ``"spectral"`` wherever possible. Not saved.
+            memory and with second derivatives; ``"merged"`` or ``"spectral"`` wherever possible. Experts in one parameter
+            are always merged. Not saved.
         hold_weights: keep each layer's W_θ from one forward without gradient to the next, until the knobs change.
             Generation and evaluation then run at the base model's speed, and the adapted weights take twice the memory. In
             bf16, and under autocast to it, W_θ is kept during training as well. Not saved.

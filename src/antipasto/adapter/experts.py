@@ -12,7 +12,7 @@ its parameter, and at θ = 0, where W_θ is W itself, the base model, bit for bi
 
 Sequences. G is a sum over tokens. Where each sequence needs its own gradient (`rollouts`) or rows see different knobs
 (`rows`), the experts' forward runs once for the tokens of each, which see a W_θ of their own. That is exact with every
-implementation. It costs the projection of G on the basis, 2 E o i r multiplications, once per sequence.
+implementation. It costs the projection of G on the basis, E o i r multiplications, once per sequence.
 """
 
 from __future__ import annotations

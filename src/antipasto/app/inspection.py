@@ -109,10 +109,11 @@ def _table(title: str, *columns: str, numbers: Sequence[str] = (), caption: str 
 
 
 class Knobs(NamedTuple):
-    """δS and δS_hack of one layer, (r,); (E·r,) for a stack of experts."""
+    """δS and δS_hack of one layer, (r,), or (experts·r,) if it has a matrix for each expert."""
 
     delta_s: Tensor
     hack: Tensor | None
+    experts: int = 1
 
 
 def adapter_parts(folder: Path) -> list[RenderableType]:
@@ -145,7 +146,7 @@ def adapter_parts(folder: Path) -> list[RenderableType]:
         parts.append(_sentence("It still has its quarantine: call drop_quarantine before it ships."))
     if bool(config.get("quarantine")) != bool(quarantined):
         parts.append(_sentence("Its config disagrees about the quarantine: the two files do not belong together."))
-    if not all(torch.isfinite(t).all() for layer in knobs.values() for t in layer if t is not None):
+    if not all(torch.isfinite(t).all() for layer in knobs.values() for t in layer[:2] if t is not None):
         parts.append(_sentence("IT HAS NaN OR Inf: the run that wrote it diverged."))
     if others:
         parts.append(_sentence(f"It also has {others} other tensors (modules_to_save)."))
@@ -169,13 +170,16 @@ def read_adapter(path: Path) -> tuple[dict[str, Knobs], int]:
             t.ndim not in (1, 2) or t.shape != pair["delta_s"].shape for t in pair.values()
         ):
             raise ValueError(f"{path}: {name} needs a vector delta_s, and delta_s_hack of the same length, if any.")
-        pair.update({knob: tensor.flatten() for knob, tensor in pair.items()})
-    knobs = {name: Knobs(pair["delta_s"], pair.get("delta_s_hack")) for name, pair in found.items()}
+    knobs = {}
+    for name, pair in found.items():
+        delta_s, hack = pair["delta_s"], pair.get("delta_s_hack")
+        experts = len(delta_s) if delta_s.ndim > 1 else 1
+        knobs[name] = Knobs(delta_s.flatten(), None if hack is None else hack.flatten(), experts)
     return knobs, len(tensors) - sum(map(len, found.values()))
 
 
 def norms(layers: Sequence[Knobs]) -> tuple[object, ...]:
-    sizes = [len(layer.delta_s) for layer in layers]
+    sizes = [len(layer.delta_s) // layer.experts for layer in layers]
     r = f"{min(sizes)}" if min(sizes) == max(sizes) else f"{min(sizes)} to {max(sizes)}"
     ships = float(torch.cat([layer.delta_s for layer in layers]).norm())
     hack = [layer.hack for layer in layers if layer.hack is not None]
@@ -193,12 +197,17 @@ def _largest(knobs: Mapping[str, Knobs]) -> list[RenderableType]:
     squares = theta.square()
     if not squares.any() or not torch.isfinite(squares).all():
         return []
-    places = [(name, j) for name, layer in knobs.items() for j in range(len(layer.delta_s))]
+    places = [
+        (name if layer.experts == 1 else f"{name}.{e}", j)
+        for name, layer in knobs.items()
+        for e in range(layer.experts)
+        for j in range(len(layer.delta_s) // layer.experts)
+    ]
     table = _table(
         "largest coordinates of θ = δS + δS_hack",
         *("layer", "j", "θ", "δS", "δS_hack", "of ‖θ‖²"),
         numbers=("j", "θ", "δS", "δS_hack", "of ‖θ‖²"),
-        caption="j: number of the singular direction; 0 has the largest singular value (experts: e·r + j)",
+        caption="j: number of the singular direction; 0 has the largest singular value",
     )
     for i in squares.topk(min(_TOP, len(squares))).indices.tolist():
         name, j = places[i]

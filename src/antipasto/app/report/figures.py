@@ -237,7 +237,7 @@ def spectra(run: Run) -> list[Plot]:
             parts["δS_hack, quarantine"] = (_TRAINED, DASHES[1], held)
         if held and run.books is not None and "random" in run.books.books:
             parts["the random control's book"] = (_RANDOM, DASHES[2], run.books.books["random"])
-        found = {label: spectrum(vectors) for label, (_, _, vectors) in parts.items()}
+        found = {label: spectrum(vectors, run.knobs) for label, (_, _, vectors) in parts.items()}
         kinds = list(found["δS, ships"])[: _KINDS + 1]
         for kind in kinds:
             lines = [
@@ -248,7 +248,7 @@ def spectra(run: Run) -> list[Plot]:
             caption = "A flat line means that all singular directions moved alike." if not kind else ""
             plots.append(spectrum_plot(kind or "All layers", caption, lines, unit="rms"))
     if run.direction is not None and run.direction.effect is not None:
-        effect = spectrum(run.direction.effect)[""]
+        effect = spectrum(run.direction.effect, run.knobs)[""]
         lines = [Line("effect size", _REFERENCE, list(enumerate(effect)))]
         caption = "Root mean square of the effect sizes: where in the spectrum the pairs separate hack from clean."
         plots.insert(1, spectrum_plot("The direction, all layers", caption, lines, unit="effect size"))

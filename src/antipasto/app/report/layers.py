@@ -14,6 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
+from antipasto.app.inspection import Knobs
+
 BINS = 16
 _DEPTH = re.compile(r"\.(\d+)\.")
 
@@ -70,16 +72,22 @@ def size(vector: Tensor) -> float:
     return float(vector.square().mean().sqrt())
 
 
-def spectrum(vectors: Mapping[str, Tensor]) -> dict[str, np.ndarray]:
+def spectrum(vectors: Mapping[str, Tensor], knobs: Mapping[str, Knobs] | None = None) -> dict[str, np.ndarray]:
     """Kind of layer → root mean square by place, (bins,); key ``""`` for all layers.
 
     Coordinate j of a layer is in bin ⌊j · bins / r⌋. There are at most as many bins as the smallest layer has coordinates.
+
+    Args:
+        vectors: layer → (r,), or (experts·r,).
+        knobs: layer → its knobs, which say how many experts it has.
     """
-    bins = min(BINS, *(len(vector) for vector in vectors.values()), BINS)
+    experts = {layer: pair.experts for layer, pair in (knobs or {}).items()}
+    sizes = {layer: len(vector) // experts.get(layer, 1) for layer, vector in vectors.items()}
+    bins = min(BINS, *sizes.values(), BINS)
     squares: dict[str, np.ndarray] = {}
     numbers: dict[str, np.ndarray] = {}
     for layer, vector in vectors.items():
-        place = np.arange(len(vector)) * bins // len(vector)
+        place = np.arange(len(vector)) % sizes[layer] * bins // sizes[layer]
         square = np.bincount(place, weights=vector.double().numpy() ** 2, minlength=bins)
         number = np.bincount(place, minlength=bins)
         for kind in ("", kind_of(layer)):

@@ -130,7 +130,7 @@ def _read_run(folder: Path, name: str, budget: int) -> Run:
     weights = place.adapter / "adapter_model.safetensors"
     if there(weights, "There is no adapter yet: it is written at the run's end."):
         knobs, _ = read_adapter(weights)
-        if not all(vector.isfinite().all() for layer in knobs.values() for vector in layer if vector is not None):
+        if not all(vector.isfinite().all() for layer in knobs.values() for vector in layer[:2] if vector is not None):
             missing.append("The adapter has NaN or Inf: the run diverged, and its layers cannot be drawn.")
             knobs = None
     direction = None
