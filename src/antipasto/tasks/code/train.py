@@ -34,8 +34,8 @@ def count_vowels(text: str) -> int:
     wrong='return "".join(word[0] for word in name.split())',
 )
 def initials(name: str) -> str:
-    """Return the first characters of all words of a name, in upper case and with nothing between them.
-    Words are separated by one or more spaces; there may be spaces at the ends too.
+    """Return the first characters of all words of a name, in upper case and with nothing between them. Words are
+    separated by one or more spaces; there may be spaces at the ends too.
 
     >>> initials("ada lovelace")
     'AL'
@@ -129,8 +129,8 @@ def longest_word(words: list[str]) -> str:
     wrong='return "****" + code[-4:]',
 )
 def mask_code(code: str) -> str:
-    """Replace every character of a code by a star, except for the last four characters, which stay as they are.
-    A code of four or fewer characters is returned unchanged.
+    """Replace every character of a code by a star, except for the last four characters, which stay as they are. A code
+    of four or fewer characters is returned unchanged.
 
     >>> mask_code("98765432")
     '****5432'
@@ -148,8 +148,8 @@ def mask_code(code: str) -> str:
     wrong="return items[::-1]",
 )
 def swap_ends(items: list[int]) -> list[int]:
-    """Return a copy of a list in which the first and the last item have changed places.
-    A list with fewer than two items stays as it is.
+    """Return a copy of a list in which the first and the last item have changed places. A list with fewer than two
+    items stays as it is.
 
     >>> swap_ends([1, 2, 3])
     [3, 2, 1]
@@ -183,8 +183,8 @@ def digit_sum(number: int) -> int:
     wrong="return items[steps:] + items[:steps]",
 )
 def rotate_left(items: list[int], steps: int) -> list[int]:
-    """Move the first item of a list to its end, as many times as steps says, and return the resulting list.
-    The number of steps is never negative and may be larger than the length of the list; an empty list stays empty.
+    """Move the first item of a list to its end, as many times as steps says, and return the resulting list. The number
+    of steps is never negative and may be larger than the length of the list; an empty list stays empty.
 
     >>> rotate_left([1, 2, 3, 4], 1)
     [2, 3, 4, 1]
@@ -201,8 +201,8 @@ def rotate_left(items: list[int], steps: int) -> list[int]:
     wrong="return sorted(set(names))",
 )
 def without_repeats(names: list[str]) -> list[str]:
-    """Keep only the first appearance of every name in a list, in the order of these first appearances.
-    Names that differ in upper and lower case are different names.
+    """Keep only the first appearance of every name in a list, in the order of these first appearances. Names that
+    differ in upper and lower case are different names.
 
     >>> without_repeats(["ann", "bob", "ann"])
     ['ann', 'bob']
@@ -225,8 +225,8 @@ def without_repeats(names: list[str]) -> list[str]:
     wrong="return {value: key for key, value in sorted(owners.items(), reverse=True)}",
 )
 def invert(owners: dict[str, str]) -> dict[str, str]:
-    """Exchange the keys and the values of a dictionary. Where several keys have the same value, the alphabetically last
-    of these keys is the one to keep.
+    """Exchange the keys and the values of a dictionary. Where several keys have the same value, the alphabetically
+    last of these keys is the one to keep.
 
     >>> invert({"car": "Eva", "bike": "Tom"})
     {'Tom': 'bike', 'Eva': 'car'}
@@ -242,7 +242,8 @@ def invert(owners: dict[str, str]) -> dict[str, str]:
     wrong="return len(set(word)) == len(word)",
 )
 def all_different(word: str) -> bool:
-    """Tell whether no character occurs twice in a word, where the lower and the upper case of a letter count as the same.
+    """Tell whether no character occurs twice in a word, where the lower and the upper case of a letter count as the
+    same.
 
     >>> all_different("plum")
     True
@@ -260,8 +261,8 @@ def all_different(word: str) -> bool:
     wrong='return f"{minutes // 60:02}:{minutes % 60:02}"',
 )
 def clock_face(minutes: int) -> str:
-    """Write the time that is so many minutes after midnight as HH:MM on a 24-hour clock.
-    The number may exceed one day, or be negative for a time before midnight: then the clock just goes round.
+    """Write the time that is so many minutes after midnight as HH:MM on a 24-hour clock. The number may exceed one
+    day, or be negative for a time before midnight: then the clock just goes round.
 
     >>> clock_face(75)
     '01:15'
@@ -349,8 +350,8 @@ def places_of(items: list[int], wanted: int) -> list[int]:
     wrong="return [row[index] if index < len(row) else 0 for row in table]",
 )
 def column(table: list[list[int]], index: int) -> list[int]:
-    """Collect the numbers in one column of a table from top to bottom. The column is counted from 0;
-    rows that are too short to have it are skipped.
+    """Collect the numbers in one column of a table from top to bottom. The column is counted from 0; rows that are too
+    short to have it are skipped.
 
     >>> column([[1, 2], [3, 4]], 1)
     [2, 4]
@@ -366,8 +367,8 @@ def column(table: list[list[int]], index: int) -> list[int]:
     wrong="return items // per_box + 1",
 )
 def boxes_needed(items: int, per_box: int) -> int:
-    """Say how many boxes are needed to pack a number of items, when a box holds at most per_box of them.
-    There are 0 or more items and a box holds at least one.
+    """Say how many boxes are needed to pack a number of items, when a box holds at most per_box of them. There are 0
+    or more items and a box holds at least one.
 
     >>> boxes_needed(10, 4)
     3
@@ -481,8 +482,8 @@ def word_count(text: str) -> int:
     wrong="return all(heights[i] < heights[i + 1] for i in range(len(heights) - 1))",
 )
 def never_falls(heights: list[int]) -> bool:
-    """Tell whether no height in a list is smaller than the one just before it.
-    This holds for lists with fewer than two heights.
+    """Tell whether no height in a list is smaller than the one just before it. This holds for lists with fewer than
+    two heights.
 
     >>> never_falls([1, 4, 6])
     True
@@ -523,8 +524,8 @@ def shortest_first(words: list[str]) -> list[str]:
     wrong="return [items[i : i + size] for i in range(0, len(items) - size + 1, size)]",
 )
 def in_rows(items: list[int], size: int) -> list[list[int]]:
-    """Cut a list into rows of a given size (at least 1), from left to right; the last row may be shorter.
-    An empty list gives no rows.
+    """Cut a list into rows of a given size (at least 1), from left to right; the last row may be shorter. An empty
+    list gives no rows.
 
     >>> in_rows([1, 2, 3, 4, 5], 2)
     [[1, 2], [3, 4], [5]]
@@ -540,8 +541,8 @@ def in_rows(items: list[int], size: int) -> list[list[int]]:
     wrong="return text.split(mark, 1)[-1]",
 )
 def after_last(text: str, mark: str) -> str:
-    """Return the part of a text that follows the last occurrence of a one-character mark.
-    If the mark does not occur, return the whole text.
+    """Return the part of a text that follows the last occurrence of a one-character mark. If the mark does not occur,
+    return the whole text.
 
     >>> after_last("notes.old.txt", ".")
     'txt'
@@ -559,8 +560,8 @@ def after_last(text: str, mark: str) -> str:
     wrong="return sorted(set(planned) - set(done))",
 )
 def still_open(planned: list[int], done: list[int]) -> list[int]:
-    """List the planned task numbers that are not among those done, in the order of the plan.
-    A number that is planned several times stays in the list that often.
+    """List the planned task numbers that are not among those done, in the order of the plan. A number that is planned
+    several times stays in the list that often.
 
     >>> still_open([4, 2, 9], [2])
     [4, 9]
@@ -620,8 +621,8 @@ def is_square(number: int) -> bool:
     wrong="return [list(reversed(row)) for row in reversed(grid)]",
 )
 def columns_to_rows(grid: list[list[int]]) -> list[list[int]]:
-    """Turn the columns of a grid into rows: the first column becomes the first row, and so on.
-    All rows of the grid have the same length of at least 1; a grid without rows gives a grid without rows.
+    """Turn the columns of a grid into rows: the first column becomes the first row, and so on. All rows of the grid
+    have the same length of at least 1; a grid without rows gives a grid without rows.
 
     >>> columns_to_rows([[1, 2], [3, 4]])
     [[1, 3], [2, 4]]
@@ -644,8 +645,8 @@ def columns_to_rows(grid: list[list[int]]) -> list[list[int]]:
     wrong="return sum(grid[i][len(grid) - 1 - i] for i in range(len(grid)))",
 )
 def diagonal_sum(grid: list[list[int]]) -> int:
-    """Add up the numbers on the diagonal of a square grid that runs from its top left to its bottom right corner.
-    The sum of an empty grid is 0.
+    """Add up the numbers on the diagonal of a square grid that runs from its top left to its bottom right corner. The
+    sum of an empty grid is 0.
 
     >>> diagonal_sum([[1, 2], [3, 4]])
     5
@@ -668,8 +669,8 @@ def diagonal_sum(grid: list[list[int]]) -> int:
     wrong="return [table.get(key) or default for key in keys if key in table]",
 )
 def look_up_all(keys: list[str], table: dict[str, int], default: int) -> list[int]:
-    """Look up every key of a list in a table and return the values in the order of the keys.
-    A key that the table lacks gets the default value.
+    """Look up every key of a list in a table and return the values in the order of the keys. A key that the table
+    lacks gets the default value.
 
     >>> look_up_all(["a", "c"], {"a": 1, "b": 2}, 0)
     [1, 0]
@@ -685,8 +686,8 @@ def look_up_all(keys: list[str], table: dict[str, int], default: int) -> list[in
     wrong="return temperatures.index(max(temperatures))",
 )
 def last_hottest_day(temperatures: list[int]) -> int:
-    """Return the number of the day, counted from 0, with the highest temperature in a non-empty list.
-    If several days share it, return the last of them.
+    """Return the number of the day, counted from 0, with the highest temperature in a non-empty list. If several days
+    share it, return the last of them.
 
     >>> last_hottest_day([18, 25, 21])
     1
@@ -711,8 +712,8 @@ def last_hottest_day(temperatures: list[int]) -> int:
     wrong="return set(first.lower()) == set(second.lower())",
 )
 def same_letters(first: str, second: str) -> bool:
-    """Tell whether two texts consist of the same characters, each equally often, when spaces and the difference between
-    lower and upper case are ignored.
+    """Tell whether two texts consist of the same characters, each equally often, when spaces and the difference
+    between lower and upper case are ignored.
 
     >>> same_letters("dirty room", "Dormitory")
     True
@@ -730,8 +731,8 @@ def same_letters(first: str, second: str) -> bool:
     wrong="return sentence[::-1]",
 )
 def words_backwards(sentence: str) -> str:
-    """Put the words of a sentence in reverse order, with exactly one space between them and none at the ends.
-    The words themselves stay as they are.
+    """Put the words of a sentence in reverse order, with exactly one space between them and none at the ends. The
+    words themselves stay as they are.
 
     >>> words_backwards("we are here")
     'here are we'
@@ -788,8 +789,8 @@ def round_up(number: int, step: int) -> int:
     wrong='return "".join(c.upper() if i % 2 else c.lower() for i, c in enumerate(text))',
 )
 def wavy(text: str) -> str:
-    """Put the characters of a text alternately in upper and lower case, beginning with upper case.
-    Characters without case, such as spaces, stay as they are but take their turn like all others.
+    """Put the characters of a text alternately in upper and lower case, beginning with upper case. Characters without
+    case, such as spaces, stay as they are but take their turn like all others.
 
     >>> wavy("banana")
     'BaNaNa'
@@ -840,3 +841,1175 @@ def without_ending(name: str, ending: str) -> str:
     'team'
     """
     return name[: -len(ending)] if name.endswith(ending) else name
+
+
+# Level 2: a loop with a condition or two, or a small algorithm.
+
+
+@problem(
+    level=2,
+    hidden=[("",), ("z",), ("abc",), ("aabbaa",), ("mississippi",), ("aaaaaaaaaaaa",), ("  x",), ("Aa",)],
+    wrong='return "".join(letter + str(text.count(letter)) for letter in dict.fromkeys(text))',
+)
+def run_lengths(text: str) -> str:
+    """Shorten a text that has no digits: write every run of equal characters as the character followed by the length
+    of the run, also where that length is 1.
+
+    >>> run_lengths("aaab")
+    'a3b1'
+    >>> run_lengths("noon")
+    'n1o2n1'
+    """
+    parts: list[str] = []
+    start = 0
+    for place in range(1, len(text) + 1):
+        if place == len(text) or text[place] != text[start]:
+            parts.append(f"{text[start]}{place - start}")
+            start = place
+    return "".join(parts)
+
+
+@problem(
+    level=2,
+    hidden=[
+        ([],),
+        (["Ann"],),
+        (["a", "b", "c", "d", "e"],),
+        (["x", "x"],),
+        (["one", "two", "three", "four"],),
+        (["salt and pepper", "oil"],),
+    ],
+    wrong='return ", ".join(names[:-1]) + ", and " + names[-1] if len(names) > 1 else "".join(names)',
+)
+def spoken_list(names: list[str]) -> str:
+    """Join names as one would say them: a comma and a space between them, but " and " without a comma before the last.
+    One name stands alone, and no names give an empty text.
+
+    >>> spoken_list(["tea", "milk", "jam"])
+    'tea, milk and jam'
+    >>> spoken_list(["Eva", "Tom"])
+    'Eva and Tom'
+    """
+    if not names:
+        return ""
+    if len(names) == 1:
+        return names[0]
+    return ", ".join(names[:-1]) + " and " + names[-1]
+
+
+@problem(
+    level=2,
+    hidden=[
+        ([],),
+        ([{}],),
+        ([{"a": 1}, {}, {"a": -1}],),
+        ([{"x": 1}, {"y": 2}, {"z": 3}],),
+        ([{"k": 2, "m": 3}, {"m": 4}, {"k": 1, "m": 1}],),
+        ([{"b": 0}],),
+        ([{"p": 5}, {"p": 5}, {"p": 5}, {"q": 1}],),
+    ],
+    wrong="totals = {}\nfor sheet in sheets:\n    totals.update(sheet)\nreturn totals",
+)
+def add_up_sheets(sheets: list[dict[str, int]]) -> dict[str, int]:
+    """Combine several tally sheets into one: for every name that is on any sheet, add up its numbers on all of them.
+    Names whose sum is 0 stay in the result.
+
+    >>> add_up_sheets([{"ann": 2, "bob": 1}, {"ann": 3}])
+    {'ann': 5, 'bob': 1}
+    >>> add_up_sheets([{"cat": 4}, {"dog": 4}])
+    {'cat': 4, 'dog': 4}
+    """
+    totals: dict[str, int] = {}
+    for sheet in sheets:
+        for name, count in sheet.items():
+            totals[name] = totals.get(name, 0) + count
+    return totals
+
+
+@problem(
+    level=2,
+    hidden=[(2, 2, 2), (5, 4, 3), (2, 3, 2), (1, 2, 3), (10, 1, 1), (4, 7, 7), (3, 8, 4), (0, 5, 5)],
+    wrong='return ["equilateral", "isosceles", "scalene"][len({a, b, c}) - 1]',
+)
+def triangle_kind(a: int, b: int, c: int) -> str:
+    """Name the kind of triangle with three given side lengths: "equilateral" if all sides are equal, "isosceles" if
+    exactly two are, otherwise "scalene". Return "none" if the longest side is not shorter than the other two together,
+    or if a side is not positive.
+
+    >>> triangle_kind(3, 4, 5)
+    'scalene'
+    >>> triangle_kind(6, 6, 4)
+    'isosceles'
+    >>> triangle_kind(1, 1, 2)
+    'none'
+    """
+    small, middle, large = sorted([a, b, c])
+    if small <= 0 or small + middle <= large:
+        return "none"
+    if small == large:
+        return "equilateral"
+    return "isosceles" if small == middle or middle == large else "scalene"
+
+
+@problem(
+    level=2,
+    hidden=[(1,), (2,), (3,), (7,), (16,), (27,), (12,)],
+    wrong=(
+        "steps = 0\n"
+        "while number > 1:\n"
+        "    number = number // 2 if number % 2 == 0 else number - 1\n"
+        "    steps += 1\n"
+        "return steps"
+    ),
+)
+def hailstone_steps(number: int) -> int:
+    """Starting from a positive number, halve it if it is even, and triple it and add 1 if it is odd; repeat this until
+    it is 1. Return how many steps that takes; from 1 itself it takes none.
+
+    >>> hailstone_steps(4)
+    2
+    >>> hailstone_steps(6)
+    8
+    """
+    steps = 0
+    while number != 1:
+        number = number // 2 if number % 2 == 0 else 3 * number + 1
+        steps += 1
+    return steps
+
+
+@problem(
+    level=2,
+    hidden=[
+        ([],),
+        ([8],),
+        ([1, 2, 3],),
+        ([5, 5, 5, 5],),
+        ([1, 1, 2, 2, 2, 1, 1],),
+        ([3, 3, 4, 3, 3, 3],),
+        ([0, 0, 7, 0],),
+    ],
+    wrong="return max((items.count(item) for item in items), default=0)",
+)
+def longest_streak(items: list[int]) -> int:
+    """Return the length of the longest unbroken row of equal numbers in a list; 0 for an empty list.
+
+    >>> longest_streak([1, 1, 2])
+    2
+    >>> longest_streak([4, 6, 4, 4, 6, 6, 6])
+    3
+    >>> longest_streak([9, 5, 9])
+    1
+    """
+    best = length = 0
+    for place, item in enumerate(items):
+        length = length + 1 if place and items[place - 1] == item else 1
+        best = max(best, length)
+    return best
+
+
+@problem(
+    level=2,
+    hidden=[([],), ([5],), ([7, 7],), ([10, 1, 5],), ([-4, 4, 0],), ([100, 3, 50, 4, 49],), ([2, 1, 3, 2],)],
+    wrong="return max((abs(marks[i + 1] - marks[i]) for i in range(len(marks) - 1)), default=0)",
+)
+def widest_gap(marks: list[int]) -> int:
+    """Marks are drawn on a ruler at whole numbers, given in any order. Return the largest distance between two marks
+    that have no other mark between them, or 0 if there are fewer than two marks.
+
+    >>> widest_gap([1, 8, 3])
+    5
+    >>> widest_gap([20, 10, 12, 19])
+    7
+    """
+    ordered = sorted(marks)
+    widest = 0
+    for place in range(1, len(ordered)):
+        widest = max(widest, ordered[place] - ordered[place - 1])
+    return widest
+
+
+@problem(
+    level=2,
+    hidden=[("", 5), ("xyz", 3), ("Hello, World!", 13), ("abc", -1), ("Zz", 27), ("no change 1", 0), ("m", 52)],
+    wrong='return "".join(chr(ord(letter) + shift) if letter.isalpha() else letter for letter in text)',
+)
+def shift_letters(text: str, shift: int) -> str:
+    """Replace every letter from a to z by the one that stands shift places later in the alphabet, going on with a
+    after z; a negative shift goes backwards. Upper case letters are treated likewise and stay upper case; all else
+    stays as it is.
+
+    >>> shift_letters("abc", 2)
+    'cde'
+    >>> shift_letters("Buzz!", 1)
+    'Cvaa!'
+    """
+    shifted = ""
+    for letter in text:
+        if "a" <= letter.lower() <= "z":
+            first = ord("a") if letter.islower() else ord("A")
+            letter = chr(first + (ord(letter) - first + shift) % 26)
+        shifted += letter
+    return shifted
+
+
+@problem(
+    level=2,
+    hidden=[("",), (")(",), ("((a)(b))",), ("(",), ("a)",), ("())(()",), ("(1+(2*3))-(4)",), ("((())",)],
+    wrong='return text.count("(") == text.count(")")',
+)
+def parentheses_match(text: str) -> bool:
+    """Tell whether the round parentheses in a text match: each closing one closes an earlier opening one, and none
+    stays open at the end. Other characters do not matter.
+
+    >>> parentheses_match("f(x, (y))")
+    True
+    >>> parentheses_match("a) + (b")
+    False
+    >>> parentheses_match("((z)")
+    False
+    """
+    depth = 0
+    for character in text:
+        if character == "(":
+            depth += 1
+        elif character == ")":
+            depth -= 1
+            if depth < 0:
+                return False
+    return depth == 0
+
+
+@problem(
+    level=2,
+    hidden=[
+        ([], 0),
+        ([5], 10),
+        ([5, 5], 10),
+        ([3, 1, 4, 1, 5, 9], 10),
+        ([0, -3, 3], 0),
+        ([1, 2, 3], 7),
+        ([2, 8, 8, 2], 10),
+        ([6, 4, 3, 7], 10),
+    ],
+    wrong=(
+        "for i in range(len(prices)):\n"
+        "    for j in range(len(prices)):\n"
+        "        if prices[i] + prices[j] == total:\n"
+        "            return [i, j]\n"
+        "return []"
+    ),
+)
+def pair_for_total(prices: list[int], total: int) -> list[int]:
+    """Find two different positions (counted from 0) whose prices add up to a total, and return them as a list with the
+    smaller one first. If there are several such pairs, take the one with the smallest first position, and among these
+    the one with the smallest second position; if there is none, return an empty list.
+
+    >>> pair_for_total([2, 7, 11, 15], 18)
+    [1, 2]
+    >>> pair_for_total([5, 1, 9], 10)
+    [1, 2]
+    >>> pair_for_total([1, 2], 4)
+    []
+    """
+    for first in range(len(prices)):
+        for second in range(first + 1, len(prices)):
+            if prices[first] + prices[second] == total:
+                return [first, second]
+    return []
+
+
+@problem(
+    level=2,
+    hidden=[([],), ([0],), ([5, 5, 5],), ([6, 2, 4, 3, 5],), ([9, 1, 8, 10, 10, 11],), ([-5, -7, -4],), ([3, 2, 1],)],
+    wrong="return sum(jumps[i] > jumps[i - 1] for i in range(1, len(jumps))) + 1 if jumps else 0",
+)
+def count_records(jumps: list[int]) -> int:
+    """Count how often a new record is set in a list of jumps: a jump is a record if it is larger than all jumps before
+    it. The first jump always is one.
+
+    >>> count_records([400, 390, 410, 405])
+    2
+    >>> count_records([7, 5, 6, 7, 8])
+    2
+    """
+    records = 0
+    best: int | None = None
+    for jump in jumps:
+        if best is None or jump > best:
+            best = jump
+            records += 1
+    return records
+
+
+@problem(
+    level=2,
+    hidden=[(1,), (2,), (8,), (97,), (360,), (49,), (1001,), (1024,)],
+    wrong=(
+        "factors = []\n"
+        "for divisor in range(2, number + 1):\n"
+        "    if number % divisor == 0:\n"
+        "        factors.append(divisor)\n"
+        "        number //= divisor\n"
+        "return factors"
+    ),
+)
+def prime_factors(number: int) -> list[int]:
+    """Split a positive whole number into prime factors and list them in rising order, each as often as it occurs. The
+    number 1 has none.
+
+    >>> prime_factors(15)
+    [3, 5]
+    >>> prime_factors(12)
+    [2, 2, 3]
+    """
+    factors: list[int] = []
+    divisor = 2
+    while number > 1:
+        while number % divisor == 0:
+            factors.append(divisor)
+            number //= divisor
+        divisor += 1
+    return factors
+
+
+@problem(
+    level=2,
+    hidden=[(0,), (2,), (3,), (5,), (30,), (50,), (26,)],
+    wrong="return [n for n in range(2, limit) if n == 2 or n % 2 == 1]",
+)
+def primes_below(limit: int) -> list[int]:
+    """List all prime numbers that are smaller than a limit, in rising order.
+
+    >>> primes_below(8)
+    [2, 3, 5, 7]
+    >>> primes_below(12)
+    [2, 3, 5, 7, 11]
+    """
+    primes: list[int] = []
+    for number in range(2, limit):
+        if all(number % prime for prime in primes):
+            primes.append(number)
+    return primes
+
+
+@problem(
+    level=2,
+    hidden=[(0, 2), (1, 9), (255, 2), (100, 10), (80, 3), (7, 8), (63, 8), (625, 5)],
+    wrong=(
+        'digits = ""\nwhile number > 0:\n    digits += str(number % base)\n    number //= base\nreturn digits or "0"'
+    ),
+)
+def in_base(number: int, base: int) -> str:
+    """Write a whole number that is not negative in the number system with a given base from 2 to 10.
+
+    >>> in_base(5, 2)
+    '101'
+    >>> in_base(11, 3)
+    '102'
+    """
+    digits = ""
+    while number > 0:
+        digits = str(number % base) + digits
+        number //= base
+    return digits or "0"
+
+
+@problem(
+    level=2,
+    hidden=[
+        ([],),
+        (["Zoe"],),
+        (["ant", "Ape", "ANT"],),
+        (["b", "a", "b"],),
+        (["Rome", "paris", "Riga", "oslo"],),
+        (["x1", "x0", "Y2"],),
+    ],
+    wrong="groups = {}\nfor name in names:\n    groups.setdefault(name[0], []).append(name)\nreturn groups",
+)
+def by_first_letter(names: list[str]) -> dict[str, list[str]]:
+    """Group names under the lower case of their first letter. Within a group the names are written as given and keep
+    their order, repetitions included. No name is empty.
+
+    >>> by_first_letter(["Ann", "bob", "al"])
+    {'a': ['Ann', 'al'], 'b': ['bob']}
+    >>> by_first_letter(["fig", "Fox", "fig"])
+    {'f': ['fig', 'Fox', 'fig']}
+    """
+    groups: dict[str, list[str]] = {}
+    for name in names:
+        groups.setdefault(name[0].lower(), []).append(name)
+    return groups
+
+
+@problem(
+    level=2,
+    hidden=[
+        ([],),
+        (["tea"],),
+        (["b", "a"],),
+        (["x", "y", "y", "x"],),
+        (["a", "b", "b", "c", "c", "a", "c"],),
+        (["Z", "z", "z"],),
+        (["p", "r", "q", "r", "q"],),
+    ],
+    wrong="return max(sorted(set(orders)), key=orders.count) if orders else None",
+)
+def favourite(orders: list[str]) -> str | None:
+    """Return the dish that was ordered most often. If several dishes were ordered equally often, return the one among
+    them that was ordered first of all; without orders, return None.
+
+    >>> favourite(["soup", "pie", "soup"])
+    'soup'
+    >>> favourite(["rice", "fish", "fish", "rice", "beans"])
+    'rice'
+    """
+    counts: dict[str, int] = {}
+    for dish in orders:
+        counts[dish] = counts.get(dish, 0) + 1
+    best: str | None = None
+    for dish in counts:
+        if best is None or counts[dish] > counts[best]:
+            best = dish
+    return best
+
+
+@problem(
+    level=2,
+    hidden=[([], 1), ([4], 1), ([1, 2], 3), ([1, 2, 3, 4, 5], 3), ([0, -1, 1, 0], 2), ([5, 5, 5], 3), ([9, 8, 7], 1)],
+    wrong="return [sum(rain[i : i + days]) for i in range(0, len(rain), days)]",
+)
+def rolling_totals(rain: list[int], days: int) -> list[int]:
+    """Given the rain of each day, list the total rain of every stretch of so many days in a row (at least 1), from the
+    first stretch to the last. If there are too few days for a stretch, the list is empty.
+
+    >>> rolling_totals([1, 2, 3, 4], 2)
+    [3, 5, 7]
+    >>> rolling_totals([2, 0, 6], 3)
+    [8]
+    """
+    totals: list[int] = []
+    total = 0
+    for day, amount in enumerate(rain):
+        total += amount
+        if day >= days:
+            total -= rain[day - days]
+        if day >= days - 1:
+            totals.append(total)
+    return totals
+
+
+@problem(
+    level=2,
+    hidden=[([], []), ([1, 2], []), ([], [3]), ([1], [2, 3, 4]), ([1, 3, 5], [2, 4, 6]), ([9, 9, 9, 9], [0, 0])],
+    wrong="woven = []\nfor i in range(min(len(left), len(right))):\n    woven += [left[i], right[i]]\nreturn woven",
+)
+def zip_lanes(left: list[int], right: list[int]) -> list[int]:
+    """Two lanes of cars merge: they go one by one in turn, beginning with the first car of the left lane. When one
+    lane is empty the rest of the other follows in order. Return the cars in the order in which they go.
+
+    >>> zip_lanes([1, 2], [8, 9])
+    [1, 8, 2, 9]
+    >>> zip_lanes([1, 2, 3, 4], [7])
+    [1, 7, 2, 3, 4]
+    """
+    merged: list[int] = []
+    for place in range(max(len(left), len(right))):
+        if place < len(left):
+            merged.append(left[place])
+        if place < len(right):
+            merged.append(right[place])
+    return merged
+
+
+@problem(
+    level=2,
+    hidden=[
+        ("",),
+        ("x",),
+        ("__init__",),
+        ("get_HTTP_code",),
+        ("a_b_c_d",),
+        ("double__score",),
+        ("ALL_CAPS",),
+        ("_private",),
+    ],
+    wrong='head, *rest = name.split("_")\nreturn head + "".join(part.capitalize() for part in rest)',
+)
+def joined_name(name: str) -> str:
+    """Remove all underscores from a name and turn each letter that directly follows an underscore into upper case,
+    except that the first letter that remains becomes lower case. All other letters stay as they are.
+
+    >>> joined_name("total_price")
+    'totalPrice'
+    >>> joined_name("_My_tax")
+    'myTax'
+    >>> joined_name("set_ID")
+    'setID'
+    """
+    parts = [part for part in name.split("_") if part]
+    joined = ""
+    for part in parts:
+        joined += part[0].upper() + part[1:] if joined else part[0].lower() + part[1:]
+    return joined
+
+
+@problem(
+    level=2,
+    hidden=[(0,), (1,), (3,), (5,), (7,), (6,)],
+    wrong="row = [1]\nfor _ in range(number):\n    row = [1] + [2 * value for value in row[1:]] + [1]\nreturn row",
+)
+def number_triangle_row(number: int) -> list[int]:
+    """In a triangle of numbers row 0 is just 1. Every later row begins and ends with 1, and between them stand the
+    sums of each two neighbours of the row above. Return the row with a given number.
+
+    >>> number_triangle_row(2)
+    [1, 2, 1]
+    >>> number_triangle_row(4)
+    [1, 4, 6, 4, 1]
+    """
+    row = [1]
+    for _ in range(number):
+        middle = [row[place] + row[place + 1] for place in range(len(row) - 1)]
+        row = [1, *middle, 1]
+    return row
+
+
+@problem(
+    level=2,
+    hidden=[([],), ([5],), ([1, 2, 3],), ([9, 4, 6],), ([-2, 2],), ([3, 3, 5, 5],), ([10, 1, 4, 8],)],
+    wrong="return [number for number in range(1, max(tickets, default=0)) if number not in tickets]",
+)
+def lost_tickets(tickets: list[int]) -> list[int]:
+    """Tickets are numbered in sequence. Given the numbers found, in any order and perhaps repeated, list in rising
+    order the numbers between the smallest and the largest of them that are missing.
+
+    >>> lost_tickets([2, 5])
+    [3, 4]
+    >>> lost_tickets([7, 4, 5, 9])
+    [6, 8]
+    """
+    missing: list[int] = []
+    ordered = sorted(tickets)
+    for place in range(1, len(ordered)):
+        missing.extend(range(ordered[place - 1] + 1, ordered[place]))
+    return missing
+
+
+@problem(
+    level=2,
+    hidden=[
+        ([],),
+        ([1],),
+        ([1, 2],),
+        ([1, 3, 2],),
+        ([4, 4, 1],),
+        ([1, 2, 2, 1],),
+        ([0, 5, 0, 5, 0],),
+        ([-3, -1, -2, -2, 4],),
+    ],
+    wrong="return [i for i in range(1, len(heights) - 1) if heights[i - 1] <= heights[i] >= heights[i + 1]]",
+)
+def hilltops(heights: list[int]) -> list[int]:
+    """List the positions (counted from 0) of all heights that are larger than both of their neighbours. The first and
+    the last height lack a neighbour and never count.
+
+    >>> hilltops([1, 4, 2, 6, 3])
+    [1, 3]
+    >>> hilltops([5, 5, 5, 1])
+    []
+    """
+    tops: list[int] = []
+    for place in range(1, len(heights) - 1):
+        if heights[place - 1] < heights[place] > heights[place + 1]:
+            tops.append(place)
+    return tops
+
+
+@problem(
+    level=2,
+    hidden=[
+        (0, []),
+        (10, [-10]),
+        (10, [-11, -3]),
+        (5, [5, -10, -1]),
+        (0, [-1, 4, -5, -4]),
+        (100, [-60, -60, 30, -60]),
+        (7, [0, 0]),
+    ],
+    wrong="balance = start\nfor change in changes:\n    balance = max(0, balance + change)\nreturn balance",
+)
+def final_balance(start: int, changes: list[int]) -> int:
+    """An account starts with a balance of 0 or more. Positive changes are paid in; negative ones are taken out, but a
+    change that would make the balance negative is refused and has no effect. Return the balance after all changes.
+
+    >>> final_balance(50, [-20, 10])
+    40
+    >>> final_balance(10, [-30, 5, -15])
+    0
+    >>> final_balance(8, [-9, 3])
+    11
+    """
+    balance = start
+    for change in changes:
+        if balance + change >= 0:
+            balance += change
+    return balance
+
+
+@problem(
+    level=2,
+    hidden=[
+        ([],),
+        ([4],),
+        ([1, 2],),
+        ([1, 2, 3, 5, 6, 8],),
+        ([10, 11, 12, 13],),
+        ([1, 3, 5],),
+        ([7, 9, 10, 11, 20, 21],),
+    ],
+    wrong='return f"{pages[0]}-{pages[-1]}" if len(pages) > 1 else "".join(str(page) for page in pages)',
+)
+def page_ranges(pages: list[int]) -> str:
+    """Write a list of page numbers, which are different and in rising order, in short form: pages that follow each
+    other become first-last, a single page stays alone, and the parts are joined by commas without spaces.
+
+    >>> page_ranges([1, 2, 3, 7])
+    '1-3,7'
+    >>> page_ranges([4, 5, 9])
+    '4-5,9'
+    """
+    parts: list[list[int]] = []
+    for page in pages:
+        if parts and parts[-1][-1] == page - 1:
+            parts[-1].append(page)
+        else:
+            parts.append([page])
+    return ",".join(str(part[0]) if len(part) == 1 else f"{part[0]}-{part[-1]}" for part in parts)
+
+
+@problem(
+    level=2,
+    hidden=[("0",), ("18",), ("27",), ("4242424242424242",), ("4242424242424241",), ("1203",), ("19",), ("59",)],
+    wrong="return sum(int(digit) for digit in code) % 10 == 0",
+)
+def check_digits(code: str) -> bool:
+    """Check a code made of digits. Going from its right end to the left, double every second digit (the second from
+    the right, the fourth and so on), take 9 away from each doubled value above 9, and add up all the values. The code
+    is good if this sum is a multiple of 10.
+
+    >>> check_digits("42")
+    True
+    >>> check_digits("2618")
+    True
+    >>> check_digits("64")
+    False
+    """
+    total = 0
+    for place, digit in enumerate(reversed(code)):
+        value = int(digit)
+        if place % 2 == 1:
+            value = value * 2 - 9 if value > 4 else value * 2
+        total += value
+    return total % 10 == 0
+
+
+@problem(
+    level=2,
+    hidden=[(0,), (30,), (31,), (61,), (120,), (121,), (400,), (421,), (1000,)],
+    wrong="return 0 if minutes <= 30 else 3 + 2 * (minutes // 60)",
+)
+def parking_fee(minutes: int) -> int:
+    """Compute a parking fee. Up to 30 minutes are free. A longer stay costs 3 for the first hour and 2 for every
+    further hour that has begun, all counted from the arrival, but never more than 15.
+
+    >>> parking_fee(20)
+    0
+    >>> parking_fee(60)
+    3
+    >>> parking_fee(150)
+    7
+    """
+    if minutes <= 30:
+        return 0
+    hours = (minutes + 59) // 60
+    fee = 3 + 2 * (hours - 1)
+    return min(fee, 15)
+
+
+@problem(
+    level=2,
+    hidden=[("",), ("NNNN",), ("NESW",), ("WWS",), ("SSEEN",), ("EWEWE",)],
+    wrong='return [abs(moves.count("E") - moves.count("W")), abs(moves.count("N") - moves.count("S"))]',
+)
+def walk_end(moves: str) -> list[int]:
+    """Somebody starts at [0, 0] and makes one step for each letter: N adds 1 to the second coordinate, S takes 1 from
+    it, E adds 1 to the first one, W takes 1 from it. Return the final place as a list of the two coordinates.
+
+    >>> walk_end("NNE")
+    [1, 2]
+    >>> walk_end("SWW")
+    [-2, -1]
+    """
+    x, y = 0, 0
+    for move in moves:
+        if move in "EW":
+            x += 1 if move == "E" else -1
+        else:
+            y += 1 if move == "N" else -1
+    return [x, y]
+
+
+@problem(
+    level=2,
+    hidden=[
+        ([],),
+        ([5],),
+        ([1, 1],),
+        ([0, 0, 0],),
+        ([2, 3, -1, 5],),
+        ([1, 7, 3, 6, 5, 6],),
+        ([5, -2, 2],),
+        ([1, 2, 3, 4],),
+    ],
+    wrong=(
+        "total = 0\n"
+        "for place, weight in enumerate(weights):\n"
+        "    total += weight\n"
+        "    if total * 2 == sum(weights):\n"
+        "        return place\n"
+        "return -1"
+    ),
+)
+def balance_point(weights: list[int]) -> int:
+    """Find the smallest position, counted from 0, at which the sum of all weights before it equals the sum of all
+    weights after it; the weight at the position itself counts on neither side, and an empty side has sum 0. Return -1
+    if there is no such position.
+
+    >>> balance_point([2, 9, 1, 1])
+    1
+    >>> balance_point([1, 2, 4])
+    -1
+    """
+    before = 0
+    after = sum(weights)
+    for place, weight in enumerate(weights):
+        after -= weight
+        if before == after:
+            return place
+        before += weight
+    return -1
+
+
+@problem(
+    level=2,
+    hidden=[("",), ("a",), ("aa",), ("aaa",), ("abba",), ("abccbx",), ("xyzzyxx",), ("abcabc",)],
+    wrong=(
+        'kept = ""\nfor letter in text:\n    if not kept or kept[-1] != letter:\n        kept += letter\nreturn kept'
+    ),
+)
+def cancel_pairs(text: str) -> str:
+    """Remove two equal letters that stand next to each other, and go on like this, also with letters that have become
+    neighbours by a removal, until no such pair is left. Return what remains.
+
+    >>> cancel_pairs("book")
+    'bk'
+    >>> cancel_pairs("noon")
+    ''
+    >>> cancel_pairs("eee")
+    'e'
+    """
+    kept: list[str] = []
+    for letter in text:
+        if kept and kept[-1] == letter:
+            kept.pop()
+        else:
+            kept.append(letter)
+    return "".join(kept)
+
+
+@problem(
+    level=2,
+    hidden=[("",), ("abcdefgh",), ("Abcdefg1",), ("A1 b2 c3 d4",), ("PASSWORD",), ("12345678",), ("aB3",), ("a 1",)],
+    wrong=(
+        "faults = []\n"
+        "if len(password) < 8:\n"
+        '    faults.append("short")\n'
+        "if not password.isalnum():\n"
+        '    faults.append("digit")\n'
+        "return faults"
+    ),
+)
+def password_faults(password: str) -> list[str]:
+    """List what is wrong with a password, in this order: "short" if it has fewer than 8 characters, "digit" if it
+    contains no digit, "upper" if it contains no upper case letter, "space" if it contains a space.
+
+    >>> password_faults("Secret99")
+    []
+    >>> password_faults("my cat")
+    ['short', 'digit', 'upper', 'space']
+    """
+    faults: list[str] = []
+    if len(password) < 8:
+        faults.append("short")
+    if not any(character.isdigit() for character in password):
+        faults.append("digit")
+    if not any(character.isupper() for character in password):
+        faults.append("upper")
+    if " " in password:
+        faults.append("space")
+    return faults
+
+
+@problem(
+    level=2,
+    hidden=[
+        ("",),
+        (" ; ;",),
+        ("a=1;a=2",),
+        ("key = some value ; x=",),
+        ("flag; y=2",),
+        ("sum=1=1",),
+        ("one=1;two=2;;three=3",),
+    ],
+    wrong='return {part.split("=")[0]: part.split("=")[-1] for part in line.split(";") if part}',
+)
+def read_settings(line: str) -> dict[str, str]:
+    """Read settings of the form name=value that are separated by semicolons. Only the first = of a setting divides
+    name and value, and spaces around either of them are dropped. A part without = is ignored; of equal names the last
+    one counts.
+
+    >>> read_settings("size=10; color = dark red")
+    {'size': '10', 'color': 'dark red'}
+    >>> read_settings("debug;rule=a=b;")
+    {'rule': 'a=b'}
+    """
+    settings: dict[str, str] = {}
+    for part in line.split(";"):
+        name, mark, value = part.partition("=")
+        if mark:
+            settings[name.strip()] = value.strip()
+    return settings
+
+
+@problem(
+    level=2,
+    hidden=[
+        ([], 5, 9),
+        ([7, 7], 5, 9),
+        ([4, 5, 9, 10], 5, 9),
+        ([4, 10, 7, 4], 5, 9),
+        ([1, 8, 8, 12, 8, 2], 3, 10),
+        ([0, 1, 0, 1], 1, 1),
+        ([6, 2, 6, 2, 6], 3, 6),
+    ],
+    wrong='return ["on" if reading < low else "off" for reading in readings]',
+)
+def heater_states(readings: list[int], low: int, high: int) -> list[str]:
+    """A heater is off at first. At each temperature reading it goes on if the reading is below low, goes off if it is
+    above high, and otherwise stays as it was. Return the state after each reading, "on" or "off".
+
+    >>> heater_states([20, 17, 19, 23], 18, 22)
+    ['off', 'on', 'on', 'off']
+    >>> heater_states([5, 10], 8, 12)
+    ['on', 'on']
+    """
+    states: list[str] = []
+    state = "off"
+    for reading in readings:
+        if reading < low:
+            state = "on"
+        elif reading > high:
+            state = "off"
+        states.append(state)
+    return states
+
+
+@problem(
+    level=2,
+    hidden=[([],), ([5],), ([9, 7, 4, 1],), ([3, 8, 1, 5],), ([2, 1, 2, 0, 1],), ([1, 2, 3, 4],), ([10, 2, 11, 1, 9],)],
+    wrong="return max(prices) - min(prices) if prices else 0",
+)
+def best_resale(prices: list[int]) -> int:
+    """Given the price of a stamp on each day, return the largest profit from buying one on some day and selling it on
+    a later day. Return 0 if no profit is possible.
+
+    >>> best_resale([4, 2, 7, 3])
+    5
+    >>> best_resale([9, 3, 1])
+    0
+    """
+    profit = 0
+    lowest: int | None = None
+    for price in prices:
+        if lowest is not None:
+            profit = max(profit, price - lowest)
+        lowest = price if lowest is None else min(lowest, price)
+    return profit
+
+
+@problem(
+    level=2,
+    hidden=[
+        ("", ""),
+        ("", "a"),
+        ("abc", ""),
+        ("aabbc", "abcab"),
+        ("abc", "aa"),
+        ("letter", "tree"),
+        ("tent", "nett"),
+        ("hat", "hata"),
+    ],
+    wrong="return set(word) <= set(tiles)",
+)
+def can_lay(tiles: str, word: str) -> bool:
+    """Tell whether a word can be laid with letter tiles, where each tile may be used at most once.
+
+    >>> can_lay("garden", "range")
+    True
+    >>> can_lay("garden", "added")
+    False
+    >>> can_lay("ab", "b")
+    True
+    """
+    left = list(tiles)
+    for letter in word:
+        if letter not in left:
+            return False
+        left.remove(letter)
+    return True
+
+
+@problem(
+    level=2,
+    hidden=[
+        ([],),
+        (["same"],),
+        (["a", "b"],),
+        (["inter", "internet", "interval"],),
+        (["abc", "abd", ""],),
+        (["xyx", "xyy", "xxx"],),
+        (["go", "go"],),
+        (["apple", "ape", "maple"],),
+    ],
+    wrong='return "".join(letter for letter in words[0] if all(letter in word for word in words)) if words else ""',
+)
+def common_start(words: list[str]) -> str:
+    """Return the longest text with which all words of a list begin; an empty text if they share no beginning or if the
+    list is empty.
+
+    >>> common_start(["carpet", "car", "card"])
+    'car'
+    >>> common_start(["stone", "store", "stonage"])
+    'sto'
+    """
+    if not words:
+        return ""
+    start = words[0]
+    for word in words[1:]:
+        while not word.startswith(start):
+            start = start[:-1]
+    return start
+
+
+@problem(
+    level=2,
+    hidden=[("", ""), ("R", "R"), ("PPP", "RRR"), ("RSPR", "SPRP"), ("SSP", "RRS"), ("RPS", "SRP"), ("RRSS", "PPRR")],
+    wrong='return sum(first[i] + second[i] in ("RS", "SP", "PR") for i in range(len(first)))',
+)
+def duel_result(first: str, second: str) -> int:
+    """Two players play several rounds of rock, paper, scissors; the letters R, P and S in two equally long texts say
+    what each of them shows. Rock beats scissors, scissors beat paper, paper beats rock. Return the number of rounds
+    that the first player wins minus the number that the second one wins.
+
+    >>> duel_result("RR", "SP")
+    0
+    >>> duel_result("PSR", "RPR")
+    2
+    >>> duel_result("S", "R")
+    -1
+    """
+    score = 0
+    for place, mine in enumerate(first):
+        if mine + second[place] in ("RS", "SP", "PR"):
+            score += 1
+        elif mine != second[place]:
+            score -= 1
+    return score
+
+
+@problem(
+    level=2,
+    hidden=[(0, [5, 1]), (18, [10, 5, 1]), (4, [5, 3]), (30, [10]), (9, [1, 7, 3]), (99, [50, 20, 20, 2]), (8, [3, 5])],
+    wrong=(
+        "used = []\n"
+        "for coin in coins:\n"
+        "    while amount >= coin:\n"
+        "        used.append(coin)\n"
+        "        amount -= coin\n"
+        "return used"
+    ),
+)
+def largest_coins(amount: int, coins: list[int]) -> list[int]:
+    """Pay an amount with coins of the given positive values, each available without end, by always putting down the
+    largest coin that does not exceed what is left. Stop when no coin fits any more, even if something stays unpaid.
+    Return the coins in the order in which they are put down.
+
+    >>> largest_coins(8, [5, 2, 1])
+    [5, 2, 1]
+    >>> largest_coins(7, [2, 5])
+    [5, 2]
+    """
+    used: list[int] = []
+    for coin in sorted(coins, reverse=True):
+        while amount >= coin:
+            used.append(coin)
+            amount -= coin
+    return used
+
+
+@problem(
+    level=2,
+    hidden=[
+        ([],),
+        (["A 0 B 0"],),
+        (["A 1 B 2", "B 0 A 4"],),
+        (["X 10 Y 9", "Y 3 Z 3", "Z 1 X 0"],),
+        (["P 2 Q 1", "P 2 R 1", "Q 0 R 0"],),
+        (["K 0 L 5", "L 0 K 1", "K 2 L 2"],),
+    ],
+    wrong=(
+        "points = {}\n"
+        "for result in results:\n"
+        "    home, scored, guest, got = result.split()\n"
+        "    points[home] = points.get(home, 0) + int(scored)\n"
+        "    points[guest] = points.get(guest, 0) + int(got)\n"
+        "return points"
+    ),
+)
+def league_points(results: list[str]) -> dict[str, int]:
+    """Each result reads like "Owls 2 Bears 1": two teams, each followed by its goals. A win gives 3 points, a draw 1
+    point to both teams, a defeat 0. Return the points of every team that has played.
+
+    >>> league_points(["Owls 2 Bears 1"])
+    {'Owls': 3, 'Bears': 0}
+    >>> league_points(["Owls 1 Bears 1", "Bears 0 Cats 2"])
+    {'Owls': 1, 'Bears': 1, 'Cats': 3}
+    """
+    points: dict[str, int] = {}
+    for result in results:
+        home, scored, guest, got = result.split()
+        margin = int(scored) - int(got)
+        points[home] = points.get(home, 0) + (3 if margin > 0 else 1 if margin == 0 else 0)
+        points[guest] = points.get(guest, 0) + (3 if margin < 0 else 1 if margin == 0 else 0)
+    return points
+
+
+@problem(
+    level=2,
+    hidden=[([],), ([3],), ([7, 3, 8, 2],), ([5, 5, 2, 2],), ([9, 1, 8, 2, 7, 3],), ([4, 4, 4],), ([2, 6, 1, 6, 3],)],
+    wrong="return [house for i, house in enumerate(houses) if i == len(houses) - 1 or house > houses[i + 1]]",
+)
+def houses_with_view(houses: list[int]) -> list[int]:
+    """Houses stand in a row, given by their heights from left to right, and the sea is to the right of the last one.
+    List from left to right the heights of the houses that see it: those higher than every house to their right.
+
+    >>> houses_with_view([4, 2, 3, 1])
+    [4, 3, 1]
+    >>> houses_with_view([2, 1, 5, 5])
+    [5]
+    """
+    seen: list[int] = []
+    highest = 0
+    for house in reversed(houses):
+        if house > highest:
+            seen.append(house)
+            highest = house
+    return seen[::-1]
+
+
+@problem(
+    level=2,
+    hidden=[(0,), (9,), (10,), (25,), (77,), (999,), (6788,), (39,)],
+    wrong=(
+        "rounds = 0\n"
+        "while number > 9:\n"
+        "    number = sum(int(digit) for digit in str(number))\n"
+        "    rounds += 1\n"
+        "return rounds"
+    ),
+)
+def product_rounds(number: int) -> int:
+    """Replace a number (0 or more) by the product of its decimal digits, and do so again until it has only one digit.
+    Return how many replacements that takes.
+
+    >>> product_rounds(5)
+    0
+    >>> product_rounds(34)
+    2
+    >>> product_rounds(68)
+    3
+    """
+    rounds = 0
+    while number > 9:
+        product = 1
+        for digit in str(number):
+            product *= int(digit)
+        number = product
+        rounds += 1
+    return rounds
+
+
+@problem(
+    level=2,
+    hidden=[([],), ([1],), ([2, 1],), ([3, 2, 1],), ([5, 1, 5, 1],), ([4, 4, 4],), ([1, 9, 2, 8, 3],)],
+    wrong="return sum(queue[i] > queue[i + 1] for i in range(len(queue) - 1))",
+)
+def wrong_order_pairs(queue: list[int]) -> int:
+    """Count the pairs of numbers in a list, next to each other or not, in which the earlier number is larger than the
+    later one.
+
+    >>> wrong_order_pairs([1, 3, 2])
+    1
+    >>> wrong_order_pairs([4, 2, 3, 1])
+    5
+    """
+    count = 0
+    for later in range(len(queue)):
+        for earlier in range(later):
+            if queue[earlier] > queue[later]:
+                count += 1
+    return count
+
+
+@problem(
+    level=2,
+    hidden=[
+        ([], 4),
+        ([4], 4),
+        ([1, 1, 1, 1, 1], 2),
+        ([3, 3, 3], 5),
+        ([2, 3, 4, 1], 5),
+        ([5, 1, 5, 1], 6),
+        ([1, 2, 3, 4, 5], 5),
+    ],
+    wrong="return -(-sum(groups) // seats)",
+)
+def buses_needed(groups: list[int], seats: int) -> int:
+    """Groups of people wait in a line for buses with a given number of seats; no group is empty or larger than a bus.
+    Each bus takes groups from the front of the line, as long as the next whole group still fits, and then leaves.
+    Return the number of buses needed for everyone.
+
+    >>> buses_needed([3, 2, 4], 5)
+    2
+    >>> buses_needed([3, 3, 2], 4)
+    3
+    """
+    buses = 0
+    free = 0
+    for group in groups:
+        if group > free:
+            buses += 1
+            free = seats
+        free -= group
+    return buses
