@@ -1105,8 +1105,8 @@ def pair_for_total(prices: list[int], total: int) -> list[int]:
     smaller one first. If there are several such pairs, take the one with the smallest first position, and among these
     the one with the smallest second position; if there is none, return an empty list.
 
-    >>> pair_for_total([2, 7, 11, 15], 18)
-    [1, 2]
+    >>> pair_for_total([3, 8, 12, 20], 23)
+    [0, 3]
     >>> pair_for_total([5, 1, 9], 10)
     [1, 2]
     >>> pair_for_total([1, 2], 4)
@@ -1568,7 +1568,7 @@ def walk_end(moves: str) -> list[int]:
         ([1, 1],),
         ([0, 0, 0],),
         ([2, 3, -1, 5],),
-        ([1, 7, 3, 6, 5, 6],),
+        ([4, 1, 8, 3, 2],),
         ([5, -2, 2],),
         ([1, 2, 3, 4],),
     ],
@@ -2013,3 +2013,1780 @@ def buses_needed(groups: list[int], seats: int) -> int:
             free = seats
         free -= group
     return buses
+
+
+# Level 3: small parsing, dynamic programming, graphs, simulation, intervals, recursion.
+
+
+@problem(
+    level=3,
+    hidden=[
+        ("7",),
+        ("10-2-3",),
+        ("2*3*4",),
+        ("1+2*3-4*5+6",),
+        ("0*99+1",),
+        ("100-7*11",),
+        ("3-10*2*1+5",),
+        ("12*12-144",),
+    ],
+    wrong=(
+        "total = 0\n"
+        'for term in text.split("+"):\n'
+        "    product = 1\n"
+        '    for factor in term.split("*"):\n'
+        '        product *= int(factor.split("-")[0])\n'
+        "    total += product\n"
+        "return total"
+    ),
+)
+def calculate(text: str) -> int:
+    """Compute a sum such as "2+3*4-1": whole numbers of one or more digits, joined by the signs +, - and * without
+    spaces. Multiplication comes before addition and subtraction; these two go from left to right.
+
+    >>> calculate("2+3*4-1")
+    13
+    >>> calculate("8-5+1")
+    4
+    >>> calculate("6*7")
+    42
+    """
+    total = 0
+    sign, product, digits, times = 1, 1, "", False
+    for character in text + "+":
+        if character.isdigit():
+            digits += character
+            continue
+        product = product * int(digits) if times else int(digits)
+        digits = ""
+        times = character == "*"
+        if not times:
+            total += sign * product
+            sign = -1 if character == "-" else 1
+    return total
+
+
+@problem(
+    level=3,
+    hidden=[
+        ("",),
+        ("5",),
+        ("1 2 - 3 -",),
+        ("2 3 4 * +",),
+        ("+",),
+        ("4 5",),
+        ("1 + 2",),
+        ("10 2 8 * + 3 -",),
+        ("0 7 -",),
+    ],
+    wrong=(
+        "stack = []\n"
+        "for token in text.split():\n"
+        "    if token.isdigit():\n"
+        "        stack.append(int(token))\n"
+        "    elif len(stack) > 1:\n"
+        "        a, b = stack.pop(), stack.pop()\n"
+        '        stack.append(a + b if token == "+" else a - b if token == "-" else a * b)\n'
+        "return stack[0] if stack else None"
+    ),
+)
+def stack_calculator(text: str) -> int | None:
+    """Work through a text of words separated by spaces, each a whole number or one of the signs +, - and *. A number
+    is put on a stack; a sign takes the two topmost numbers off the stack and puts back the result of (lower one) sign
+    (upper one). Return the number that remains; return None if a sign finds fewer than two numbers or if not exactly
+    one number remains.
+
+    >>> stack_calculator("3 4 +")
+    7
+    >>> stack_calculator("9 2 3 * -")
+    3
+    """
+    stack: list[int] = []
+    for word in text.split():
+        if word not in ("+", "-", "*"):
+            stack.append(int(word))
+            continue
+        if len(stack) < 2:
+            return None
+        upper = stack.pop()
+        lower = stack.pop()
+        if word == "+":
+            stack.append(lower + upper)
+        elif word == "-":
+            stack.append(lower - upper)
+        else:
+            stack.append(lower * upper)
+    return stack[0] if len(stack) == 1 else None
+
+
+@problem(
+    level=3,
+    hidden=[
+        ([],),
+        ([[3, 4]],),
+        ([[2, 8], [3, 4], [6, 9]],),
+        ([[5, 6], [1, 2]],),
+        ([[1, 10], [2, 3], [4, 5]],),
+        ([[1, 2], [2, 3], [3, 4]],),
+        ([[8, 9], [1, 4], [3, 8]],),
+        ([[1, 2], [1, 2]],),
+        ([[4, 6], [1, 3], [7, 9], [5, 7]],),
+    ],
+    wrong=(
+        "merged = []\n"
+        "for start, end in sorted(bookings):\n"
+        "    if merged and start <= merged[-1][1]:\n"
+        "        merged[-1][1] = end\n"
+        "    else:\n"
+        "        merged.append([start, end])\n"
+        "return merged"
+    ),
+)
+def occupied_times(bookings: list[list[int]]) -> list[list[int]]:
+    """A room is booked from a start to an end hour by each pair [start, end], with start smaller than end. Bookings
+    may overlap and come in any order. Return the times when the room is occupied as separate pairs in rising order;
+    bookings that overlap or touch (one ends when the other starts) are joined into one pair.
+
+    >>> occupied_times([[9, 11], [10, 12], [14, 15]])
+    [[9, 12], [14, 15]]
+    >>> occupied_times([[3, 5], [1, 3], [2, 4]])
+    [[1, 5]]
+    >>> occupied_times([[1, 9], [2, 5]])
+    [[1, 9]]
+    """
+    occupied: list[list[int]] = []
+    for start, end in sorted(bookings):
+        if occupied and start <= occupied[-1][1]:
+            last = occupied[-1]
+            last[1] = max(last[1], end)
+        else:
+            occupied.append([start, end])
+    return occupied
+
+
+@problem(
+    level=3,
+    hidden=[
+        (8, 18, []),
+        (0, 10, [[0, 10]]),
+        (0, 10, [[2, 4], [3, 5]]),
+        (5, 6, [[1, 9]]),
+        (0, 24, [[20, 22], [1, 2], [1, 12]]),
+        (9, 17, [[7, 8], [17, 19]]),
+        (9, 17, [[8, 10], [16, 20]]),
+        (0, 10, [[1, 8], [2, 3], [9, 10]]),
+    ],
+    wrong=(
+        "free = []\n"
+        "for begin, end in sorted(meetings):\n"
+        "    if begin > opening:\n"
+        "        free.append([opening, begin])\n"
+        "    opening = end\n"
+        "if opening < closing:\n"
+        "    free.append([opening, closing])\n"
+        "return free"
+    ),
+)
+def free_times(opening: int, closing: int, meetings: list[list[int]]) -> list[list[int]]:
+    """Between an opening and a later closing hour, find all times without a meeting. Meetings are pairs [begin, end]
+    with begin smaller than end, in any order; they may overlap each other and reach beyond the opening hours. Return
+    the free times as pairs [begin, end] in rising order, each as long as possible and none of length 0.
+
+    >>> free_times(9, 17, [[10, 11], [13, 15]])
+    [[9, 10], [11, 13], [15, 17]]
+    >>> free_times(8, 12, [[8, 9], [11, 13]])
+    [[9, 11]]
+    >>> free_times(0, 9, [[1, 6], [2, 4]])
+    [[0, 1], [6, 9]]
+    """
+    free: list[list[int]] = []
+    now = opening
+    for begin, end in sorted(meetings):
+        until = min(begin, closing)
+        if until > now:
+            free.append([now, until])
+        now = max(now, end)
+    if now < closing:
+        free.append([now, closing])
+    return free
+
+
+@problem(
+    level=3,
+    hidden=[
+        ([],),
+        ([[1, 2]],),
+        ([[1, 2], [2, 3]],),
+        ([[1, 9], [2, 8], [3, 7], [8, 9]],),
+        ([[5, 6], [5, 6], [5, 6]],),
+        ([[1, 4], [4, 6], [6, 9], [3, 7]],),
+        ([[10, 20], [1, 5], [4, 11]],),
+    ],
+    wrong="return max((sum(a <= other[0] <= b for other in visits) for a, b in visits), default=0)",
+)
+def most_visitors(visits: list[list[int]]) -> int:
+    """Each visitor of a museum comes and leaves at the times of a pair [come, leave], with come smaller than leave.
+    Return the largest number of visitors who are there at once; whoever leaves at the moment when another one comes is
+    not there together with that one. Without visits the answer is 0.
+
+    >>> most_visitors([[1, 5], [2, 6], [7, 8]])
+    2
+    >>> most_visitors([[1, 3], [3, 5]])
+    1
+    """
+    events: list[list[int]] = []
+    for come, leave in visits:
+        events.append([come, 1])
+        events.append([leave, -1])
+    events.sort()
+    most = inside = 0
+    for _, change in events:
+        inside += change
+        most = max(most, inside)
+    return most
+
+
+@problem(
+    level=3,
+    hidden=[
+        ("", "abc"),
+        ("abc", "abc"),
+        ("abc", "xyz"),
+        ("abcd", "dcba"),
+        ("aaaa", "aa"),
+        ("kitchen", "chicken"),
+        ("xaxbxc", "abc"),
+        ("dabc", "abcd"),
+    ],
+    wrong="return sum(min(first.count(letter), second.count(letter)) for letter in set(first))",
+)
+def shared_letters_in_order(first: str, second: str) -> int:
+    """Letters may be crossed out of two words, as many as one likes, while the others keep their order. Return how
+    many letters can at most be left in each word if both are to become the same.
+
+    >>> shared_letters_in_order("stone", "tone")
+    4
+    >>> shared_letters_in_order("bread", "beard")
+    4
+    >>> shared_letters_in_order("ab", "ba")
+    1
+    """
+    above = [0] * (len(second) + 1)
+    for letter in first:
+        row = [0]
+        for place, other in enumerate(second):
+            if letter == other:
+                row.append(above[place] + 1)
+            else:
+                row.append(max(above[place + 1], row[place]))
+        above = row
+    return above[-1]
+
+
+@problem(
+    level=3,
+    hidden=[
+        ("", ""),
+        ("", "abc"),
+        ("same", "same"),
+        ("abc", "bcd"),
+        ("table", "stapler"),
+        ("crab", "rabe"),
+        ("aaaa", "a"),
+        ("abcdef", "fedcba"),
+    ],
+    wrong="return sum(a != b for a, b in zip(wrong, right)) + abs(len(wrong) - len(right))",
+)
+def corrections(wrong: str, right: str) -> int:
+    """Return the smallest number of corrections that turn a wrong word into the right one, where a correction inserts
+    one letter, deletes one letter, or replaces one letter by another.
+
+    >>> corrections("hous", "house")
+    1
+    >>> corrections("xcat", "cart")
+    2
+    """
+    above = list(range(len(right) + 1))
+    for row, letter in enumerate(wrong, start=1):
+        line = [row]
+        for column, other in enumerate(right, start=1):
+            replace = above[column - 1] + (letter != other)
+            insert = line[column - 1] + 1
+            delete = above[column] + 1
+            line.append(min(replace, insert, delete))
+        above = line
+    return above[-1]
+
+
+@problem(
+    level=3,
+    hidden=[
+        (0, [5]),
+        (6, [1, 3, 4]),
+        (3, [2]),
+        (7, []),
+        (12, [9, 6, 1]),
+        (23, [10, 7, 1]),
+        (1, [2, 5]),
+        (40, [25, 20, 1]),
+        (14, [3, 5]),
+    ],
+    wrong=(
+        "count = 0\n"
+        "for value in sorted(values, reverse=True):\n"
+        "    count += amount // value\n"
+        "    amount %= value\n"
+        "return -1 if amount else count"
+    ),
+)
+def fewest_stamps(amount: int, values: list[int]) -> int:
+    """Stamps of the given positive values are available without end. Return the smallest number of stamps whose values
+    add up to exactly the amount (0 or more), or -1 if no choice of stamps does.
+
+    >>> fewest_stamps(11, [5, 2])
+    4
+    >>> fewest_stamps(8, [6, 4, 1])
+    2
+    """
+    fewest: list[int] = [0]
+    for target in range(1, amount + 1):
+        best = -1
+        for value in values:
+            if value <= target and fewest[target - value] >= 0:
+                count = fewest[target - value] + 1
+                if best < 0 or count < best:
+                    best = count
+        fewest.append(best)
+    return fewest[amount]
+
+
+@problem(
+    level=3,
+    hidden=[
+        ([],),
+        ([7],),
+        ([5, 4, 3],),
+        ([1, 2, 3, 4],),
+        ([2, 2, 2],),
+        ([9, 3, 8, 4, 7, 5, 6],),
+        ([1, 5, 2, 3, 0, 4],),
+        ([4, 8, 1, 9, 2, 3, 5],),
+    ],
+    wrong=(
+        "best = length = 0\n"
+        "for i, size in enumerate(lengths):\n"
+        "    length = length + 1 if i and size > lengths[i - 1] else 1\n"
+        "    best = max(best, length)\n"
+        "return best"
+    ),
+)
+def longest_train(lengths: list[int]) -> int:
+    """Carriages of given lengths arrive one after the other. Each is either put at the end of the train or sent away,
+    and it may be put there only if it is longer than the carriage that was put there last. Return the largest possible
+    number of carriages in the train; any carriage may be sent away.
+
+    >>> longest_train([3, 1, 4, 2, 5])
+    3
+    >>> longest_train([6, 6, 7])
+    2
+    """
+    longest: list[int] = []
+    for place, length in enumerate(lengths):
+        best = 1
+        for earlier in range(place):
+            if lengths[earlier] < length:
+                best = max(best, longest[earlier] + 1)
+        longest.append(best)
+    return max(longest, default=0)
+
+
+@problem(
+    level=3,
+    hidden=[
+        ([], 10),
+        ([[5, 100]], 4),
+        ([[5, 100]], 5),
+        ([[2, 3], [2, 3], [2, 3]], 5),
+        ([[3, 10], [4, 12], [5, 14], [6, 1]], 9),
+        ([[6, 13], [5, 8], [5, 8]], 10),
+        ([[1, 1], [2, 6], [3, 10], [5, 16]], 7),
+        ([[4, 0], [3, 2]], 0),
+    ],
+    wrong=(
+        "value = 0\n"
+        "for weight, price in sorted(items, key=lambda item: -item[1] / item[0]):\n"
+        "    if weight <= limit:\n"
+        "        limit -= weight\n"
+        "        value += price\n"
+        "return value"
+    ),
+)
+def best_backpack(items: list[list[int]], limit: int) -> int:
+    """Each item [weight, value], both whole numbers with a positive weight, exists once. Choose items whose weights
+    together do not exceed a limit, so that the sum of their values is as large as possible, and return this sum.
+
+    >>> best_backpack([[3, 4], [4, 5], [2, 3]], 6)
+    8
+    >>> best_backpack([[5, 10], [3, 7], [3, 5]], 8)
+    17
+    >>> best_backpack([[4, 9], [3, 6], [3, 6]], 6)
+    12
+    """
+
+    def best(place: int, room: int) -> int:
+        if place == len(items):
+            return 0
+        weight, value = items[place]
+        without = best(place + 1, room)
+        if weight > room:
+            return without
+        return max(without, value + best(place + 1, room - weight))
+
+    return best(0, limit)
+
+
+@problem(
+    level=3,
+    hidden=[
+        (["SE"],),
+        (["S#E"],),
+        (["S..", "##.", "E.."],),
+        (["E#.", "..S"],),
+        (["S.#.", "..#E", "...."],),
+        (["#S#", "###", "#E#"],),
+        (["S....", ".###.", "...#E"],),
+    ],
+    wrong=(
+        "for y, row in enumerate(maze):\n"
+        "    for x, cell in enumerate(row):\n"
+        '        if cell == "S":\n'
+        "            start = [y, x]\n"
+        '        if cell == "E":\n'
+        "            end = [y, x]\n"
+        "return abs(start[0] - end[0]) + abs(start[1] - end[1])"
+    ),
+)
+def maze_steps(maze: list[str]) -> int:
+    """In a maze of equally long rows, # is a wall and everything else is free. Return the smallest number of steps up,
+    down, left or right from the one S to the one E without entering a wall or leaving the maze, or -1 if there is no
+    way.
+
+    >>> maze_steps(["S.E"])
+    2
+    >>> maze_steps(["S#E", "..."])
+    4
+    >>> maze_steps(["S#", "#E"])
+    -1
+    """
+    spots = {(y, x): cell for y, row in enumerate(maze) for x, cell in enumerate(row) if cell != "#"}
+    border = [spot for spot, cell in spots.items() if cell == "S"]
+    seen = set(border)
+    steps = 0
+    while border:
+        following: list[tuple[int, int]] = []
+        for y, x in border:
+            if spots[y, x] == "E":
+                return steps
+            for spot in ((y + 1, x), (y - 1, x), (y, x + 1), (y, x - 1)):
+                if spot in spots and spot not in seen:
+                    seen.add(spot)
+                    following.append(spot)
+        border = following
+        steps += 1
+    return -1
+
+
+@problem(
+    level=3,
+    hidden=[
+        ([],),
+        (["..."],),
+        (["~~", "~~"],),
+        (["~.", ".~"],),
+        (["~.~", "~~~"],),
+        (["~~~", "~.~", "~~~"],),
+        (["~.~.~", ".....", "~~..~"],),
+        (["~", ".", "~"],),
+    ],
+    wrong='return sum(len([part for part in row.split(".") if part]) for row in meadow)',
+)
+def count_ponds(meadow: list[str]) -> int:
+    """In a map of equally long rows, ~ is water and . is grass. Squares of water that touch along an edge belong to
+    the same pond; touching at a corner is not enough. Return the number of ponds.
+
+    >>> count_ponds(["~~.", "..~"])
+    2
+    >>> count_ponds(["~.~", "~~~", "..."])
+    1
+    """
+    water = {(y, x) for y, row in enumerate(meadow) for x, cell in enumerate(row) if cell == "~"}
+    ponds = 0
+    while water:
+        ponds += 1
+        todo = [water.pop()]
+        while todo:
+            y, x = todo.pop()
+            for spot in ((y + 1, x), (y - 1, x), (y, x + 1), (y, x - 1)):
+                if spot in water:
+                    water.remove(spot)
+                    todo.append(spot)
+    return ponds
+
+
+@problem(
+    level=3,
+    hidden=[
+        ({},),
+        ({"a": []},),
+        ({"b": [], "a": []},),
+        ({"a": ["b"], "b": ["a"]},),
+        ({"a": ["a"]},),
+        ({"d": ["b", "c"], "b": ["a"], "c": ["a"], "a": []},),
+        ({"a": ["z"], "z": [], "m": []},),
+        ({"x": ["y"], "y": ["z"], "z": ["y"], "w": []},),
+    ],
+    wrong=(
+        "order = []\n"
+        "for task in sorted(needs):\n"
+        "    for other in sorted(needs[task]):\n"
+        "        if other not in order:\n"
+        "            order.append(other)\n"
+        "    if task not in order:\n"
+        "        order.append(task)\n"
+        "return order"
+    ),
+)
+def task_order(needs: dict[str, list[str]]) -> list[str]:
+    """For every task a dictionary lists the tasks that must be done before it; all of these are keys too. Again and
+    again do the alphabetically first task that is not done yet and whose needed tasks are all done. Return the tasks
+    in this order; stop when no task is possible any more, so that tasks which need each other in a circle are left
+    out.
+
+    >>> task_order({"eat": ["cook"], "cook": ["buy"], "buy": []})
+    ['buy', 'cook', 'eat']
+    >>> task_order({"b": [], "c": [], "a": ["c"]})
+    ['b', 'c', 'a']
+    >>> task_order({"p": ["q"], "q": ["p"], "r": []})
+    ['r']
+    """
+    order: list[str] = []
+    while True:
+        possible: list[str] = []
+        for task, needed in needs.items():
+            if task not in order and all(other in order for other in needed):
+                possible.append(task)
+        if not possible:
+            return order
+        order.append(min(possible))
+
+
+@problem(
+    level=3,
+    hidden=[
+        ([], []),
+        (["a", "b", "c", "d", "e"], [["d", "e"], ["c", "d"], ["b", "c"], ["a", "b"]]),
+        (["a"], []),
+        (["c", "a", "b"], [["a", "b"]]),
+        (["a", "b", "c", "d"], [["a", "d"], ["b", "c"], ["c", "d"]]),
+        (["z", "y", "x"], []),
+        (["p", "q"], [["q", "p"], ["p", "q"]]),
+        (["e", "d", "c", "b", "a"], [["e", "a"], ["b", "d"]]),
+    ],
+    wrong=(
+        "groups = []\n"
+        "for name in sorted(names):\n"
+        "    group = {name}\n"
+        "    for a, b in friends:\n"
+        "        if name in (a, b):\n"
+        "            group |= {a, b}\n"
+        "    if sorted(group) not in groups and not any(name in other for other in groups):\n"
+        "        groups.append(sorted(group))\n"
+        "return groups"
+    ),
+)
+def friend_groups(names: list[str], friends: list[list[str]]) -> list[list[str]]:
+    """Each pair in friends means that these two different people, who are among the given names, know each other. No
+    name is given twice. People belong to the same group if they are linked by a chain of such pairs; somebody without
+    friends is a group alone. Return the groups, each sorted alphabetically, in the alphabetical order of their first
+    names.
+
+    >>> friend_groups(["tom", "ann", "eva"], [["tom", "eva"]])
+    [['ann'], ['eva', 'tom']]
+    >>> friend_groups(["a", "b", "c", "d"], [["c", "a"], ["d", "c"]])
+    [['a', 'c', 'd'], ['b']]
+    """
+    groups: list[list[str]] = []
+    left = sorted(names)
+    while left:
+        group = [left.pop(0)]
+        for person in group:
+            for first, second in friends:
+                for friend in (first, second):
+                    if person in (first, second) and friend not in group:
+                        group.append(friend)
+                        left.remove(friend)
+        groups.append(sorted(group))
+    return groups
+
+
+@problem(
+    level=3,
+    hidden=[
+        ([], "a", "a"),
+        ([], "a", "b"),
+        (["a b 5"], "b", "a"),
+        (["a b 9", "a c 2", "c d 2", "d b 2"], "a", "b"),
+        (["a b 1", "c d 1"], "a", "d"),
+        (["x y 4", "x y 3"], "y", "x"),
+        (["a b 2", "b c 2", "a c 5", "c d 1", "b d 4"], "a", "d"),
+        (["Rome Pisa 30", "Pisa Turin 12"], "Turin", "Rome"),
+    ],
+    wrong=(
+        "best = -1\n"
+        "for road in roads:\n"
+        "    first, second, toll = road.split()\n"
+        "    if {first, second} == {start, goal} and (best < 0 or int(toll) < best):\n"
+        "        best = int(toll)\n"
+        "return best"
+    ),
+)
+def cheapest_route(roads: list[str], start: str, goal: str) -> int:
+    """Each road reads like "Rome Pisa 12": two towns, and the toll (1 or more) for driving between them in either
+    direction. Return the smallest sum of tolls for a route from the start to the goal: 0 if they are the same town, -1
+    if there is no route.
+
+    >>> cheapest_route(["a b 7", "a c 2", "c b 3"], "a", "b")
+    5
+    >>> cheapest_route(["a b 1"], "a", "c")
+    -1
+    """
+    cost: dict[str, int] = {start: 0}
+    changed = True
+    while changed:
+        changed = False
+        for road in roads:
+            first, second, toll = road.split()
+            for town, other in ((first, second), (second, first)):
+                if town not in cost:
+                    continue
+                total = cost[town] + int(toll)
+                if other not in cost or total < cost[other]:
+                    cost[other] = total
+                    changed = True
+    return cost.get(goal, -1)
+
+
+@problem(
+    level=3,
+    hidden=[
+        ([],),
+        ([[5]],),
+        ([[1, 2, 3]],),
+        ([[1], [2], [3]],),
+        ([[1, 2, 3, 4], [5, 6, 7, 8], [9, 10, 11, 12]],),
+        ([[1, 2], [3, 4], [5, 6]],),
+        ([[7, 7], [8, 9]],),
+    ],
+    wrong="order = []\nfor y, row in enumerate(grid):\n    order += row[::-1] if y % 2 else row\nreturn order",
+)
+def snail_walk(grid: list[list[int]]) -> list[int]:
+    """Read the numbers of a grid with equally long, non-empty rows as a snail walks: along the top row to the right,
+    down the right edge, along the bottom row to the left, up the left edge to below the start, and then inwards in the
+    same way.
+
+    >>> snail_walk([[1, 2], [4, 3]])
+    [1, 2, 3, 4]
+    >>> snail_walk([[1, 2, 3], [4, 5, 6], [7, 8, 9]])
+    [1, 2, 3, 6, 9, 8, 7, 4, 5]
+    """
+    order: list[int] = []
+    rest = [list(row) for row in grid]
+    while rest:
+        order.extend(rest[0])
+        rest = rest[1:]
+        turned: list[list[int]] = []
+        if rest:
+            for column in range(len(rest[0]) - 1, -1, -1):
+                turned.append([row[column] for row in rest])
+        rest = turned
+    return order
+
+
+@problem(
+    level=3,
+    hidden=[
+        ([],),
+        (["."],),
+        (["###"],),
+        (["##", "##"],),
+        (["#.#", "...", "#.#"],),
+        (["....", ".###", "###.", "...."],),
+        (["#..", ".#.", "..#"],),
+        (["###", "###", "###"],),
+    ],
+    wrong=(
+        "result = []\n"
+        "for y, row in enumerate(field):\n"
+        '    line = ""\n'
+        "    for x, cell in enumerate(row):\n"
+        "        near = field[max(y - 1, 0) : y + 2]\n"
+        '        plants = sum(other[max(x - 1, 0) : x + 2].count("#") for other in near)\n'
+        '        line += "#" if plants == 3 or (plants == 2 and cell == "#") else "."\n'
+        "    result.append(line)\n"
+        "return result"
+    ),
+)
+def next_generation(field: list[str]) -> list[str]:
+    """On a field of equally long rows, # is a plant and . is bare. Each square has up to eight neighbours, the corners
+    included; outside the field nothing grows. In the next year a plant is left where there was a plant with two or
+    three plants as neighbours, and a new one grows on a bare square with exactly three; all other squares are bare.
+    Return the field of the next year.
+
+    >>> next_generation(["...", "###", "..."])
+    ['.#.', '.#.', '.#.']
+    >>> next_generation(["##.", "#..", "..."])
+    ['##.', '##.', '...']
+    """
+    result: list[str] = []
+    for y, row in enumerate(field):
+        line = ""
+        for x, cell in enumerate(row):
+            plants = -1 if cell == "#" else 0
+            for near_row in field[max(y - 1, 0) : y + 2]:
+                plants += near_row[max(x - 1, 0) : x + 2].count("#")
+            line += "#" if plants == 3 or (plants == 2 and cell == "#") else "."
+        result.append(line)
+    return result
+
+
+@problem(
+    level=3,
+    hidden=[("",), ("no brackets",), ("([{}])",), ("([)]",), ("}",), ("((x)",), ("{[a](b)}[",), ("(]) (",), ("[[[",)],
+    wrong=(
+        "for place, letter in enumerate(text):\n"
+        '    if letter in ")]}" and text[: place + 1].count(letter) > text[:place].count("([{"[")]}".index(letter)]):\n'
+        "        return place\n"
+        "return -1"
+    ),
+)
+def bracket_fault(text: str) -> int:
+    """A text may contain the brackets (), [] and {}. Return the position (counted from 0) of the first closing bracket
+    that does not fit the last opened bracket that is still open, or finds none open. If there is none, return the
+    position of the first bracket that never gets closed, and -1 if all brackets are in order.
+
+    >>> bracket_fault("f(a[1]) + {2}")
+    -1
+    >>> bracket_fault("(a]")
+    2
+    >>> bracket_fault("x{ [y] (")
+    1
+    """
+    partner = {")": "(", "]": "[", "}": "{"}
+    waiting: list[int] = []
+    for place, character in enumerate(text):
+        if character in "([{":
+            waiting.append(place)
+        elif character in partner:
+            if not waiting or text[waiting[-1]] != partner[character]:
+                return place
+            waiting.pop()
+    return waiting[0] if waiting else -1
+
+
+@problem(
+    level=3,
+    hidden=[(1,), (4,), (9,), (40,), (58,), (1949,), (3999,), (444,)],
+    wrong=(
+        'symbols = [[1000, "M"], [500, "D"], [100, "C"], [50, "L"], [10, "X"], [5, "V"], [1, "I"]]\n'
+        'text = ""\n'
+        "for value, symbol in symbols:\n"
+        "    text += symbol * (number // value)\n"
+        "    number %= value\n"
+        "return text"
+    ),
+)
+def roman(number: int) -> str:
+    """Write a number from 1 to 3999 in Roman numerals: M is 1000, D 500, C 100, L 50, X 10, V 5 and I 1, the largest
+    first. Four of I, X or C in a row are avoided by putting one before a larger sign, so 4 is IV, 9 is IX, 40 is XL,
+    90 is XC, 400 is CD and 900 is CM.
+
+    >>> roman(12)
+    'XII'
+    >>> roman(2019)
+    'MMXIX'
+    """
+    text = ""
+    ones, fives = "IXCM", "VLD"
+    for place in range(3, -1, -1):
+        digit = number // 10**place % 10
+        one = ones[place]
+        if digit == 9:
+            text += one + ones[place + 1]
+        elif digit == 4:
+            text += one + fives[place]
+        else:
+            if digit >= 5:
+                text += fives[place]
+            text += one * (digit % 5)
+    return text
+
+
+@problem(
+    level=3,
+    hidden=[
+        ("", 5),
+        ("word", 4),
+        ("one two three", 3),
+        ("a b c d e", 3),
+        ("aa bb cc", 5),
+        ("  extra   spaces here ", 12),
+        ("verylongword ok", 6),
+        ("ab cd", 4),
+    ],
+    wrong="return [text[i : i + width].strip() for i in range(0, len(text), width)]",
+)
+def break_lines(text: str, width: int) -> list[str]:
+    """Break a text into lines of at most width characters, putting as many words as possible on each line from the
+    first on, with one space between words and none at the ends. A word that is longer than width stands alone on a
+    line of its own, uncut. A text without words gives no lines.
+
+    >>> break_lines("the quick brown fox", 10)
+    ['the quick', 'brown fox']
+    >>> break_lines("to be or not", 5)
+    ['to be', 'or', 'not']
+    """
+    lines: list[str] = []
+    line = ""
+    for word in text.split():
+        if not line:
+            line = word
+        elif len(line) + 1 + len(word) <= width:
+            line += " " + word
+        else:
+            lines.append(line)
+            line = word
+    if line:
+        lines.append(line)
+    return lines
+
+
+@problem(
+    level=3,
+    hidden=[("",), ("abc",), ("0(x)y",), ("12(z)",), ("2(a2(b)c)",), ("3(2(1(q)))",), ("a2()b",), ("2(x)3(yz)w",)],
+    wrong='import re\nreturn re.sub(r"(\\d)\\(([a-z]*)\\)", lambda match: int(match[1]) * match[2], code)',
+)
+def unpack(code: str) -> str:
+    """In a code of lower case letters, a number followed by parentheses stands for the content of the parentheses
+    repeated that often. Parentheses always follow a number, always match, and may be nested. Return the text that a
+    code stands for.
+
+    >>> unpack("a3(bc)")
+    'abcbcbc'
+    >>> unpack("2(x2(y))z")
+    'xyyxyyz'
+    """
+    texts = [""]
+    counts: list[int] = []
+    number = ""
+    for character in code:
+        if character.isdigit():
+            number += character
+        elif character == "(":
+            counts.append(int(number))
+            texts.append("")
+            number = ""
+        elif character == ")":
+            inner = texts.pop()
+            texts[-1] += inner * counts.pop()
+        else:
+            texts[-1] += character
+    return texts[0]
+
+
+@problem(
+    level=3,
+    hidden=[
+        (["..."] * 3,),
+        (["XO.", "XO.", "X.."],),
+        (["OX.", "XOX", "..O"],),
+        (["XXO", "OOX", "XOX"],),
+        (["XX.", "OOO", "X.."],),
+        (["..X", ".X.", "X.."],),
+        (["X.O", ".X.", "O.."],),
+        (["OXX", "X.O", "OX."],),
+    ],
+    wrong=(
+        'for player in "XO":\n'
+        "    if any(row == player * 3 for row in board):\n"
+        "        return player\n"
+        'return "draw" if not any("." in row for row in board) else "open"'
+    ),
+)
+def board_state(board: list[str]) -> str:
+    """On a 3 by 3 board, given as three texts, players put X and O on empty squares, written as a dot. Return "X" or
+    "O" if that player has three in a row, in a column or on a diagonal (never both players do); otherwise "open" if a
+    square is empty, and "draw" if none is.
+
+    >>> board_state(["XXX", "OO.", "..."])
+    'X'
+    >>> board_state(["X.O", ".O.", "O.X"])
+    'O'
+    >>> board_state(["XO.", "...", "..."])
+    'open'
+    """
+    lines = list(board)
+    for place in range(3):
+        lines.append(board[0][place] + board[1][place] + board[2][place])
+    lines.append(board[0][0] + board[1][1] + board[2][2])
+    lines.append(board[0][2] + board[1][1] + board[2][0])
+    for player in "XO":
+        if player * 3 in lines:
+            return player
+    if any("." in row for row in board):
+        return "open"
+    return "draw"
+
+
+@problem(
+    level=3,
+    hidden=[
+        ([0] * 20,),
+        ([1] * 20,),
+        ([10] * 12,),
+        ([5] * 21,),
+        ([10, 3, 4] + [0] * 16,),
+        ([9, 1] * 10 + [9],),
+        ([0, 10, 3] + [0] * 17,),
+        ([0] * 18 + [10, 7, 2],),
+        ([10, 10, 1, 2] + [0] * 14,),
+    ],
+    wrong="return sum(rolls[:20])",
+)
+def bowling_score(rolls: list[int]) -> int:
+    """Score a complete game of bowling from the pins that each roll knocks down. The game has ten frames. A frame is
+    one roll if it knocks down all 10 pins, otherwise two rolls, and scores the pins of its rolls. If its one roll
+    knocks down 10, the next two rolls are added to its score; if its two rolls together knock down 10, the next one
+    roll is. Rolls that follow the tenth frame count only as such additions.
+
+    >>> bowling_score([3, 4, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0])
+    7
+    >>> bowling_score([6, 4, 5, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0])
+    20
+    >>> bowling_score([10, 2, 3, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0, 0])
+    20
+    """
+    score = 0
+    place = 0
+    for _ in range(10):
+        if rolls[place] == 10:
+            score += sum(rolls[place : place + 3])
+            place += 1
+        else:
+            frame = rolls[place] + rolls[place + 1]
+            score += frame
+            if frame == 10:
+                score += rolls[place + 2]
+            place += 2
+    return score
+
+
+@problem(
+    level=3,
+    hidden=[
+        ("", []),
+        ("LLLL", []),
+        ("FFF", [[0, 2]]),
+        ("RFLF", [[1, 0]]),
+        ("FRFRFRF", []),
+        ("LFFRF", [[-2, 0]]),
+        ("RRFFF", [[0, -3], [0, 3]]),
+        ("FLFLF", [[-1, 1], [0, 0]]),
+    ],
+    wrong=(
+        "x, y, dx, dy = 0, 0, 0, 1\n"
+        "for order in orders:\n"
+        '    if order == "L":\n'
+        "        dx, dy = dy, -dx\n"
+        '    elif order == "R":\n'
+        "        dx, dy = -dy, dx\n"
+        "    elif [x + dx, y + dy] not in walls:\n"
+        "        x, y = x + dx, y + dy\n"
+        "return [x, y]"
+    ),
+)
+def robot_stop(orders: str, walls: list[list[int]]) -> list[int]:
+    """A robot starts at [0, 0] and looks along the second coordinate, upwards, so that a step makes it [0, 1]. It
+    obeys the letters of its orders: F is a step forward, L a quarter turn to the left, R one to the right (after which
+    a step adds 1 to the first coordinate). A step onto one of the squares listed in walls is left out. Return where it
+    ends.
+
+    >>> robot_stop("FFRF", [])
+    [1, 2]
+    >>> robot_stop("FFLF", [[0, 2]])
+    [-1, 1]
+    """
+    x, y = 0, 0
+    dx, dy = 0, 1
+    for order in orders:
+        if order == "L":
+            dx, dy = -dy, dx
+        elif order == "R":
+            dx, dy = dy, -dx
+        elif [x + dx, y + dy] not in walls:
+            x += dx
+            y += dy
+    return [x, y]
+
+
+@problem(
+    level=3,
+    hidden=[
+        ([],),
+        (["set a 5"],),
+        (["set a 3", "add b a", "add b a"],),
+        (["set n 3", "add s n", "add n -1", "jump n -2"],),
+        (["jump x 5", "add x 1"],),
+        (["set a 1", "jump a 2", "set a 9", "add a 10"],),
+        (["set k 4", "add t 2", "add k -2", "jump k -2", "set k t"],),
+    ],
+    wrong=(
+        "values = {}\n"
+        "for line in program:\n"
+        "    word, name, what = line.split()\n"
+        "    amount = values.get(what, 0) if what.isalpha() else int(what)\n"
+        '    values[name] = amount if word == "set" else values.get(name, 0) + (amount if word == "add" else 0)\n'
+        "return values"
+    ),
+)
+def run_program(program: list[str]) -> dict[str, int]:
+    """Run a program line by line from the top; every line has three words. "set x 5" makes x equal to 5, "add x 5"
+    adds 5 to x, and "jump x 2" goes on with the second line after this one (with -2: the second line before it) if x
+    is not 0, and with the next line otherwise. The last word of set and add may also be a name and then means its
+    value; the one of jump is always a number. Names are in lower case letters, and a name that was never set or added
+    to has value 0. The run ends behind the last line. Return the values of all names that were the second word of a
+    set or add line that was run.
+
+    >>> run_program(["set a 2", "add a 5", "set b a"])
+    {'a': 7, 'b': 7}
+    >>> run_program(["set i 3", "add sum 10", "add i -1", "jump i -2"])
+    {'i': 0, 'sum': 30}
+    """
+    values: dict[str, int] = {}
+    line = 0
+    while line < len(program):
+        word, name, what = program[line].split()
+        if word == "jump":
+            line += int(what) if values.get(name, 0) != 0 else 1
+            continue
+        amount = values.get(what, 0) if what.isalpha() else int(what)
+        if word == "add":
+            amount += values.get(name, 0)
+        values[name] = amount
+        line += 1
+    return values
+
+
+@problem(
+    level=3,
+    hidden=[
+        ("",),
+        (",",),
+        ("'a'",),
+        ("'a,b','c'",),
+        ("x,'',y",),
+        ("'it''s',fine",),
+        ("a b, c ",),
+        ("'''',1",),
+        ("1,'2,3',,'4'",),
+    ],
+    wrong='return [field.strip("\'") for field in line.split(",")]',
+)
+def split_fields(line: str) -> list[str]:
+    """Split a line into fields at its commas. A field may be enclosed in single quotes: the enclosing quotes do not
+    belong to the field, commas within them do not divide, and two single quotes within them stand for one. All other
+    characters, spaces too, are kept. An empty line is one empty field.
+
+    >>> split_fields("red,green")
+    ['red', 'green']
+    >>> split_fields("1,'a,b',2")
+    ['1', 'a,b', '2']
+    """
+    fields = [""]
+    inside = False
+    place = 0
+    while place < len(line):
+        character = line[place]
+        if character == "'" and inside and line[place + 1 : place + 2] == "'":
+            fields[-1] += "'"
+            place += 1
+        elif character == "'":
+            inside = not inside
+        elif character == "," and not inside:
+            fields.append("")
+        else:
+            fields[-1] += character
+        place += 1
+    return fields
+
+
+@problem(
+    level=3,
+    hidden=[
+        ("", ""),
+        ("", "a"),
+        ("*", ""),
+        ("?", ""),
+        ("a*a", "a"),
+        ("*ab*", "xxabyy"),
+        ("a?c", "abbc"),
+        ("*a*b*c", "xaybzbc"),
+        ("**?", "q"),
+        ("a*c?", "abcbcd"),
+    ],
+    wrong='return len(pattern) == len(name) and all(p in ("?", "*", n) for p, n in zip(pattern, name))',
+)
+def fits_pattern(pattern: str, name: str) -> bool:
+    """Tell whether a whole name fits a pattern, in which ? stands for exactly one character, * for any number of
+    characters (also none), and every other character for itself.
+
+    >>> fits_pattern("*.txt", "notes.txt")
+    True
+    >>> fits_pattern("p?n", "plan")
+    False
+    >>> fits_pattern("b*d", "bread")
+    True
+    """
+    fits = [True] + [False] * len(name)
+    for sign in pattern:
+        row = [fits[0] and sign == "*"]
+        for place, letter in enumerate(name):
+            if sign == "*":
+                row.append(row[place] or fits[place + 1])
+            else:
+                row.append(fits[place] and sign in ("?", letter))
+        fits = row
+    return fits[-1]
+
+
+@problem(
+    level=3,
+    hidden=[
+        ([], 0),
+        ([], 3),
+        ([5, 5, 5], 10),
+        ([1, 2, 3, 4], 5),
+        ([10], 3),
+        ([1, 1, 1, 1], 2),
+        ([2, 4, 6], 5),
+        ([3, 1, 2, 6], 6),
+    ],
+    wrong=(
+        "sums = {0}\nfor weight in weights:\n    sums |= {weight + old for old in sums}\nreturn int(target in sums)"
+    ),
+)
+def ways_to_balance(weights: list[int], target: int) -> int:
+    """Return the number of ways to choose weights from a list so that their sum is exactly a target. Each weight (1 or
+    more) can be used once; equal weights at different positions make different choices; choosing nothing has sum 0.
+
+    >>> ways_to_balance([1, 2, 3], 3)
+    2
+    >>> ways_to_balance([4, 4], 4)
+    2
+    >>> ways_to_balance([7, 2], 0)
+    1
+    """
+    ways: dict[int, int] = {0: 1}
+    for weight in weights:
+        following = dict(ways)
+        for total, count in ways.items():
+            reached = total + weight
+            following[reached] = following.get(reached, 0) + count
+        ways = following
+    return ways.get(target, 0)
+
+
+@problem(
+    level=3,
+    hidden=[
+        ([],),
+        ([[]],),
+        ([[[4]]],),
+        ([1, 2, 3],),
+        ([1, [2, [3, [4]]]],),
+        ([[1, -1], [[5], 0]],),
+        ([[[[2]]], 7, [1]],),
+    ],
+    wrong=(
+        "total = 0\n"
+        "for item in boxes:\n"
+        "    if isinstance(item, list):\n"
+        "        total += 2 * depth_sum(item)\n"
+        "    else:\n"
+        "        total += item\n"
+        "return total"
+    ),
+)
+def depth_sum(boxes: list[object]) -> int:
+    """A list contains whole numbers and further lists of the same kind. Add up all numbers, each multiplied by the
+    number of lists that enclose it: 1 for the numbers that stand directly in the outermost list, 2 for those in a list
+    within it, and so on.
+
+    >>> depth_sum([5, [1, 2]])
+    11
+    >>> depth_sum([[3], 1, []])
+    7
+    >>> depth_sum([[[2]]])
+    6
+    """
+    total = 0
+    depth = 1
+    level = list(boxes)
+    while level:
+        following: list[object] = []
+        for item in level:
+            if isinstance(item, list):
+                following.extend(item)
+            elif isinstance(item, int):
+                total += depth * item
+        level = following
+        depth += 1
+    return total
+
+
+@problem(
+    level=3,
+    hidden=[(0,), (7,), (10,), (13,), (20,), (45,), (100,), (312,), (805,), (999,)],
+    wrong=(
+        'tens = "zero ten twenty thirty forty fifty sixty seventy eighty ninety".split()\n'
+        'ones = "zero one two three four five six seven eight nine".split()\n'
+        "parts = []\n"
+        "if number >= 100:\n"
+        '    parts += [ones[number // 100], "hundred"]\n'
+        "if number % 100 >= 10:\n"
+        "    parts.append(tens[number // 10 % 10])\n"
+        "if number % 10 or not parts:\n"
+        "    parts.append(ones[number % 10])\n"
+        'return " ".join(parts)'
+    ),
+)
+def in_words(number: int) -> str:
+    """Write a number from 0 to 999 in English words, all in lower case and separated by single spaces, without hyphens
+    and without "and", such as "three hundred forty two".
+
+    >>> in_words(342)
+    'three hundred forty two'
+    >>> in_words(15)
+    'fifteen'
+    >>> in_words(600)
+    'six hundred'
+    """
+    low = "zero one two three four five six seven eight nine ten eleven twelve"
+    low += " thirteen fourteen fifteen sixteen seventeen eighteen nineteen"
+    high = "twenty thirty forty fifty sixty seventy eighty ninety"
+    small, tens = low.split(), high.split()
+    words: list[str] = []
+    rest = number % 100
+    if number >= 100:
+        words += [small[number // 100], "hundred"]
+    if rest >= 20:
+        words.append(tens[rest // 10 - 2])
+        rest %= 10
+    if rest or not words:
+        words.append(small[rest])
+    return " ".join(words)
+
+
+@problem(
+    level=3,
+    hidden=[
+        ({}, "ann"),
+        ({"bob": "ann"}, "bob"),
+        ({"b": "a", "c": "a", "d": "c"}, "a"),
+        ({"b": "a", "c": "b", "d": "c", "e": "d"}, "b"),
+        ({"x": "y", "z": "w"}, "y"),
+        ({"c": "b", "b": "a", "e": "b", "f": "e", "g": "a"}, "b"),
+        ({"f": "e", "e": "d", "d": "c", "c": "b", "b": "a", "g": "c"}, "a"),
+    ],
+    wrong="return sum(other == boss for other in bosses.values())",
+)
+def people_below(bosses: dict[str, str], boss: str) -> int:
+    """A dictionary gives the direct boss of each person in a firm who has one; nobody is above themselves. Return how
+    many people work below a certain boss, directly or through others in between.
+
+    >>> people_below({"bob": "ann", "cid": "bob", "dee": "bob"}, "ann")
+    3
+    >>> people_below({"bob": "ann", "cid": "ann"}, "cid")
+    0
+    """
+    count = 0
+    for person in bosses:
+        above = person
+        while above in bosses:
+            above = bosses[above]
+            if above == boss:
+                count += 1
+                break
+    return count
+
+
+@problem(
+    level=3,
+    hidden=[
+        (2, []),
+        (1, ["a", "a", "b", "a"]),
+        (2, ["a", "b", "a", "c", "a"]),
+        (3, ["a", "b", "c", "d", "a", "b"]),
+        (2, ["x", "x", "x"]),
+        (2, ["a", "b", "a", "c", "b", "a", "a"]),
+        (3, ["p", "q", "r", "p", "s", "p", "q"]),
+    ],
+    wrong=(
+        "desk, trips = [], 0\n"
+        "for book in requests:\n"
+        "    if book not in desk:\n"
+        "        trips += 1\n"
+        "        desk.append(book)\n"
+        "        desk = desk[-places:]\n"
+        "return trips"
+    ),
+)
+def shelf_trips(places: int, requests: list[str]) -> int:
+    """A reader's desk has places for so many books (at least 1) and is empty at first. Each requested book that is not
+    on the desk must be fetched from the shelf; if the desk is full, the book whose last use lies back longest is
+    brought back then. Using a book means requesting it, whether it was on the desk or not. Return how many books must
+    be fetched.
+
+    >>> shelf_trips(2, ["a", "b", "a", "c", "b"])
+    4
+    >>> shelf_trips(2, ["a", "b", "a", "c", "a", "b"])
+    4
+    """
+    desk: list[str] = []
+    trips = 0
+    for book in requests:
+        if book in desk:
+            desk.remove(book)
+        else:
+            trips += 1
+            if len(desk) == places:
+                desk.pop(0)
+        desk.append(book)
+    return trips
+
+
+@problem(
+    level=3,
+    hidden=[
+        ({}, 3),
+        ({"a": 5}, 2),
+        ({"a": 1, "b": 1}, 1),
+        ({"a": 2, "b": 4, "c": 3}, 2),
+        ({"x": 9, "y": 1, "z": 5}, 4),
+        ({"b": 3, "a": 3}, 3),
+        ({"m": 7, "l": 2, "k": 6, "j": 4}, 3),
+    ],
+    wrong=(
+        "minute = 0\n"
+        "done = []\n"
+        "for name in sorted(jobs):\n"
+        "    minute += jobs[name]\n"
+        '    done.append(f"{name} {minute}")\n'
+        "return done"
+    ),
+)
+def finish_times(jobs: dict[str, int], turn: int) -> list[str]:
+    """Jobs, given by name with the minutes of work they need (1 or more), wait in line in alphabetical order. The
+    first job in the line is worked on for one turn of so many minutes, or less if it is done sooner; if it is not done
+    then, it goes to the end of the line; this goes on until all jobs are done. Return for each job a text "name
+    minute" with the minute, counted from the start of the work, in which it got done, in the order in which the jobs
+    get done.
+
+    >>> finish_times({"a": 3, "b": 1}, 2)
+    ['b 3', 'a 4']
+    >>> finish_times({"long": 5, "short": 2}, 3)
+    ['short 5', 'long 7']
+    """
+    line = sorted(jobs)
+    left = dict(jobs)
+    minute = 0
+    done: list[str] = []
+    while line:
+        name = line.pop(0)
+        worked = min(turn, left[name])
+        minute += worked
+        left[name] -= worked
+        if left[name]:
+            line.append(name)
+        else:
+            done.append(f"{name} {minute}")
+    return done
+
+
+@problem(
+    level=3,
+    hidden=[
+        ("",),
+        ("x",),
+        ("abc",),
+        ("abba",),
+        ("xlevelradary",),
+        ("bananas",),
+        ("aacabdkacaa",),
+        ("xabay",),
+        ("abcdcbe",),
+    ],
+    wrong=(
+        "for size in range(len(text), 0, -1):\n"
+        "    if text[:size] == text[:size][::-1]:\n"
+        "        return text[:size]\n"
+        "return text"
+    ),
+)
+def longest_mirror(text: str) -> str:
+    """Return the longest part of a text, of characters that stand next to each other, that reads the same forwards and
+    backwards. Among equally long parts return the one that begins first. An empty text has only the empty part.
+
+    >>> longest_mirror("tracecars")
+    'racecar'
+    >>> longest_mirror("goodbook")
+    'oo'
+    """
+    best = ""
+    for start in range(len(text)):
+        for end in range(start + 1, len(text) + 1):
+            if end - start <= len(best):
+                continue
+            part = text[start:end]
+            if part == part[::-1]:
+                best = part
+    return best
+
+
+@problem(
+    level=3,
+    hidden=[
+        ("/",),
+        ("/a/b/",),
+        ("/../..",),
+        ("/a/./b//c",),
+        ("/a/b/../../c",),
+        ("/x/../y/../z",),
+        ("/.../a",),
+        ("/a/../../b/.",),
+    ],
+    wrong='return "/" + "/".join(part for part in path.split("/") if part not in ("", ".", ".."))',
+)
+def tidy_path(path: str) -> str:
+    """A path begins with / and consists of names separated by one or more /. The name . means the folder itself, and
+    .. the folder above (of the topmost folder /, that is / again). Return the shortest path to the same place: with
+    single slashes, without . and .., and without / at its end unless it is just /.
+
+    >>> tidy_path("/home/ann/../bob")
+    '/home/bob'
+    >>> tidy_path("/a//b/./")
+    '/a/b'
+    """
+    parts: list[str] = []
+    for part in path.split("/"):
+        if part in ("", "."):
+            continue
+        if part == "..":
+            if parts:
+                parts.pop()
+        else:
+            parts.append(part)
+    return "/" + "/".join(parts)
+
+
+@problem(
+    level=3,
+    hidden=[
+        ({},),
+        ({"a": 1},),
+        ({"a": {}},),
+        ({"a": {"b": {"c": 3}}},),
+        ({"x": {"y": 1, "z": {}}, "w": 2},),
+        ({"p": {"q": {"r": {"s": 0}}, "t": -1}},),
+        ({"a": {"b": {}}, "c": {"d": 4}},),
+    ],
+    wrong=(
+        "flat = {}\n"
+        "for name, value in tree.items():\n"
+        "    if isinstance(value, dict):\n"
+        '        flat.update({name + "." + inner: number for inner, number in value.items()})\n'
+        "    else:\n"
+        "        flat[name] = value\n"
+        "return flat"
+    ),
+)
+def dotted_names(tree: dict[str, object]) -> dict[str, int]:
+    """The values of a dictionary are whole numbers or further dictionaries of the same kind, to any depth. Return one
+    flat dictionary with all the numbers, each under the names on the way to it, joined by dots. Empty dictionaries
+    vanish.
+
+    >>> dotted_names({"a": 1, "b": {"c": 2, "d": {"e": 3}}})
+    {'a': 1, 'b.c': 2, 'b.d.e': 3}
+    >>> dotted_names({"size": {"width": 4, "height": 5}})
+    {'size.width': 4, 'size.height': 5}
+    """
+    flat: dict[str, int] = {}
+    for name, value in tree.items():
+        if isinstance(value, dict):
+            for inner, number in dotted_names(value).items():
+                flat[f"{name}.{inner}"] = number
+        elif isinstance(value, int):
+            flat[name] = value
+    return flat
+
+
+@problem(
+    level=3,
+    hidden=[
+        ("", {}),
+        ("no names", {"a": "b"}),
+        ("{x}{x}", {"x": "1"}),
+        ("{a", {"a": "z"}),
+        ("a}b", {"a": "z"}),
+        ("{missing} and {here}", {"here": "ok"}),
+        ("{a}", {"a": "{b}", "b": "c"}),
+        ("{b}}{b", {"b": "c"}),
+        ("{a}{b}{c}", {"a": "1", "c": "3"}),
+    ],
+    wrong='for name, value in values.items():\n    text = text.replace("{" + name + "}", value)\nreturn text',
+)
+def fill_in(text: str, values: dict[str, str]) -> str:
+    """Replace every name in curly braces in a text by its value. A name without a value becomes a question mark,
+    without the braces; braces in a value that was put in are not looked at again. An opening brace that is never
+    closed, and a closing one that closes nothing, stay in the text as they are. Braces are never nested.
+
+    >>> fill_in("Dear {name}!", {"name": "Eva"})
+    'Dear Eva!'
+    >>> fill_in("{a}-{b}", {"a": "1"})
+    '1-?'
+    """
+    result = ""
+    place = 0
+    while place < len(text):
+        end = text.find("}", place)
+        if text[place] == "{" and end >= 0:
+            result += values.get(text[place + 1 : end], "?")
+            place = end + 1
+        else:
+            result += text[place]
+            place += 1
+    return result
+
+
+@problem(
+    level=3,
+    hidden=[
+        ([],),
+        ([0],),
+        ([0, 0],),
+        ([-5],),
+        ([0, 1],),
+        ([3, -1, 0, 2],),
+        ([1, 1, 1],),
+        ([0, 0, -4],),
+        ([-1, 0, -1],),
+    ],
+    wrong='return " + ".join(f"{number}x^{power}" for power, number in enumerate(numbers) if number)',
+)
+def polynomial_text(numbers: list[int]) -> str:
+    """Write a polynomial whose factors of 1, x, x^2, x^3 and so on are given in this order. Begin with the highest
+    power; leave out terms with factor 0, the factor 1 or -1 before a power of x (keeping the minus sign), and the
+    exponent of x^1. Put " + " or " - " between terms, and "-" directly before the first one if it is negative. Without
+    terms, write "0".
+
+    >>> polynomial_text([4, -3, 2])
+    '2x^2 - 3x + 4'
+    >>> polynomial_text([7, 0, -1])
+    '-x^2 + 7'
+    """
+    text = ""
+    for power in range(len(numbers) - 1, -1, -1):
+        number = numbers[power]
+        if number == 0:
+            continue
+        if text:
+            text += " - " if number < 0 else " + "
+        elif number < 0:
+            text += "-"
+        if abs(number) != 1 or power == 0:
+            text += str(abs(number))
+        if power > 0:
+            text += "x" if power == 1 else f"x^{power}"
+    return text or "0"
+
+
+@problem(
+    level=3,
+    hidden=[
+        (2023, 1, 1),
+        (2023, 12, 31),
+        (2024, 12, 31),
+        (2024, 2, 29),
+        (1900, 3, 1),
+        (2000, 3, 1),
+        (2100, 7, 4),
+        (2019, 10, 15),
+    ],
+    wrong="return sum([31, 28, 31, 30, 31, 30, 31, 31, 30, 31, 30, 31][: month - 1]) + day",
+)
+def day_of_year(year: int, month: int, day: int) -> int:
+    """Return the number of a date within its year, where January 1st is day 1. A year is a leap year, with a February
+    of 29 days, if it can be divided by 4, but not if it can be divided by 100, except that it is one if it can be
+    divided by 400.
+
+    >>> day_of_year(2023, 2, 1)
+    32
+    >>> day_of_year(2024, 3, 1)
+    61
+    """
+    days = day
+    leap = year % 4 == 0 and (year % 100 != 0 or year % 400 == 0)
+    for number in range(1, month):
+        if number == 2:
+            days += 29 if leap else 28
+        elif number in (4, 6, 9, 11):
+            days += 30
+        else:
+            days += 31
+    return days
+
+
+@problem(
+    level=3,
+    hidden=[
+        ([],),
+        (["."],),
+        (["o", "."],),
+        (["oo", "#.", ".."],),
+        (["o.", "o.", ".."],),
+        (["o", "#", "o", ".", "#"],),
+        (["ooo", ".o.", "..#"],),
+        (["o", ".", "o", ".", "."],),
+    ],
+    wrong=(
+        "rows = [list(row) for row in shaft]\n"
+        "for y in range(len(rows) - 2, -1, -1):\n"
+        "    for x, cell in enumerate(rows[y]):\n"
+        '        if cell == "o" and rows[y + 1][x] == ".":\n'
+        '            rows[y][x], rows[y + 1][x] = ".", "o"\n'
+        'return ["".join(row) for row in rows]'
+    ),
+)
+def let_fall(shaft: list[str]) -> list[str]:
+    """The rows of a picture, all of the same length and listed from top to bottom, show stones (o), beams (#) and air
+    (.). Beams stay in place; every stone falls straight down until it lies on a beam, on another stone or on the
+    bottom row. Return the rows of the picture when nothing falls any more.
+
+    >>> let_fall(["o.", "..", ".#"])
+    ['..', '..', 'o#']
+    >>> let_fall(["oo", "o.", "#."])
+    ['o.', 'o.', '#o']
+    """
+    rows = [list(row) for row in shaft]
+    for column in range(len(rows[0]) if rows else 0):
+        floor = len(rows) - 1
+        for y in range(len(rows) - 1, -1, -1):
+            if rows[y][column] == "#":
+                floor = y - 1
+            elif rows[y][column] == "o":
+                rows[y][column] = "."
+                rows[floor][column] = "o"
+                floor -= 1
+    return ["".join(row) for row in rows]
+
+
+@problem(
+    level=3,
+    hidden=[
+        ("a", "a"),
+        ("a", "b"),
+        ("aabb", "bbaa"),
+        ("speed", "erase"),
+        ("llama", "label"),
+        ("abcde", "abcde"),
+        ("eerie", "there"),
+        ("eagle", "geese"),
+        ("abcde", "aaaba"),
+    ],
+    wrong=(
+        'marks = ""\n'
+        "for place, letter in enumerate(guess):\n"
+        "    if secret[place] == letter:\n"
+        '        marks += "!"\n'
+        "    else:\n"
+        '        marks += "?" if letter in secret else "."\n'
+        "return marks"
+    ),
+)
+def guess_marks(secret: str, guess: str) -> str:
+    """Mark each letter of a guess at a secret word of the same length: with ! if the secret has that letter at that
+    place. The other letters are treated from left to right: with ? if the letter occurs among the letters of the
+    secret that have neither been matched by a ! nor used for an earlier ?, each of which serves for only one mark;
+    otherwise with a dot.
+
+    >>> guess_marks("crane", "trace")
+    '.!!?!'
+    >>> guess_marks("abbey", "babes")
+    '??!!.'
+    >>> guess_marks("plane", "allee")
+    '?!..!'
+    """
+    left: list[str] = []
+    for place, letter in enumerate(secret):
+        if guess[place] != letter:
+            left.append(letter)
+    marks = ""
+    for place, letter in enumerate(guess):
+        if secret[place] == letter:
+            marks += "!"
+        elif letter in left:
+            marks += "?"
+            left.remove(letter)
+        else:
+            marks += "."
+    return marks
+
+
+@problem(
+    level=3,
+    hidden=[
+        ([1, 1, 1, 1, 1],),
+        ([4, 4, 1, 4, 4],),
+        ([2, 3, 2, 3, 2],),
+        ([6, 5, 4, 3, 2],),
+        ([1, 2, 3, 4, 6],),
+        ([5, 5, 6, 6, 1],),
+        ([3, 1, 3, 6, 3],),
+        ([2, 2, 1, 4, 6],),
+        ([1, 3, 4, 5, 2],),
+    ],
+    wrong='return {1: "five", 2: "four", 3: "three", 4: "pair", 5: "nothing"}[len(set(dice))]',
+)
+def dice_hand(dice: list[int]) -> str:
+    """Name a throw of five dice: "five" if all show the same number, "four" if exactly four do, "house" for three of
+    one number and two of another, "three" for exactly three equal ones otherwise, "pairs" for two different pairs,
+    "pair" for a single pair, "street" if the dice show five numbers that follow each other (in any order), and else
+    "nothing".
+
+    >>> dice_hand([3, 3, 5, 3, 5])
+    'house'
+    >>> dice_hand([2, 6, 2, 6, 1])
+    'pairs'
+    >>> dice_hand([6, 1, 2, 3, 5])
+    'nothing'
+    """
+    counts: dict[int, int] = {}
+    for number in dice:
+        counts[number] = counts.get(number, 0) + 1
+    sizes = sorted(counts.values(), reverse=True)
+    if sizes[0] > 3:
+        return "five" if sizes[0] == 5 else "four"
+    if sizes[0] == 3:
+        return "house" if sizes[1] == 2 else "three"
+    if sizes[0] == 2:
+        return "pairs" if sizes[1] == 2 else "pair"
+    return "street" if max(dice) - min(dice) == 4 else "nothing"
