@@ -830,7 +830,6 @@ def served_too_soon(names: list[str], pause: int) -> bool:
     >>> served_too_soon(["eva", "eva", "tom"], 2)
     True
     """
-
     last: dict[str, int] = {}
     for place, name in enumerate(names):
         if name in last and place - last[name] <= pause:
@@ -1125,3 +1124,1018 @@ def longest_fresh_part(text: str) -> str:
         if len(run) > len(best):
             best = run
     return best
+
+
+# Level 3: small parsing, dynamic programming, graphs, simulation, intervals, recursion.
+
+
+@problem(
+    level=3,
+    hidden=[
+        ("T",),
+        ("not T",),
+        ("F or F or T",),
+        ("T or T and F",),
+        ("not F and F",),
+        ("not not T and T",),
+        ("F and T or not F",),
+        ("T or F and not T",),
+        ("not T or F and T",),
+    ],
+    wrong=(
+        'result, sign, negate = False, "or", False\n'
+        "for word in text.split():\n"
+        '    if word == "not":\n'
+        "        negate = not negate\n"
+        '    elif word in ("and", "or"):\n'
+        "        sign = word\n"
+        "    else:\n"
+        '        value = (word == "T") != negate\n'
+        '        result = result and value if sign == "and" else result or value\n'
+        "        negate = False\n"
+        "return result"
+    ),
+)
+def truth_value(text: str) -> bool:
+    """Compute the truth of a statement made of the words T (true), F (false), not, and, or, separated by single
+    spaces. "not" belongs to the word T or F or to another "not" that follows it; "and" comes before "or", so that F
+    and T or T is true.
+
+    >>> truth_value("T and not F")
+    True
+    >>> truth_value("T or F and F")
+    True
+    >>> truth_value("not T or F")
+    False
+    """
+    for part in text.split(" or "):
+        holds = True
+        for term in part.split(" and "):
+            words = term.split()
+            value = words[-1] == "T"
+            if words.count("not") % 2 == 1:
+                value = not value
+            if not value:
+                holds = False
+        if holds:
+            return True
+    return False
+
+
+@problem(
+    level=3,
+    hidden=[
+        ([],),
+        ([7],),
+        ([3, 8],),
+        ([5, 5, 5, 5],),
+        ([9, 1, 1, 9, 1],),
+        ([1, 9, 1, 9],),
+        ([2, 7, 9, 3, 1],),
+        ([10, 1, 1, 10, 1, 10],),
+        ([0, 0, 4, 0, 0, 6],),
+    ],
+    wrong=(
+        "taken = left = 0\n"
+        "for apples in trees:\n"
+        "    taken, left = left + apples, max(taken, left)\n"
+        "return max(taken, left)"
+    ),
+)
+def round_harvest(trees: list[int]) -> int:
+    """Apple trees stand in a circle, so that the last tree is a neighbour of the first. Given the number of apples (0
+    or more) on each, return how many apples can be picked at most if two neighbouring trees are never both picked.
+    From a single tree everything can be picked.
+
+    >>> round_harvest([5, 1, 5])
+    5
+    >>> round_harvest([4, 1, 2, 9, 3])
+    13
+    >>> round_harvest([6, 2])
+    6
+    """
+    if len(trees) == 1:
+        return trees[0]
+    best = 0
+    for row in (trees[1:], trees[:-1]):
+        taken = left = 0
+        for apples in row:
+            old_left = left
+            left = max(taken, left)
+            taken = old_left + apples
+        best = max(best, taken, left)
+    return best
+
+
+@problem(
+    level=3,
+    hidden=[
+        ([[4]],),
+        ([[3, 1, 2]],),
+        ([[5], [6], [7]],),
+        ([[1, 9], [9, 1], [1, 9]],),
+        ([[1, 2, 3], [9, 9, 1], [9, 1, 9]],),
+        ([[1, 5, 5], [9, 9, 9], [9, 1, 0]],),
+        ([[2, 8, 1, 9], [9, 9, 9, 9], [1, 9, 9, 9]],),
+    ],
+    wrong=(
+        "place = slope[0].index(min(slope[0]))\n"
+        "total = slope[0][place]\n"
+        "for row in slope[1:]:\n"
+        "    near = range(max(place - 1, 0), min(place + 2, len(row)))\n"
+        "    place = min(near, key=lambda x: row[x])\n"
+        "    total += row[place]\n"
+        "return total"
+    ),
+)
+def easiest_descent(slope: list[list[int]]) -> int:
+    """Each number of a grid says how hard it is to ski over that square. A run begins on any square of the first row
+    and goes on, row by row, to the square directly below or to the one left or right of that, down to the last row.
+    Return the smallest possible sum of the numbers on a run. All rows have the same length, and there is at least one
+    square.
+
+    >>> easiest_descent([[1, 5], [7, 2]])
+    3
+    >>> easiest_descent([[2, 9, 3], [8, 8, 8], [9, 9, 1]])
+    11
+    """
+    best = list(slope[0])
+    for row in slope[1:]:
+        following: list[int] = []
+        for place, effort in enumerate(row):
+            before = min(best[max(place - 1, 0) : place + 2])
+            following.append(before + effort)
+        best = following
+    return min(best)
+
+
+@problem(
+    level=3,
+    hidden=[
+        ([],),
+        ([["g", "h"], ["i", "j"], ["h", "i"], ["j", "h"]],),
+        ([["a", "b"], ["c", "a"]],),
+        ([["a", "b"], ["c", "d"], ["a", "c"]],),
+        ([["a", "b"], ["b", "c"], ["c", "d"], ["d", "e"], ["e", "a"]],),
+        ([["x", "y"], ["y", "x"]],),
+        ([["p", "q"], ["r", "s"], ["s", "t"], ["t", "r"]],),
+        ([["a", "d"], ["b", "d"], ["c", "d"], ["a", "e"], ["b", "f"]],),
+    ],
+    wrong=(
+        "team = {}\n"
+        "for first, second in rivals:\n"
+        "    team.setdefault(first, 0)\n"
+        "    team.setdefault(second, 1 - team[first])\n"
+        "    if team[first] == team[second]:\n"
+        "        return False\n"
+        "return True"
+    ),
+)
+def two_peaceful_teams(rivals: list[list[str]]) -> bool:
+    """Each pair consists of two different people who do not want to be in the same team. Tell whether everybody can be
+    put into one of two teams so that all these wishes are fulfilled. A team may be empty.
+
+    >>> two_peaceful_teams([["ann", "bob"], ["bob", "cid"]])
+    True
+    >>> two_peaceful_teams([["ann", "bob"], ["bob", "cid"], ["cid", "ann"]])
+    False
+    >>> two_peaceful_teams([["ann", "bob"], ["cid", "ann"]])
+    True
+    """
+    team: dict[str, int] = {}
+    for first, _ in rivals:
+        if first in team:
+            continue
+        team[first] = 1
+        todo = [first]
+        for person in todo:
+            for pair in rivals:
+                if person in pair:
+                    other = pair[0] if pair[1] == person else pair[1]
+                    if other not in team:
+                        team[other] = -team[person]
+                        todo.append(other)
+                    elif team[other] == team[person]:
+                        return False
+    return True
+
+
+@problem(
+    level=3,
+    hidden=[
+        ([], []),
+        (["a"], []),
+        (["a", "b"], []),
+        (["a", "b", "c"], ["a b 1", "a b 2", "b c 9"]),
+        (["a", "b", "c", "d"], ["a b 1", "b c 2", "a c 3", "c d 10"]),
+        (["a", "b", "c", "d"], ["a b 1", "c d 1"]),
+        (["p", "q", "r", "s"], ["p q 4", "q r 4", "r s 4", "s p 4", "p r 1"]),
+        (["x", "y", "z"], ["z y 12", "x z 5", "y x 30"]),
+    ],
+    wrong=(
+        "prices = sorted(int(cable.split()[2]) for cable in cables)\n"
+        "needed = max(len(villages) - 1, 0)\n"
+        "return sum(prices[:needed]) if len(prices) >= needed else -1"
+    ),
+)
+def cheapest_network(villages: list[str], cables: list[str]) -> int:
+    """Each possible cable reads like "a b 5": two villages and the price (1 or more) of a cable between them. Return
+    the smallest total price of cables that connect all villages with each other, directly or through other villages,
+    or -1 if this is impossible. At most one village needs no cables.
+
+    >>> cheapest_network(["a", "b", "c"], ["a b 4", "b c 3", "a c 5"])
+    7
+    >>> cheapest_network(["a", "b", "c"], ["a b 1", "b a 2"])
+    -1
+    """
+    group = {village: village for village in villages}
+    total = 0
+    for cable in sorted(cables, key=lambda cable: int(cable.split()[2])):
+        first, second, price = cable.split()
+        old, new = group[first], group[second]
+        if old != new:
+            total += int(price)
+            for village in villages:
+                if group[village] == old:
+                    group[village] = new
+    return total if len(set(group.values())) <= 1 else -1
+
+
+@problem(
+    level=3,
+    hidden=[
+        ("", ["a"]),
+        ("abc", []),
+        ("aaa", ["a", "aa"]),
+        ("aaaaa", ["aa", "aaa"]),
+        ("catsanddog", ["cat", "cats", "and", "sand", "dog"]),
+        ("abab", ["ab", "aba", "b"]),
+        ("xyz", ["xy", "yz"]),
+        ("nonono", ["no", "nono", "on"]),
+    ],
+    wrong=(
+        "place = 0\n"
+        "while place < len(text):\n"
+        "    fits = [word for word in words if text.startswith(word, place)]\n"
+        "    if not fits:\n"
+        "        return 0\n"
+        "    place += len(max(fits, key=len))\n"
+        "return 1"
+    ),
+)
+def ways_to_cut(text: str, words: list[str]) -> int:
+    """Return in how many ways a text without spaces can be cut into pieces that all are words of a list. Words may be
+    used several times; no word is empty or listed twice. An empty text can be cut in one way: into no pieces.
+
+    >>> ways_to_cut("newsea", ["new", "news", "sea", "ea"])
+    2
+    >>> ways_to_cut("topper", ["top", "to", "per"])
+    1
+    >>> ways_to_cut("sunny", ["sun", "y"])
+    0
+    """
+    ways = [1]
+    for end in range(1, len(text) + 1):
+        count = 0
+        for word in words:
+            start = end - len(word)
+            if start >= 0 and text[start:end] == word:
+                count += ways[start]
+        ways.append(count)
+    return ways[-1]
+
+
+@problem(
+    level=3,
+    hidden=[
+        ([],),
+        ([5],),
+        ([1, 2, 3],),
+        ([3, 1, 2],),
+        ([4, 0, 0, 4],),
+        ([3, 0, 3, 0, 2],),
+        ([2, 0, 1, 0, 2],),
+        ([5, 1, 4, 1, 6, 0, 1],),
+        ([1, 0, 1, 1, 0, 1],),
+    ],
+    wrong=(
+        "pools = []\n"
+        "for place in range(1, len(walls) - 1):\n"
+        "    depth = min(walls[place - 1], walls[place + 1]) - walls[place]\n"
+        "    if depth > 0:\n"
+        "        pools.append(depth)\n"
+        "return pools"
+    ),
+)
+def rain_pools(walls: list[int]) -> list[int]:
+    """Walls of the given heights (0 or more) and of width 1 stand side by side. After long rain the water on top of
+    each wall reaches up to the height of the highest wall to its left or of the highest one to its right, whichever is
+    lower, if that is above the wall itself. Water on neighbouring walls forms one pool. Return how much water is in
+    each pool, from left to right.
+
+    >>> rain_pools([2, 0, 2])
+    [2]
+    >>> rain_pools([3, 1, 2, 3, 1, 5])
+    [3, 2]
+    >>> rain_pools([1, 3, 2])
+    []
+    """
+    pools: list[int] = []
+    before = 0
+    for place, wall in enumerate(walls):
+        left = max(walls[: place + 1])
+        right = max(walls[place:])
+        depth = min(left, right) - wall
+        if depth > 0 and before > 0:
+            pools[-1] += depth
+        elif depth > 0:
+            pools.append(depth)
+        before = depth
+    return pools
+
+
+@problem(
+    level=3,
+    hidden=[
+        ({}, {}, {}),
+        ({"a": "1"}, {"a": "1"}, {"a": "1"}),
+        ({"a": "1"}, {}, {"a": "1"}),
+        ({"a": "1"}, {}, {}),
+        ({"a": "1"}, {}, {"a": "2"}),
+        ({}, {"b": "x"}, {"b": "x"}),
+        ({}, {"b": "x"}, {"b": "y", "c": "z"}),
+        ({"a": "1", "b": "2", "c": "3"}, {"a": "9", "b": "2"}, {"a": "1", "b": "8", "c": "3", "d": "4"}),
+    ],
+    wrong="merged = dict(base)\nmerged.update(mine)\nmerged.update(theirs)\nreturn merged",
+)
+def merge_edits(base: dict[str, str], mine: dict[str, str], theirs: dict[str, str]) -> dict[str, str]:
+    """Two people have each edited a copy of a dictionary called base, adding, changing and removing entries. Return
+    the merged dictionary: an entry that only one of them has edited is as this person left it, removed if so; one that
+    both have edited with the same outcome has this outcome; one that they have edited with different outcomes gets the
+    value "?".
+
+    >>> merge_edits({"a": "1", "b": "2"}, {"a": "5", "b": "2"}, {"a": "1", "b": "2", "c": "3"})
+    {'a': '5', 'b': '2', 'c': '3'}
+    >>> merge_edits({"a": "1", "b": "2"}, {"a": "7"}, {"a": "8", "b": "2"})
+    {'a': '?'}
+    """
+    merged: dict[str, str] = {}
+    for name in sorted({*base, *mine, *theirs}):
+        was, left, right = base.get(name), mine.get(name), theirs.get(name)
+        if left in (was, right):
+            value = right
+        elif right == was:
+            value = left
+        else:
+            value = "?"
+        if value is not None:
+            merged[name] = value
+    return merged
+
+
+@problem(
+    level=3,
+    hidden=[(1, 1), (2, 2), (1, 6), (2, 4), (3, 5), (5, 5), (4, 6), (6, 6)],
+    wrong="count = 1\nfor row in range(rows):\n    count *= columns - row\nreturn count",
+)
+def peaceful_queens(rows: int, columns: int) -> int:
+    """On a board with so many rows and columns (at least 1 of each) one queen is put into every row so that no two
+    queens stand in the same column or on the same diagonal line. Return in how many ways this can be done.
+
+    >>> peaceful_queens(2, 3)
+    2
+    >>> peaceful_queens(4, 4)
+    2
+    >>> peaceful_queens(3, 3)
+    0
+    """
+
+    def ways(placed: list[int]) -> int:
+        if len(placed) == rows:
+            return 1
+        total = 0
+        for column in range(columns):
+            free = True
+            for row, other in enumerate(placed):
+                if abs(other - column) in (0, len(placed) - row):
+                    free = False
+            if free:
+                total += ways([*placed, column])
+        return total
+
+    return ways([])
+
+
+@problem(
+    level=3,
+    hidden=[
+        (1, []),
+        (1, [[0, 5]]),
+        (3, [[0, 5], [0, 5], [0, 5], [0, 5]]),
+        (1, [[0, 2], [10, 3]]),
+        (2, [[0, 10], [1, 1], [2, 3], [3, 3]]),
+        (2, [[5, 5], [6, 1], [6, 9], [20, 2]]),
+        (2, [[0, 4], [0, 2], [1, 5], [1, 1], [1, 6]]),
+    ],
+    wrong=(
+        "done, now = [], 0\n"
+        "for arrival, minutes in customers:\n"
+        "    now = max(now, arrival) + minutes\n"
+        "    done.append(now)\n"
+        "return done"
+    ),
+)
+def leaving_times(desks: int, customers: list[list[int]]) -> list[int]:
+    """Customers, each given as [minute of arrival, minutes of service] in the order of arrival, are served at several
+    desks. A customer waits until everybody who came before has been called to a desk, and is then called to a desk as
+    soon as one is free; a desk whose customer leaves in a minute is free in that same minute. Return the minute in
+    which each customer leaves, in the order of arrival.
+
+    >>> leaving_times(1, [[0, 4], [1, 2]])
+    [4, 6]
+    >>> leaving_times(2, [[0, 4], [1, 2], [2, 3]])
+    [4, 3, 6]
+    """
+    free_from = [0] * desks
+    leaving: list[int] = []
+    for arrival, minutes in customers:
+        soonest = min(free_from)
+        desk = free_from.index(soonest)
+        begin = max(arrival, soonest)
+        free_from[desk] = begin + minutes
+        leaving.append(begin + minutes)
+    return leaving
+
+
+@problem(
+    level=3,
+    hidden=[
+        ("",),
+        ("H",),
+        ("NaCl",),
+        ("C6H12O6",),
+        ("Mg(OH)2",),
+        ("Fe2(SO4)3",),
+        ("(H)(H)O",),
+        ("K4(ON(SO3)2)2",),
+        ("CH3CH2OH",),
+        ("(CO)12",),
+    ],
+    wrong=(
+        "import re\n"
+        "counts = {}\n"
+        'for name, number in re.findall("([A-Z][a-z]?)([0-9]*)", formula):\n'
+        "    counts[name] = counts.get(name, 0) + int(number or 1)\n"
+        "return counts"
+    ),
+)
+def atom_counts(formula: str) -> dict[str, int]:
+    """In a chemical formula every kind of atom is written as a capital letter, perhaps followed by a lower case
+    letter; a number behind it says how many such atoms there are. Parentheses, which may be nested, enclose a group,
+    and a number behind the group multiplies everything in it. Without a number, 1 is meant. Return the number of atoms
+    of each kind.
+
+    >>> atom_counts("H2O")
+    {'H': 2, 'O': 1}
+    >>> atom_counts("Ca(NO3)2")
+    {'Ca': 1, 'N': 2, 'O': 6}
+    """
+    import re
+
+    groups: list[dict[str, int]] = [{}]
+    for token, number in re.findall("([A-Z][a-z]?|[()])([0-9]*)", formula):
+        if token == "(":
+            groups.append({})
+            continue
+        part = groups.pop() if token == ")" else {token: 1}
+        counts = groups[-1]
+        for name, count in part.items():
+            counts[name] = counts.get(name, 0) + count * int(number or 1)
+    return groups[0]
+
+
+@problem(
+    level=3,
+    hidden=[
+        ("", 3),
+        ("single row", 1),
+        ("abcdef", 2),
+        ("abcdefghij", 4),
+        ("hi", 5),
+        ("MEET ME AT NOON", 3),
+        ("0123456789", 3),
+    ],
+    wrong='return "".join(text[row::rows] for row in range(rows))',
+)
+def zigzag_cipher(text: str, rows: int) -> str:
+    """A text is written in a zigzag over some rows (at least 1): the first character in the top row, each next one a
+    row lower until the bottom row is reached, then each a row higher up to the top row, then down again and so on.
+    With one row all characters are in that row. Return the characters of the top row, followed by those of the second
+    row and so on.
+
+    >>> zigzag_cipher("abcdefg", 3)
+    'aebdfcg'
+    >>> zigzag_cipher("python", 2)
+    'ptoyhn'
+    """
+    lines = [""] * rows
+    row = 0
+    step = 1
+    for character in text:
+        lines[row] += character
+        if not 0 <= row + step < rows:
+            step = -step
+        if rows > 1:
+            row += step
+    return "".join(lines)
+
+
+@problem(
+    level=3,
+    hidden=[(7,), (10,), (21,), (111,), (115,), (1432,), (9876,), (230241,), (59884848,), (1999,)],
+    wrong=(
+        "digits = list(str(number))\n"
+        "for place in range(len(digits) - 1, 0, -1):\n"
+        "    if digits[place - 1] < digits[place]:\n"
+        "        digits[place - 1], digits[place] = digits[place], digits[place - 1]\n"
+        '        return int("".join(digits))\n'
+        "return -1"
+    ),
+)
+def next_with_same_digits(number: int) -> int:
+    """Return the smallest number that is larger than a given positive one and is written with exactly the same decimal
+    digits in another order, or -1 if there is none.
+
+    >>> next_with_same_digits(12)
+    21
+    >>> next_with_same_digits(1342)
+    1423
+    >>> next_with_same_digits(531)
+    -1
+    """
+    digits = list(str(number))
+    place = len(digits) - 2
+    while place >= 0 and digits[place] >= digits[place + 1]:
+        place -= 1
+    if place < 0:
+        return -1
+    rest = digits[place + 1 :]
+    larger = min(digit for digit in rest if digit > digits[place])
+    rest.remove(larger)
+    rest.append(digits[place])
+    return int("".join([*digits[:place], larger, *sorted(rest)]))
+
+
+@problem(
+    level=3,
+    hidden=[
+        ("cat", "cat", []),
+        ("cat", "cot", []),
+        ("cat", "cot", ["cot"]),
+        ("cold", "warm", ["cord", "card", "ward", "warm", "word", "worm"]),
+        ("a", "c", ["b", "c"]),
+        ("pot", "ham", ["hot", "dot", "dam", "ham", "dom"]),
+        ("hot", "dry", ["hop", "top", "dry"]),
+        ("lead", "gold", ["load", "goad", "gold", "read"]),
+        ("big", "bag", ["bug", "bag", "bog"]),
+    ],
+    wrong="return sum(a != b for a, b in zip(start, goal)) if goal in words else -1",
+)
+def word_bridge(start: str, goal: str, words: list[str]) -> int:
+    """In one step a word may become another word that differs from it in exactly one letter and belongs to a list; all
+    words have the same length. Return the smallest number of steps from the start to the goal, 0 if they are the same
+    word, or -1 if the goal cannot be reached.
+
+    >>> word_bridge("cat", "dog", ["cot", "cog", "dog"])
+    3
+    >>> word_bridge("pen", "ban", ["pin", "bin", "ban"])
+    3
+    >>> word_bridge("on", "at", ["an"])
+    -1
+    """
+    steps = {start: 0}
+    line = [start]
+    for word in line:
+        if word == goal:
+            return steps[word]
+        for other in words:
+            if other in steps:
+                continue
+            differences = sum(letter != other[place] for place, letter in enumerate(word))
+            if differences == 1:
+                steps[other] = steps[word] + 1
+                line.append(other)
+    return -1
+
+
+@problem(
+    level=3,
+    hidden=[
+        (0, []),
+        (1, []),
+        (6, []),
+        (5, []),
+        (6, [3]),
+        (4, [2, 3]),
+        (7, [1, 2, 4]),
+        (4, [1, 2, 3]),
+        (10, [5]),
+        (2, [2]),
+    ],
+    wrong=(
+        "ways = [1]\n"
+        "for step in range(1, steps + 1):\n"
+        "    ways.append(0 if step in broken else sum(ways[-3:]))\n"
+        "return ways[steps]"
+    ),
+)
+def ways_up(steps: int, broken: list[int]) -> int:
+    """Someone climbs a staircase of so many steps, numbered from 1, by going up 1, 2 or 3 steps at a time, but never 3
+    steps twice in a row, and never onto a broken step. Return in how many ways the last step can be reached from the
+    ground; if there are no steps, there is one way.
+
+    >>> ways_up(3, [])
+    4
+    >>> ways_up(3, [1])
+    2
+    >>> ways_up(6, [1, 2, 4, 5])
+    0
+    """
+    after_short, after_long = [1], [0]
+    for step in range(1, steps + 1):
+        short = 0
+        for below in range(max(step - 2, 0), step):
+            short += after_short[below] + after_long[below]
+        long = after_short[step - 3] if step >= 3 else 0
+        if step in broken:
+            short = long = 0
+        after_short.append(short)
+        after_long.append(long)
+    return after_short[-1] + after_long[-1]
+
+
+@problem(
+    level=3,
+    hidden=[
+        (["....", "....", "....", "...."],),
+        (["1234", "3412", "2143", "4321"],),
+        (["1234", "2143", "3412", "4322"],),
+        (["12..", ".1..", "....", "...."],),
+        (["1...", "....", "1...", "...."],),
+        (["..3.", "3...", ".3..", "...3"],),
+        (["....", "....", "..2.", "...2"],),
+        (["1.2.", "3.4.", "2.1.", "4.3."],),
+    ],
+    wrong=(
+        'lines = board + ["".join(row[i] for row in board) for i in range(4)]\n'
+        "for line in lines:\n"
+        '    digits = line.replace(".", "")\n'
+        "    if len(set(digits)) < len(digits):\n"
+        "        return False\n"
+        "return True"
+    ),
+)
+def board_allowed(board: list[str]) -> bool:
+    """On a 4 by 4 board some squares hold a digit from 1 to 4 and the others a dot. Tell whether no digit occurs twice
+    in any row, in any column, or in any of the four 2 by 2 blocks into which the board is divided.
+
+    >>> board_allowed(["12..", "34..", "....", "...."])
+    True
+    >>> board_allowed(["1...", ".1..", "....", "...."])
+    False
+    >>> board_allowed(["4..4", "....", "....", "...."])
+    False
+    """
+    groups = list(board)
+    for column in range(4):
+        groups.append("".join(row[column] for row in board))
+    for y in (0, 2):
+        for x in (0, 2):
+            groups.append(board[y][x : x + 2] + board[y + 1][x : x + 2])
+    for group in groups:
+        for digit in "1234":
+            if group.count(digit) > 1:
+                return False
+    return True
+
+
+@problem(
+    level=3,
+    hidden=[
+        ([],),
+        ([[1, 2, 7]],),
+        ([[1, 3, 5], [3, 5, 5]],),
+        ([[1, 10, 20], [2, 4, 8], [5, 9, 11]],),
+        ([[1, 10, 18], [2, 4, 8], [5, 9, 11]],),
+        ([[4, 6, 3], [1, 5, 9], [5, 8, 2], [6, 9, 4]],),
+        ([[1, 4, 6], [1, 4, 9], [2, 3, 1]],),
+        ([[0, 2, 1], [1, 3, 5], [2, 4, 6], [3, 5, 1], [4, 6, 2]],),
+    ],
+    wrong=(
+        "pay, now = 0, 0\n"
+        "for start, end, wage in sorted(jobs, key=lambda job: job[1]):\n"
+        "    if start >= now:\n"
+        "        pay, now = pay + wage, end\n"
+        "return pay"
+    ),
+)
+def best_pay(jobs: list[list[int]]) -> int:
+    """Each job [start, end, pay] lasts from a start to a later end hour and earns some positive pay. Someone can do
+    only one job at a time, but can begin a job in the hour in which another one ends. Return the largest total pay of
+    jobs that one person can do.
+
+    >>> best_pay([[1, 3, 5], [2, 6, 12], [5, 8, 4]])
+    12
+    >>> best_pay([[8, 10, 3], [10, 12, 3], [9, 11, 5]])
+    6
+    """
+    chains: list[list[int]] = []
+    for start, end, pay in sorted(jobs, key=lambda job: job[1]):
+        before = 0
+        for earlier_end, total in chains:
+            if earlier_end <= start:
+                before = max(before, total)
+        chains.append([end, before + pay])
+    best = 0
+    for _, total in chains:
+        best = max(best, total)
+    return best
+
+
+@problem(
+    level=3,
+    hidden=[
+        (0, []),
+        (0, [[2, 1], [1, 2]]),
+        (2, []),
+        (5, []),
+        (10, []),
+        (1, [[0, 0]]),
+        (3, [[1, 0], [5, 5]]),
+        (25, []),
+        (8, [[0, 0], [0, 1], [1, 1]]),
+    ],
+    wrong=(
+        "spots = sorted(black)\n"
+        "x, y, dx, dy = 0, 0, 0, 1\n"
+        "for _ in range(steps):\n"
+        "    if [x, y] not in spots:\n"
+        "        spots.append([x, y])\n"
+        "        dx, dy = dy, -dx\n"
+        "    else:\n"
+        "        dx, dy = -dy, dx\n"
+        "    x, y = x + dx, y + dy\n"
+        "return sorted(spots)"
+    ),
+)
+def ant_traces(steps: int, black: list[list[int]]) -> list[list[int]]:
+    """An ant sits on the square [0, 0] of an endless floor and looks along the second coordinate, towards [0, 1]. The
+    squares listed in black are black, all others white. In each step it turns right if its square is white (so that it
+    looks towards [1, 0] at first) and left if it is black, then changes the colour of its square, then goes one square
+    forward. Return all black squares after so many steps, sorted by the first and then by the second coordinate.
+
+    >>> ant_traces(1, [])
+    [[0, 0]]
+    >>> ant_traces(4, [])
+    [[0, -1], [0, 0], [1, -1], [1, 0]]
+    >>> ant_traces(2, [[0, 0], [-1, 0]])
+    []
+    """
+    spots = [list(spot) for spot in black]
+    x, y = 0, 0
+    dx, dy = 0, 1
+    for _ in range(steps):
+        if [x, y] in spots:
+            spots.remove([x, y])
+            dx, dy = -dy, dx
+        else:
+            spots.append([x, y])
+            dx, dy = dy, -dx
+        x += dx
+        y += dy
+    return sorted(spots)
+
+
+@problem(
+    level=3,
+    hidden=[
+        ([], []),
+        ([], [3, 4]),
+        ([5], [5]),
+        ([9, 1], [2, 3]),
+        ([1, 2, 3], [3, 2, 1]),
+        ([2, 4], [3, 1]),
+        ([7, 7, 1], [7, 7, 2]),
+        ([8, 1, 6], [2, 9, 3]),
+        ([4], [1, 2, 5]),
+    ],
+    wrong=(
+        "left, right = list(left), list(right)\n"
+        "for _ in range(50):\n"
+        "    if left and right:\n"
+        "        first, second = left.pop(0), right.pop(0)\n"
+        "        if first > second:\n"
+        "            left += [first, second]\n"
+        "        elif first < second:\n"
+        "            right += [first, second]\n"
+        "return [len(left), len(right)]"
+    ),
+)
+def card_duel(left: list[int], right: list[int]) -> list[int]:
+    """Two players each have a pile of cards, given from top to bottom. In each round both uncover their top card. The
+    player with the higher card puts first this card and then the other player's card under the own pile; equal cards
+    are both taken out of the game. The game ends as soon as a player has no cards, or after 50 rounds. Return how many
+    cards the left and the right player have then.
+
+    >>> card_duel([5, 2], [3, 1])
+    [4, 0]
+    >>> card_duel([4, 6], [4, 7])
+    [0, 2]
+    >>> card_duel([5, 2], [1, 3])
+    [4, 0]
+    """
+    mine, yours = list(left), list(right)
+    for _ in range(50):
+        if not mine or not yours:
+            break
+        first, second = mine.pop(0), yours.pop(0)
+        if first > second:
+            mine += [first, second]
+        elif second > first:
+            yours += [second, first]
+    return [len(mine), len(yours)]
+
+
+@problem(
+    level=3,
+    hidden=[
+        ({}, "a", "a"),
+        ({}, "a", "b"),
+        ({"a": ["b"], "b": ["a"]}, "a", "b"),
+        ({"a": ["b", "c"], "b": ["d"], "c": ["d"]}, "a", "d"),
+        ({"a": ["c", "b"], "b": ["c"], "c": ["b", "d"]}, "a", "d"),
+        ({"a": ["b"], "c": ["b"]}, "a", "c"),
+        ({"s": ["t", "u"], "u": ["t", "v"], "v": ["t", "s"], "t": ["s"]}, "s", "t"),
+    ],
+    wrong=(
+        "routes = []\n"
+        "for stop in streets.get(start, []):\n"
+        "    if stop == goal:\n"
+        '        routes.append(start + "-" + goal)\n'
+        "    elif goal in streets.get(stop, []):\n"
+        '        routes.append(start + "-" + stop + "-" + goal)\n'
+        "return sorted(routes)"
+    ),
+)
+def all_routes(streets: dict[str, list[str]], start: str, goal: str) -> list[str]:
+    """From each place that is a key of a dictionary, one-way streets lead to the places in its list. Find all routes
+    from the start to the goal that come to no place twice. Write each as the names of its places joined by "-" and
+    return them in alphabetical order. If the start is the goal, the only route is that one place.
+
+    >>> all_routes({"a": ["b", "c"], "b": ["c"]}, "a", "c")
+    ['a-b-c', 'a-c']
+    >>> all_routes({"a": ["b"], "b": ["c"], "c": ["a", "d"]}, "a", "d")
+    ['a-b-c-d']
+    """
+    routes: list[str] = []
+    unfinished = [[start]]
+    while unfinished:
+        path = unfinished.pop()
+        if path[-1] == goal:
+            routes.append("-".join(path))
+            continue
+        for place in streets.get(path[-1], []):
+            if place not in path:
+                unfinished.append([*path, place])
+    return sorted(routes)
+
+
+@problem(
+    level=3,
+    hidden=[
+        ([2, 2],),
+        ([2, 4],),
+        ([[3, 3], 6],),
+        ([[1, 2], 3],),
+        ([[4, 4], [2, 6]],),
+        ([[[1, 1], 2], [2, [1, 1]]],),
+        ([8, [4, [2, 2]]],),
+        ([[[2, 2], [1, 3]], 8],),
+    ],
+    wrong=(
+        "def weight(part):\n"
+        "    return part if isinstance(part, int) else sum(weight(inner) for inner in part)\n"
+        "return weight(mobile[0]) == weight(mobile[1])"
+    ),
+)
+def hangs_straight(mobile: list[object]) -> bool:
+    """A mobile is a bar with something hanging from each of its two ends, written as a list of two: a weight, which is
+    a positive whole number, or another mobile. A bar hangs straight if what hangs from its two ends weighs the same,
+    where bars weigh nothing. Tell whether all bars of a mobile hang straight.
+
+    >>> hangs_straight([3, [2, 1]])
+    False
+    >>> hangs_straight([4, [2, 2]])
+    True
+    >>> hangs_straight([1, 5])
+    False
+    """
+
+    def weigh(part: object) -> int:
+        if isinstance(part, list):
+            left, right = weigh(part[0]), weigh(part[1])
+            return left + right if left == right and left > 0 else 0
+        return part if isinstance(part, int) else 0
+
+    return weigh(mobile) > 0
+
+
+@problem(
+    level=3,
+    hidden=[
+        ([],),
+        ([[]],),
+        ([["a"]],),
+        ([["a", "b"], ["ccc", "d"]],),
+        ([["x"], ["long word", "y", "z"], ["m", "n"]],),
+        ([["", "b"], ["aa", ""]],),
+        ([["id", "name"], ["1", "Eva"], ["22", "Al"]],),
+    ],
+    wrong=(
+        "width = max((len(cell) for row in rows for cell in row), default=0)\n"
+        'return ["|".join(cell.ljust(width, ".") for cell in row) for row in rows]'
+    ),
+)
+def table_lines(rows: list[list[str]]) -> list[str]:
+    """Write the rows of a table as lines in which all cells of a column are equally long: fill each cell with dots on
+    its right up to the length of the longest cell in its column, and join the cells of a row by bars (|). Rows may
+    have different numbers of cells; a row without cells is an empty line.
+
+    >>> table_lines([["ab", "c"], ["d", "ef"]])
+    ['ab|c.', 'd.|ef']
+    >>> table_lines([["one", "1"], ["eleven"]])
+    ['one...|1', 'eleven']
+    """
+    widths: list[int] = []
+    for row in rows:
+        for place, cell in enumerate(row):
+            if place == len(widths):
+                widths.append(0)
+            widths[place] = max(widths[place], len(cell))
+    lines: list[str] = []
+    for row in rows:
+        cells = [cell.ljust(widths[place], ".") for place, cell in enumerate(row)]
+        lines.append("|".join(cells))
+    return lines
+
+
+@problem(
+    level=3,
+    hidden=[
+        ([[3]],),
+        ([[4]],),
+        ([[9]],),
+        ([[0, 5, 0]],),
+        ([[4, 4]],),
+        ([[3, 3, 3], [3, 4, 3], [3, 3, 3]],),
+        ([[0, 0, 0], [0, 8, 0], [0, 0, 0]],),
+        ([[4, 0], [3, 3]],),
+        ([[10, 0, 1]],),
+    ],
+    wrong=(
+        "grid = [list(row) for row in heights]\n"
+        "for y, row in enumerate(heights):\n"
+        "    for x, height in enumerate(row):\n"
+        "        if height >= 4:\n"
+        "            grid[y][x] -= 4\n"
+        "            for j, i in ((y + 1, x), (y - 1, x), (y, x + 1), (y, x - 1)):\n"
+        "                if 0 <= j < len(grid) and 0 <= i < len(row):\n"
+        "                    grid[j][i] += 1\n"
+        "return grid"
+    ),
+)
+def sand_at_rest(heights: list[list[int]]) -> list[list[int]]:
+    """Each square of a table, whose rows have equal lengths, holds some grains of sand. A square with 4 grains or more
+    topples: it loses 4 grains and each of the up to four squares that share an edge with it gets one; grains that
+    would go beyond the edge of the table are lost. Let squares topple, in any order, until all have fewer than 4
+    grains (the order makes no difference) and return the grid.
+
+    >>> sand_at_rest([[5, 1]])
+    [[1, 2]]
+    >>> sand_at_rest([[4, 3], [0, 0]])
+    [[1, 0], [1, 1]]
+    """
+    grid = [list(row) for row in heights]
+    restless = True
+    while restless:
+        restless = False
+        for y, row in enumerate(grid):
+            for x in range(len(row)):
+                if row[x] < 4:
+                    continue
+                restless = True
+                row[x] -= 4
+                for j, i in ((y + 1, x), (y - 1, x), (y, x + 1), (y, x - 1)):
+                    if 0 <= j < len(grid) and 0 <= i < len(row):
+                        grid[j][i] += 1
+    return grid
