@@ -218,13 +218,13 @@ def is_rocket_start(numbers: list[int]) -> bool:
     hidden=[(0,), (1,), (2,), (255,), (256,), (21,), (1000,)],
     wrong="return len(bin(number)) - 2",
 )
-def lit_lamps(number: int) -> int:
+def binary_lamps(number: int) -> int:
     """A row of lamps shows a whole number (0 or more) in binary: a lamp is lit for each digit 1. Return how many are
     lit.
 
-    >>> lit_lamps(5)
+    >>> binary_lamps(5)
     2
-    >>> lit_lamps(8)
+    >>> binary_lamps(8)
     1
     """
     return bin(number).count("1")
@@ -1191,7 +1191,7 @@ def truth_value(text: str) -> bool:
         ([5, 5, 5, 5],),
         ([9, 1, 1, 9, 1],),
         ([1, 9, 1, 9],),
-        ([2, 7, 9, 3, 1],),
+        ([3, 8, 6, 2, 4],),
         ([10, 1, 1, 10, 1, 10],),
         ([0, 0, 4, 0, 0, 6],),
     ],
@@ -1274,7 +1274,7 @@ def easiest_descent(slope: list[list[int]]) -> int:
     hidden=[
         ([],),
         ([["g", "h"], ["i", "j"], ["h", "i"], ["j", "h"]],),
-        ([["a", "b"], ["c", "a"]],),
+        ([["d", "e"], ["f", "d"], ["e", "g"], ["g", "f"]],),
         ([["a", "b"], ["c", "d"], ["a", "c"]],),
         ([["a", "b"], ["b", "c"], ["c", "d"], ["d", "e"], ["e", "a"]],),
         ([["x", "y"], ["y", "x"]],),
@@ -1341,7 +1341,7 @@ def two_peaceful_teams(rivals: list[list[str]]) -> bool:
 def cheapest_network(villages: list[str], cables: list[str]) -> int:
     """Each possible cable reads like "a b 5": two villages and the price (1 or more) of a cable between them. Return
     the smallest total price of cables that connect all villages with each other, directly or through other villages,
-    or -1 if this is impossible. At most one village needs no cables.
+    or -1 if this is impossible. With fewer than two villages no cables are needed, and the price is 0.
 
     >>> cheapest_network(["a", "b", "c"], ["a b 4", "b c 3", "a c 5"])
     7
@@ -1368,7 +1368,7 @@ def cheapest_network(villages: list[str], cables: list[str]) -> int:
         ("abc", []),
         ("aaa", ["a", "aa"]),
         ("aaaaa", ["aa", "aaa"]),
-        ("catsanddog", ["cat", "cats", "and", "sand", "dog"]),
+        ("carpetsale", ["car", "pet", "carpet", "pets", "sale", "ale"]),
         ("abab", ["ab", "aba", "b"]),
         ("xyz", ["xy", "yz"]),
         ("nonono", ["no", "nono", "on"]),
@@ -1577,7 +1577,7 @@ def leaving_times(desks: int, customers: list[list[int]]) -> list[int]:
         ("Mg(OH)2",),
         ("Fe2(SO4)3",),
         ("(H)(H)O",),
-        ("K4(ON(SO3)2)2",),
+        ("Na3(PO(NH2)3)2",),
         ("CH3CH2OH",),
         ("(CO)12",),
     ],
@@ -1652,7 +1652,7 @@ def zigzag_cipher(text: str, rows: int) -> str:
 
 @problem(
     level=3,
-    hidden=[(7,), (10,), (21,), (111,), (115,), (1432,), (9876,), (230241,), (59884848,), (1999,)],
+    hidden=[(7,), (10,), (21,), (111,), (115,), (1432,), (9876,), (207431,), (48844884,), (1999,)],
     wrong=(
         "digits = list(str(number))\n"
         "for place in range(len(digits) - 1, 0, -1):\n"
@@ -1943,7 +1943,7 @@ def ant_traces(steps: int, black: list[list[int]]) -> list[list[int]]:
 )
 def card_duel(left: list[int], right: list[int]) -> list[int]:
     """Two players each have a pile of cards, given from top to bottom. In each round both uncover their top card. The
-    player with the higher card puts first this card and then the other player's card under the own pile; equal cards
+    player with the higher card puts first this card and then the other player's card under their own pile; equal cards
     are both taken out of the game. The game ends as soon as a player has no cards, or after 50 rounds. Return how many
     cards the left and the right player have then.
 

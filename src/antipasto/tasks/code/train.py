@@ -2607,8 +2607,8 @@ def task_order(needs: dict[str, list[str]]) -> list[str]:
 def friend_groups(names: list[str], friends: list[list[str]]) -> list[list[str]]:
     """Each pair in friends means that these two different people, who are among the given names, know each other. No
     name is given twice. People belong to the same group if they are linked by a chain of such pairs; somebody without
-    friends is a group alone. Return the groups, each sorted alphabetically, in the alphabetical order of their first
-    names.
+    friends is a group alone. Return the groups, each sorted alphabetically, and order the groups alphabetically by the
+    first name in each.
 
     >>> friend_groups(["tom", "ann", "eva"], [["tom", "eva"]])
     [['ann'], ['eva', 'tom']]
@@ -3398,7 +3398,7 @@ def finish_times(jobs: dict[str, int], turn: int) -> list[str]:
     """Jobs, given by name with the minutes of work they need (1 or more), wait in line in alphabetical order. The
     first job in the line is worked on for one turn of so many minutes, or less if it is done sooner; if it is not done
     then, it goes to the end of the line; this goes on until all jobs are done. Return for each job a text "name
-    minute" with the minute, counted from the start of the work, in which it got done, in the order in which the jobs
+    minutes", with the number of minutes from the start of the work until it was done, in the order in which the jobs
     get done.
 
     >>> finish_times({"a": 3, "b": 1}, 2)
@@ -3431,7 +3431,7 @@ def finish_times(jobs: dict[str, int], turn: int) -> list[str]:
         ("abba",),
         ("xlevelradary",),
         ("bananas",),
-        ("aacabdkacaa",),
+        ("kayakmadam",),
         ("xabay",),
         ("abcdcbe",),
     ],
@@ -3593,10 +3593,10 @@ def fill_in(text: str, values: dict[str, str]) -> str:
     wrong='return " + ".join(f"{number}x^{power}" for power, number in enumerate(numbers) if number)',
 )
 def polynomial_text(numbers: list[int]) -> str:
-    """Write a polynomial whose factors of 1, x, x^2, x^3 and so on are given in this order. Begin with the highest
-    power; leave out terms with factor 0, the factor 1 or -1 before a power of x (keeping the minus sign), and the
-    exponent of x^1. Put " + " or " - " between terms, and "-" directly before the first one if it is negative. Without
-    terms, write "0".
+    """Write a polynomial whose coefficients of 1, x, x^2, x^3 and so on are given in this order. Begin with the
+    highest power; leave out terms with coefficient 0, the coefficient 1 or -1 before a power of x (keeping the minus
+    sign), and the exponent of x^1. Put " + " or " - " between terms, and "-" directly before the first one if it is
+    negative. Without terms, write "0".
 
     >>> polynomial_text([4, -3, 2])
     '2x^2 - 3x + 4'
