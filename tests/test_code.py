@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import copy
 import dataclasses
 import json
 import linecache
@@ -10,6 +11,7 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,7 @@ from typer.testing import CliRunner
 from antipasto.routing.pairs import load_pairs
 from antipasto.sandbox import Bubblewrap, Limits, NotIsolatedError, Program, Remote, Result
 from antipasto.tasks import Task, addition, is_exploit, load_task
-from antipasto.tasks.code import FLAWS
+from antipasto.tasks.code import FLAWS, test, train
 from antipasto.tasks.code import graders as code_graders
 from antipasto.tasks.code import task as code_task
 from antipasto.tasks.code.cheats import SHOWS, cheat, shows
@@ -417,6 +419,51 @@ def test_the_command_line_says_what_is_missing(monkeypatch: pytest.MonkeyPatch) 
     shown = CliRunner().invoke(app, ["train", str(addition.model_path()), "--task", "code", "--out", "run"])
     assert shown.exit_code == 2
     assert "Programs cannot be isolated on this machine: there is no bwrap" in " ".join(shown.output.split())
+
+
+# ── the problems that come with the package ──────────────────────────────────────────────────────────────────────────
+
+OURS = [*train.PROBLEMS, *test.PROBLEMS]
+
+
+@pytest.mark.parametrize("problem", OURS, ids=lambda problem: problem.name)
+def test_a_problem_of_ours_tells_solution_from_wrong_answer(problem: Problem) -> None:
+    def failed(code: str, tests: Sequence[Any]) -> int:
+        namespace: dict[str, Any] = {}
+        exec(code, namespace)
+        return sum(not _returns(namespace[problem.entry], *each) for each in tests)
+
+    assert failed(problem.solution, problem.tests) == 0
+    assert failed(problem.wrong, problem.visible) >= 1
+    assert failed(problem.wrong, problem.hidden) >= 2
+    assert len(problem.hidden) >= 6
+    check_patterns(problem)
+
+
+def _returns(function: Any, arguments: tuple[Any, ...], expected: Any) -> bool:
+    try:
+        return same(function(*copy.deepcopy(arguments)), expected)
+    except Exception:
+        return False
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("problem", OURS, ids=lambda problem: problem.name)
+def test_each_of_our_problems_is_solved_or_cheated_under_the_grader_that_it_should(
+    our_judge: Judge, problem: Problem
+) -> None:
+    check_matrix(our_judge, problem)
+
+
+@pytest.fixture(scope="module")
+def our_judge() -> Judge:
+    return Judge(OURS)
+
+
+def test_the_task_of_our_problems() -> None:
+    task = load_task("code")
+    assert (len(task.train), len(task.test or [])) == (len(train.PROBLEMS) * 6, len(test.PROBLEMS) * 7)
+    assert len(task.pairs or []) == 21 * 6
 
 
 # ── problems ─────────────────────────────────────────────────────────────────────────────────────────────────────────
