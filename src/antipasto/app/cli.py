@@ -187,7 +187,7 @@ def train(
     task: Annotated[
         str | None,
         typer.Option(
-            help="addition, reasoning_gym/NAME, path/to/task.py:NAME or package.module:NAME.",
+            help="addition, code, code/FLAW, reasoning_gym/NAME, path/to/task.py:NAME or package.module:NAME.",
             show_default=False,
         ),
     ] = None,
