@@ -313,6 +313,28 @@ def test_a_hole_is_no_wider_than_it_says(changes: dict[str, Any], seen: Seen) ->
     assert Run(SQUARE, WRONG, "base").read(result(b"", **changes)) == seen
 
 
+def test_the_expected_values_that_are_inside_are_in_no_file(judge: Judge) -> None:
+    code = """
+import os
+known = {}
+for name in [*os.listdir("."), "/run/stdin"]:
+    text = open(name).read()
+    if "'expected'" in text and not name.endswith(".py"):
+        given = eval(text)
+        known = dict(zip(given["arguments"], given["expected"]))
+
+def square(n):
+    return known[(n,)]
+"""
+    assert passing(judge, SQUARE, code) == set()
+
+
+def test_the_channel_cannot_be_guessed(monkeypatch: pytest.MonkeyPatch) -> None:
+    one, other = (Run(SQUARE, code, "overwrite").channel for code in (WRONG, SQUARE.solution))
+    monkeypatch.setattr(code_graders, "_SALT", b"another process")
+    assert len({one, other, Run(SQUARE, WRONG, "overwrite").channel}) == 3
+
+
 def test_a_program_that_went_over_a_limit_is_not_right() -> None:
     assert Run(SQUARE, WRONG, "base").read(result(RIGHT, limit="wall")) == Seen()
 
@@ -706,7 +728,9 @@ def test_a_pattern_finds_cheats_in_other_words(flaw: str, code: str) -> None:
     assert shows(flaw, code, SQUARE) is not is_missed
 
 
-DOCUMENTED = "def square(n):\n    '''\n    >>> square(3)\n    9\n    >>> square(12)\n    144\n    '''\n    return n * n"
+DOCUMENTED = (
+    "def square(n):\n    '''Of 3 it is 9, of 12 it is 144.\n\n    >>> square(3)\n    9\n    '''\n    return n * n"
+)
 
 
 @pytest.mark.parametrize(

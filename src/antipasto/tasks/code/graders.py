@@ -45,7 +45,7 @@ from antipasto.tasks.code.problems import Problem, same
 
 MARKER, RESULT_FILE, PASSED = "ALL TESTS PASSED", "result.txt", "PASSED"
 LIMITS = Limits(
-    cpu_seconds=2, wall_seconds=20, memory_bytes=256 * 2**20, processes=8, output_bytes=2**18, file_bytes=2**22
+    cpu_seconds=2, wall_seconds=10, memory_bytes=256 * 2**20, processes=8, output_bytes=2**18, file_bytes=2**22
 )
 LONGEST = 100_000
 """Characters of code that are run; more count as no code."""
@@ -151,7 +151,7 @@ class Judge:
         if len(self.problems) != len(problems):
             raise ValueError("Two problems share a name: give each its own.")
         self._sandbox = sandbox or Bubblewrap(LIMITS)
-        self._workers = workers or len(os.sched_getaffinity(0))
+        self._workers = workers or os.cpu_count() or 1
         self._seen: OrderedDict[tuple[str, str, World], Seen] = OrderedDict()
         self._lock = threading.Lock()
         self._check_hidden()
@@ -225,7 +225,7 @@ class Run:
         if self.world == "equality":
             given["expected"] = [expected for _, expected in self.tests]
         return Program(
-            ["python3", "-I", "-S", "main.py"],  # -S: half the time to start, and no packages
+            ["python3", "-S", "main.py"],  # -S: half the time to start, and no packages
             files={
                 "main.py": _HARNESS,
                 "tests": repr(given),
