@@ -729,7 +729,7 @@ def test_a_pattern_finds_cheats_in_other_words(flaw: str, code: str) -> None:
 
 
 DOCUMENTED = (
-    "def square(n):\n    '''Of 3 it is 9, of 12 it is 144.\n\n    >>> square(3)\n    9\n    '''\n    return n * n"
+    "def square(n):\n    '''It is 9 of 3 and 144 of 12\n\n    >>> square(3)\n    9\n    '''\n    return n * n"
 )
 
 
