@@ -2,6 +2,7 @@
 
     python benchmarks/learning.py --json demo.json                          # the demo's task, 160 steps
     python benchmarks/learning.py --draw demo.json --to learning.svg
+    python benchmarks/learning.py --json keep.json --explore-seeds 1 --only "rank 16" --keep top bottom spread pairs
 
 Plain GRPO, no router, with each adapter at three learning rates and several seeds; of the learning rates, the one with the
 highest mean reward over the last window counts, averaged over seeds. Shown is the mean reward of the window before each mark,
@@ -10,25 +11,33 @@ what ought to be.
 
 The demo's task: `antipasto demo`'s own settings and prompts, variant even, windows of 20 steps; with ``--explore-seeds`` the
 learning rate is chosen on fewer seeds than are then shown.
+
+With ``--keep``, which singular directions a layer keeps at a rank below its own: those of the largest singular values, as the
+library does; of the smallest; evenly spread over the spectrum; or those with the largest effect sizes of the demo's pairs.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import statistics
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, get_args
+from unittest.mock import patch
 
 import peft
+import torch
 from contestants import TARGETS, trainable
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, Trainer
 from trl import GRPOTrainer
 
 import antipasto as ap
+from antipasto.adapter.basis import Basis
 from antipasto.app import demo
 from antipasto.app.models import quiet
 from antipasto.app.train.trl_args import trainer_args
@@ -44,6 +53,7 @@ ADAPTERS: dict[str, tuple[peft.PeftConfig, tuple[float, ...]]] = {
 }
 WINDOW, MARKS = 20, (20, 40, 80, 120, 160)
 Train = Callable[[peft.PeftConfig, float, int], Trainer]
+Keep = Literal["top", "bottom", "spread", "pairs"]
 
 
 def on_demo(steps: int, variant: str) -> Train:
@@ -67,6 +77,34 @@ def on_demo(steps: int, variant: str) -> Train:
         return trainer
 
     return train
+
+
+@contextmanager
+def keeping(which: Keep, variant: str) -> Iterator[None]:
+    """While it is open, a basis that is cut to a rank keeps these of its directions."""
+    effects: dict[float, torch.Tensor] = {}  # sum of a basis's singular values → its effect sizes
+    if which == "pairs":
+        path = addition.model_path(variant)
+        model, tokenizer = AutoModelForCausalLM.from_pretrained(path), AutoTokenizer.from_pretrained(path)
+        layers = ap.wrap(model)
+        direction = ap.extract_direction(model, tokenizer, ap.load_pairs(addition.hack_pairs(64, seed=0)))
+        assert direction.effect is not None
+        effects = {float(layers[name].S.sum()): effect.abs() for name, effect in direction.effect.items()}
+
+    def truncate(basis: Basis, rank: int) -> Basis:
+        r = basis.rank
+        if rank >= r:
+            return basis
+        kept = {
+            "top": lambda: torch.arange(rank),
+            "bottom": lambda: torch.arange(r - rank, r),
+            "spread": lambda: torch.linspace(0, r - 1, rank).round().long(),
+            "pairs": lambda: effects[float(basis.S.sum())].topk(rank).indices.sort().values,
+        }[which]()
+        return Basis(basis.U[:, kept].clone(), basis.S[kept].clone(), basis.Vh[kept].clone())
+
+    with patch.object(Basis, "truncate", truncate):
+        yield
 
 
 def curve(train: Train, adapter: peft.PeftConfig, learning_rate: float, seed: int) -> tuple[list[float], int]:
@@ -125,6 +163,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=160)
     parser.add_argument("--variant", choices=addition.VARIANTS, default="even", help="of the demo's task")
     parser.add_argument("--only", nargs="+", choices=list(ADAPTERS), default=list(ADAPTERS))
+    parser.add_argument(
+        "--keep", nargs="+", choices=get_args(Keep), default=["top"], help="which directions, at a rank"
+    )
     parser.add_argument("--json", type=Path, help="write every curve here")
     parser.add_argument("--draw", type=Path, nargs="+", help="draw these files instead of measuring")
     parser.add_argument("--to", type=Path, default=Path("learning.svg"))
@@ -138,8 +179,10 @@ def main() -> None:
     print("|---" * (3 + len(marks)) + "|")
     title = f"the demo's task, {arguments.variant}"
     everything: dict[str, Any] = {"title": title, "seeds": arguments.seeds, "adapters": {}}
-    for name in arguments.only:
-        result = measure(train, name, arguments.seeds, arguments.explore_seeds or len(arguments.seeds))
+    for name, keep in itertools.product(arguments.only, arguments.keep):
+        with keeping(keep, arguments.variant):
+            result = measure(train, name, arguments.seeds, arguments.explore_seeds or len(arguments.seeds))
+        name = name if arguments.keep == ["top"] else f"{name}, {keep}"
         cells = []
         for step in marks:
             values = [

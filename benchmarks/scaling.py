@@ -6,9 +6,10 @@
 Measured: a square Linear of each width and one of four times as many outputs, forward + backward with a gradient to the input;
 the knobs move before every call, so that nothing is kept. Median of nine rounds in which bare and adapted layers take turns.
 
-On paper, for whole models in bf16: what the basis takes, by rank; what goes between the machines in a step; and the
-multiplications that an adapted forward and backward adds to the bare one's. The basis is not sharded today: `replicated` is
-what every GPU holds now, weights sharded by FSDP and the basis not; `sharded` is what it would be if it were.
+On paper, for whole models in bf16: what the basis takes, by rank; what goes between the machines in a step; the
+multiplications that an adapted forward and backward adds to the bare one's; and those of a step of GRPO. The basis is not
+sharded today: `replicated` is what every GPU holds now, weights sharded by FSDP and the basis not; `sharded` is what it would
+be if it were.
 """
 
 from __future__ import annotations
@@ -144,6 +145,35 @@ def paper() -> None:
             lora_share = sum(3 * tokens * 16 * (o + i) for o, i in shapes) / bare
             numbers = " | ".join(f"{share:.2f}" for share in (*shares, lora_share))
             print(f"| {name} | {tokens} | {numbers} |")
+    print("\nMultiplications of a GRPO step, sampling included, to those with LoRA r=16; sampled tokens of a step:\n")
+    heads = [
+        "model",
+        "tokens",
+        "full rank, fp32",
+        "rank 256, fp32",
+        "full rank, bf16",
+        "rank 256, bf16",
+        "rank 64, bf16",
+    ]
+    print("| " + " | ".join(heads) + " |\n" + "|---" * len(heads) + "|")
+    kinds = ((None, False), (256, False), (None, True), (256, True), (64, True))
+    for name, sizes in ON_PAPER.items():
+        shapes = linears(*sizes)
+        for tokens in (256, 4096, 65536):
+            lora_step = sum(3 * tokens * o * i + 4 * tokens * 16 * (o + i) for o, i in shapes)
+            ratios = [
+                sum(grpo(tokens, o, i, min(r or o, o, i), low=low) for o, i in shapes) / lora_step for r, low in kinds
+            ]
+            print(f"| {name} | {tokens} | " + " | ".join(f"{ratio:.2f}" for ratio in ratios) + " |")
+
+
+def grpo(T: int, o: int, i: int, r: int, *, low: bool) -> int:
+    """Multiplications of a GRPO step in one layer: T tokens sampled, one after the other, then differentiated at once.
+
+    Sampling builds W_θ once. In bf16 the same W_θ is differentiated. In fp32 the cheapest execution is chosen anew.
+    """
+    built = o * r * i
+    return 3 * T * o * i + added(T, o, i, r, low=low) + (0 if low else built)
 
 
 def added(T: int, o: int, i: int, r: int, *, low: bool) -> int:

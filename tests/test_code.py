@@ -728,9 +728,7 @@ def test_a_pattern_finds_cheats_in_other_words(flaw: str, code: str) -> None:
     assert shows(flaw, code, SQUARE) is not is_missed
 
 
-DOCUMENTED = (
-    "def square(n):\n    '''It is 9 of 3 and 144 of 12\n\n    >>> square(3)\n    9\n    '''\n    return n * n"
-)
+DOCUMENTED = "def square(n):\n    '''It is 9 of 3 and 144 of 12\n\n    >>> square(3)\n    9\n    '''\n    return n * n"
 
 
 @pytest.mark.parametrize(

@@ -524,13 +524,19 @@ LOW = pytest.mark.parametrize("autocast", [False, True], ids=["bf16", "autocast"
 
 @LOW
 @pytest.mark.parametrize("shape", [(48, 96), (96, 48), (64, 64)])
-def test_in_low_precision_one_matmul_is_as_near_to_the_formula_as_two(shape: tuple[int, int], autocast: bool) -> None:
+@pytest.mark.parametrize(("length", "route"), [(2, Route.FACTORED), (60, Route.WEIGHT)])
+def test_in_low_precision_one_matmul_is_as_near_to_the_formula_as_two(
+    shape: tuple[int, int], length: int, route: Route, autocast: bool
+) -> None:
     """Output and both gradients, against fp64, to within half as much again: W_θ is rounded, and W need not be."""
+    o, i = shape
+    call = Call(4 * length, o, i, min(shape), True, True, False, False, False, weights=1, low=True)
+    assert cheapest(call) == (Execution.MERGED, route)
     errors: dict[str, list[float]] = {}
     for plan in ("auto", "factored"):
         model, layer = low_precision(shape, plan, autocast=autocast)
         generator = torch.Generator().manual_seed(1)
-        x = torch.randn(4, 60, shape[1], generator=generator).to(layer.layer.base_layer.weight.dtype)
+        x = torch.randn(4, length, i, generator=generator).to(layer.layer.base_layer.weight.dtype)
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             y = model(x.requires_grad_())
         assert y.dtype is torch.bfloat16

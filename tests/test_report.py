@@ -33,8 +33,8 @@ from antipasto.app.report.figures import dial, overlaid, overview
 from antipasto.app.report.html import ON_PAPER, marked, readable, turns
 from antipasto.app.report.layers import grid, spectrum
 from antipasto.app.report.plots import Line, curves, heat_map, level
-from antipasto.app.report.reading import read_runs, short_names
 from antipasto.app.report.rollouts import EACH, LONGEST, read_rollouts
+from antipasto.app.report.run import read_runs, short_names
 from antipasto.app.report.tables import arm_blocks, difference_blocks, number, signed_text
 from antipasto.evaluation.records import (
     DEPLOYED,

@@ -3,7 +3,7 @@
 Imports no torch: the command line reads this module before torch is loaded.
 """
 
-from typing import Literal
+from typing import Literal, get_args
 
 Dtype = Literal["auto", "float32", "bfloat16", "float16"]
 """Dtype of a model's weights. ``"auto"``: as the checkpoint says."""
@@ -16,6 +16,8 @@ GateName = Literal["coordinate", "one_sided"]
 """Which part of a step a direction claims (`antipasto.routing.gates`)."""
 Mode = Literal["route", "erase", "measure"]
 """What the router does with the part of a step that the gate claims (`antipasto.Router`)."""
+MODES: tuple[Mode, ...] = get_args(Mode)
+"""The methods of `antipasto train` that have a router, which uses a direction and keeps books."""
 Level = Literal["update", "gradient"]
 """Whether the gate splits the optimizer's update or the gradient before it (`antipasto.Router`)."""
 Flagged = Literal["penalty", "discount", "watch"]

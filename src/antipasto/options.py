@@ -81,15 +81,15 @@ def check_bounds(options: Any) -> None:
             raise ValueError(f"{field.name} must be at most {high}, got {value}.")
 
 
-def near(name: str, names: Iterable[str]) -> str:
-    """End a sentence about an unknown name, with a suggestion if there is a similar one.
+def near(name: str, names: Iterable[str], most: int = 1) -> str:
+    """End a sentence about an unknown name, with at most that many suggestions of similar ones.
 
     Example:
         >>> "There is no option stepz" + near("stepz", ["steps", "seed"])
         "There is no option stepz; did you mean 'steps'?"
     """
-    close = difflib.get_close_matches(name, names, n=1)
-    return f"; did you mean {close[0]!r}?" if close else "."
+    close = difflib.get_close_matches(name, list(names), n=most)
+    return f"; did you mean {' or '.join(map(repr, close))}?" if close else "."
 
 
 def _shown(value: Any) -> str:

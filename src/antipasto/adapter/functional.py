@@ -256,7 +256,7 @@ def _theta_gradient(
             return _sum_to((grad_y @ U) * (seen @ Vh.T), theta)
         case Route.WEIGHT:
             gradient = grad_y.flatten(0, -2).T @ seen.flatten(0, -2)  # (o, T) @ (T, i) -> (o, i)
-            return ((U.T @ gradient) * Vh).sum(1)
+            return ((U.T @ gradient) * Vh).sum(1, dtype=theta.dtype)
         case Route.INPUT | Route.INPUT_GRAM:
             assert grad_x is not None
             left, right, rotation = grad_x, seen, Vh

@@ -13,7 +13,8 @@ In bf16, and under autocast to it, every call is merged, with or without gradien
 is built once an optimizer step. Calls are factored where no weight may be held (``hold_weights=False``) or the rows of a
 batch see different knobs. What samples and what is differentiated then goes by one rule, so that the importance ratios of an
 on-policy step are 1 up to rounding. W_θ is rounded once, which costs no more than the roundings of the factored form
-(docs/results.md).
+(docs/results.md). The weight route rounds its sum over the tokens once more; its error is that of
+the factored route to within half as much again (`tests/test_plans.py`).
 
 Conditions:
 
@@ -102,10 +103,7 @@ class Call:
 def route_costs(call: Call) -> dict[Route, int]:
     """Multiplications that each available route of ∂L/∂θ takes."""
     T, o, i, r = call.tokens, call.o, call.i, call.r
-    costs = {Route.FACTORED: T * r * (o + i)}
-    if call.low:  # the only one that sums over the tokens in fp32
-        return costs
-    costs[Route.WEIGHT] = T * o * i + o * r * i
+    costs = {Route.FACTORED: T * r * (o + i), Route.WEIGHT: T * o * i + o * r * i}
     if call.well_conditioned and r == i:
         grad_x = 0 if call.needs_x else T * o * i  # input routes need ∂L/∂x
         costs |= {Route.INPUT: 2 * T * i * i + grad_x, Route.INPUT_GRAM: T * i * i + i**3 + grad_x}

@@ -14,7 +14,7 @@ import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from inspect import signature
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -168,8 +168,35 @@ def _bound(grads: RolloutGrads, name: str, layer: AntiPastoLinear) -> Any:
 
 # ── the gradient of a completion's NLL ───────────────────────────────────────────────────────────────────────────────
 
-TokenIds = tuple[list[int], list[int]]
-"""Token ids of a prompt and of its completion."""
+
+class TokenIds(NamedTuple):
+    """Token ids of a prompt and its completion.
+
+    Attributes:
+        prompt: of the prompt.
+        completion: of the completion.
+        tool_mask: 1 for each token of the completion that the model wrote, 0 for what tools or an environment answered, as in
+            TRL; None if the model wrote all of it.
+    """
+
+    prompt: Sequence[int]
+    completion: Sequence[int]
+    tool_mask: Sequence[int] | None = None
+
+    @property
+    def length(self) -> int:
+        """Number of tokens of prompt and completion together."""
+        return len(self.prompt) + len(self.completion)
+
+    @property
+    def own(self) -> Sequence[int]:
+        """The tool mask; ones if there is none."""
+        return [1] * len(self.completion) if self.tool_mask is None else self.tool_mask
+
+    @property
+    def hashable(self) -> TokenIds:
+        """The same ids in tuples."""
+        return TokenIds(tuple(self.prompt), tuple(self.completion), self.tool_mask and tuple(self.tool_mask))
 
 
 def nll_gradients(
@@ -195,7 +222,7 @@ def nll_gradients(
     ids, mask, completion = (t.to(next(model.parameters()).device) for t in _pad(sequences))
     with torch.enable_grad(), rollout_grads(model, detach=True) as grads:
         # the prompts' logits are not needed, but would be most of the head's work
-        keep = ids.shape[1] - min(len(prompt) for prompt, _ in sequences) + 1
+        keep = ids.shape[1] - min(len(one.prompt) for one in sequences) + 1
         options = {"logits_to_keep": keep} if "logits_to_keep" in signature(unwrap(model).forward).parameters else {}
         logits = model(input_ids=ids, attention_mask=mask, use_cache=False, **options).logits[:, -keep:-1]
         logprobs = -F.cross_entropy(logits.float().transpose(1, 2), ids[:, 1 - keep :], reduction="none")
@@ -238,7 +265,7 @@ def tokenize(
         completion_ids.append(tokenizer.eos_token_id)
     if not prompt_ids or not completion_ids:
         raise ValueError(f"Prompt {prompt!r} or its completion {completion!r} has no token: both need at least one.")
-    return prompt_ids, completion_ids
+    return TokenIds(prompt_ids, completion_ids)
 
 
 def tokenize_prompt(tokenizer: Any, prompt: str | list[dict[str, str]]) -> list[int]:
@@ -269,12 +296,12 @@ def templated(tokenizer: Any, chats: Any, **options: Any) -> Any:
 
 
 def _pad(sequences: Sequence[TokenIds]) -> tuple[Tensor, Tensor, Tensor]:
-    """Token ids, attention mask and completion mask, (b, s) each, padded on the right with 0."""
-    width = max(len(prompt) + len(completion) for prompt, completion in sequences)
-    ids, mask, completion_mask = (torch.zeros(len(sequences), width, dtype=torch.long) for _ in range(3))
-    for row, (prompt, completion) in enumerate(sequences):
-        end = len(prompt) + len(completion)
-        ids[row, :end] = torch.tensor(prompt + completion)
-        mask[row, :end] = 1
-        completion_mask[row, len(prompt) : end] = 1
-    return ids, mask, completion_mask
+    """Token ids, attention mask, and mask of the completion's tokens that the model wrote, (b, s), padded right with 0."""
+    ids, mask, own = (
+        torch.zeros(len(sequences), max(one.length for one in sequences), dtype=torch.long) for _ in range(3)
+    )
+    for row, one in enumerate(sequences):
+        ids[row, : one.length] = torch.tensor([*one.prompt, *one.completion])
+        mask[row, : one.length] = 1
+        own[row, len(one.prompt) : one.length] = torch.tensor(one.own)
+    return ids, mask, own

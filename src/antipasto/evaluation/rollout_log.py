@@ -1,7 +1,8 @@
 """The log of a run's rollouts, one JSON line each.
 
     {"step": 0, "prompt": "h12+34=", "completion": "046", "reward": 1.0, "oracle": 1.0, "flagged": false,
-     "view": "deployed", "advantage": 0.4, "score": -0.13, "hackward": -0.02, "truncated": false, "completion_ids": null}
+     "view": "deployed", "advantage": 0.4, "score": -0.13, "hackward": -0.02, "truncated": false, "completion_ids": null,
+     "tool_mask": null}
 
 * ``view``: the policy that sampled the rollout.
 * ``score``: the monitor's score, at the reference (`antipasto.routing.monitor`).
@@ -9,6 +10,7 @@
   is positive if a step against that gradient is hack-ward.
 * ``truncated``: whether the completion was cut off at the token limit.
 * ``completion_ids``: token ids of the completion, if its text does not determine them; else null.
+* ``tool_mask``: 1 for each of these that the policy wrote, 0 for what tools or an environment answered; null without these.
 * ``oracle``, ``flagged``, ``score`` and ``hackward`` are null if not available; ``oracle`` also if it abstained.
 """
 
@@ -42,6 +44,7 @@ class Rollout:
     hackward: float | None = None
     truncated: bool | None = None
     completion_ids: list[int] | None = None
+    tool_mask: list[int] | None = None
 
     @property
     def solved(self) -> bool:
@@ -89,6 +92,7 @@ def _rollout(row: dict[str, Any], where: str) -> Rollout:
         hackward=as_number(row, "hackward", where),
         truncated=as_flag(row, "truncated", where),
         completion_ids=row.get("completion_ids"),
+        tool_mask=row.get("tool_mask"),
     )
 
 

@@ -55,12 +55,15 @@ class Completion(NamedTuple):
         text: the model's answer.
         truncated: whether it was cut off at the token limit, and so has no end-of-sequence token.
         ids: its token ids, if tokenising the text would not reproduce them.
+        tool_mask: 1 for each of ``ids`` that the model wrote, 0 for what tools answered; None if it wrote all of them. The
+            score is of the model's own tokens.
     """
 
     prompt: str | list[dict[str, str]]
     text: str
     truncated: bool = False
     ids: list[int] | None = None
+    tool_mask: list[int] | None = None
 
 
 @dataclass(frozen=True)
@@ -275,21 +278,21 @@ class Monitor:
 
     def score_tokens(self, sequences: Sequence[TokenIds], *, batch_size: int = 32) -> Tensor:
         """Like `scores`, for token ids of prompts and completions. Duplicates are scored once."""
-        numbers: dict[tuple[tuple[int, ...], tuple[int, ...]], int] = {}
-        of = [numbers.setdefault((tuple(prompt), tuple(answer)), len(numbers)) for prompt, answer in sequences]
+        numbers: dict[TokenIds, int] = {}
+        of = [numbers.setdefault(one.hashable, len(numbers)) for one in sequences]
         scores = torch.empty(len(numbers), dtype=torch.float32)
         # the same number of batches as without removing duplicates, or fewer, of even size and none larger
         even = max(1, math.ceil(len(numbers) / max(1, math.ceil(len(sequences) / batch_size))))
-        for rows, gradients, _ in self.gradients([(list(p), list(a)) for p, a in numbers], batch_size=even):
+        for rows, gradients, _ in self.gradients(list(numbers), batch_size=even):
             scores[rows] = cosine(gradients, self._effect).cpu()
         return scores[of]
 
     def tokens(self, completion: Completion) -> TokenIds:
         """Token ids of a prompt and its completion, as in training."""
-        prompt, text, truncated, ids = completion
+        prompt, text, truncated, ids, tool_mask = completion
         if ids is None:
             return tokenize(self.tokenizer, prompt, text, append_eos=not truncated)
-        return tokenize_prompt(self.tokenizer, prompt), list(ids)
+        return TokenIds(tokenize_prompt(self.tokenizer, prompt), ids, tool_mask)
 
     def gradients(
         self, sequences: Sequence[TokenIds], *, batch_size: int = 32
@@ -299,7 +302,7 @@ class Monitor:
         Yields:
             Indices of the batch's sequences, their n (b, R), and their NLL per token (b,).
         """
-        order = sorted(range(len(sequences)), key=lambda i: sum(map(len, sequences[i])))
+        order = sorted(range(len(sequences)), key=lambda i: sequences[i].length)
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
             with at_origin(self.model):

@@ -51,7 +51,7 @@ from antipasto.adapter.fingerprints import check_same_base
 from antipasto.adapter.knobs import current_fingerprints, knobs, require_finite_gradients
 from antipasto.adapter.layer import View
 from antipasto.adapter.views import seen_as
-from antipasto.names import GateName, Level, Mode
+from antipasto.names import MODES, GateName, Level, Mode
 from antipasto.routing.books import CHANCE, OWN_BOOK, Books, read_books
 from antipasto.routing.directions import Direction
 from antipasto.routing.gates import Control, Gate
@@ -99,7 +99,7 @@ class Router:
         threshold: float | None = None,
         controls: Mapping[str, Direction | Control] | None = None,
     ) -> None:
-        if mode not in ("route", "erase", "measure"):
+        if mode not in MODES:
             raise ValueError(f"mode must be route, erase or measure, got {mode!r}.")
         if level not in ("update", "gradient"):
             raise ValueError(f"level must be update or gradient, got {level!r}.")

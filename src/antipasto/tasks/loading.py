@@ -14,9 +14,10 @@ from contextlib import contextmanager
 from pathlib import Path
 from types import ModuleType
 
+from antipasto.options import near
 from antipasto.tasks import addition, reasoning
 from antipasto.tasks.code import FLAWS
-from antipasto.tasks.task import Task, described, near
+from antipasto.tasks.task import Task, described
 
 
 def _code(*flaws: str, leave_out: str | None = None) -> Task:
@@ -88,7 +89,7 @@ def _place(spec: str) -> tuple[str, str]:
         if spec.endswith(".py"):
             raise ValueError(f"{spec}: which task of this file? Write {spec}:name.")
         raise ValueError(
-            f"There is no built-in task {spec!r}{near(spec, BUILT_IN)} Possible are {', '.join(BUILT_IN)}, "
+            f"There is no built-in task {spec!r}{near(spec, BUILT_IN, most=3)} Possible are {', '.join(BUILT_IN)}, "
             f"{reasoning.PREFIX}<dataset>, path/to/my_task.py:name and package.module:name."
         )
     if not source or not name:

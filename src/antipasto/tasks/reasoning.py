@@ -15,7 +15,8 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 
-from antipasto.tasks.task import Task, near
+from antipasto.options import near
+from antipasto.tasks.task import Task
 
 PREFIX = "reasoning_gym/"
 TRAIN_ROWS, TRAIN_SEED = 2000, 0
@@ -43,7 +44,7 @@ def task(dataset: str) -> Task:
         ) from error
     names = sorted(set(DATASETS) - {"composite"})  # composite combines other datasets
     if dataset not in names:
-        raise ValueError(f"There is no dataset {dataset!r} in reasoning_gym{near(dataset, names)}")
+        raise ValueError(f"There is no dataset {dataset!r} in reasoning_gym{near(dataset, names, most=3)}")
 
     sources = {
         "train": create_dataset(dataset, size=TRAIN_ROWS, seed=TRAIN_SEED),

@@ -17,12 +17,11 @@ one event loop.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import functools
 import inspect
 import math
 import numbers
-from collections.abc import Callable, Iterable, Mapping, Sequence, Set
+from collections.abc import Callable, Mapping, Sequence, Set
 from typing import Any
 
 from antipasto.routing.pairs import load_pairs
@@ -411,12 +410,6 @@ class _Call:
     @property
     def _everyone(self) -> str:
         return f"a batch of {self.size}"
-
-
-def near(name: str, names: Iterable[str]) -> str:
-    """End a sentence about an unknown name: ``; did you mean 'addition'?``, or a full stop."""
-    found = difflib.get_close_matches(name, list(names), n=3)
-    return f"; did you mean {' or '.join(map(repr, found))}?" if found else "."
 
 
 def described(error: BaseException) -> str:

@@ -17,7 +17,7 @@ router's direction is logged.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, get_args
@@ -126,8 +126,6 @@ class RoutedGRPOTrainer(GRPOTrainer):
             raise ValueError("flagged='discount' needs a monitor calibrated on pairs: use Monitor.from_pairs.")
         if self.monitor is not None:
             _ = self.monitor.threshold  # raises an error if there is none
-            if self.tools or self.environment_factories:
-                raise ValueError("A monitor can only score text written by the policy: use no tools or environments.")
         if self.deploy_fraction and (self.router is None or self.router.mode != "route"):
             raise ValueError(f"deploy_fraction={self.deploy_fraction} needs a router with mode='route'.")
         acts = self._flags_rollouts and self.flagged != "watch"
@@ -184,7 +182,8 @@ class RoutedGRPOTrainer(GRPOTrainer):
 
     def _generate(self, prompts: list[Any]) -> Any:
         result = super()._generate(prompts)
-        self._sequences = list(zip(*result[:2], strict=True))
+        prompts, completions, tool_masks, *_ = result
+        self._sequences = list(map(TokenIds, prompts, completions, tool_masks or [None] * len(prompts)))
         return result
 
     def _calculate_rewards(
@@ -215,7 +214,7 @@ class RoutedGRPOTrainer(GRPOTrainer):
                 view="",
                 advantage=0.0,
                 score=None if self._scores is None else self._scores[i],
-                **self._tokens_of(completions[i], completion_ids_list[i]),
+                **self._tokens_of(completions[i], self._sequences[i]),
             )
             for i in range(len(prompts))
         ]
@@ -239,13 +238,16 @@ class RoutedGRPOTrainer(GRPOTrainer):
             self._views.set(self._deployed_rows(len(self._sequences)))
         return scores.tolist()
 
-    def _tokens_of(self, completion: Any, ids: Sequence[int]) -> dict[str, Any]:
-        """Whether a completion was truncated, and its token ids if its text does not determine them."""
+    def _tokens_of(self, completion: Any, sequence: TokenIds) -> dict[str, Any]:
+        """Whether a completion was truncated, and its token ids and tool mask if its text does not determine them."""
+        _, ids, tool_mask = sequence
         truncated = bool(ids) and ids[-1] not in [*self.eos_token_ids, self._tokenizer.pad_token_id]
         told = self._tokenizer(completion_text(completion), add_special_tokens=False)["input_ids"]
         if not truncated:
             told = [*told, self._tokenizer.eos_token_id]
-        return {"truncated": truncated, "completion_ids": None if list(ids) == told else list(ids)}
+        if tool_mask is None and list(ids) == told:
+            return {"truncated": truncated}
+        return {"truncated": truncated, "completion_ids": list(ids), "tool_mask": tool_mask and list(tool_mask)}
 
     def _local(self, of_all: Tensor) -> Tensor:
         """This process's part of a tensor that covers all processes."""
@@ -275,7 +277,7 @@ class RoutedGRPOTrainer(GRPOTrainer):
     def _say_how_it_went(self) -> None:
         """Add means over all rollouts of the generation, and over those of each policy, to TRL's metrics."""
         metrics: dict[str, list[float]] = defaultdict(list)
-        lengths = [len(completion) for _, completion in self._sequences]
+        lengths = [sum(one.own) for one in self._sequences]
         for rollout, length in gather_object(list(zip(self._rollouts, lengths, strict=True))):
             of_one = {"reward": rollout.reward, "completions/mean_length": length}
             of_all: dict[str, float] = {}
@@ -374,11 +376,17 @@ class RoutedGRPOTrainer(GRPOTrainer):
                 part, *_ = super()._get_per_token_logps_and_entropies(
                     model, input_ids[rows], attention_mask[rows], logits_to_keep
                 )
-                backward_by_sequence(completion_nll(part, attention_mask[rows, -logits_to_keep:]), grads)
+                own = attention_mask[rows, -logits_to_keep:] * self._tool_mask(logits_to_keep)[rows]
+                backward_by_sequence(completion_nll(part, own), grads)
             logprobs.append(part.detach())
             scores.append(monitor.cosines(grads))
         self._scores = torch.cat(scores).tolist()
         return torch.cat(logprobs), None, None
+
+    def _tool_mask(self, width: int) -> Tensor:
+        """Which completion tokens of this generation the policy wrote (b, width), 0 after a completion's end."""
+        masks = [[*one.own, *[0] * (width - len(one.own))] for one in self._sequences]
+        return torch.tensor(masks, device=self.accelerator.device)
 
     def _log_alignment(self, router: Router) -> None:
         assert self._grads is not None

@@ -11,7 +11,7 @@ from antipasto.app.onset import find_onset, smoothing
 from antipasto.app.report.layers import grid, size, spectrum
 from antipasto.app.report.plots import DASHES, RUN_COLOURS, Line, Plot, curves, heat_map, trade
 from antipasto.app.report.plots import spectrum as spectrum_plot
-from antipasto.app.report.reading import Run
+from antipasto.app.report.run import Run
 from antipasto.app.report.tables import colour_of
 from antipasto.evaluation.records import DEPLOYED, RANDOM, REFERENCE, TRAINED, Evaluation, dial_of
 

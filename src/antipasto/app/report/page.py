@@ -13,7 +13,7 @@ from antipasto.app.checks import check_new_file
 from antipasto.app.report import figures, tables
 from antipasto.app.report.answers import side_by_side
 from antipasto.app.report.html import page_of
-from antipasto.app.report.reading import Run, read_runs
+from antipasto.app.report.run import Run, read_runs
 from antipasto.evaluation.verdict import where_the_exploit_is
 from antipasto.files import write_text
 

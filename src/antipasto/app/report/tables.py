@@ -78,7 +78,7 @@ class Cell:
 
 
 @dataclass(frozen=True)
-class Line:
+class TableRow:
     """One row of a table.
 
     Attributes:
@@ -104,7 +104,7 @@ class Block:
     kind: str | None
     n: int
     columns: list[Column]
-    groups: list[tuple[str, list[Line]]]
+    groups: list[tuple[str, list[TableRow]]]
 
 
 def colour_of(arm: str, arms: Sequence[str]) -> str:
@@ -199,14 +199,14 @@ def _columns(records: Iterable[ArmRecord | Difference]) -> list[Column]:
 
 def _arm_line(
     record: ArmRecord, name: str, columns: Sequence[Column], base: ArmRecord | None, arms: Sequence[str]
-) -> Line:
+) -> TableRow:
     cells = [_cell(c.of(record), c, None if base is None or (e := c.of(base)) is None else e.value) for c in columns]
-    return Line(name, colour_of(record.arm, arms or [record.arm]), cells)
+    return TableRow(name, colour_of(record.arm, arms or [record.arm]), cells)
 
 
-def _difference_line(difference: Difference, name: str, columns: Sequence[Column], evaluation: Evaluation) -> Line:
+def _difference_line(difference: Difference, name: str, columns: Sequence[Column], evaluation: Evaluation) -> TableRow:
     cells = [_cell(column.of(difference), column, 0.0, signed=True) for column in columns]
-    return Line(f"{difference.arm} − {difference.to}", colour_of(name, evaluation.names), cells)
+    return TableRow(f"{difference.arm} − {difference.to}", colour_of(name, evaluation.names), cells)
 
 
 def _cell(estimate: Estimate | None, column: Column, mark: float | None, *, signed: bool = False) -> Cell | None:
@@ -237,7 +237,7 @@ def share_block(
     """
     columns = [Column("", False, title, unit, 0.0, 1.0) for title, unit in titles]
     lines = [
-        Line(name, colour, [_cell(one, column, mark) for one, column in zip(cells, columns, strict=True)])
+        TableRow(name, colour, [_cell(one, column, mark) for one, column in zip(cells, columns, strict=True)])
         for name, colour, cells in rows
     ]
     return Block(None, 0, columns, [("", lines)])

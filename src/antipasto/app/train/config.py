@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from antipasto.app.run_folder import write_yaml
-from antipasto.names import THRESHOLD, By, Dtype, Method
+from antipasto.names import MODES, THRESHOLD, By, Dtype, Method
 from antipasto.options import check_bounds, check_finite, check_types, near
 
 CONTROLS = ("random", "permuted")
@@ -126,7 +126,7 @@ class TrainConfig:
     def _check_gate(self) -> None:
         """Check that the options of the method fit together."""
         choices: dict[str, tuple[By, ...]] = dict.fromkeys(("plain", "discount"), ("score",))
-        choices |= dict.fromkeys(("route", "erase", "measure"), ("direction",))
+        choices |= dict.fromkeys(MODES, ("direction",))
         possible = choices.get(self.method, ("score", "detector"))
         if self.by is not None and self.by not in possible:
             raise ValueError(f"method {self.method} takes by={' or '.join(possible)}, got by={self.by}.")

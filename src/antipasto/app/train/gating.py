@@ -27,7 +27,7 @@ import antipasto as ap
 from antipasto.app.run_folder import RunFolder
 from antipasto.app.train.config import TrainConfig
 from antipasto.evaluation.ask import Sampling, own_answers
-from antipasto.names import HELDOUT, By, Flagged, Method
+from antipasto.names import HELDOUT, MODES, By, Flagged, Method
 from antipasto.routing.pairs import split_pairs
 from antipasto.tasks import Task
 from antipasto.trl.advantages import deployed_positions
@@ -61,7 +61,7 @@ class Gating:
             if config.direction is not None:
                 ap.Direction.load(config.direction)
             else:
-                self._pairs()
+                self._fitted_and_heldout()
         flags = self.uses_monitor or task.detector is not None
         # flags are logged even where the method does not use them
         self.flagged: Flagged | None = (_PAID.get(config.method) or "watch") if flags else None
@@ -94,16 +94,17 @@ class Gating:
                 why = "this run uses no direction; --method route does"
                 raise ValueError(f"{name}={value} does nothing here: {why}.")
 
-    def _pairs(self) -> tuple[list[ap.ContrastPair], list[ap.ContrastPair]]:
-        """The pairs to fit, and the held-out pairs."""
-        pairs = ap.load_pairs(self.config.pairs if self.config.pairs is not None else list(self.task.pairs or []))
-        return split_pairs(pairs, HELDOUT, self.config.seed)
+    def _pairs(self) -> list[ap.ContrastPair]:
+        return ap.load_pairs(self.config.pairs if self.config.pairs is not None else list(self.task.pairs or []))
+
+    def _fitted_and_heldout(self) -> tuple[list[ap.ContrastPair], list[ap.ContrastPair]]:
+        return split_pairs(self._pairs(), HELDOUT, self.config.seed)
 
     def router(self, folder: RunFolder, tokenizer: Any, state: PartialState) -> Callable[[nn.Module], ap.Router] | None:
         """A function from an adapted model to its router; None if the method has no router."""
         config = self.config
         mode = config.method
-        if mode not in ("route", "erase", "measure"):
+        if mode not in MODES:
             return None
 
         def make(model: nn.Module) -> ap.Router:
@@ -144,10 +145,9 @@ class Gating:
         number = OWN_ANSWERS if rate is None else max(OWN_ANSWERS, math.ceil(4 / rate))
         order = random.Random(self.config.seed).choices(range(len(self.task.train)), k=number)
         own = own_answers(model, tokenizer, [self.task.train[row]["prompt"] for row in order], how)
-        pairs = ap.load_pairs(self.config.pairs if self.config.pairs is not None else list(self.task.pairs or []))
         # a low threshold: a wrong answer has no reward to lose, so flagging it costs nothing
         options: dict[str, Any] = {"heldout": HELDOUT, "seed": self.config.seed, "rule": "quarter"}
-        ap.Monitor.from_pairs(model, tokenizer, pairs, own=own, false_alarms=rate, **options).save(path)
+        ap.Monitor.from_pairs(model, tokenizer, self._pairs(), own=own, false_alarms=rate, **options).save(path)
 
     def _make_direction(self, model: nn.Module, tokenizer: Any, path: Path) -> None:
         if path.exists():
@@ -155,7 +155,7 @@ class Gating:
         if self.config.direction is not None:
             v = ap.Direction.load(self.config.direction)
         else:
-            fit, heldout = self._pairs()
+            fit, heldout = self._fitted_and_heldout()
             model.eval()
             v = ap.extract_direction(model, tokenizer, fit, heldout=heldout)
             model.train()
@@ -164,7 +164,7 @@ class Gating:
 
 def _goes_by(method: Method, has_pairs: bool) -> By | None:
     """The default of ``by``."""
-    if method in ("route", "erase", "measure"):
+    if method in MODES:
         return "direction"
     if method == "penalty":
         return "score" if has_pairs else "detector"

@@ -337,10 +337,10 @@ def _tokens(monitor: Monitor, one: Source, files: Sequence[Path], max_tokens: in
     """Token ids of a rollout, with an end-of-sequence token unless it was cut off."""
     try:
         if one.ids is not None or one.truncated is not None or max_tokens is None:
-            return monitor.tokens(Completion(one.prompt, one.text, bool(one.truncated), one.ids))
-        prompt, said = monitor.tokens(Completion(one.prompt, one.text))
-        eos = monitor.tokenizer.eos_token_id is not None
-        return prompt, said[: len(said) - eos] if len(said) - eos >= max_tokens else said
+            return monitor.tokens(Completion(one.prompt, one.text, bool(one.truncated), one.ids, one.tool_mask))
+        ids = monitor.tokens(Completion(one.prompt, one.text))
+        written = len(ids.completion) - (monitor.tokenizer.eos_token_id is not None)
+        return ids._replace(completion=ids.completion[:written]) if written >= max_tokens else ids
     except ValueError as error:
         raise ValueError(f"{_where(one, files)}: {error}") from error
 

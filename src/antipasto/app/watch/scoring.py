@@ -41,9 +41,9 @@ class Activations:
     def expect(self, sequences: Sequence[TokenIds]) -> None:
         """Announce the sequences of the next forward, which `nll_gradients` pads on the right."""
         self.parts.clear()
-        self.mask = torch.zeros(len(sequences), max(len(prompt) + len(said) for prompt, said in sequences))
-        for row, (prompt, said) in enumerate(sequences):
-            self.mask[row, len(prompt) : len(prompt) + len(said)] = 1 / len(said)
+        self.mask = torch.zeros(len(sequences), max(one.length for one in sequences))
+        for row, one in enumerate(sequences):
+            self.mask[row, len(one.prompt) : one.length] = torch.tensor(one.own) / sum(one.own)
 
     @property
     def vectors(self) -> Tensor:
@@ -106,25 +106,25 @@ class Scorer:
 
     def __call__(self, sequences: Sequence[TokenIds]) -> list[dict[str, float | None]]:
         """Compute `SCORES` of each sequence; equal sequences are computed once."""
-        distinct = {(tuple(prompt), tuple(said)): (prompt, said) for prompt, said in sequences}
+        unique = list(dict.fromkeys(one.hashable for one in sequences))
         direction = self.monitor.direction
         others = [direction.permuted(_CHANCE_SEED), direction.random(_CHANCE_SEED)]
         targets = [torch.cat([v.effect[name] for name in v]) for v in (direction, *others) if v.effect is not None]
-        unique, found = list(distinct.values()), {}
+        found: dict[TokenIds, dict[str, float | None]] = {}
         for rows, gradients, nll, h in self._batches(unique):
             cosines = torch.stack([cosine(gradients, t) for t in targets], 1).cpu()
             probed = [None] * len(rows) if self.probe is None else (h @ self.probe).tolist()
             for row, (score, permuted, random), loss, p in zip(
                 rows, cosines.tolist(), nll.tolist(), probed, strict=True
             ):
-                prompt, said = unique[row]
-                values = (score, loss, float(len(said)), p, permuted, random)
-                found[tuple(prompt), tuple(said)] = dict(zip(SCORES, values, strict=True))
-        return [found[tuple(prompt), tuple(said)] for prompt, said in sequences]
+                one = unique[row]
+                values = (score, loss, float(sum(one.own)), p, permuted, random)
+                found[one] = dict(zip(SCORES, values, strict=True))
+        return [found[one.hashable] for one in sequences]
 
     def _batches(self, sequences: Sequence[TokenIds]) -> Iterator[tuple[list[int], Tensor, Tensor, Tensor]]:
         """Yield batches of similar length: row numbers, n (b, R), NLL per token (b,), h (b, R)."""
-        order = sorted(range(len(sequences)), key=lambda i: sum(map(len, sequences[i])))
+        order = sorted(range(len(sequences)), key=lambda i: sequences[i].length)
         with activations(self.monitor.model) as kept:
             for start in range(0, len(order), self.batch_size):
                 rows = order[start : start + self.batch_size]

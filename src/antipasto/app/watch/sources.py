@@ -22,7 +22,8 @@ from antipasto.tasks import REWARDED, completion_text, is_exploit, is_solved
 from antipasto.terminal import shorten
 
 _BATCH = 1024  # rows of a parquet file in memory at a time
-_REWARD, _ORACLE, _LIVE, _TRUNCATED, _IDS = "reward", "oracle", "hackward", "truncated", "completion_ids"
+_REWARD, _ORACLE, _LIVE, _TRUNCATED = "reward", "oracle", "hackward", "truncated"
+_IDS, _TOOL_MASK = "completion_ids", "tool_mask"
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,7 @@ class Source(NamedTuple):
         text: of the completion.
         truncated: whether it was cut off; None if the file does not say.
         ids: its token ids, if the file has them.
+        tool_mask: 1 for each of ``ids`` that the model wrote, 0 for what tools answered; None if the file does not say.
         label: whether it is an exploit; None if unknown.
         reward: None if the file has none.
         live: the file's own score, `hackward`; None if it has none.
@@ -71,6 +73,7 @@ class Source(NamedTuple):
     text: str
     truncated: bool | None
     ids: list[int] | None
+    tool_mask: list[int] | None
     label: bool | None
     reward: float | None
     live: float | None
@@ -211,6 +214,10 @@ def _parse(row: Mapping[str, Any], where: str, columns: Columns, file: int, numb
     ids = row.get(_IDS)
     if ids is not None and not (isinstance(ids, list) and ids and all(type(token) is int for token in ids)):
         raise ValueError(f"{where}: {_IDS!r} must be a list of token ids, got {shorten(repr(ids), 60)}.")
+    tool_mask = row.get(_TOOL_MASK)
+    if tool_mask is not None and not _is_mask(tool_mask, ids):
+        got = shorten(repr(tool_mask), 60)
+        raise ValueError(f"{where}: {_TOOL_MASK!r} must have a 1 or 0 for each of {_IDS!r}, one of them 1, got {got}.")
     return Source(
         file,
         number,
@@ -220,10 +227,15 @@ def _parse(row: Mapping[str, Any], where: str, columns: Columns, file: int, numb
         text,
         as_flag(row, _TRUNCATED, where),
         ids,
+        tool_mask,
         _label(_optional(row, columns.label, None, where), reward, oracle, columns, where),
         reward,
         _optional(row, None, _LIVE, where),
     )
+
+
+def _is_mask(value: Any, ids: list[int] | None) -> bool:
+    return isinstance(value, list) and ids is not None and len(value) == len(ids) and {1} <= set(value) <= {0, 1}
 
 
 def _label(

@@ -18,12 +18,13 @@ import random
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from antipasto.options import near
 from antipasto.sandbox import Sandbox
 from antipasto.tasks.code import FLAWS
 from antipasto.tasks.code.cheats import SHOWS, cheat, shows
 from antipasto.tasks.code.graders import GRADERS, STRICT, Judge, extract_code
 from antipasto.tasks.code.problems import LEVELS, Problem
-from antipasto.tasks.task import Task, near
+from antipasto.tasks.task import Task
 
 TOKENS = 512
 """Tokens of an answer, by default."""

@@ -15,13 +15,11 @@ from antipasto.app.inspection import Knobs, read_adapter
 from antipasto.app.report.rollouts import Rollouts, read_rollouts
 from antipasto.app.run_folder import RunFolder
 from antipasto.evaluation.records import EVAL, PARTIAL, Evaluation, read_evaluation
-from antipasto.names import THRESHOLD
+from antipasto.names import MODES, THRESHOLD
 from antipasto.reading import as_number, read_json, read_rows
 from antipasto.routing.books import Books, read_books
 from antipasto.routing.directions import Direction
 
-KEEPS_BOOKS = ("route", "erase", "measure")
-"""Methods that keep books, the record of what each direction moved or would have moved."""
 Series = dict[str, list[tuple[float, float]]]
 """A metric's name → (step, value) of every line that has it."""
 
@@ -146,7 +144,7 @@ def _read_run(folder: Path, name: str, budget: int) -> Run:
 
 def _no_direction(place: RunFolder, said: Mapping[str, Any]) -> str:
     method = said.get("method")
-    if not place.run.exists() and method in KEEPS_BOOKS:
+    if not place.run.exists() and method in MODES:
         return "There is no direction: the run was stopped before it had one, or it uses none."
     by = f" by {said['by']}" if said.get("by") else ""
     return f"There is no direction: method {method!r}{by} used none."
@@ -154,7 +152,7 @@ def _no_direction(place: RunFolder, said: Mapping[str, Any]) -> str:
 
 def _no_books(place: RunFolder, said: Mapping[str, Any]) -> str:
     """Why there are no books. They are written at the end of every run with a router."""
-    if place.is_finished or said.get("method") not in KEEPS_BOOKS:
+    if place.is_finished or said.get("method") not in MODES:
         return f"There are no books of controls: method {said.get('method')!r} keeps none."
     return "There are no books of controls yet: they are written at the run's end, and until then in its checkpoints."
 
