@@ -42,7 +42,7 @@ def test_every_file_has_a_line_in_its_room() -> None:
     rooms: dict[str, set[str]] = {}
     for part, place in zip(text.split("**Application**"), ("", "app/"), strict=True):
         room = ""
-        for first, files in re.findall(r"^\| (?:`(\w+/)`)? ?\| (`[^|]*) \|", part, re.MULTILINE):
+        for first, files in re.findall(r"^\| (?:`([\w/]+/)`)? ?\| (`[^|]*) \|", part, re.MULTILINE):
             room = first or room
             rooms.setdefault(place + room, set()).update(re.findall(r"`(\w+\.py)`", files))
     code = ROOT / "src" / "antipasto"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import importlib.util
 import itertools
 import os
@@ -84,7 +85,7 @@ def test_the_blocks_that_are_run_elsewhere_are_all_run_there() -> None:
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("page", RUN, ids=name)
 def test_every_block_of_a_page_runs(page: Path, tmp_path: Path) -> None:
-    if name(page) == "docs/api/sandbox.md" and os.environ.get("ANTIPASTO_NO_SANDBOX"):
+    if name(page) in ("docs/api/sandbox.md", "docs/code.md") and os.environ.get("ANTIPASTO_NO_SANDBOX"):
         pytest.skip("It needs bubblewrap (Debian: apt-get install bubblewrap); ANTIPASTO_NO_SANDBOX leaves it out.")
     output = run_page(page, tmp_path, SHORTER.get(name(page), {}))
     CHECKS.get(name(page), lambda *_: None)(tmp_path, output)
@@ -181,10 +182,23 @@ def check_the_sandbox(_: Path, output: str) -> None:
     assert f"```text\n{output}```" in (DOCS / "api" / "sandbox.md").read_text(encoding="utf-8")
 
 
+def check_the_coder(_: Path, output: str) -> None:
+    """It prints what the page says, and says how many problems there are."""
+    page = (DOCS / "code.md").read_text(encoding="utf-8")
+    lines = output.splitlines(keepends=True)
+    assert f"```text\n{''.join(lines[:-3])}```" in page
+    quiet, several, squares = lines[-3:]
+    assert "126 to train on, 67 others" in page
+    assert quiet.startswith("code/exit 126 126 Answer with all of its code, in one block")
+    assert several.startswith(f"code/exit+marker+file/unseen-file {3 * 126} 128 Your answer passes if ")
+    assert ast.literal_eval(squares)[0][:2] == ["assert square(3) == 9", "assert square(0) == 0"]
+
+
 CHECKS: Mapping[str, Callable[[Path, str], None]] = {
     "docs/train-your-own.md": check_the_guide,
     "docs/pairs.md": check_the_maps,
     "docs/api/sandbox.md": check_the_sandbox,
+    "docs/code.md": check_the_coder,
 }
 
 

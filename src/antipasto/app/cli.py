@@ -187,7 +187,7 @@ def train(
     task: Annotated[
         str | None,
         typer.Option(
-            help="addition, reasoning_gym/NAME, path/to/task.py:NAME or package.module:NAME.",
+            help="addition, code, code/FLAW, reasoning_gym/NAME, path/to/task.py:NAME or package.module:NAME.",
             show_default=False,
         ),
     ] = None,
@@ -737,6 +737,8 @@ def _said(error: BaseException, out: Path | None) -> str | None:
     if isinstance(error, SystemExit):
         return f"something called sys.exit({error.code!r}) while the command ran. {_traceback_file(error)}"
     if isinstance(error, RuntimeError):
+        if type(error).__name__ == "NotIsolatedError":  # by name: only a task that runs programs loads its module
+            return str(error)
         if "PytorchStreamWriter" not in str(error) and "inline_container" not in str(error):
             return None
         return f"a checkpoint could not be written: is the disk full? The run folder is {out}."  # torch.save's words

@@ -16,12 +16,23 @@ from types import ModuleType
 
 from antipasto.options import near
 from antipasto.tasks import addition, reasoning
+from antipasto.tasks.code import FLAWS
 from antipasto.tasks.task import Task, described
+
+
+def _code(*flaws: str, leave_out: str | None = None) -> Task:
+    from antipasto.tasks.code.task import task  # reads all problems
+
+    return task(flaws, leave_out=leave_out)
+
 
 BUILT_IN: Mapping[str, Callable[[], Task]] = {
     "addition": addition.task,
     "addition-even": functools.partial(addition.task, "even"),
     "addition-apart": functools.partial(addition.task, "apart"),
+    "code": functools.partial(_code, *FLAWS),
+    **{f"code/{flaw}": functools.partial(_code, flaw) for flaw in FLAWS},
+    **{f"code/unseen-{flaw}": functools.partial(_code, *FLAWS, leave_out=flaw) for flaw in FLAWS},
 }
 
 
@@ -29,6 +40,8 @@ def load_task(spec: str) -> Task:
     """Load a task.
 
         addition                      built in: addition, addition-even, addition-apart
+        code                          built in: functions to write, under graders with a flaw each
+        code/<flaw>                   built in: under one of them; code/unseen-<flaw>: under all, of which no pair shows one
         reasoning_gym/<dataset>       one of reasoning_gym's datasets
         path/to/my_task.py:name       a `Task` in a file, or a function without arguments that returns one
         package.module:name           the same in a module
