@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-all test-oldest bare lint format docs docs-serve bench clean
+.PHONY: demo test test-all test-oldest test-quantized bare lint format docs docs-serve bench clean
 
 demo: $(READY)
 	$(BIN)/antipasto demo $(ARGS)
@@ -15,6 +15,11 @@ test: $(READY)
 test-all: $(READY)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev,tasks]"
 	HF_HUB_OFFLINE=1 $(BIN)/pytest -n 2 -m "slow or not slow" $(ARGS)
+
+# torchao says much when it is imported, and transformers imports it wherever it is: so they are in a folder of their own
+test-quantized: $(READY)
+	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --upgrade -c constraints.txt --target build/quantized bitsandbytes torchao
+	PYTHONPATH=build/quantized HF_HUB_OFFLINE=1 $(BIN)/pytest -n 2 tests/quantized $(ARGS)
 
 # the oldest supported versions; that torch is a GPU build of several gigabytes
 test-oldest:
