@@ -11,7 +11,7 @@ DOCUMENT = (ROOT / "docs" / "compatibility.md").read_text()
 
 def test_every_test_that_is_named_is_there() -> None:
     there = {
-        name for path in (ROOT / "tests").glob("test_*.py") for name in re.findall(r"def (test_\w+)", path.read_text())
+        name for path in (ROOT / "tests").rglob("test_*.py") for name in re.findall(r"def (test_\w+)", path.read_text())
     }
     named = set(re.findall(r"`(test_\w+)`", DOCUMENT))
     assert len(named) > 40
