@@ -27,6 +27,7 @@ import antipasto as ap
 from antipasto.adapter import AntiPastoExperts
 from antipasto.adapter.basis import decompose
 from antipasto.adapter.fingerprints import Fingerprint, Likeness
+from antipasto.adapter.functional import with_gradient
 from antipasto.adapter.layer import as_matrix
 from antipasto.adapter.views import adapted_layers, mixed
 from antipasto.app.commands import what_it_needs
@@ -290,9 +291,10 @@ def test_a_write_to_a_knob_is_seen_whichever_way_it_is_written() -> None:
 def test_weights_are_held_between_forwards_without_gradient_unless_told_not_to() -> None:
     for hold in (True, False):
         model = fused(hold_weights=hold)
-        randomise(model)
         layer = adapted_layers(model)[UP]
         assert isinstance(layer, AntiPastoExperts)
+        assert layer.weights(torch.zeros(1, 16))[0][0].data_ptr() == layer.base_weight.data_ptr()  # W itself
+        randomise(model)
         with torch.no_grad():
             (first,), (second,) = (layer.weights(torch.zeros(1, 16))[0] for _ in range(2))
         kept = first.data_ptr()
@@ -681,6 +683,16 @@ def test_bf16_trains_fp32_knobs_on_a_weight_rounded_once() -> None:
         copy_into(ap.knobs(reference)[name], low.delta_s, low.delta_s_hack)
     got, want = gradients(model, ids(16, 20)), gradients(reference, ids(16, 20))
     assert all(torch.nn.functional.cosine_similarity(got[name], want[name], dim=0) > 0.98 for name in (UP, DOWN))
+
+
+def test_the_gradient_is_projected_in_its_own_precision_under_autocast() -> None:
+    W, U, Vh = torch.randn(2, 5, 4), torch.randn(2, 5, 3), torch.randn(2, 3, 4)
+    theta, G = torch.zeros(2, 3, requires_grad=True), torch.randn(2, 5, 4)
+    (want,) = torch.autograd.grad(with_gradient(W, theta, U, Vh), theta, G)
+    torch.testing.assert_close(want, torch.einsum("eor,eoi,eri->er", U, G, Vh))
+    with torch.autocast("cpu", torch.bfloat16):
+        (got,) = torch.autograd.grad(with_gradient(W, theta, U, Vh), theta, G)
+    assert torch.equal(got, want)
 
 
 def test_autocast() -> None:

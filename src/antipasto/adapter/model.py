@@ -445,7 +445,7 @@ def _experts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         elif not isinstance(module, BaseTunerLayer):
             for name, parameter in module.named_parameters(recurse=False):
                 if parameter.ndim > 2:
-                    yield f"{holder}.{name}".lstrip("."), Stack(module, name)
+                    yield f"{holder}.{name}".removeprefix("."), Stack(module, name)
 
 
 def _why_not_by_default(module: nn.Module) -> str:

@@ -32,7 +32,10 @@ _CHANCE_SEED = 0
 
 
 class Activations:
-    """Collects h of the sequences of one forward, (b, R): Vh x of every adapted layer, mean over the completion's tokens."""
+    """Collects h of the sequences of one forward, (b, R): Vh x of every adapted layer, mean over the completion's tokens.
+
+    Experts in one parameter, which see only some of the tokens each, are left out.
+    """
 
     def __init__(self) -> None:
         self.mask = torch.empty(0)  # (b, s), of the completions' tokens
