@@ -29,6 +29,7 @@ from transformers import PreTrainedModel
 from antipasto.adapter import AntiPastoConfig, AntiPastoLinear, View
 from antipasto.adapter.fingerprints import Fingerprint
 from antipasto.adapter.quantized import as_linear, is_quantised
+from antipasto.adapter.sharded import whole
 from antipasto.adapter.views import adapted_layers, seen_as, unwrap
 from antipasto.files import replacing_folder
 
@@ -105,7 +106,7 @@ def require_finite_gradients(gradients: Mapping[str, Tensor | None], step: int) 
     Raises:
         ValueError: a gradient is not finite. The message names the layer.
     """
-    there = {name: g for name, g in gradients.items() if g is not None}
+    there = {name: whole(g) for name, g in gradients.items() if g is not None}
     if not there or torch.stack([g.abs().amax() for g in there.values()]).isfinite().all():
         return
     bad = [name for name, g in there.items() if not g.isfinite().all()]

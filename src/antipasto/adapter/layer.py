@@ -40,6 +40,7 @@ from antipasto.adapter.quantized import (
     packing,
 )
 from antipasto.adapter.rows import RowViews, per_token
+from antipasto.adapter.sharded import whole
 from antipasto.names import PlanName
 
 
@@ -250,14 +251,14 @@ class AntiPastoLinear(nn.Module, BaseTunerLayer):
         base_layer, digest = self.get_base_layer(), self.weight_digest()
         if digest == self.fingerprint.weight:
             return self.fingerprint
-        current = self.fingerprint.of_weight(self.matrix())
+        current = self.fingerprint.of_weight(whole(self.matrix()))
         kind = packing(base_layer)
         return current if kind is None else current._replace(weight=digest, dtype=kind)
 
     def weight_digest(self) -> str:
         """sha256 of the present base weight, as in the fingerprint."""
         base_layer = self.get_base_layer()
-        return packed_digest(base_layer) if is_quantised(base_layer) else weight_digest(self.matrix())
+        return packed_digest(base_layer) if is_quantised(base_layer) else weight_digest(whole(self.matrix()))
 
     @property
     def weight_dtype(self) -> torch.dtype:

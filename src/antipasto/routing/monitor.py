@@ -35,6 +35,7 @@ from torch import Tensor, nn
 from antipasto.adapter.fingerprints import check_same_base, fingerprints_from_json, fingerprints_to_json
 from antipasto.adapter.layer import View
 from antipasto.adapter.rollouts import RolloutGrads, TokenIds, nll_gradients, tokenize, tokenize_prompt
+from antipasto.adapter.sharded import is_sharded
 from antipasto.adapter.views import adapted_layers, seen_as
 from antipasto.files import read_tensors, write_tensors
 from antipasto.names import HELDOUT, Rule
@@ -277,13 +278,18 @@ class Monitor:
         return self.scores(completions, batch_size=batch_size) > self.threshold
 
     def score_tokens(self, sequences: Sequence[TokenIds], *, batch_size: int = 32) -> Tensor:
-        """Like `scores`, for token ids of prompts and completions. Duplicates are scored once."""
-        numbers: dict[TokenIds, int] = {}
-        of = [numbers.setdefault(one.hashable, len(numbers)) for one in sequences]
+        """Like `scores`, for token ids of prompts and completions. Duplicates are scored once.
+
+        Under FSDP2 the processes wait for each other in every forward, so that each has to score the same number of sequences.
+        Duplicates are then scored each by itself.
+        """
+        apart = is_sharded(self.model)
+        numbers: dict[tuple[TokenIds, int], int] = {}
+        of = [numbers.setdefault((one.hashable, apart and n), len(numbers)) for n, one in enumerate(sequences)]
         scores = torch.empty(len(numbers), dtype=torch.float32)
         # the same number of batches as without removing duplicates, or fewer, of even size and none larger
         even = max(1, math.ceil(len(numbers) / max(1, math.ceil(len(sequences) / batch_size))))
-        for rows, gradients, _ in self.gradients(list(numbers), batch_size=even):
+        for rows, gradients, _ in self.gradients([one for one, _ in numbers], batch_size=even):
             scores[rows] = cosine(gradients, self._effect).cpu()
         return scores[of]
 

@@ -20,6 +20,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
+from antipasto.adapter.sharded import flat
 from antipasto.names import AntiPastoWarning
 from antipasto.unchanged import unchanged
 
@@ -59,7 +60,7 @@ class Watch:
     def after_step(self, *, try_out: bool) -> None:
         """Remember the knobs; if due, test whether a further step on this gradient would depend on their values."""
         if self._writes:
-            self._left = _flat(self._knobs)
+            self._left = flat(self._knobs.values())
         if try_out and self._tries:
             self._try_out()
 
@@ -67,7 +68,7 @@ class Watch:
         """Warn if a knob was changed since the last step."""
         if self._left is None:
             return
-        now = _flat(self._knobs)
+        now = flat(self._knobs.values())
         left = self._left.to(now)
         if torch.allclose(now, left, rtol=1e-5, atol=1e-8):
             return
@@ -118,7 +119,7 @@ def reads_values(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Param
     """
     with unchanged(draws=False):
         plain = _displacement(optimizer, parameters, 0.0)
-    size, largest = float(plain.abs().max()), max(float(p.detach().abs().max()) for p in parameters)
+    size, largest = float(plain.abs().max()), float(flat(parameters).abs().max())
     if size == 0:
         return None
     eps = torch.finfo(plain.dtype).eps
@@ -135,7 +136,7 @@ def _displacement(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Para
         twin = nn.Parameter(parameter.detach() + shift)
         twin.grad = None if parameter.grad is None else parameter.grad.detach().clone()
         twins[id(parameter)] = twin
-    before = torch.cat([twin.detach().flatten().clone() for twin in twins.values()])
+    before = flat(twins.values())
     stand_in = object.__new__(type(optimizer))
     # without "step", which schedulers wrap
     vars(stand_in).update({name: value for name, value in vars(optimizer).items() if name != "step"})
@@ -151,8 +152,4 @@ def _displacement(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Para
             if parameter in optimizer.state:
                 stand_in.state[twins[id(parameter)]] = copy.deepcopy(optimizer.state[parameter])
     type(optimizer).step(stand_in)
-    return torch.cat([twin.detach().flatten() for twin in twins.values()]) - before
-
-
-def _flat(knobs: Mapping[str, nn.Parameter]) -> Tensor:
-    return torch.cat([knob.detach().flatten() for knob in knobs.values()])
+    return flat(twins.values()) - before

@@ -33,6 +33,10 @@ the optimizer does not have, does not decay.
 
 Skipped steps. A step that raises an error for a NaN or Inf moves nothing, and neither does a step that a GradScaler skips. If
 an exception interrupts a step, what it has moved is routed before the next step, or when the router is detached.
+
+Several processes. Under DDP every process routes the same step. Under FSDP2 the knobs are sharded (`adapter.sharded`): every
+process gathers them, routes the same whole step, and writes back the rows that it holds. Gates and books are whole everywhere,
+so that any one process can save them or read the metrics.
 """
 
 from __future__ import annotations
@@ -46,10 +50,13 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
+from torch.utils.hooks import RemovableHandle
 
 from antipasto.adapter.fingerprints import check_same_base
 from antipasto.adapter.knobs import current_fingerprints, knobs, require_finite_gradients
 from antipasto.adapter.layer import View
+from antipasto.adapter.sharded import flat, reshard, sharded_as, write
 from antipasto.adapter.views import seen_as
 from antipasto.names import MODES, GateName, Level, Mode
 from antipasto.routing.books import CHANCE, OWN_BOOK, Books, read_books
@@ -109,13 +116,7 @@ class Router:
         self.adapter_name = next(iter(layers.values())).adapter
         self._sizes = {name: layer.numbers for name, layer in layers.items()}
         self._fingerprints = current_fingerprints(layers)
-        self._delta_s = [layer.delta_s for layer in layers.values()]
-        hack = [layer.delta_s_hack for layer in layers.values()] if mode == "route" else []
-        self._hack = [knob for knob in hack if knob is not None]
-        if len(self._hack) < len(hack):
-            raise ValueError(
-                "mode='route' needs a quarantine, but this model's quarantine was dropped. Use 'erase' or 'measure'."
-            )
+        self._take_knobs()
         if level == "gradient":
             for knob in self._hack:
                 knob.requires_grad_(True)
@@ -131,6 +132,25 @@ class Router:
         self._watch: Watch | None = None
         self._step: _Step | None = None
         self._descent = torch.empty(0)
+
+    def _take_knobs(self) -> None:
+        """Look up the knobs and the norm of the quarantine. Sharding a model replaces its parameters by others."""
+        reshard(self.model)
+        layers = knobs(self.model, adapter_name=self.adapter_name).values()
+        self._delta_s = [layer.delta_s for layer in layers]
+        hack = [layer.delta_s_hack for layer in layers] if self.mode == "route" else []
+        self._hack = [knob for knob in hack if knob is not None]
+        if len(self._hack) < len(hack):
+            raise ValueError(
+                "mode='route' needs a quarantine, but this model's quarantine was dropped. Use 'erase' or 'measure'."
+            )
+        for name, knob in zip(self._sizes, self._delta_s, strict=True):
+            if knob.numel() != self._sizes[name]:
+                raise ValueError(
+                    f"{name}: its delta_s has {knob.numel()} of {self._sizes[name]} numbers here, as under FSDP1 or ZeRO-3. "
+                    "A router needs whole knobs, or FSDP2 (torch.distributed.fsdp.fully_shard)."
+                )
+        self._quarantine_norm = flat(self._hack).norm() if self._hack else torch.zeros(())
 
     @property
     def _device(self) -> torch.device:
@@ -175,7 +195,11 @@ class Router:
             RoutingWarning: the optimizer has weight decay on the knobs. During a step: the step depends on the knobs' values.
                 During a step or at the end: the knobs were written to outside of a step.
         """
+        _refuse_deepspeed(optimizer)
         optimizer = getattr(optimizer, "optimizer", optimizer)
+        if self._optimizer is not None:
+            raise ValueError("This router is already attached: each step would be routed twice.")
+        self._take_knobs()
         self._check_optimizer(optimizer)
         handles = [
             optimizer.register_step_pre_hook(lambda _, args, kwargs: self._on_step(args, kwargs)),
@@ -183,7 +207,7 @@ class Router:
         ]
         if self.level == "gradient":
             # keep this gradient zero until the step splits it, or clipping would count the gradient in both knobs
-            handles += [knob.register_hook(torch.zeros_like) for knob in self._hack]
+            handles += [_keep_gradient_zero(knob) for knob in self._hack]
         self._optimizer = optimizer
         by_name = dict(zip(self._sizes, self._delta_s, strict=True))
         writes = self.level == "update" and self.mode != "measure"
@@ -216,8 +240,6 @@ class Router:
         self._books = {name: book.to(device) for name, book in self._books.items()}
 
     def _check_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
-        if self._optimizer is not None:
-            raise ValueError("This router is already attached: each step would be routed twice.")
         groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
         wanted = [("delta_s", self._delta_s)]
         if self.level == "gradient":
@@ -269,7 +291,7 @@ class Router:
             raise ValueError(
                 "level='gradient' cannot route a step with a closure, which recomputes the gradients: use level='update'."
             )
-        step = self._step = _Step(_flat(self._delta_s), torch.empty(0))
+        step = self._step = _Step(flat(self._delta_s), torch.empty(0))
 
         def looked_at() -> Any:
             loss = closure()
@@ -277,7 +299,7 @@ class Router:
                 self._see_gradient()
             except ValueError:
                 with torch.no_grad():  # an optimizer that calls the closure several times has already moved the knobs
-                    _write(self._delta_s, self._split(step.delta_s))
+                    write(self._delta_s, self._split(step.delta_s))
                 raise
             return loss
 
@@ -299,15 +321,18 @@ class Router:
     @torch.no_grad()
     def _see_gradient(self) -> None:
         """Record metrics of the gradient before the step. Raises an error, with nothing changed, if it is not finite."""
-        grads = [torch.zeros_like(knob) if knob.grad is None else knob.grad for knob in self._delta_s]
-        require_finite_gradients(dict(zip(self._sizes, grads, strict=True)), self.steps)
-        self._see("hackward_in", self._descent * _flat(grads))
+        g = self._gradient()
+        require_finite_gradients(self._by_layer(g), self.steps)
+        self._see("hackward_in", self._descent * g)
+
+    def _gradient(self) -> Tensor:
+        return flat([torch.zeros_like(knob) if knob.grad is None else knob.grad for knob in self._delta_s])
 
     @torch.no_grad()
     def _begun_step(self) -> _Step:
         # set by a GradScaler if the optimizer itself skips steps
         found_inf = getattr(self._optimizer, "found_inf", None)
-        step = _Step(_flat(self._delta_s), _flat(self._hack) if self._hack else torch.empty(0))
+        step = _Step(flat(self._delta_s), flat(self._hack) if self._hack else torch.empty(0))
         step.skipped = found_inf is not None and bool(found_inf)
         if step.skipped:
             assert self._optimizer is not None
@@ -320,19 +345,19 @@ class Router:
         return step
 
     def _split_gradient(self) -> None:
-        g = _flat([torch.zeros_like(knob) if knob.grad is None else knob.grad for knob in self._delta_s])
+        g = self._gradient()
         moved, self._seen["fired"] = self._gates[OWN_BOOK].moved(-g)
         self._seen["fired_random"] = self._gates[CHANCE].moved(-g)[1]
         for knob, part in zip(self._delta_s, self._split(g + moved), strict=True):
-            knob.grad = part.reshape(knob.shape).clone()
+            knob.grad = sharded_as(part.reshape(knob.shape).clone(), knob)
         for knob, part in zip(self._hack, self._split(-moved), strict=False):  # empty in mode="erase"
-            knob.grad = part.reshape(knob.shape).clone()
+            knob.grad = sharded_as(part.reshape(knob.shape).clone(), knob)
 
     def _end_interrupted(self) -> None:
         """Route what an interrupted step had moved before its exception."""
         if self._step is None:
             return
-        if self._step.skipped or torch.equal(self._step.delta_s, _flat(self._delta_s)):
+        if self._step.skipped or torch.equal(self._step.delta_s, flat(self._delta_s)):
             self._step = None
         else:
             self._after_step(whole=False)
@@ -347,20 +372,22 @@ class Router:
             for parameter in step.unfilled:  # torch's fused SGD creates the buffer, and skips without filling it
                 self._optimizer.state.get(parameter, {}).pop("momentum_buffer", None)
             return
-        before, after = step.delta_s, _flat(self._delta_s)
+        before, after = step.delta_s, flat(self._delta_s)
         delta = after - before
         if self.level == "gradient" and self._hack:
-            delta = delta + (_flat(self._hack) - step.hack)  # Δθ, since at this level the optimizer moves both knobs
+            delta = delta + (flat(self._hack) - step.hack)  # Δθ, since at this level the optimizer moves both knobs
         self._require_finite(delta, step)
         moved = self._gated(delta)
         if self.level == "update" and self.mode != "measure":
             own = moved[OWN_BOOK]
             # exact in both cases: a coordinate that is moved entirely returns to its old value, others keep their new value
-            _write(self._delta_s, self._split(torch.where(own == 0, after, before + (delta - own))))
+            write(self._delta_s, self._split(torch.where(own == 0, after, before + (delta - own))))
             if self.mode == "route":
-                _write(self._hack, self._split(_flat(self._hack) + own))
+                write(self._hack, self._split(flat(self._hack) + own))
         self._see("hackward_update", -delta)
-        self._see("hackward_out", before - _flat(self._delta_s))
+        self._see("hackward_out", before - flat(self._delta_s))
+        if self._hack:
+            self._quarantine_norm = flat(self._hack).norm()
         for name, book in self._books.items():
             book += moved[name]
         self.steps += 1
@@ -379,9 +406,9 @@ class Router:
         """Restore the knobs and raise an error if the optimizer's step produced a NaN or Inf."""
         if delta.isfinite().all():
             return
-        _write(self._delta_s, self._split(step.delta_s))
+        write(self._delta_s, self._split(step.delta_s))
         if self.level == "gradient" and self._hack:
-            _write(self._hack, self._split(step.hack))
+            write(self._hack, self._split(step.hack))
         bad = next(
             name for name, part in zip(self._sizes, self._split(delta), strict=True) if not part.isfinite().all()
         )
@@ -406,10 +433,9 @@ class Router:
         * ``fired``: share of coordinates, or of rows, where the gate fired.
         * ``quarantine_norm``: norm of everything moved so far.
         """
-        own = self._hack if self.mode == "route" else None
-        book = _flat(own) if own else self._books.get(OWN_BOOK)
+        book = self._books.get(OWN_BOOK)
         numbers = {name: float(value) for name, value in self._seen.items()}
-        numbers["quarantine_norm"] = 0.0 if book is None else float(book.norm())
+        numbers["quarantine_norm"] = float(self._quarantine_norm if book is None else book.norm())
         numbers["quarantine_norm_random"] = float(self._books[CHANCE].norm())
         return numbers
 
@@ -495,9 +521,23 @@ class Router:
         return flat.split(list(self._sizes.values()))
 
 
-def _flat(tensors: Any) -> Tensor:
-    return torch.cat([tensor.detach().flatten() for tensor in tensors])
+def _keep_gradient_zero(knob: nn.Parameter) -> RemovableHandle:
+    if not isinstance(knob, DTensor):
+        return knob.register_hook(torch.zeros_like)
+
+    def zero(knob: Tensor) -> None:  # FSDP sets a sharded gradient itself, and calls no other hooks than these
+        assert knob.grad is not None
+        knob.grad.zero_()
+
+    return knob.register_post_accumulate_grad_hook(zero)
 
 
-def _write(parameters: list[nn.Parameter], values: tuple[Tensor, ...]) -> None:
-    torch._foreach_copy_([parameter.detach().view(-1) for parameter in parameters], list(values))
+def _refuse_deepspeed(optimizer: Any) -> None:
+    """Its optimizers are no torch optimizers: they step on flat slices of all parameters, which have no layers."""
+    for one in (optimizer, getattr(optimizer, "optimizer", None)):
+        theirs = any(base.__module__.partition(".")[0] == "deepspeed" for base in type(one).__mro__)
+        if theirs and not isinstance(one, torch.optim.Optimizer):
+            raise ValueError(
+                f"A router cannot split the steps of DeepSpeed's {type(one).__name__}, which cuts the knobs into flat slices. "
+                "Use DDP or FSDP2, or a method without a router: the penalty of antipasto train, RoutedGRPOTrainer(monitor=…)."
+            )

@@ -1,0 +1,57 @@
+"""FSDP2 on two real processes: routing, books, metrics and scores are those of one process."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from scripted import load, tokenizer
+from sharded import PAIRS, WAYS, child, everything
+from torch import multiprocessing as mp
+
+import antipasto as ap
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any, Any]:
+    """By one process, and by each of two."""
+    folder = tmp_path_factory.mktemp("sharded")
+    model = load()
+    ap.wrap(model)
+    ap.extract_direction(model, tokenizer(), PAIRS).save(folder / "direction")
+    mp.spawn(child, args=(str(folder),), nprocs=2)
+    return everything(None, folder), torch.load(folder / "0.pt"), torch.load(folder / "1.pt")
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_routing_is_that_of_one_process(found: tuple[Any, Any, Any], way: str) -> None:
+    """Bit for bit: a sum of two losses' gradients is the same wherever it is taken."""
+    want, *others = (one[way] for one in found)
+    assert all(metrics["fired"] > 0 for metrics in want["metrics"])
+    assert want["delta_s"].abs().max() > 1e-2
+    assert (want["delta_s_hack"].abs().max() > 1e-3) == ("erase" not in way)
+    for rank, got in enumerate(others):
+        assert got["steps"] == want["steps"] == 4
+        for what in ("delta_s", "delta_s_hack", "deployed"):
+            assert torch.equal(got[what], want[what]), what
+        assert got["books"].keys() == want["books"].keys()
+        for name, book in want["books"].items():
+            for layer, part in book.items():
+                assert torch.equal(got["books"][name][layer], part), (name, layer)
+        assert got["norms"] == pytest.approx(want["norms"], rel=1e-5)
+        for step in range(4):
+            assert torch.equal(got["rows"][step], want["rows"][2 * step + rank])
+    assert others[0]["metrics"] == want["metrics"]
+
+
+def test_a_direction_scores_warnings_and_errors_are_those_of_one_process(found: tuple[Any, Any, Any]) -> None:
+    want, *others = (one["look"] for one in found)
+    assert "depends on the values of the knobs" in want["warned"][0]
+    assert "has a NaN or Inf" in want["error"]
+    assert want["kept"]
+    for rank, got in enumerate(others):
+        torch.testing.assert_close(got["effect"], want["effect"])
+        torch.testing.assert_close(got["scores"][0], want["scores"][rank], atol=1e-5, rtol=1e-4)
+        assert (got["warned"], got["error"], got["kept"]) == (want["warned"], want["error"], True)
