@@ -43,8 +43,9 @@ class Decays(torch.optim.SGD):
         return super().step(closure)
 
 
-def shard(model: nn.Module) -> None:
-    for block in model.model.layers:
+def shard(model: nn.Module, *, blocks: bool = True) -> None:
+    """By block, or all of the model at once."""
+    for block in model.model.layers if blocks else ():
         fully_shard(block)
     fully_shard(model)
 
@@ -82,13 +83,9 @@ def train(way: dict[str, Any], v: ap.Direction, rank: int | None, folder: Path, 
     options = {"threshold": 0.3 if way.get("gate") is None else None, **way}
     router = ap.Router(model, v, controls={"random": v.random(0)}, **options)
     if rank is not None and shard_last:
-        shard(model)
-    with torch.no_grad():  # FSDP leaves the root's parameters whole
-        model(input_ids=ids(0))
-    if isinstance(model, FSDPModule):
-        model.reshard()
+        shard(model, blocks=False)
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.02)
-    with torch.no_grad():
+    with torch.no_grad():  # after this, FSDP leaves the root's parameters whole
         model(input_ids=ids(0))
     norms, rows, metrics = [], [], []
     file = folder / f"books{'' if rank is None else rank}"

@@ -36,11 +36,12 @@ from antipasto.app import cli, inspection
 from antipasto.app.cli import app
 from antipasto.app.models import quiet
 from antipasto.app.train.config import TrainConfig
+from antipasto.app.train.trl_args import trainer_args
 from antipasto.evaluation.ask import conclude
 from antipasto.evaluation.records import Answer, read_evaluation, write_evaluation
 from antipasto.names import AntiPastoWarning
 from antipasto.options import check_types
-from antipasto.tasks import addition
+from antipasto.tasks import addition, load_task
 from antipasto.trl import FirstLook, Interrupts, RoutedGRPOTrainer
 
 MODEL = str(addition.model_path())
@@ -463,6 +464,19 @@ def test_a_missing_package_is_called_by_its_own_name(option: str, said: str, tmp
     assert said in text.lower()
     assert "antipasto[trl]" not in text
     assert "metadata" not in text
+
+
+@pytest.mark.parametrize("method", ["route", "erase", "measure"])
+def test_deepspeed_is_refused_where_a_router_is_needed(
+    method: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    (tmp_path / "ds.json").write_text("{}")
+    words = ["train", MODEL, "--task", "addition", "--method", method, "--out", tmp_path / "run", *SMALL]
+    text = refused(*words, "--trainer.deepspeed", tmp_path / "ds.json")
+    assert f"method {method} needs a router, which cannot split the steps of DeepSpeed: use DDP or FSDP2" in text
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")  # as accelerate launch --use_deepspeed does
+    with pytest.raises(ValueError, match="needs a router"):
+        trainer_args(TrainConfig(str(MODEL), "addition", method=method), load_task("addition"), tmp_path, 1)
 
 
 # ── errors ───────────────────────────────────────────────────────────────────────────────────────────────────────────

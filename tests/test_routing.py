@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -494,6 +495,35 @@ def test_attach_leaves_no_hook_behind_also_after_an_exception() -> None:
     train(model, optimizer, 2)
     assert not flat(model, "delta_s_hack").any()
     with router.attach(optimizer), pytest.raises(ValueError, match="already attached"), router.attach(optimizer):
+        pass
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_deepspeeds_optimizer_is_refused_by_name(wrapped: bool) -> None:
+    """A stand-in, of the name and the make of theirs: no torch optimizer, around one whose parameters are flat slices."""
+    model = make_model()
+    zero = type("DeepSpeedZeroOptimizer", (), {"__module__": "deepspeed.runtime.zero.stage_1_and_2"})()
+    zero.optimizer = torch.optim.SGD([torch.zeros(3)], lr=1)
+    optimizer = SimpleNamespace(optimizer=zero) if wrapped else zero  # as accelerate wraps it
+    router = ap.Router(model, make_direction())
+    with (
+        pytest.raises(ValueError, match="DeepSpeed's DeepSpeedZeroOptimizer.*Use DDP or FSDP2"),
+        router.attach(optimizer),
+    ):
+        pass
+    theirs = type("FusedAdam", (torch.optim.Adam,), {"__module__": "deepspeed.ops.adam.fused_adam"})
+    with router.attach(theirs(trainable(model))):  # a torch optimizer like any other
+        pass
+
+
+def test_knobs_in_parts_are_refused_by_name() -> None:
+    """As FSDP1 leaves them on each of several processes, and ZeRO-3."""
+    model = make_model()
+    router = ap.Router(model, make_direction())
+    optimizer = torch.optim.SGD(trainable(model), lr=1)
+    knob = next(iter(ap.knobs(model).values())).delta_s
+    knob.data = knob.data[:1]
+    with pytest.raises(ValueError, match=f"0: its delta_s has 1 of {SIZES[0]} numbers here"), router.attach(optimizer):
         pass
 
 

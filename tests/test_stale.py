@@ -225,6 +225,16 @@ def test_change_of_device_takes_everything_along() -> None:
     assert model(torch.randn(3, I, device="meta")).device.type == "meta"
 
 
+def test_a_basis_follows_parameters_that_are_moved_by_themselves() -> None:
+    """As `fully_shard` moves a model to a GPU."""
+    model, knobs, _ = make()
+    for parameter in model.parameters():
+        torch.utils.swap_tensors(parameter, nn.Parameter(parameter.to("meta"), parameter.requires_grad))
+    assert not knobs.U.is_meta
+    assert model(torch.randn(3, I, device="meta")).device.type == "meta"
+    assert knobs.U.is_meta
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 def test_there_and_back_on_a_gpu() -> None:
     model, knobs, x = make()

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from scripted import GROUP
 from two_processes import run
 
@@ -23,14 +24,16 @@ LAUNCH = f"{sys.executable} -m accelerate.commands.launch --multi_gpu --num_proc
 LAUNCH += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
 
 
-@pytest.mark.parametrize(("per_rank", "accumulation"), [(GROUP, 1), (GROUP // 4, 2)])
-def test_two_processes_are_one(tmp_path: Path, per_rank: int, accumulation: int) -> None:
-    """Also where each prompt's rollouts lie on both."""
+@pytest.mark.parametrize(
+    ("per_rank", "accumulation", "kind"), [(GROUP, 1, ""), (GROUP // 4, 2, ""), (GROUP // 2, 2, "sharded")]
+)
+def test_two_processes_are_one(tmp_path: Path, per_rank: int, accumulation: int, kind: str) -> None:
+    """Also where each prompt's rollouts lie on both, and under FSDP2, with a monitor."""
     one, two = tmp_path / "one", tmp_path / "two"
     for folder in (one, two):
         folder.mkdir()
     job = subprocess.run(
-        [*LAUNCH, str(TESTS / "two_processes.py"), str(two), str(per_rank), str(accumulation)],
+        [*LAUNCH, str(TESTS / "two_processes.py"), str(two), str(per_rank), str(accumulation), kind],
         env={
             **os.environ,
             "ACCELERATE_USE_CPU": "true",
@@ -41,7 +44,7 @@ def test_two_processes_are_one(tmp_path: Path, per_rank: int, accumulation: int)
         timeout=200,
     )
     assert job.returncode == 0, job.stderr[-4000:]
-    run(one, 2 * per_rank, accumulation)
+    run(one, 2 * per_rank, accumulation, kind and "scored")
 
     want = torch.load(one / "0.pt")
     got, other = (torch.load(two / f"{rank}.pt") for rank in range(2))
@@ -54,7 +57,15 @@ def test_two_processes_are_one(tmp_path: Path, per_rank: int, accumulation: int)
     assert set(got["metrics"]) == set(want["metrics"])
     for name, value in want["metrics"].items():
         assert got["metrics"][name] == pytest.approx(value, rel=0.01, abs=1e-4), name
-    names = ["flagged", "oracle", "exploit", "reward", "reward/deployed", "reward/trained"]
+    names = [
+        *(["score"] if kind else []),
+        "flagged",
+        "oracle",
+        "exploit",
+        "reward",
+        "reward/deployed",
+        "reward/trained",
+    ]
     if accumulation == 1:  # TRL's KL is a mean over micro-batches, and who is in which is drawn in each process
         names.append("kl")
     for row, plain in zip(got["history"], want["history"], strict=True):
@@ -62,6 +73,10 @@ def test_two_processes_are_one(tmp_path: Path, per_rank: int, accumulation: int)
             assert (name in row) == (name in plain)
             assert row.get(name, 0) == pytest.approx(plain.get(name, 0), rel=1e-3, abs=1e-6)
 
+    adapter, plain_adapter = (load_file(f / "adapter" / "adapter_model.safetensors") for f in (two, one))
+    assert adapter.keys() == plain_adapter.keys()
+    saved = [value for name, value in adapter.items() if "delta_s_hack" not in name]
+    assert torch.equal(torch.cat(saved).sort().values, got["delta_s"].sort().values)
     books, twin, plain = (
         read_books(path) for path in (two / "0.safetensors", two / "1.safetensors", one / "0.safetensors")
     )

@@ -1,4 +1,4 @@
-"""One rank of a run that `test_two_processes` starts: ``python two_processes.py OUT ROLLOUTS_PER_RANK ACCUMULATION``."""
+"""One rank of a run that `test_two_processes` starts: ``python two_processes.py OUT ROLLOUTS_PER_RANK ACCUMULATION KIND``."""
 
 from __future__ import annotations
 
@@ -8,11 +8,31 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from scripted import flat, make, says_known, tokenizer
+from accelerate import PartialState
+from accelerate.utils import DistributedType, FullyShardedDataParallelPlugin
+from scripted import Routed, make, says_known, tokenizer
 from torch import nn
 
 import antipasto as ap
+from antipasto.adapter.sharded import flat
 from antipasto.tasks import addition
+
+
+class Sharded(Routed):
+    """Under accelerate's FSDP2, which accelerate by itself uses only on GPUs."""
+
+    def create_accelerator_and_postprocess(self) -> None:
+        super().create_accelerator_and_postprocess()
+        state = self.accelerator.state
+        state.distributed_type = PartialState._shared_state["distributed_type"] = DistributedType.FSDP
+        state.fsdp_plugin = FullyShardedDataParallelPlugin(
+            fsdp_version=2,
+            auto_wrap_policy="transformer_based_wrap",
+            transformer_cls_names_to_wrap=["LlamaDecoderLayer"],
+            state_dict_type="FULL_STATE_DICT",
+            cpu_ram_efficient_loading=False,
+        )
+        self.is_fsdp_enabled = True
 
 
 def router(model: nn.Module) -> ap.Router:
@@ -20,10 +40,16 @@ def router(model: nn.Module) -> ap.Router:
     return ap.Router(model, v, threshold=0.3, controls={"random": v.random(0)})
 
 
-def run(out: Path, per_rank: int, accumulation: int) -> Any:
-    """Direction, detector and deployed sampling, with a KL term."""
+def monitor(model: nn.Module) -> ap.Monitor:
+    pairs = ap.load_pairs(addition.hack_pairs(16, seed=1))
+    return ap.Monitor.from_pairs(model, tokenizer(), pairs)
+
+
+def run(out: Path, per_rank: int, accumulation: int, kind: str = "") -> Any:
+    """Direction, detector or monitor, and deployed sampling, with a KL term."""
     trainer = make(
         out,
+        Sharded if kind == "sharded" else Routed,
         config={
             "per_device_train_batch_size": per_rank,
             "gradient_accumulation_steps": accumulation,
@@ -32,19 +58,21 @@ def run(out: Path, per_rank: int, accumulation: int) -> Any:
             **({"ddp_backend": "gloo"} if "WORLD_SIZE" in os.environ else {}),
         },
         router=router,
-        detector=says_known,
+        **({"monitor": monitor} if kind else {"detector": says_known}),
         oracle=addition.oracle,
         deploy_fraction=0.375,  # unevenly over the two halves of a group
         rollout_log=out / "log",
     )
     trainer.train()
     rank = trainer.accelerator.process_index
-    state = {"delta_s": flat(trainer.model, "delta_s"), "delta_s_hack": flat(trainer.model, "delta_s_hack")}
+    layers = ap.knobs(trainer.model).values()
+    state = {what: flat([getattr(layer, what) for layer in layers]) for what in ("delta_s", "delta_s_hack")}
     torch.save({**state, "metrics": trainer.router.metrics(), "history": trainer.state.log_history}, out / f"{rank}.pt")
     trainer.router.save(out / f"{rank}.safetensors")
+    trainer.save_model(str(out / "adapter"))
     return trainer
 
 
 if __name__ == "__main__":
-    run(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]))
+    run(Path(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), *sys.argv[4:])
     torch.distributed.destroy_process_group()

@@ -9,10 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import parse_flag_from_env
 from transformers import HfArgumentParser
 from transformers.integrations import get_available_reporting_integrations
 
 from antipasto.app.train.config import TrainConfig
+from antipasto.names import MODES
 from antipasto.options import near
 from antipasto.tasks import Task
 from antipasto.trl import GRPOConfig
@@ -39,9 +41,14 @@ def trainer_args(config: TrainConfig, task: Task, out: Path, processes: int) -> 
     """Make TRL's config of a run.
 
     Raises:
-        ValueError: GRPOConfig has no such name or value, the name has an option of its own, or the batch does not divide into
-            micro-batches and processes.
+        ValueError: GRPOConfig has no such name or value, the name has an option of its own, the method excludes DeepSpeed, or
+            the batch does not divide into micro-batches and processes.
     """
+    if config.method in MODES and ("deepspeed" in config.trainer or parse_flag_from_env("ACCELERATE_USE_DEEPSPEED")):
+        raise ValueError(
+            f"method {config.method} needs a router, which cannot split the steps of DeepSpeed: use DDP or FSDP2, or a method "
+            "without a router (plain, penalty, discount)."
+        )
     names = [field.name for field in dataclasses.fields(GRPOConfig) if field.init]
     for name in config.trainer:
         if name in _OURS:
