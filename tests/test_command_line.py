@@ -20,12 +20,14 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import yaml
 from packaging.requirements import Requirement
 from rich.console import Console
+from torch.distributed.fsdp import StateDictType
 from trl import GRPOTrainer
 from typer.testing import CliRunner
 
@@ -36,6 +38,7 @@ from antipasto.app import cli, inspection
 from antipasto.app.cli import app
 from antipasto.app.models import quiet
 from antipasto.app.train.config import TrainConfig
+from antipasto.app.train.run import check_saves_adapter
 from antipasto.app.train.trl_args import trainer_args
 from antipasto.evaluation.ask import conclude
 from antipasto.evaluation.records import Answer, read_evaluation, write_evaluation
@@ -477,6 +480,15 @@ def test_deepspeed_is_refused_where_a_router_is_needed(
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")  # as accelerate launch --use_deepspeed does
     with pytest.raises(ValueError, match="needs a router"):
         trainer_args(TrainConfig(str(MODEL), "addition", method=method), load_task("addition"), tmp_path, 1)
+
+
+def test_a_run_whose_adapter_fsdp_would_not_write_is_refused() -> None:
+    plugin = SimpleNamespace(state_dict_type=StateDictType.SHARDED_STATE_DICT)
+    trainer: Any = SimpleNamespace(accelerator=SimpleNamespace(state=SimpleNamespace(fsdp_plugin=plugin)))
+    with pytest.raises(ValueError, match="SHARDED_STATE_DICT, with which no adapter would be written: set"):
+        check_saves_adapter(trainer)
+    plugin.state_dict_type = StateDictType.FULL_STATE_DICT
+    check_saves_adapter(trainer)
 
 
 # ── errors ───────────────────────────────────────────────────────────────────────────────────────────────────────────

@@ -507,7 +507,7 @@ def test_deepspeeds_optimizer_is_refused_by_name(wrapped: bool) -> None:
     optimizer = SimpleNamespace(optimizer=zero) if wrapped else zero  # as accelerate wraps it
     router = ap.Router(model, make_direction())
     with (
-        pytest.raises(ValueError, match="DeepSpeed's DeepSpeedZeroOptimizer.*Use DDP or FSDP2"),
+        pytest.raises(ValueError, match=r"DeepSpeed's DeepSpeedZeroOptimizer.*Use DDP or FSDP2"),
         router.attach(optimizer),
     ):
         pass

@@ -125,6 +125,7 @@ def _run(config: TrainConfig, folder: RunFolder, console: Console, state: Partia
             deploy_fraction=config.deploy_fraction,
             rollout_log=folder.rollouts,
         )
+        check_saves_adapter(trainer)
         trainer.data_collator = _prompts_of(task)
         trainer.remove_callback(PrinterCallback)
         on_main(state, lambda: _describe(trainer, config, folder, resume=resume))
@@ -173,6 +174,16 @@ def check_chats(tokenizer: Any, model: str, task: Task) -> None:
         raise ValueError(
             f"The prompts of task {task.name!r} are chats, and the tokenizer of {model} has no chat template: give a chat "
             "model (often called -Instruct or -it), or prompts that are plain texts."
+        )
+
+
+def check_saves_adapter(trainer: RoutedGRPOTrainer) -> None:
+    """Check that the Trainer will write an adapter: under FSDP it does so from whole state dicts only."""
+    plugin = getattr(trainer.accelerator.state, "fsdp_plugin", None)
+    if plugin is not None and "FULL_STATE_DICT" not in str(plugin.state_dict_type):
+        raise ValueError(
+            f"FSDP's state dict type is {plugin.state_dict_type}, with which no adapter would be written: set "
+            "fsdp_state_dict_type to FULL_STATE_DICT in accelerate's config or on its command line."
         )
 
 
