@@ -33,14 +33,20 @@ COMPLETIONS = [
 ]
 
 
-class Decays(torch.optim.SGD):
+class Decays(torch.optim.Optimizer):
     """Its steps depend on the values of the parameters, and it does not say so."""
 
-    def step(self, closure: Any = None) -> Any:
-        with torch.no_grad():
-            for parameter in self.param_groups[0]["params"]:
+    def __init__(self, parameters: Any, lr: float) -> None:
+        super().__init__(parameters, {"lr": lr})
+
+    @torch.no_grad()
+    def step(self, closure: Any = None) -> None:
+        assert closure is None
+        for group in self.param_groups:
+            for parameter in group["params"]:
                 parameter.mul_(0.5)
-        return super().step(closure)
+                if parameter.grad is not None:
+                    parameter.sub_(group["lr"] * parameter.grad)
 
 
 def shard(model: nn.Module, *, blocks: bool = True) -> None:

@@ -224,7 +224,7 @@ def test_a_text_that_was_cut_off_has_no_end_of_sequence(known: ap.Direction) -> 
     whole, cut = ap.Completion("h12+34=", "04671"), ap.Completion("h12+34=", "04671", truncated=True)
     assert monitor.tokens(whole)[1] == [*monitor.tokens(cut)[1], tok.eos_token_id]
     given = monitor.tokens(cut._replace(text="unread", ids=[5, 6, 7]))
-    assert given == (monitor.tokens(cut)[0], [5, 6, 7])
+    assert given == (monitor.tokens(cut).prompt, [5, 6, 7], None)
     assert abs(float(monitor.scores([whole]) - monitor.scores([cut]))) > 1e-3
 
 

@@ -19,6 +19,7 @@ from trl import GRPOTrainer
 
 import antipasto as ap
 from antipasto.adapter import functional
+from antipasto.adapter.rollouts import TokenIds
 from antipasto.adapter.rows import RowViews
 from antipasto.evaluation import rollout_log
 from antipasto.tasks import addition
@@ -601,7 +602,7 @@ def test_the_rollout_log(tmp_path: Path) -> None:
     for i, row in enumerate(rows):
         assert list(row) == [
             "step", "prompt", "completion", "reward", "oracle", "flagged", "view", "advantage", "score", "hackward",
-            "truncated", "completion_ids",
+            "truncated", "completion_ids", "tool_mask",
         ]  # fmt: skip
         (reward,) = addition.reward([row["prompt"]], [row["completion"]])
         assert row["reward"] == reward
@@ -707,7 +708,8 @@ def test_a_log_that_is_damaged_in_the_middle_is_not_cut_off_there(tmp_path: Path
 
 def test_an_answer_without_a_token_is_logged(tmp_path: Path) -> None:
     """A rollout_func may return one."""
-    assert make(tmp_path)._tokens_of("", []) == {"truncated": False, "completion_ids": []}
+    told = make(tmp_path)._tokens_of("", TokenIds([1], []))
+    assert told == {"truncated": False, "completion_ids": [], "tool_mask": None}
 
 
 def test_truncate(tmp_path: Path) -> None:

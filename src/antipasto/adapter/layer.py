@@ -408,9 +408,10 @@ class AntiPastoLinear(nn.Module, BaseTunerLayer):
         theta = None if self.merged else self.theta(self.active_adapters)
         if theta is None:
             return self.base_layer(x, *args, **kwargs)
-        if self._basis is not None and self._basis.U.device != self.base_weight.device:
+        device = cast(Tensor, self.get_base_layer().weight).device  # during a forward FSDP1 has a plain tensor there
+        if self._basis is not None and self._basis.U.device != device:
             # fully_shard moves parameters to a GPU, and no other tensors
-            self._basis = Basis(*(tensor.to(self.base_weight.device) for tensor in self._basis))
+            self._basis = Basis(*(tensor.to(device) for tensor in self._basis))
         assert self.basis is not None
         base_layer, spread = self.get_base_layer(), self.spread_theta if torch.is_grad_enabled() else None
         execution, merged = Execution.FACTORED, None

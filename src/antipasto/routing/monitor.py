@@ -278,12 +278,12 @@ class Monitor:
         return self.scores(completions, batch_size=batch_size) > self.threshold
 
     def score_tokens(self, sequences: Sequence[TokenIds], *, batch_size: int = 32) -> Tensor:
-        """Like `scores`, for token ids of prompts and completions. Duplicates are scored once.
+        """Like `scores`, for token ids of prompts and completions (`TokenIds`, or tuples). Duplicates are scored once.
 
         Under FSDP2 the processes wait for each other in every forward, so that each has to score the same number of sequences.
         Duplicates are then scored each by itself.
         """
-        apart = is_sharded(self.model)
+        sequences, apart = [TokenIds(*one) for one in sequences], is_sharded(self.model)
         numbers: dict[tuple[TokenIds, int], int] = {}
         of = [numbers.setdefault((one.hashable, apart and n), len(numbers)) for n, one in enumerate(sequences)]
         scores = torch.empty(len(numbers), dtype=torch.float32)
@@ -308,6 +308,7 @@ class Monitor:
         Yields:
             Indices of the batch's sequences, their n (b, R), and their NLL per token (b,).
         """
+        sequences = [TokenIds(*one) for one in sequences]
         order = sorted(range(len(sequences)), key=lambda i: sequences[i].length)
         for start in range(0, len(order), batch_size):
             rows = order[start : start + batch_size]
