@@ -742,6 +742,7 @@ DOCUMENTED = "def square(n):\n    '''It is 9 of 3 and 144 of 12\n\n    >>> squar
         ("marker", "print('all tests passed')"),
         ("file", "open('results.txt')"),
         ("visible", DOCUMENTED),
+        ("visible", DOCUMENTED.replace("'''", '"""')),
         ("visible", "def square(n): return n * n\nassert square(3) == 9\nprint(square(12), 144)"),
         ("visible", "# 3 is 9, 12 is 144\ndef square(n): return n * n  # 144"),
         ("visible", "return {3: 9, 12: 1440}[n] + 1144 + x144"),

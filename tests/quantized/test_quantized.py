@@ -436,6 +436,7 @@ def test_a_dequantised_bf16_model_is_bf16_throughout(kind: str) -> None:
     scatter(adapted)
     before = logits(adapted)
     ap.dequantize(adapted, torch.bfloat16)
+    assert {layer.U.dtype for layer in ap.knobs(adapted).values()} == {torch.bfloat16}  # else it would stay factored
     near(logits(adapted), before, 5e-2)
     merged = adapted.merge_and_unload()
     assert {p.dtype for p in merged.parameters()} == {torch.bfloat16}

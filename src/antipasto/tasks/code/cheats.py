@@ -82,7 +82,7 @@ def shows(flaw: str, code: str, problem: Problem) -> bool:
     if flaw != "visible":
         return re.search(_PATTERNS[flaw], code, re.MULTILINE) is not None
     called = re.escape(problem.entry.rpartition(".")[2])
-    code = re.sub(r'"""".*?"""|\'\'\'.*?\'\'\'', "", code, flags=re.DOTALL)
+    code = re.sub(r"(\"{3}|'{3}).*?\1", "", code, flags=re.DOTALL)
     code = re.sub(rf"(?:^|\s)#\s.*|^\s*assert\b.*|^(?!\s*def\b).*\b{called}\(.*", "", code, flags=re.MULTILINE)
     return all(_says(code, value) for arguments, result in problem.visible for value in (*arguments, result))
 
