@@ -19,7 +19,7 @@ test-all: $(READY)
 # torchao says much when it is imported, and transformers imports it wherever it is: so they are in a folder of their own
 test-quantized: $(READY)
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --upgrade -c constraints.txt --target build/quantized bitsandbytes torchao
-	PYTHONPATH=build/quantized HF_HUB_OFFLINE=1 $(BIN)/pytest -n 2 tests/quantized $(ARGS)
+	PYTHONPATH=$(CURDIR)/build/quantized HF_HUB_OFFLINE=1 $(BIN)/pytest -n 2 tests/quantized $(ARGS)
 
 # the oldest supported versions; that torch is a GPU build of several gigabytes
 test-oldest:
