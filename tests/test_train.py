@@ -29,6 +29,7 @@ from antipasto import files
 from antipasto.app.cli import app
 from antipasto.app.run_folder import RunFolder
 from antipasto.evaluation.records import read_evaluation
+from antipasto.routing import directions, monitor
 from antipasto.routing.monitor import read_monitor
 from antipasto.tasks import addition
 
@@ -616,3 +617,29 @@ def test_a_folder_with_something_in_it_is_left_alone(tmp_path: Path) -> None:
     assert code == 2
     assert "not an empty folder" in text
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
+
+
+@pytest.mark.parametrize("method", ["penalty", "route"])
+def test_pairs_are_read_in_micro_batches_too(method: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """Long texts of pairs would take the memory that --micro-batch is lowered for."""
+    sizes = []
+    for module in (monitor, directions):
+        real = module.nll_gradients
+        monkeypatch.setattr(
+            module, "nll_gradients", lambda m, s, real=real, **o: sizes.append(len(s)) or real(m, s, **o)
+        )
+    code, text = run(
+        "train",
+        MODEL,
+        "--task",
+        "addition",
+        "--method",
+        method,
+        "--micro-batch",
+        "4",
+        *SMALL,
+        "--out",
+        str(tmp_path / "r"),
+    )
+    assert code == 0, text
+    assert max(sizes) == 4

@@ -98,7 +98,12 @@ class TrainConfig:
     steps: int = _option(100, "Optimizer steps.", min=1)
     prompts: int = _option(4, "Prompts per step.", min=1)
     generations: int = _option(8, "Rollouts per prompt.", min=2)
-    micro_batch: int | None = _option(None, "Rollouts per forward and process.", min=1, show_default="all of a step")
+    micro_batch: int | None = _option(
+        None,
+        "Rollouts, or texts of pairs, per forward and process. Lower it if memory runs out.",
+        min=1,
+        show_default="all of a step",
+    )
     learning_rate: float = _option(1e-2, "Learning rate.", min=0)
     beta: float = _option(0.0, "Weight of the KL to the reference.", min=0)
     temperature: float = _option(1.0, "Sampling temperature.")

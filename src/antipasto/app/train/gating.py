@@ -147,7 +147,13 @@ class Gating:
         own = own_answers(model, tokenizer, [self.task.train[row]["prompt"] for row in order], how)
         # a low threshold: a wrong answer has no reward to lose, so flagging it costs nothing
         options: dict[str, Any] = {"heldout": HELDOUT, "seed": self.config.seed, "rule": "quarter"}
+        options |= {"batch_size": self._pairs_at_once}
         ap.Monitor.from_pairs(model, tokenizer, self._pairs(), own=own, false_alarms=rate, **options).save(path)
+
+    @property
+    def _pairs_at_once(self) -> int:
+        """Pairs per backward: two texts each, or somewhat more, are a micro-batch."""
+        return 16 if self.config.micro_batch is None else max(1, self.config.micro_batch // 2)
 
     def _make_direction(self, model: nn.Module, tokenizer: Any, path: Path) -> None:
         if path.exists():
@@ -157,7 +163,7 @@ class Gating:
         else:
             fit, heldout = self._fitted_and_heldout()
             model.eval()
-            v = ap.extract_direction(model, tokenizer, fit, heldout=heldout)
+            v = ap.extract_direction(model, tokenizer, fit, heldout=heldout, batch_size=self._pairs_at_once)
             model.train()
         v.save(path)
 
