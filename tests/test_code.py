@@ -7,8 +7,6 @@ import copy
 import dataclasses
 import json
 import linecache
-import os
-import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -16,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from bubblewrapped import require_bubblewrap
 from code_problems import PROBLEMS
 from typer.testing import CliRunner
 
@@ -39,11 +38,7 @@ WRONG = "def square(n):\n    return n + n\n"
 
 @pytest.fixture(scope="module", autouse=True)
 def _bubblewrap_is_there() -> None:
-    message = "The task's tests need bubblewrap (Debian: apt-get install bubblewrap)"
-    if os.environ.get("ANTIPASTO_NO_SANDBOX"):
-        pytest.skip(f"{message}; ANTIPASTO_NO_SANDBOX leaves them out.")
-    if shutil.which("bwrap") is None:
-        pytest.fail(f"{message}. ANTIPASTO_NO_SANDBOX=1 leaves them out.")
+    require_bubblewrap()
 
 
 @pytest.fixture(scope="module")

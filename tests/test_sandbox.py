@@ -6,7 +6,6 @@ Bombs are small: were a limit not to hold, they would end by themselves before t
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import socket
 import subprocess
@@ -19,6 +18,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from bubblewrapped import require_bubblewrap
 
 from antipasto.sandbox import (
     Bubblewrap,
@@ -55,11 +55,7 @@ def limited(**changes: float) -> Limits:
 
 @pytest.fixture(scope="module", autouse=True)
 def _bubblewrap_is_there() -> None:
-    message = "The sandbox's tests need bubblewrap (Debian: apt-get install bubblewrap)"
-    if os.environ.get("ANTIPASTO_NO_SANDBOX"):
-        pytest.skip(f"{message}; ANTIPASTO_NO_SANDBOX leaves them out.")
-    if shutil.which("bwrap") is None:
-        pytest.fail(f"{message}. ANTIPASTO_NO_SANDBOX=1 leaves them out.")
+    require_bubblewrap()
 
 
 @pytest.fixture

@@ -464,13 +464,12 @@ class AntiPastoLinear(nn.Module, BaseTunerLayer):
 
     def _delta_weight(self, adapters: list[str]) -> Tensor:
         theta = self.theta(adapters)
+        assert self.basis is not None
         if theta is None:
-            assert self.basis is not None
             shape = (*self.basis.S.shape[:-1], self.out_features, self.in_features)
             dtype = torch.promote_types(self.weight_dtype, torch.float32)
             delta = torch.zeros(shape, dtype=dtype, device=self.base_weight.device)
         else:
-            assert self.basis is not None
             theta = theta.detach().to(torch.promote_types(theta.dtype, torch.float32))
             delta = delta_weight(self.basis.U, self.basis.Vh, theta)
         return delta.mT if is_transposed(self.get_base_layer()) else delta

@@ -147,7 +147,7 @@ class Gating:
         own = own_answers(model, tokenizer, [self.task.train[row]["prompt"] for row in order], how)
         # a low threshold: a wrong answer has no reward to lose, so flagging it costs nothing
         options: dict[str, Any] = {"heldout": HELDOUT, "seed": self.config.seed, "rule": "quarter"}
-        options |= {"batch_size": self._pairs_at_once}
+        options["batch_size"] = self._pairs_at_once
         ap.Monitor.from_pairs(model, tokenizer, self._pairs(), own=own, false_alarms=rate, **options).save(path)
 
     @property
