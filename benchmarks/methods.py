@@ -44,7 +44,9 @@ METHODS: dict[str, dict[str, Any]] = {
     "penalty by score, permuted": {"method": "penalty", "by": "score", "monitor": "permuted"},  # a control
     "penalty by score, shuffled": {"method": "penalty", "by": "score", "pairs": "shuffled"},  # a control
     "penalty by score, mended": {"method": "penalty", "by": "score", "pairs": "mended"},
+    "penalty by score, mended twice": {"method": "penalty", "by": "score", "pairs": "mended twice"},
 }
+MENDED = {"mended": 1, "mended twice": 2}  # how often: of as many runs a form was added to the pairs
 TOYS = {addition.task_name(variant): variant for variant in addition.VARIANTS}
 UPPER = 12  # of the layers of a real model have knobs, which is cheaper: the backward ends below them
 STEPS, PROMPTS, GENERATIONS, LEARNING_RATE = 60, 4, 8, 1e-2
@@ -88,20 +90,21 @@ def upper(model: Path, number: int) -> str:
 
 
 def has_pairs(name: str, method: str) -> bool:
-    """Whether a task has the pairs that a method wants: mended ones are of a task of which a run was read."""
-    return METHODS[method].get("pairs") != "mended" or (name in TASKS and exploit_of(name).found is not None)
+    """Whether a task has the pairs that a method wants: mended ones are of a task of which as many runs were read."""
+    rounds = MENDED.get(METHODS[method].get("pairs", ""), 0)
+    return not rounds or (name in TASKS and rounds <= len(exploit_of(name).found))
 
 
 def other_pairs(name: str, which: str, out: Path) -> Path:
     """A file of other pairs than the task's own.
 
     Shuffled: hack and clean texts swapped in every other one, so that what they say of the exploit cancels out. Mended: with
-    hacks that a run was found to write, beside the task's (`Exploit.pairs`).
+    hacks that runs were found to write, beside the task's (`Exploit.pairs`).
     """
-    path = out / f"{name}-{which}.jsonl"
+    path = out / f"{name}-{which.replace(' ', '-')}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)
-    if which == "mended":
-        rows = exploit_of(name).pairs(mended=True)
+    if which in MENDED:
+        rows = exploit_of(name).pairs(mended=MENDED[which])
     else:
         rows = (
             [dict(row) for row in addition.task(TOYS[name]).pairs or []] if name in TOYS else exploit_of(name).pairs()
