@@ -33,7 +33,8 @@ from antipasto.adapter.basis import BasisCacheWarning, cache_file, load_basis
 from antipasto.app.inspection import show
 from antipasto.app.run_folder import RunFolder, read_yaml
 from antipasto.app.train.config import TrainConfig
-from antipasto.app.watch.sources import Columns, read_sources
+from antipasto.app.watch.config import WatchConfig
+from antipasto.app.watch.sources import read_sources
 from antipasto.evaluation import rollout_log
 from antipasto.files import digest
 
@@ -341,7 +342,7 @@ def test_what_is_no_flag_is_no_yes(name: str, tmp_path: Path) -> None:
         *_, last = rollout_log.read(log, [])
         read = {getattr(last, name)}
         if name == "truncated":
-            *_, source = read_sources([log], Columns(), [])
+            *_, source = read_sources([log], WatchConfig(), [])
             read.add(source.truncated)
         return read
 
@@ -354,4 +355,4 @@ def test_what_is_no_flag_is_no_yes(name: str, tmp_path: Path) -> None:
             found(value)
         if name == "truncated":
             with pytest.raises(ValueError, match=words):
-                list(read_sources([log], Columns(), []))
+                list(read_sources([log], WatchConfig(), []))

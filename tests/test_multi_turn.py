@@ -18,7 +18,8 @@ from trl.chat_template_utils import qwen3_chat_template
 
 import antipasto as ap
 from antipasto.adapter.rollouts import TokenIds
-from antipasto.app.watch.sources import Columns, read_sources
+from antipasto.app.watch.config import WatchConfig
+from antipasto.app.watch.sources import read_sources
 from antipasto.trl import RoutedGRPOTrainer
 
 pytestmark = [
@@ -190,7 +191,7 @@ def test_watch_scores_what_the_model_wrote(tmp_path: Path) -> None:
     mask = [1, 1] + [0] * (len(ids) - 4) + [1, 1]
     row = {"prompt": question(1), "completion": "!", "completion_ids": ids, "tool_mask": mask}
     (tmp_path / "log.jsonl").write_text(json.dumps(row) + "\n")
-    (one,) = read_sources([tmp_path / "log.jsonl"], Columns(), [])
+    (one,) = read_sources([tmp_path / "log.jsonl"], WatchConfig(), [])
     found = watching.scores([ap.Completion(one.prompt, one.text, False, one.ids, one.tool_mask)])
     prompt = watching.tokens(ap.Completion(question(1), "!")).prompt
     want = watching.score_tokens([TokenIds(prompt, ids, mask), TokenIds(prompt, ids)])
@@ -205,4 +206,4 @@ def test_a_mask_that_does_not_fit_is_refused_by_line(mask: Any, tmp_path: Path) 
     with pytest.raises(
         ValueError, match=r"log.jsonl, line 1: 'tool_mask' must have a 1 or 0 for each of 'completion_ids'"
     ):
-        list(read_sources([tmp_path / "log.jsonl"], Columns(), []))
+        list(read_sources([tmp_path / "log.jsonl"], WatchConfig(), []))

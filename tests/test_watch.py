@@ -24,7 +24,8 @@ from typer.testing import CliRunner
 import antipasto as ap
 from antipasto.app.checks import find_files
 from antipasto.app.cli import app
-from antipasto.app.watch import Columns, WatchConfig, watch
+from antipasto.app.watch.config import WatchConfig
+from antipasto.app.watch.job import watch
 from antipasto.app.watch.sources import read_index
 from antipasto.tasks import addition
 from antipasto.trl import RoutedGRPOTrainer
@@ -186,10 +187,10 @@ def test_columns_by_name_and_what_is_nested(monitor: Path, tmp_path: Path) -> No
     ]
     pq.write_table(pa.Table.from_pylist(theirs), tmp_path / "theirs.parquet")
     ours = watch(MODEL, [plain], monitor=monitor, compare=True)
-    columns = Columns("input", "turns", step="global_step", label="extra.hack")
-    other = watch(
-        MODEL, [tmp_path / "theirs.parquet"], monitor=monitor, compare=True, config=WatchConfig(columns=columns)
+    config = WatchConfig(
+        prompt_column="input", completion_column="turns", step_column="global_step", label_column="extra.hack"
     )
+    other = watch(MODEL, [tmp_path / "theirs.parquet"], monitor=monitor, compare=True, config=config)
     assert ours.scores["score"].tolist() == other.scores["score"].tolist()
     assert ours.comparison is not None
     assert ours.comparison == other.comparison
@@ -321,7 +322,7 @@ def test_a_folder_with_something_elses_files_is_left_alone(monitor: Path, pairs:
 def test_options_are_those_of_the_call_and_stay_so(monitor: Path, tmp_path: Path) -> None:
     """`wrap` writes into a config what its layers are: a second call with it is still the same call."""
     log = write_lines(tmp_path / "rollouts.jsonl", rows())
-    config = WatchConfig(adapter=ap.AntiPastoConfig())
+    config = WatchConfig()
     watch(MODEL, [log], monitor=monitor, config=config)
     watch(MODEL, [log], monitor=monitor, config=config)
     watch(MODEL, [log], monitor=monitor)
@@ -435,6 +436,6 @@ def test_texts_of_a_model_stay_text(monitor: Path, tmp_path: Path) -> None:
 
 
 def test_windows_are_of_like_many_steps(tmp_path: Path) -> None:
-    index = read_index(find_files([write_lines(tmp_path / "r.jsonl", rows(steps=10))]), Columns())
+    index = read_index(find_files([write_lines(tmp_path / "r.jsonl", rows(steps=10))]), WatchConfig())
     assert [len(part) for part in index.windows(4)] == [24, 24, 16, 16]
     assert [len(part) for part in index.windows(40)] == [8] * 10

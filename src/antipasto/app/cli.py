@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any, Literal, get_args, get_type_hints
+from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 import typer
 from rich.console import Console
@@ -28,15 +28,14 @@ from safetensors import SafetensorError
 
 import antipasto
 from antipasto.app.checks import check_file, check_model_name, check_new_file, check_new_folder, find_files
+from antipasto.app.options import AdapterOptions, options_of
 from antipasto.app.run_folder import RunFolder, parse_yaml, read_yaml
-from antipasto.app.train.config import ADAPTER, TrainConfig, names_of, targets_of
+from antipasto.app.train.config import TrainConfig
+from antipasto.app.watch.config import WatchConfig
 from antipasto.names import HELDOUT, Dtype
 from antipasto.options import near
 from antipasto.tasks.loading import check_task_name
 from antipasto.terminal import plain, say
-
-if TYPE_CHECKING:
-    from antipasto.adapter import AntiPastoConfig
 
 app = typer.Typer(
     name="antipasto",
@@ -47,7 +46,6 @@ app = typer.Typer(
 )
 
 TRAIN, PREPARE, LOOK, SHIP = "Train", "Prepare", "Look", "Ship"
-COLUMNS = "Columns of the files"
 
 # shared by several commands
 Model = Annotated[
@@ -83,15 +81,14 @@ def main(
 
 
 def _with_options(
-    *, but: tuple[str, ...] = (), panel: str | None = None
+    kind: type[AdapterOptions], *, but: tuple[str, ...] = ()
 ) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """Replace a command's ``**options`` by options of `TrainConfig`: all ``but`` some, or those of one panel."""
-    fields = [field for field in dataclasses.fields(TrainConfig) if field.name not in but]
-    fields = [field for field in fields if panel in (None, field.metadata.get("rich_help_panel"))]
+    """Replace a command's ``**options`` by those of a dataclass, all ``but`` some."""
+    hints = get_type_hints(kind)
+    fields = [field for name, field in options_of(kind).items() if name not in but]
 
     def decorate(command: Callable[..., None]) -> Callable[..., None]:
         own = introspection.signature(command, eval_str=True).parameters.values()
-        hints = get_type_hints(TrainConfig)
         given = [p.replace(kind=p.KEYWORD_ONLY) for p in own if p.kind is not p.VAR_KEYWORD]
         given += [_parameter(field, hints[field.name]) for field in fields]
         command.__signature__ = introspection.Signature(given)  # type: ignore[attr-defined]
@@ -102,7 +99,7 @@ def _with_options(
 
 
 def _parameter(field: dataclasses.Field[Any], hint: Any) -> introspection.Parameter:
-    """A field of `TrainConfig` as a typer option."""
+    """A field of a dataclass of options as a typer option."""
     said = {"show_default": field.default is not None, **field.metadata}
     hint = said.pop("type", hint)
     default = ",".join(field.default) if isinstance(field.default, tuple) else field.default
@@ -178,7 +175,7 @@ def demo(
     context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
     no_args_is_help=True,
 )
-@_with_options(but=("model", "task", "trainer"))
+@_with_options(TrainConfig, but=("model", "task", "trainer"))
 def train(
     context: typer.Context,
     model: Annotated[
@@ -264,7 +261,7 @@ def _from_file(path: Path | None) -> dict[str, Any]:
 
 
 @app.command(rich_help_panel=PREPARE)
-@_with_options(panel=ADAPTER)
+@_with_options(AdapterOptions)
 def basis(
     model: Model,
     dry_run: Annotated[
@@ -277,21 +274,19 @@ def basis(
     Cached bases are checked and kept. The cache has all directions of a layer, so --rank is only for --dry-run.
     """
     with _readable_errors(load=False):
-        if adapter["rank"] is not None and not dry_run:
+        options = AdapterOptions.from_mapping(adapter, "antipasto basis")
+        if options.rank is not None and not dry_run:
             raise ValueError("--rank is for --dry-run: the cache has all directions of a layer. Leave it out.")
         check_model_name(model)
     with _readable_errors():
         from antipasto.app import commands
 
-        config = _config(**adapter)
-        if dry_run:
-            commands.what_it_needs(model, config, Console(), dtype=adapter["dtype"])
-            return
-        commands.cache_bases(model, config, Console(), dtype=adapter["dtype"])
+        job = commands.what_it_needs if dry_run else commands.cache_bases
+        job(model, options.adapter(), Console(), dtype=options.dtype)
 
 
 @app.command(rich_help_panel=PREPARE)
-@_with_options(panel=ADAPTER)
+@_with_options(AdapterOptions)
 def extract(
     model: Model,
     pairs: Annotated[
@@ -311,6 +306,7 @@ def extract(
     Also prints what else distinguishes hacks from clean texts in the pairs, such as length: the direction contains that too.
     """
     with _readable_errors(load=False):
+        options = AdapterOptions.from_mapping(adapter, "antipasto extract")
         check_model_name(model)
         check_file(pairs)
         check_new_file(out, force=force)
@@ -321,9 +317,9 @@ def extract(
             model,
             pairs,
             out,
-            _config(**adapter),
+            options.adapter(),
             Console(),
-            dtype=adapter["dtype"],
+            dtype=options.dtype,
             heldout=heldout,
             seed=seed,
             batch_size=batch_size,
@@ -332,7 +328,7 @@ def extract(
 
 
 @app.command("map", rich_help_panel=PREPARE)
-@_with_options(panel=ADAPTER)
+@_with_options(AdapterOptions)
 def map_forms(
     model: Model,
     forms: Annotated[
@@ -358,6 +354,7 @@ def map_forms(
     the pairs' held-out clean texts; .5 is chance.
     """
     with _readable_errors(load=False):
+        options = AdapterOptions.from_mapping(adapter, "antipasto map")
         check_model_name(model)
         for file in (forms, pairs, monitor):
             if file is not None:
@@ -368,11 +365,11 @@ def map_forms(
         commands.score_map(
             model,
             forms,
-            _config(**adapter),
+            options.adapter(),
             Console(),
             pairs_file=pairs,
             monitor_file=monitor,
-            dtype=adapter["dtype"],
+            dtype=options.dtype,
             heldout=heldout,
             seed=seed,
             batch_size=batch_size,
@@ -470,7 +467,7 @@ def report(
 
 
 @app.command(rich_help_panel=LOOK)
-@_with_options(panel=ADAPTER)
+@_with_options(WatchConfig)
 def watch(
     base: Annotated[
         str,
@@ -502,9 +499,6 @@ def watch(
     compare: Annotated[
         bool, typer.Option("--compare", help="Compare the score and other scores with the files' labels, by AUC.")
     ] = False,
-    windows: Annotated[
-        int, typer.Option(min=1, help="Number of equal windows of steps to report shares and AUCs for.")
-    ] = 4,
     fail_above: Annotated[
         float | None,
         typer.Option(
@@ -516,60 +510,8 @@ def watch(
             show_default="never",
         ),
     ] = None,
-    threshold: Annotated[
-        float | None, typer.Option(callback=_finite, help="Threshold of the score.", show_default="the monitor's")
-    ] = None,
-    sample: Annotated[
-        int | None, typer.Option(min=1, help="Maximum rollouts to score per window.", show_default="all")
-    ] = None,
-    seed: Annotated[int, typer.Option(min=0, help="Seed of --sample and of the split of the pairs.")] = 0,
     anew: Annotated[bool, typer.Option("--anew", help="Discard the scores in --out and score again.")] = False,
-    prompt_column: Annotated[
-        str,
-        typer.Option(
-            metavar="NAME", help="Prompt: a text or a chat. a.b is field b of an object a.", rich_help_panel=COLUMNS
-        ),
-    ] = "prompt",
-    completion_column: Annotated[
-        str, typer.Option(metavar="NAME", help="Completion: a text or messages.", rich_help_panel=COLUMNS)
-    ] = "completion",
-    step_column: Annotated[
-        str | None,
-        typer.Option(metavar="NAME", help="Step: a number.", show_default="step, if any", rich_help_panel=COLUMNS),
-    ] = None,
-    label_column: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME",
-            help="Label: 1 for an exploit, 0 for none.",
-            show_default="from reward and oracle",
-            rich_help_panel=COLUMNS,
-        ),
-    ] = None,
-    reward_column: Annotated[
-        str | None,
-        typer.Option(metavar="NAME", help="Reward: a number.", show_default="reward, if any", rich_help_panel=COLUMNS),
-    ] = None,
-    oracle_column: Annotated[
-        str | None,
-        typer.Option(
-            metavar="NAME",
-            help="Oracle, the strict truth: 1 for solved.",
-            show_default="oracle, if any",
-            rich_help_panel=COLUMNS,
-        ),
-    ] = None,
-    max_tokens: Annotated[
-        int | None,
-        typer.Option(
-            min=1,
-            help="Treat completions of this many tokens as cut off, unless their file says otherwise.",
-            show_default="none is cut off",
-            rich_help_panel=COLUMNS,
-        ),
-    ] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Rollouts per backward. Lower it if memory runs out.")] = 32,
-    **adapter: Any,
+    **options: Any,
 ) -> None:
     """Score the rollouts of any trainer with the model that training started from, and write an HTML page about them.
 
@@ -577,6 +519,7 @@ def watch(
     if the files have grown, the same command continues. Does not need the trained model.
     """
     with _readable_errors(load=False):
+        config = WatchConfig.from_mapping(options, "antipasto watch")
         check_model_name(base)
         for file in (pairs, monitor):
             if file is not None:
@@ -585,19 +528,6 @@ def watch(
     with _readable_errors(out, extra="report"):
         from antipasto.app.watch import command
 
-        config = command.WatchConfig(
-            columns=command.Columns(
-                prompt_column, completion_column, step_column, label_column, reward_column, oracle_column
-            ),
-            max_tokens=max_tokens,
-            threshold=threshold,
-            sample=sample,
-            windows=windows,
-            seed=seed,
-            dtype=adapter["dtype"],
-            batch_size=batch_size,
-            adapter=_config(**adapter),
-        )
         last = command.run(
             base,
             files,
@@ -678,19 +608,6 @@ def export(
             prompts=prompts,
             force=force,
         )
-
-
-def _config(
-    *, rank: int | None, target_modules: str | None, exclude_modules: str | None, cache_dir: str | None, dtype: str
-) -> AntiPastoConfig:
-    """The adapter's config, from the options of the panel `ADAPTER`; the dtype is the model's and not part of it."""
-    from antipasto.adapter import AntiPastoConfig
-
-    targets = None if target_modules is None else targets_of(target_modules, "--target-modules")
-    excluded = None if exclude_modules is None else names_of("--exclude-modules", exclude_modules)
-    config = AntiPastoConfig(target_modules=targets, exclude_modules=excluded, rank=rank)
-    config.cache_dir = cache_dir
-    return config
 
 
 EXTRAS = {"trl": ("trl", "datasets", "scipy", "matplotlib"), "report": ("scipy", "matplotlib")}

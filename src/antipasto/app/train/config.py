@@ -3,41 +3,21 @@
 from __future__ import annotations
 
 import dataclasses
-import re
-from collections.abc import Mapping
 from typing import Any
 
+from antipasto.app.options import AdapterOptions, names_of, option, options_of
 from antipasto.app.run_folder import write_yaml
-from antipasto.names import MODES, THRESHOLD, By, Dtype, Method
-from antipasto.options import check_bounds, check_finite, check_types, near
+from antipasto.names import MODES, THRESHOLD, By, Method
 
 CONTROLS = ("random", "permuted")
-ROUTING, ADAPTER = "Routing", "Adapter"
-"""Groups of options in ``--help``."""
-
-
-def _option(default: Any, said: str, **typed: Any) -> Any:
-    """Define an option as a dataclass field.
-
-    Args:
-        default: its default.
-        said: its help text.
-        typed: ``min`` and ``max``, also checked for values from files; ``type``, if the command line takes another type;
-            ``metavar``, ``show_default`` and ``rich_help_panel`` of `typer.Option`.
-    """
-    return dataclasses.field(default=default, metadata={"help": said, **typed})
 
 
 def _routing(default: Any, said: str, **typed: Any) -> Any:
-    return _option(default, said, rich_help_panel=ROUTING, **typed)
-
-
-def _adapter(default: Any, said: str, **typed: Any) -> Any:
-    return _option(default, said, rich_help_panel=ADAPTER, **typed)
+    return option(default, said, rich_help_panel="Routing", **typed)
 
 
 @dataclasses.dataclass
-class TrainConfig:
+class TrainConfig(AdapterOptions):
     """The options of a run, as `antipasto train` takes them and ``config.yaml`` stores them.
 
     ``antipasto train --help`` and docs/cli.md describe each. ``trainer`` holds other options of `trl.GRPOConfig`, by name.
@@ -80,46 +60,29 @@ class TrainConfig:
     deploy_fraction: float | None = _routing(
         None, "Share of rollouts sampled from the deployed policy.", min=0, max=1, show_default="0.5 with route"
     )
-    rank: int | None = _adapter(None, "Number of top singular directions per layer.", min=1, show_default="all")
-    target_modules: list[str] | str | None = _adapter(
-        None,
-        "Layers to adapt: comma-separated names, 'all-linear', or a regular expression.",
-        type=str,
-        metavar="NAMES",
-        show_default="known names",
-    )
-    exclude_modules: list[str] | None = _adapter(
-        None, "Layers of these not to adapt.", type=str, metavar="NAMES", show_default="none"
-    )
-    cache_dir: str | None = _adapter(
-        "auto", "Cache folder of singular bases.", metavar="DIR", show_default="$ANTIPASTO_CACHE or the user's"
-    )
-    dtype: Dtype = _adapter("auto", "Dtype of the weights; 'auto' as saved. Each dtype has its own bases.")
-    steps: int = _option(100, "Optimizer steps.", min=1)
-    prompts: int = _option(4, "Prompts per step.", min=1)
-    generations: int = _option(8, "Rollouts per prompt.", min=2)
-    micro_batch: int | None = _option(
+    steps: int = option(100, "Optimizer steps.", min=1)
+    prompts: int = option(4, "Prompts per step.", min=1)
+    generations: int = option(8, "Rollouts per prompt.", min=2)
+    micro_batch: int | None = option(
         None,
         "Rollouts, or texts of pairs, per forward and process. Lower it if memory runs out.",
         min=1,
         show_default="all of a step",
     )
-    learning_rate: float = _option(1e-2, "Learning rate.", min=0)
-    beta: float = _option(0.0, "Weight of the KL to the reference.", min=0)
-    temperature: float = _option(1.0, "Sampling temperature.")
-    max_completion_length: int | None = _option(
+    learning_rate: float = option(1e-2, "Learning rate.", min=0)
+    beta: float = option(0.0, "Weight of the KL to the reference.", min=0)
+    temperature: float = option(1.0, "Sampling temperature.")
+    max_completion_length: int | None = option(
         None, "Maximum tokens of an answer.", min=1, show_default="the task's, or 256"
     )
-    seed: int = _option(0, "Seed of everything random.", min=0)
-    save_every: int = _option(25, "Steps between checkpoints.", min=1)
+    seed: int = option(0, "Seed of everything random.", min=0)
+    save_every: int = option(25, "Steps between checkpoints.", min=1)
     trainer: dict[str, Any] = dataclasses.field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if isinstance(self.controls, list):  # YAML has no tuples
             self.controls = tuple(self.controls)
-        check_types(self)
-        check_finite(self)
-        check_bounds(self)
+        super().__post_init__()
         if self.temperature <= 0:
             raise ValueError(f"temperature must be above 0, got {self.temperature}.")
         if self.pairs is not None and self.direction is not None:
@@ -143,15 +106,8 @@ class TrainConfig:
             raise ValueError(f"deploy_fraction works only with method=route: {self.method} has no quarantine.")
 
     @classmethod
-    def from_mapping(cls, options: Mapping[str, Any], where: str) -> TrainConfig:
-        """Make a config from options by name. A list may be given as a comma-separated text.
-
-        Args:
-            options: values by name.
-            where: they come from, for messages.
-
-        Raises:
-            ValueError: an option is unknown, invalid or missing.
+    def read(cls, name: str, value: Any) -> Any:
+        """As `AdapterOptions.read`, and the control directions.
 
         Example:
             >>> options = {"model": "m", "task": "addition", "controls": "none", "target_modules": "q_proj, v_proj"}
@@ -159,54 +115,11 @@ class TrainConfig:
             >>> made.controls, made.target_modules
             ((), ['q_proj', 'v_proj'])
         """
-        names = [field.name for field in dataclasses.fields(cls)]
-        for name in options:
-            if name not in names:
-                raise ValueError(f"{where}: there is no option {name!r}{near(str(name), names)}")
-        for name in ("model", "task"):
-            if options.get(name) is None:
-                raise ValueError(f"{where}: {name} is missing.")
-        try:
-            return cls(**{name: _read(name, value) for name, value in options.items()})
-        except ValueError as error:
-            raise ValueError(f"{where}: {error}") from error
+        if name == "controls" and isinstance(value, str):
+            return () if value.strip() in ("", "none") else tuple(names_of(name, value))
+        return super().read(name, value)
 
     def to_yaml(self) -> str:
         """The contents of ``config.yaml``."""
         values = {**dataclasses.asdict(self), "controls": list(self.controls)}
-        return write_yaml(values)
-
-
-def _read(name: str, value: Any) -> Any:
-    """Parse an option that holds several names; leave others as they are."""
-    if not isinstance(value, str):
-        return value
-    if name == "controls":
-        return () if value.strip() in ("", "none") else tuple(names_of(name, value))
-    if name == "target_modules":
-        return targets_of(value)
-    return names_of(name, value) if name == "exclude_modules" else value
-
-
-def names_of(option: str, text: str) -> list[str]:
-    """Parse comma-separated names.
-
-    Raises:
-        ValueError: a name is empty.
-    """
-    names = [name.strip() for name in text.split(",")]
-    if not all(names):
-        raise ValueError(f"{option} takes comma-separated names, got {text!r}.")
-    return names
-
-
-def targets_of(text: str, option: str = "target_modules") -> list[str] | str:
-    """Parse the layers to adapt: comma-separated names, or as PEFT takes it, ``all-linear`` or a regular expression.
-
-    Example:
-        >>> targets_of("q_proj,v_proj"), targets_of("all-linear"), targets_of(".*(q|v)_proj")
-        (['q_proj', 'v_proj'], 'all-linear', '.*(q|v)_proj')
-    """
-    if text == "all-linear" or re.search(r"[^\w., -]", text):
-        return text
-    return names_of(option, text)
+        return write_yaml({name: values[name] for name in options_of(type(self))})

@@ -20,7 +20,6 @@ from rich.console import Console
 from transformers import PrinterCallback
 from transformers.integrations import TensorBoardCallback
 
-import antipasto as ap
 from antipasto.adapter.fingerprints import hashed_once
 from antipasto.app.models import base_fingerprint, load_model, process_state, quiet, with_template_options
 from antipasto.app.run_folder import RunFolder, step_of
@@ -114,7 +113,7 @@ def _run(config: TrainConfig, folder: RunFolder, console: Console, state: Partia
             reward_funcs=_judge(task, "reward"),
             train_dataset=Dataset.from_dict({"row": range(len(task.train))}),  # `_prompts_of` and `_judge` look them up
             processing_class=tokenizer,
-            peft_config=_adapter(config),
+            peft_config=config.adapter(),
             router=how.router(folder, tokenizer, state),
             detector=None if task.detector is None or how.uses_monitor else _judge(task, "detector"),
             monitor=how.monitor(
@@ -208,14 +207,6 @@ def _name_for_reporters(trainer: RoutedGRPOTrainer, folder: RunFolder, checkpoin
                 log_dir=callback.logging_dir or str(folder.tensorboard),
                 purge_step=None if checkpoint is None else step_of(checkpoint) + 1,
             )
-
-
-def _adapter(config: TrainConfig) -> ap.AntiPastoConfig:
-    adapter = ap.AntiPastoConfig(
-        rank=config.rank, target_modules=config.target_modules, exclude_modules=config.exclude_modules
-    )
-    adapter.cache_dir = config.cache_dir
-    return adapter
 
 
 def _prompts_of(task: Task) -> Callable[[list[dict[str, int]]], list[dict[str, Any]]]:

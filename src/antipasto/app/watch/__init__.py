@@ -1,5 +1,6 @@
 """`antipasto watch`: score the rollouts of any trainer with the model that training started from.
 
+config     the options
 sources    files of any trainer → rollouts
 scoring    rollouts → scores at the reference, and other scores to compare with
 auc        the area under the ROC curve, with its interval
@@ -9,9 +10,3 @@ result     the result
 command    printing on the terminal
 page       the result → one HTML file
 """
-
-from antipasto.app.watch.job import WatchConfig, watch
-from antipasto.app.watch.result import Watched
-from antipasto.app.watch.sources import Columns
-
-__all__ = ["Columns", "WatchConfig", "Watched", "watch"]

@@ -11,12 +11,9 @@ from rich.table import Table
 from rich.text import Text
 
 from antipasto.app.watch.compare import comparison_table
-from antipasto.app.watch.job import WatchConfig, watch
+from antipasto.app.watch.job import watch
 from antipasto.app.watch.result import Watched
-from antipasto.app.watch.sources import Columns
 from antipasto.terminal import add_row, say
-
-__all__ = ["Columns", "WatchConfig", "run"]
 
 
 def run(base: str, rollouts: Sequence[str | Path], console: Console, **options: Any) -> float:

@@ -13,11 +13,10 @@ scored file has changed, unless ``anew`` is set to start again.
 
 from __future__ import annotations
 
-import copy
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
@@ -27,7 +26,6 @@ import numpy as np
 from rich.console import Console
 from rich.text import Text
 
-from antipasto.adapter import AntiPastoConfig
 from antipasto.adapter.fingerprints import hashed_once
 from antipasto.adapter.knobs import wrap
 from antipasto.adapter.rollouts import TokenIds
@@ -37,11 +35,11 @@ from antipasto.app.models import base_fingerprint, best_device, load_model, quie
 from antipasto.app.onset import find_onset
 from antipasto.app.run_folder import LOCK
 from antipasto.app.watch.compare import compare_scores
+from antipasto.app.watch.config import WatchConfig
 from antipasto.app.watch.page import write_page
 from antipasto.app.watch.result import PAGE, Watched, Window
 from antipasto.app.watch.scoring import SCORES, Scorer, is_finite
 from antipasto.app.watch.sources import (
-    Columns,
     Index,
     Known,
     Source,
@@ -52,7 +50,6 @@ from antipasto.app.watch.sources import (
 )
 from antipasto.evaluation.records import Rate
 from antipasto.files import write_json, write_text
-from antipasto.names import Dtype
 from antipasto.reading import as_number, read_json, read_rows
 from antipasto.routing.directions import Direction
 from antipasto.routing.monitor import Completion, Monitor
@@ -61,42 +58,8 @@ from antipasto.terminal import plain, progress_bar
 
 FACTS, SCORES_FILE, MONITOR, COMPARE = "watch.json", "scores.jsonl", "monitor.safetensors", "compare.json"
 FORMAT = "antipasto-watch-1"
-WINDOWS = 4
 _CHUNK = 2048  # rollouts that are scored and written together
 ANEW = "or --anew to score all of them again"
-
-
-@dataclass(frozen=True)
-class WatchConfig:
-    """How to score.
-
-    Attributes:
-        columns: names of the files' columns.
-        max_tokens: completions of at least this many tokens count as cut off, unless their file says otherwise.
-        threshold: replaces the monitor's own.
-        sample: maximum rollouts to score per window of steps; None: all.
-        windows: number of windows; each has about the same number of steps.
-        seed: of the sample, and of the split of the pairs.
-        dtype: of the base model's weights.
-        batch_size: rollouts per backward.
-        adapter: which layers, at what rank.
-    """
-
-    columns: Columns = field(default_factory=Columns)
-    max_tokens: int | None = None
-    threshold: float | None = None
-    sample: int | None = None
-    windows: int = WINDOWS
-    seed: int = 0
-    dtype: Dtype = "auto"
-    batch_size: int = 32
-    adapter: AntiPastoConfig | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("max_tokens", "sample", "windows", "batch_size"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}.")
 
 
 def watch(
@@ -135,13 +98,12 @@ def watch(
     config, console = config or WatchConfig(), console or Console(quiet=True)
     if (pairs is None) == (monitor is None):
         raise ValueError("Give either --pairs, to make a monitor from, or --monitor, a saved one.")
-    adapter = AntiPastoConfig() if config.adapter is None else copy.deepcopy(config.adapter)
-    options = _options(config, adapter)  # before `wrap` resolves target_modules in it
+    options = _options(config)
     files = find_files(rollouts)
     out = Path(out) if out is not None else files[0].parent / "watch"
     labelled = None if pairs is None else load_pairs(pairs)
     given = known(Path(pairs if pairs is not None else str(monitor)))
-    index = _sampled(read_index(files, config.columns), config)
+    index = _sampled(read_index(files, config), config)
     if compare and not np.isfinite(index.label).any():
         raise ValueError(
             "--compare needs labels, and the files have none: name a column of 0 and 1 with --label-column, or reward and "
@@ -150,7 +112,7 @@ def watch(
     with _held(out), hashed_once():
         with console.status(Text(f"loading {plain(base)}")):
             model, tokenizer = load_model(base, dtype=config.dtype)
-            wrap(model.to(best_device()), adapter)
+            wrap(model.to(best_device()), config.adapter())
         facts = {
             "format": FORMAT,
             "base": base_fingerprint(model),
@@ -166,7 +128,7 @@ def watch(
         with quiet():
             _score(out / SCORES_FILE, scorer, files, names, index, config, console)
         watched = _conclude(out, files, names, index, scorer.monitor, config, facts, compare=compare)
-        write_page(watched, base, config.columns)
+        write_page(watched, base, config)
         return watched
 
 
@@ -182,16 +144,16 @@ def _held(out: Path) -> Iterator[None]:
             out.rmdir()
 
 
-def _options(config: WatchConfig, adapter: AntiPastoConfig) -> dict[str, Any]:
+def _options(config: WatchConfig) -> dict[str, Any]:
     """The options that scores depend on."""
-    targets, excluded = adapter.target_modules, adapter.exclude_modules
+    targets, excluded = config.target_modules, config.exclude_modules
     return {
         "dtype": config.dtype,
-        "rank": adapter.rank,
-        "target_modules": sorted(targets) if isinstance(targets, (set, list)) else targets,
-        "exclude_modules": sorted(excluded) if isinstance(excluded, (set, list)) else excluded,
-        "prompt_column": config.columns.prompt,
-        "completion_column": config.columns.completion,
+        "rank": config.rank,
+        "target_modules": sorted(targets) if isinstance(targets, list) else targets,
+        "exclude_modules": None if excluded is None else sorted(excluded),
+        "prompt_column": config.prompt_column,
+        "completion_column": config.completion_column,
         "max_tokens": config.max_tokens,
         "threshold": config.threshold,
         "seed": config.seed,
@@ -219,7 +181,9 @@ def _scorer(
     if labelled is None:
         return Scorer(_monitor(path, model, tokenizer, config), config.batch_size)
     if not path.exists():
-        Monitor.from_pairs(model, tokenizer, labelled, seed=config.seed).save(path)
+        Monitor.from_pairs(
+            model, tokenizer, labelled, seed=config.seed, batch_size=max(config.batch_size // 2, 1)
+        ).save(path)
     return Scorer.with_probe(_monitor(path, model, tokenizer, config), labelled, config.batch_size)
 
 
@@ -310,7 +274,7 @@ def _score(
     left = wanted - _read_scores(path, names).keys()
     with progress_bar(console) as progress:
         bar = progress.add_task("scoring", total=len(wanted), completed=len(wanted) - len(left))
-        for chunk in _chunks(read_sources(files, config.columns, [], among=left)):
+        for chunk in _chunks(read_sources(files, config, [], among=left)):
             scores = scorer([_tokens(scorer.monitor, one, files, config.max_tokens) for one in chunk])
             lines = []
             for one, values in zip(chunk, scores, strict=True):
@@ -392,6 +356,6 @@ def _conclude(
         windows=windows,
         onset=onset,
         comparison=comparison,
-        by_oracle=config.columns.label is None,
+        by_oracle=config.label_column is None,
         facts={**facts, "result": result},
     )

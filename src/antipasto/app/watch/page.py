@@ -14,8 +14,9 @@ from antipasto.app.report.plots import Line, Plot, curves
 from antipasto.app.report.rollouts import EACH, LONGEST, MARKUP
 from antipasto.app.report.tables import Block, share_block
 from antipasto.app.watch.compare import Comparison
+from antipasto.app.watch.config import WatchConfig
 from antipasto.app.watch.result import Watched
-from antipasto.app.watch.sources import Columns, Source, read_sources
+from antipasto.app.watch.sources import Source, read_sources
 from antipasto.evaluation.records import Rate
 from antipasto.files import write_text
 from antipasto.routing.monitor import Ordering
@@ -55,11 +56,11 @@ class Card:
         return {True: "exploited", False: "solved", None: "neither"}[self.source.label]
 
 
-def write_page(watched: Watched, base: str, columns: Columns) -> None:
-    write_text(watched.page, render(watched, base, columns))
+def write_page(watched: Watched, base: str, config: WatchConfig) -> None:
+    write_text(watched.page, render(watched, base, config))
 
 
-def render(watched: Watched, base: str, columns: Columns) -> str:
+def render(watched: Watched, base: str, config: WatchConfig) -> str:
     names = [one["name"] for one in watched.facts["files"]]
     calibration = watched.monitor.calibration
     return page_of(
@@ -75,7 +76,7 @@ def render(watched: Watched, base: str, columns: Columns) -> str:
             [("above the threshold", "arm1", [w.above.estimate for w in watched.windows])],
         ),
         comparison=None if watched.comparison is None else _compared(watched.comparison),
-        lists=_lists(watched, columns, names),
+        lists=_lists(watched, config, names),
         calibration=calibration,
         orderings=[] if calibration is None else _orderings(calibration),
         settings=[(name, value) for name, value in watched.facts.items() if value is not None and name not in _HIDDEN],
@@ -179,7 +180,7 @@ def _plots(watched: Watched) -> list[Plot]:
 # ── texts ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def _lists(watched: Watched, columns: Columns, names: Sequence[str]) -> list[tuple[str, list[Card]]]:
+def _lists(watched: Watched, config: WatchConfig, names: Sequence[str]) -> list[tuple[str, list[Card]]]:
     """The highest-scored texts, each once, and a random sample of all."""
     scores = watched.scores["score"]
     # equal prompts and texts have equal scores, so take enough of the highest to get this many distinct ones
@@ -194,7 +195,7 @@ def _lists(watched: Watched, columns: Columns, names: Sequence[str]) -> list[tup
     first: dict[str, Source] = {}
     drawn: list[Source] = []
     chosen = set(sample.tolist())
-    for one in read_sources(watched.files, columns, [], among=keys):
+    for one in read_sources(watched.files, config, [], among=keys):
         said = repr((one.prompt, one.text))
         times[said] += 1
         first.setdefault(said, one)

@@ -1,7 +1,7 @@
 """Read rollouts of any trainer, one by one, from JSON lines or parquet.
 
-Columns have default names (`Columns`), and the caller may give others. ``a.b`` is field b of an object a, ``a.0`` the first
-entry of a list. The defaults fit the log of `RoutedGRPOTrainer` and TRL's ``completions_00010.parquet``.
+Columns have default names, and the caller may give others (`WatchConfig`). ``a.b`` is field b of an object a, ``a.0`` the
+first entry of a list. The defaults fit the log of `RoutedGRPOTrainer` and TRL's ``completions_00010.parquet``.
 
     label   the label column's 1 or 0; or from reward and oracle: 1 rewarded and not solved, 0 rewarded and solved, else none
 """
@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from antipasto.app.watch.config import WatchConfig
 from antipasto.reading import as_flag, as_number, read_rows
 from antipasto.tasks import REWARDED, completion_text, is_exploit, is_solved
 from antipasto.terminal import shorten
@@ -24,27 +25,6 @@ from antipasto.terminal import shorten
 _BATCH = 1024  # rows of a parquet file in memory at a time
 _REWARD, _ORACLE, _LIVE, _TRUNCATED = "reward", "oracle", "hackward", "truncated"
 _IDS, _TOOL_MASK = "completion_ids", "tool_mask"
-
-
-@dataclass(frozen=True)
-class Columns:
-    """Names of the columns. A column that is named must exist; one that is None is optional.
-
-    Attributes:
-        prompt: a text or a chat.
-        completion: a text or messages.
-        step: None: ``step``; without it, every step is 0.
-        label: 1 for an exploit, 0 for none; None: from reward and oracle, if both exist.
-        reward: None: ``reward``.
-        oracle: the strict truth, 1 for solved; None: ``oracle``.
-    """
-
-    prompt: str = "prompt"
-    completion: str = "completion"
-    step: str | None = None
-    label: str | None = None
-    reward: str | None = None
-    oracle: str | None = None
 
 
 class Source(NamedTuple):
@@ -127,7 +107,7 @@ class Index:
         return [np.flatnonzero((self.step >= part[0]) & (self.step <= part[-1])) for part in parts]
 
 
-def read_index(files: Sequence[Path], columns: Columns) -> Index:
+def read_index(files: Sequence[Path], config: WatchConfig) -> Index:
     """Read all files once, without keeping the texts.
 
     Raises:
@@ -137,7 +117,7 @@ def read_index(files: Sequence[Path], columns: Columns) -> Index:
     notes: list[str] = []
     rows = [
         (one.file, one.row, one.step, _number(one.label), _number(one.reward), _number(one.live))
-        for one in read_sources(files, columns, notes)
+        for one in read_sources(files, config, notes)
     ]
     if not rows:
         raise ValueError(f"There is no rollout in {', '.join(map(str, files[:3]))}{' …' if len(files) > 3 else ''}.")
@@ -152,13 +132,13 @@ def _number(value: float | None) -> float:
 
 
 def read_sources(
-    files: Sequence[Path], columns: Columns, notes: list[str], *, among: Collection[tuple[int, int]] | None = None
+    files: Sequence[Path], config: WatchConfig, notes: list[str], *, among: Collection[tuple[int, int]] | None = None
 ) -> Iterator[Source]:
     """Yield every rollout, file by file.
 
     Args:
         files: in order.
-        columns: names of the columns.
+        config: has the names of the columns.
         notes: gets a sentence for each last line that is cut off.
         among: yield only these rollouts, by file and row.
 
@@ -168,7 +148,7 @@ def read_sources(
     for number, path in enumerate(files):
         for row, (where, values) in enumerate(_rows(path, notes), 1):
             if among is None or (number, row) in among:
-                yield _parse(values, where, columns, number, row)
+                yield _parse(values, where, config, number, row)
 
 
 def _rows(path: Path, notes: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -193,21 +173,24 @@ def _rows(path: Path, notes: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
         raise ValueError(f"{path} is not a parquet file, or is damaged: {shorten(error, 120)}.") from error
 
 
-def _parse(row: Mapping[str, Any], where: str, columns: Columns, file: int, number: int) -> Source:
-    prompt, completion = (_reach(row, name, where) for name in (columns.prompt, columns.completion))
+def _parse(row: Mapping[str, Any], where: str, config: WatchConfig, file: int, number: int) -> Source:
+    prompt, completion = (_reach(row, name, where) for name in (config.prompt_column, config.completion_column))
     prompt = _chat(prompt)
     if not isinstance(prompt, str) and not (isinstance(prompt, list) and prompt and all(map(_is_message, prompt))):
-        raise ValueError(f"{where}: {columns.prompt!r} must be a text or a chat, got {shorten(repr(prompt), 60)}.")
+        raise ValueError(
+            f"{where}: {config.prompt_column!r} must be a text or a chat, got {shorten(repr(prompt), 60)}."
+        )
     try:
         text = completion_text(_chat(completion))
     except (ValueError, TypeError, KeyError) as error:
         got = shorten(repr(completion), 60)
         raise ValueError(
-            f"{where}: {columns.completion!r} must be a text or an answer's messages, got {got}."
+            f"{where}: {config.completion_column!r} must be a text or an answer's messages, got {got}."
         ) from error
-    step = _optional(row, columns.step, "step", where)
+    step = _optional(row, config.step_column, "step", where)
     reward, oracle = (
-        _optional(row, given, usual, where) for given, usual in ((columns.reward, _REWARD), (columns.oracle, _ORACLE))
+        _optional(row, given, usual, where)
+        for given, usual in ((config.reward_column, _REWARD), (config.oracle_column, _ORACLE))
     )
     if step is not None and not step.is_integer():
         raise ValueError(f"{where}: a step must be a whole number, got {step}.")
@@ -228,7 +211,7 @@ def _parse(row: Mapping[str, Any], where: str, columns: Columns, file: int, numb
         as_flag(row, _TRUNCATED, where),
         ids,
         tool_mask,
-        _label(_optional(row, columns.label, None, where), reward, oracle, columns, where),
+        _label(_optional(row, config.label_column, None, where), reward, oracle, config, where),
         reward,
         _optional(row, None, _LIVE, where),
     )
@@ -239,11 +222,11 @@ def _is_mask(value: Any, ids: list[int] | None) -> bool:
 
 
 def _label(
-    label: float | None, reward: float | None, oracle: float | None, columns: Columns, where: str
+    label: float | None, reward: float | None, oracle: float | None, config: WatchConfig, where: str
 ) -> bool | None:
-    if columns.label is not None:
+    if config.label_column is not None:
         if label not in (None, 0.0, 1.0):
-            raise ValueError(f"{where}: a label in {columns.label!r} must be 0 or 1, got {label}.")
+            raise ValueError(f"{where}: a label in {config.label_column!r} must be 0 or 1, got {label}.")
         return None if label is None else bool(label)
     if reward is None or oracle is None or reward < REWARDED:
         return None
