@@ -262,9 +262,10 @@ def _a_folder(path: Path) -> None:
     path.mkdir()
 
 
-def _of_another_part(path: Path) -> None:
-    other = load_basis(random_weight(), rank=3 - ("-r3" in path.name), dtype=torch.float16, cache_dir=None)
-    save_file(other._asdict(), path, metadata=signed(other._asdict(), module._FORMAT, path))
+def _of_another_dtype(path: Path) -> None:
+    tensors = load_file(path)
+    tensors["Vh"] = tensors["Vh"].half()
+    save_file(tensors, path, metadata=signed(tensors, module._FORMAT, path))
 
 
 BAD = [
@@ -278,7 +279,7 @@ BAD = [
     _tensor_missing,
     _without_metadata,
     _of_another_format,
-    _of_another_part,
+    _of_another_dtype,
 ]
 WHOLE: dict[str, Any] = {"rank": None, "dtype": None}
 PART: dict[str, Any] = {"rank": 2, "dtype": torch.bfloat16}
