@@ -255,8 +255,8 @@ def measure_start(model: str, layers: int | None) -> dict[str, Any]:
         if what not in ("cache", "adapter"):
             print(f"| {what} | {seconds:.2f} |")
     print("\n| cache | bytes |\n|---|---|")
-    for name, size in caches.items():
-        print(f"| {name} | {size:,} |")
+    for name, stored in caches.items():
+        print(f"| {name} | {stored:,} |")
     print("\n| saved adapter | bytes | trainable numbers |\n|---|---|---|")
     for name, size in sizes.items():
         print(f"| {name} | {size['bytes']:,} | {size['numbers']:,} |", flush=True)
