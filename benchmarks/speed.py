@@ -214,7 +214,7 @@ def measure_memory(model: str, names: list[str], layers: int | None) -> dict[str
 
 
 def measure_start(model: str, layers: int | None) -> dict[str, Any]:
-    """Adapting a loaded model: nothing cached, all cached; the bare SVDs; and how large a saved adapter is."""
+    """Adapting a loaded model: nothing cached, all cached; the bare SVDs; how large the cache and a saved adapter are."""
     options = MODELS[model]
     result: dict[str, Any] = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -226,9 +226,20 @@ def measure_start(model: str, layers: int | None) -> dict[str, Any]:
         result["bare SVDs (torch.linalg.svd, fp32)"] = clock(
             lambda: [torch.linalg.svd(m.weight.detach(), full_matrices=False) for m in linears]
         )[0]
-        for what in ("cold", "cached"):
+        for what, rank, cache in (
+            ("cold", None, "full"),
+            ("cached", None, "full"),
+            ("rank 64, from that cache", 64, "full"),
+            ("rank 64, cold", 64, "64"),
+            ("rank 64, cached", 64, "64"),
+        ):
             fresh = make_model(options["shape"], layers=layers, vocabulary=options["vocabulary"])
-            result[what] = clock(lambda fresh=fresh: ap.wrap(fresh, ap.AntiPastoConfig(cache_dir=f"{folder}/cache")))[0]  # type: ignore[misc]
+            config = ap.AntiPastoConfig(rank=rank, cache_dir=f"{folder}/cache-{cache}")
+            result[what] = clock(lambda fresh=fresh, config=config: ap.wrap(fresh, config))[0]  # type: ignore[misc]
+        caches = {
+            cache: sum(file.stat().st_size for file in Path(f"{folder}/cache-{cache}").iterdir())
+            for cache in ("full", "64")
+        }
         sizes = {}
         for name in ("lora-16", "lora-1", "tinylora", "full", "256", "64"):
             adapted = build(name, model, layers)
@@ -238,11 +249,14 @@ def measure_start(model: str, layers: int | None) -> dict[str, Any]:
                 "bytes": Path(f"{folder}/{name}/adapter_model.safetensors").stat().st_size,
                 "numbers": sum(p.numel() for p in trainable(adapted)),
             }
-        result["adapter"] = sizes
+        result["cache"], result["adapter"] = caches, sizes
     print(f"\n**{model}: start-up**\n\n| what | seconds |\n|---|---|")
     for what, seconds in result.items():
-        if what != "adapter":
+        if what not in ("cache", "adapter"):
             print(f"| {what} | {seconds:.2f} |")
+    print("\n| cache | bytes |\n|---|---|")
+    for name, stored in caches.items():
+        print(f"| {name} | {stored:,} |")
     print("\n| saved adapter | bytes | trainable numbers |\n|---|---|---|")
     for name, size in sizes.items():
         print(f"| {name} | {size['bytes']:,} | {size['numbers']:,} |", flush=True)

@@ -6,7 +6,9 @@ import multiprocessing
 import os
 import shutil
 import warnings
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import hypothesis.extra.numpy as hnp
 import pytest
@@ -16,7 +18,16 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from antipasto.adapter import basis as module
-from antipasto.adapter.basis import Basis, BasisCacheWarning, cache_home, decompose, load_basis
+from antipasto.adapter.basis import (
+    Basis,
+    BasisCacheWarning,
+    cache_file,
+    cache_home,
+    cached_file,
+    decompose,
+    load_basis,
+    load_identified_basis,
+)
 from antipasto.adapter.fingerprints import weight_digest
 from antipasto.files import digest
 
@@ -224,7 +235,7 @@ def _another_weights_file(path: Path) -> None:
 
 def signed(tensors: dict[str, torch.Tensor], form: str, path: Path) -> dict[str, str]:
     """Metadata as it ought to be for these tensors."""
-    metadata = {"format": form, "weight": path.stem, "basis": digest(tensors)}
+    metadata = {"format": form, "weight": path.name[:64], "basis": digest(tensors)}
     return metadata | {"digest": digest(tensors, metadata)}
 
 
@@ -234,7 +245,7 @@ def _right_header_wrong_shape(path: Path) -> None:
 
 
 def _tensor_missing(path: Path) -> None:
-    save_file({"U": torch.zeros(1)}, path, metadata={"format": module._FORMAT, "weight": path.stem})
+    save_file({"U": torch.zeros(1)}, path, metadata={"format": module._FORMAT, "weight": path.name[:64]})
 
 
 def _without_metadata(path: Path) -> None:
@@ -251,6 +262,12 @@ def _a_folder(path: Path) -> None:
     path.mkdir()
 
 
+def _of_another_dtype(path: Path) -> None:
+    tensors = load_file(path)
+    tensors["Vh"] = tensors["Vh"].half()
+    save_file(tensors, path, metadata=signed(tensors, module._FORMAT, path))
+
+
 BAD = [
     _truncate,
     _cut_in_half,
@@ -262,18 +279,56 @@ BAD = [
     _tensor_missing,
     _without_metadata,
     _of_another_format,
+    _of_another_dtype,
 ]
+WHOLE: dict[str, Any] = {"rank": None, "dtype": None}
+PART: dict[str, Any] = {"rank": 2, "dtype": torch.bfloat16}
+
+
+@pytest.mark.parametrize("asked", [WHOLE, PART], ids=["whole", "part"])
+@pytest.mark.parametrize("damage", BAD)
+def test_a_bad_file_is_replaced_with_a_warning_that_names_it(
+    tmp_path: Path, count_decompositions: list[int], damage: Callable[[Path], None], asked: dict[str, Any]
+) -> None:
+    weight = random_weight()
+    good = load_basis(weight, **asked, cache_dir=tmp_path)
+    (path,) = tmp_path.glob("*.safetensors")
+    damage(path)
+    count_decompositions.clear()
+    with pytest.warns(BasisCacheWarning, match=str(path)):
+        assert_same(load_basis(weight, **asked, cache_dir=tmp_path), good)
+    assert_same(load_basis(weight, **asked, cache_dir=tmp_path), good)  # replaced: no warning the second time
+    assert len(count_decompositions) == 1
 
 
 @pytest.mark.parametrize("damage", BAD)
-def test_a_bad_file_is_replaced_with_a_warning_that_names_it(tmp_path: Path, damage: object) -> None:
+def test_a_bad_file_is_removed_if_a_larger_one_serves(
+    tmp_path: Path, count_decompositions: list[int], damage: Callable[[Path], None]
+) -> None:
     weight = random_weight()
-    good = load_basis(weight, cache_dir=tmp_path)
-    path = tmp_path / f"{weight_digest(weight)}.safetensors"
-    damage(path)  # type: ignore[operator]
+    good = load_basis(weight, **PART, cache_dir=tmp_path)
+    load_basis(weight, cache_dir=tmp_path)
+    path = cache_file(weight, tmp_path, **PART)
+    damage(path)
+    count_decompositions.clear()
     with pytest.warns(BasisCacheWarning, match=str(path)):
-        assert_same(load_basis(weight, cache_dir=tmp_path), good)
-    assert_same(load_basis(weight, cache_dir=tmp_path), good)  # replaced: no warning the second time
+        assert_same(load_basis(weight, **PART, cache_dir=tmp_path), good)
+    assert not path.exists()
+    assert_same(load_basis(weight, **PART, cache_dir=tmp_path), good)
+    assert count_decompositions == []
+
+
+def test_a_file_that_cannot_be_read_is_not_removed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unreadable(path: Path, form: str) -> None:
+        raise OSError(24, "Too many open files")
+
+    good = load_basis(random_weight(), cache_dir=tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(module, "read_tensors", unreadable)
+        with pytest.warns(BasisCacheWarning, match="Too many open files"):
+            load_basis(random_weight(), **PART, cache_dir=tmp_path)
+    assert len(list(tmp_path.iterdir())) == 2
+    assert_same(load_basis(random_weight(), cache_dir=tmp_path), good)
 
 
 def test_a_file_that_cannot_be_replaced_costs_warnings_only(tmp_path: Path) -> None:
@@ -287,19 +342,24 @@ def test_a_file_that_cannot_be_replaced_costs_warnings_only(tmp_path: Path) -> N
     }
 
 
+@pytest.mark.parametrize("asked", [WHOLE, PART], ids=["whole", "part"])
 @given(position=st.integers(0, 10_000), bit=st.integers(0, 7))
 @settings(max_examples=300, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-def test_no_flipped_bit_changes_what_is_returned(tmp_path: Path, position: int, bit: int) -> None:
+def test_no_flipped_bit_changes_what_is_returned(
+    tmp_path: Path, position: int, bit: int, asked: dict[str, Any]
+) -> None:
     weight = random_weight()
-    good = load_basis(weight, cache_dir=tmp_path)
-    path = tmp_path / f"{weight_digest(weight)}.safetensors"
+    good, fingerprint = load_identified_basis(weight, **asked, cache_dir=tmp_path)
+    path = cache_file(weight, tmp_path, **asked)
     data = bytearray(path.read_bytes())
     data[position % len(data)] ^= 1 << bit
     path.unlink()  # what was loaded is mapped from the old file
     path.write_bytes(data)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", BasisCacheWarning)
-        assert_same(load_basis(weight, cache_dir=tmp_path), good)
+        basis, again = load_identified_basis(weight, **asked, cache_dir=tmp_path)
+    assert_same(basis, good)
+    assert again == fingerprint
 
 
 @pytest.mark.parametrize("folder", ["a-file", "a-file/below"])
@@ -352,3 +412,205 @@ def test_processes_that_want_the_same_weight_end_with_one_good_file(tmp_path: Pa
     assert sorted(calls for calls, _ in answers) == [0, 0, 0, 1]  # one computed, the others waited for its file
     assert len({total for _, total in answers}) == 1
     assert [p.name for p in tmp_path.iterdir()] == [f"{weight_digest(random_weight(300, 200))}.safetensors"]
+
+
+# ── what a file holds ────────────────────────────────────────────────────────────────────────────────────────────────
+
+
+def part_of(weight: torch.Tensor, rank: int | None, dtype: torch.dtype | None) -> Basis:
+    """By the plain formula: the top of the SVD, with U and Vh rounded once."""
+    U, S, Vh = decompose(weight)
+    k = S.shape[-1] if rank is None else rank
+    U, S, Vh = U[..., :k], S[..., :k], Vh[..., :k, :]
+    return Basis(U, S, Vh) if dtype is None else Basis(U.to(dtype), S, Vh.to(dtype))
+
+
+def early_file(weight: torch.Tensor, folder: Path) -> Path:
+    """As it was written when every file held the whole basis."""
+    path, tensors = cache_file(weight, folder), decompose(weight)._asdict()
+    save_file(tensors, path, metadata=signed(tensors, "antipasto-basis-2", path))
+    return path
+
+
+PARTS = [(None, None), (2, None), (9, None), (2, torch.float32), (None, torch.bfloat16), (3, torch.float16)]
+PARTS += [(1, torch.bfloat16), (3, torch.float64)]
+
+
+@pytest.mark.parametrize("before", ["nothing", "an early file"])
+@pytest.mark.parametrize(("rank", "dtype"), PARTS)
+@pytest.mark.parametrize("of", DTYPES)
+@pytest.mark.parametrize("shape", [(6, 4), (4, 6), (3, 6, 5)])
+def test_a_part_has_the_bits_and_the_fingerprint_of_the_whole(
+    tmp_path: Path,
+    count_decompositions: list[int],
+    shape: tuple[int, ...],
+    of: torch.dtype,
+    rank: int | None,
+    dtype: torch.dtype | None,
+    before: str,
+) -> None:
+    weight = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(of)
+    want = part_of(weight, rank, dtype)
+    _, fingerprint = load_identified_basis(weight, cache_dir=None)
+    if before == "an early file":
+        early_file(weight, tmp_path)
+    count_decompositions.clear()
+    for folder in (None, tmp_path, tmp_path):  # computed; computed and written, or read; read
+        basis, found = load_identified_basis(weight, rank=rank, dtype=dtype, cache_dir=folder)
+        assert found == fingerprint
+        assert_same(basis, want)
+        assert [t.dtype for t in basis] == [t.dtype for t in want]
+        assert all(t.is_contiguous() for t in basis)
+    stack = weight.shape[0] if weight.ndim == 3 else 0
+    assert len(count_decompositions) == (1 + (before == "nothing")) * (1 + stack)
+    assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_file_says_in_its_name_what_it_holds_and_holds_no_more(tmp_path: Path) -> None:
+    weight = random_weight(96, 64, torch.bfloat16)
+    key, sizes = weight_digest(weight), {}
+    for rank, dtype in ((None, None), (None, torch.bfloat16), (16, None), (16, torch.bfloat16), (64, torch.float16)):
+        path = cache_file(weight, tmp_path / "other", rank=rank, dtype=dtype)
+        load_basis(weight, rank=rank, dtype=dtype, cache_dir=path.parent)
+        assert [file.name for file in path.parent.iterdir()] == [path.name]
+        sizes[path.name] = path.stat().st_size
+        path.unlink()
+    numbers, r = 96 + 64, 64
+    assert sizes.keys() == {
+        f"{key}.safetensors",
+        f"{key}-bfloat16.safetensors",
+        f"{key}-r16.safetensors",
+        f"{key}-r16-bfloat16.safetensors",
+        f"{key}-float16.safetensors",
+    }
+    for name, size in sizes.items():
+        k, bytes_each = 16 if "-r16" in name else r, 2 if "float16" in name else 4
+        assert 0 < size - k * (bytes_each * numbers + 4) < 1024  # its head
+
+
+SERVED = [
+    ((1, torch.bfloat16), "-r2-bfloat16"),
+    ((2, torch.bfloat16), "-r2-bfloat16"),
+    ((1, None), "-r3"),
+    ((1, torch.float16), "-r3"),
+    ((3, torch.bfloat16), "-r3"),
+    ((3, torch.float32), "-r3"),
+    ((4, torch.bfloat16), ""),
+    ((4, None), ""),
+    ((99, None), ""),
+    ((None, None), ""),
+    ((None, torch.bfloat16), ""),
+]
+
+
+@pytest.mark.parametrize(("asked", "name"), SERVED)
+def test_the_smallest_file_that_holds_it_serves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: tuple[int | None, torch.dtype | None], name: str
+) -> None:
+    weight, (rank, dtype) = random_weight(6, 5), asked
+    for had in ((2, torch.bfloat16), (3, None), (None, None)):  # upwards, so that each is computed
+        load_basis(weight, rank=had[0], dtype=had[1], cache_dir=tmp_path)
+    (tmp_path / f"{weight_digest(weight)}-r1-and-more.safetensors").write_text("not ours")
+    read, original = [], module.read_tensors
+    monkeypatch.setattr(module, "read_tensors", lambda path, form: (read.append(path), original(path, form))[1])
+    monkeypatch.setattr(module, "decompose", lambda _: pytest.fail("computed"))
+    basis = load_basis(weight, rank=rank, dtype=dtype, cache_dir=tmp_path)
+    assert read == [tmp_path / f"{weight_digest(weight)}{name}.safetensors"]
+    assert cached_file(weight, tmp_path, rank=rank, dtype=dtype) == read[0]
+    assert len(list(tmp_path.iterdir())) == 4
+    monkeypatch.undo()
+    assert_same(basis, part_of(weight, min(rank or 5, 5), dtype))
+
+
+@pytest.mark.parametrize(
+    ("had", "asked"),
+    [
+        ((3, None), (None, None)),
+        ((3, None), (4, None)),
+        ((3, torch.bfloat16), (3, None)),
+        ((None, torch.bfloat16), (None, None)),
+        ((None, torch.bfloat16), (2, torch.float16)),
+        ((None, torch.float16), (2, torch.bfloat16)),
+    ],
+)
+def test_what_a_file_does_not_hold_is_not_read_from_it(
+    tmp_path: Path,
+    count_decompositions: list[int],
+    had: tuple[int | None, torch.dtype | None],
+    asked: tuple[int | None, torch.dtype | None],
+) -> None:
+    weight = random_weight(6, 5)
+    load_basis(weight, rank=had[0], dtype=had[1], cache_dir=tmp_path)
+    assert cached_file(weight, tmp_path, rank=asked[0], dtype=asked[1]) is None
+    basis = load_basis(weight, rank=asked[0], dtype=asked[1], cache_dir=tmp_path)
+    assert len(count_decompositions) == 2
+    assert_same(basis, part_of(weight, *asked))
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_bf16_of_an_fp64_weight_is_rounded_once(tmp_path: Path, count_decompositions: list[int]) -> None:
+    weight = random_weight(40, 30, torch.float64)
+    load_basis(weight, dtype=torch.float32, cache_dir=tmp_path)
+    U = load_basis(weight, dtype=torch.bfloat16, cache_dir=tmp_path).U
+    assert len(count_decompositions) == 2  # not rounded from the file in fp32
+    assert torch.equal(U, decompose(weight).U.bfloat16())
+
+
+def test_only_what_is_asked_for_is_copied_from_a_larger_file(tmp_path: Path) -> None:
+    weight = random_weight(8, 6)
+    load_basis(weight, cache_dir=tmp_path)
+    U, S, Vh = load_basis(weight, rank=2, cache_dir=tmp_path)
+    assert [t.untyped_storage().nbytes() for t in (U, S, Vh)] == [8 * 2 * 4, 2 * 4, 2 * 6 * 4]
+
+
+@pytest.mark.parametrize("asked", [WHOLE, PART], ids=["whole", "part"])
+def test_a_load_hashes_the_weight_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, asked: dict[str, Any]) -> None:
+    hashed = []
+    monkeypatch.setattr("antipasto.adapter.fingerprints.digest", lambda tensors: (hashed.append(1), digest(tensors))[1])
+    for times in (1, 2):  # written, read
+        load_identified_basis(random_weight(), **asked, cache_dir=tmp_path)
+        assert len(hashed) == times
+
+
+@pytest.mark.parametrize(
+    ("asked", "message"),
+    [
+        ({"rank": 0}, "rank must be a whole number of at least 1.*got 0"),
+        ({"rank": 2.0}, "got 2.0"),
+        ({"rank": True}, "got True"),
+        ({"dtype": torch.int8}, "U and Vh, got torch.int8"),
+    ],
+)
+def test_a_part_that_makes_no_sense_is_an_error(tmp_path: Path, asked: dict[str, Any], message: str) -> None:
+    for folder in (None, tmp_path):
+        with pytest.raises(ValueError, match=message):
+            load_basis(random_weight(), **asked, cache_dir=folder)
+    assert list(tmp_path.iterdir()) == []
+
+
+def _load_part_when_told(folder: str, rank: int | None, start: Any, results: Any) -> None:
+    weight = random_weight(300, 200)
+    start.wait()
+    basis, fingerprint = load_identified_basis(weight, rank=rank, dtype=torch.bfloat16, cache_dir=folder)
+    results.put((rank, str(fingerprint), digest(basis._asdict())))
+
+
+def test_processes_that_want_different_parts_of_one_weight_at_once(tmp_path: Path) -> None:
+    weight, context = random_weight(300, 200), multiprocessing.get_context("spawn")
+    start, results = context.Barrier(4), context.Queue()
+    workers = [
+        context.Process(target=_load_part_when_told, args=(str(tmp_path), rank, start, results))
+        for rank in (64, None, 64, None)
+    ]
+    for worker in workers:
+        worker.start()
+    answers = [results.get(timeout=120) for _ in workers]
+    for worker in workers:
+        worker.join()
+    _, fingerprint = load_identified_basis(weight, cache_dir=None)
+    for rank, found, basis in answers:
+        assert found == str(fingerprint)
+        assert basis == digest(part_of(weight, rank, torch.bfloat16)._asdict())
+    names = {path.name for path in tmp_path.iterdir()}  # no lock
+    whole, part = (f"{weight_digest(weight)}{which}-bfloat16.safetensors" for which in ("", "-r64"))
+    assert names in ({whole, part}, {whole})  # the latter if it was there before the part was asked for

@@ -21,6 +21,7 @@ from transformers.pytorch_utils import Conv1D
 
 import antipasto as ap
 from antipasto.adapter import AntiPastoLinear
+from antipasto.adapter.basis import decompose
 from antipasto.adapter.fingerprints import weight_digest
 from antipasto.adapter.functional import spectral_linear_reference
 from antipasto.adapter.layer import as_matrix
@@ -786,6 +787,41 @@ def test_rank_and_rank_pattern() -> None:
     assert torch.equal(layer.U, full.U[:, :5])
     assert torch.equal(layer.S, full.S[:5])
     assert torch.equal(layer.Vh, full.Vh[:5])
+
+
+@pytest.mark.parametrize("rank", [None, 4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_a_layer_is_the_same_wherever_its_basis_comes_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, rank: int | None
+) -> None:
+    base = FAMILIES["llama"].build(dtype=dtype)
+    weights = {name: module.weight for name, module in base.named_modules() if type(module) is nn.Linear}
+    for weight in weights.values():  # whole and in fp32, as every file was once
+        ap.load_basis(weight, cache_dir=tmp_path / "whole")
+    written = {path.name for path in (tmp_path / "whole").iterdir()}
+    want = {name: decompose(weight) for name, weight in weights.items()}
+    prints: dict[str, set[str]] = {}
+    for folder in (
+        None,
+        tmp_path / "own",
+        tmp_path / "own",
+        tmp_path / "whole",
+    ):  # computed, written, read, read in part
+        if folder is not None and folder.exists():
+            monkeypatch.setattr("antipasto.adapter.basis.decompose", lambda _: pytest.fail("it is in the cache"))
+        config = ap.AntiPastoConfig(rank=rank, cache_dir=None if folder is None else str(folder))
+        for name, knobs in ap.wrap(FAMILIES["llama"].build(dtype=dtype), config).items():
+            U, S, Vh = want[name].truncate(knobs.r)
+            assert knobs.r == (rank or len(want[name].S))
+            for got, wanted in zip((knobs.U, knobs.S, knobs.Vh), (U.to(dtype), S, Vh.to(dtype)), strict=True):
+                assert got.dtype == wanted.dtype
+                assert torch.equal(got, wanted)
+            prints.setdefault(name, set()).add(str(knobs.layer.fingerprint))
+        monkeypatch.undo()
+    assert {name: len(found) for name, found in prints.items()} == dict.fromkeys(prints, 1)
+    assert {path.name for path in (tmp_path / "whole").iterdir()} == written
+    kinds = {path.stem[64:] for path in (tmp_path / "own").iterdir()}
+    assert kinds == {("-r4" if rank else "") + ("" if dtype == torch.float32 else f"-{dtype}".replace("torch.", ""))}
 
 
 @pytest.mark.parametrize(

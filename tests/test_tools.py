@@ -20,6 +20,7 @@ import antipasto as ap
 from antipasto.app import commands
 from antipasto.app.cli import app
 from antipasto.app.models import load_model
+from antipasto.files import digest
 from antipasto.routing.pairs import split_pairs
 from antipasto.tasks import addition
 from antipasto.terminal import plain, shorten
@@ -129,6 +130,44 @@ def test_basis_fills_the_cache_that_wrap_reads(tmp_path: Path, monkeypatch: pyte
     assert len(ap.wrap(model, ap.AntiPastoConfig(cache_dir=str(cache)))) == 21
 
 
+def test_basis_of_a_rank_is_for_runs_of_that_rank_and_lower(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fill(*words: str) -> tuple[str, str, str]:
+        code, text = run("basis", MODEL, "--cache-dir", tmp_path, "--dtype", "bfloat16", *words)
+        assert code == 0
+        return tuple(cells(text)[name] for name in ("cached before", "trainable numbers", "files"))  # type: ignore[return-value]
+
+    def mib() -> str:
+        return f"{sum(file.stat().st_size for file in tmp_path.glob('*.safetensors')) / 2**20:,.1f} MiB"
+
+    assert fill("--rank", "8") == ("0", "168", lower := mib())
+    assert {file.stem[64:] for file in tmp_path.iterdir()} == {"-r8-bfloat16"}
+    assert fill("--rank", "8") == ("all", "168", lower)
+    assert fill("--rank", "5") == ("all", "105", lower)
+    with monkeypatch.context() as patch:
+        patch.setattr("antipasto.adapter.basis.decompose", lambda _: pytest.fail("computed again"))
+        model, _ = load_model(MODEL, dtype="bfloat16")
+        assert {k.r for k in ap.wrap(model, ap.AntiPastoConfig(rank=5, cache_dir=str(tmp_path))).values()} == {5}
+
+    before, whole = fill("--rank", "8"), fill()
+    assert whole[:2] == ("0", "1,728")
+    assert float(whole[2].split()[0]) > float(before[2].split()[0])
+    assert fill() == ("all", *whole[1:])
+    assert fill("--rank", "8") == before  # still read from the smaller files
+    assert {file.stem[64:] for file in tmp_path.iterdir()} == {"-r8-bfloat16", "-bfloat16"}
+
+
+def test_basis_hashes_every_weight_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def counted(tensors: dict[str, torch.Tensor]) -> str:
+        hashed.append(1)
+        return digest(tensors)
+
+    hashed: list[int] = []
+    monkeypatch.setattr("antipasto.adapter.fingerprints.digest", counted)
+    for times in (1, 2):
+        assert run("basis", MODEL, "--cache-dir", tmp_path)[0] == 0
+        assert len(hashed) == times * 21
+
+
 def test_basis_of_named_layers_and_another_dtype(tmp_path: Path) -> None:
     chosen = ["--target-modules", "up_proj, q_proj", "--exclude-modules", "model.layers.1.mlp.up_proj"]
     code, text = run("basis", MODEL, "--cache-dir", tmp_path, *chosen)
@@ -153,14 +192,16 @@ def test_a_dry_run_says_what_it_takes_and_computes_nothing(tmp_path: Path, monke
     assert needs.basis == sum(t.numel() * t.element_size() for k in layers.values() for t in (k.U, k.S, k.Vh))
     assert needs.adapted == sum(k.layer.base_layer.weight.nbytes for k in layers.values())
     files = sum(file.stat().st_size for file in (tmp_path / "cache").glob("*.safetensors"))
-    assert needs.disk < files < needs.disk + 1024 * needs.layers  # with their heads
+    assert needs.basis < files < needs.basis + 1024 * needs.layers  # with their heads
     model.save_pretrained(tmp_path / "adapter")
     saved = (tmp_path / "adapter" / "adapter_model.safetensors").stat().st_size
     assert needs.adapter < saved < needs.adapter + 300 * needs.layers
     lower = commands.what_it_needs(MODEL, ap.AntiPastoConfig(rank=8), Console(quiet=True), dtype="bfloat16")
-    assert (lower.numbers, lower.disk, lower.model) == (21 * 8, needs.disk, needs.model // 2)
+    assert (lower.numbers, lower.model) == (21 * 8, needs.model // 2)
     assert lower.basis == sum(2 * 8 * (k.U.shape[0] + k.Vh.shape[1]) + 4 * 8 for k in layers.values())
-    assert "--rank is for --dry-run" in refused("basis", MODEL, "--rank", "8")
+    run("basis", MODEL, "--cache-dir", tmp_path / "lower", "--rank", "8", "--dtype", "bfloat16")
+    files = sum(file.stat().st_size for file in (tmp_path / "lower").glob("*.safetensors"))
+    assert lower.basis < files < lower.basis + 1024 * lower.layers
 
 
 @pytest.mark.filterwarnings("ignore:The basis cache file:antipasto.BasisCacheWarning")

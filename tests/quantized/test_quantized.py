@@ -367,6 +367,20 @@ def test_the_cache_is_used_the_second_time(kind: str, tmp_path: Path, monkeypatc
         assert torch.equal(layer.U, first[name].U)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_cache_keeps_the_basis_in_the_dtype_of_the_products(kind: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    config = ap.AntiPastoConfig(cache_dir=str(tmp_path), rank=8)
+    low = dtype is torch.bfloat16 and kind != "int8"  # which does not know what it was quantised from
+    for source in ("computed", "read"):
+        for name, knobs in ap.wrap(load(kind, dtype=dtype), config).items():
+            U, S, Vh = basis.decompose(knobs.layer.matrix()).truncate(8)
+            U, Vh = (U.bfloat16(), Vh.bfloat16()) if low else (U, Vh)
+            for got, wanted in zip((knobs.U, knobs.S, knobs.Vh), (U, S, Vh), strict=True):
+                assert got.dtype == wanted.dtype, (name, source)
+                assert torch.equal(got, wanted), (name, source)
+        assert {path.stem[64:] for path in tmp_path.iterdir()} == {"-r8-bfloat16" if low else "-r8"}
+
+
 def test_other_codes_or_constants_are_not_loaded_under_an_adapter() -> None:
     for layer in linears(torch.float32).values():
         model = nn.Sequential(layer)

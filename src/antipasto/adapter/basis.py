@@ -9,12 +9,22 @@ decomposed. This is about as fast as LAPACK's fp32 SVD and several times more ac
 a weight with S_min < 1e-4 S_max goes through LAPACK's SVD in fp64 instead. The sign of a singular vector is arbitrary; it is
 fixed by making the entry of largest magnitude in each row of Vh positive, so that the same weight gives the same basis.
 
-Cache. Each weight has one file, ``<sha256>.safetensors``, named after the hash of its dtype, shape and bytes. The file
-carries a digest of its tensors, which is checked at every read. If the file is truncated, corrupted, of the wrong shape or
-of another weight, the basis is **recomputed, with a warning that names the file**, and the file is replaced. Files are
-renamed into place atomically. When several processes need the same weight, one computes and the others wait for its file. A
-cache that cannot be written causes a warning; the run continues. On a CPU the tensors stay memory-mapped, so that processes
-share them; an existing file is replaced, never modified.
+Cache. A file holds the top k directions of one weight, with U and Vh as they are used: rounded to the dtype of the layer's
+products. S keeps the basis's own dtype. Its name says what it holds:
+
+    <sha256>.safetensors                   all r directions in the basis's own dtype, fp32, or fp64 for an fp64 weight
+    <sha256>-r64-bfloat16.safetensors      the top 64, with U and Vh in bf16; either part may be absent
+
+with the hash of the weight's dtype, shape and bytes. A request is served from the smallest file that holds at least its
+directions, in its dtype or unrounded, and only what it takes is copied. Without such a file the basis is computed, and what
+was asked for is written. Every file carries the digests of the whole basis, all directions and unrounded, so that the
+`Fingerprint` of a layer does not depend on what its basis was read from.
+
+Each file also carries a digest of its own tensors, which is checked at every read. If a file is truncated, corrupted, of the
+wrong shape or of another weight, there is **a warning that names it**, it is removed, and the basis is read from another
+file or **recomputed**. Files are renamed into place atomically. When several processes need the same file, one computes and
+the others wait for it. A cache that cannot be written causes a warning; the run continues. On a CPU the tensors stay
+memory-mapped, so that processes share them; an existing file is replaced, never modified.
 
 Location. ``$ANTIPASTO_CACHE``, else the user's cache folder (``~/.cache/antipasto`` on Linux). ``cache_dir=None`` turns the
 cache off.
@@ -24,7 +34,9 @@ from __future__ import annotations
 
 import functools
 import os
+import re
 import warnings
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -48,13 +60,14 @@ SVD_VERSION = "gram-eigh-1"
 """Name and version of the algorithm in `decompose`. It changes whenever the same weight would get another basis."""
 
 _FORMAT = "antipasto-basis-2"  # changes with the file's layout or the meaning of its tensors
+_NAME = re.compile(r"[0-9a-f]{64}(-r(?P<rank>\d{1,9}))?(-(?P<dtype>bfloat16|float16|float32))?\.safetensors")
 _MIN_CONDITION = 1e-4  # S_min / S_max; below this the Gram matrix loses U's orthonormality: error ~ eps64 / condition²
 
 
 class Basis(NamedTuple):
-    """Reduced SVD of one weight: ``U`` (o, r), ``S`` (r,) descending, ``Vh`` (r, i), of one dtype on one device.
+    """Reduced SVD of one weight: ``U`` (o, r), ``S`` (r,) descending, ``Vh`` (r, i), on one device.
 
-    For a stack of weights, all three have a leading dimension (E, …).
+    U and Vh have one dtype; S may have a wider one. For a stack of weights, all three have a leading dimension (E, …).
     """
 
     U: Tensor
@@ -73,8 +86,28 @@ class Basis(NamedTuple):
         return Basis(self.U[..., :rank].clone(), self.S[..., :rank].clone(), self.Vh[..., :rank, :].clone())
 
 
+class Digests(NamedTuple):
+    """Digests, in hex, of a weight and of its whole basis: all directions, before U and Vh are rounded."""
+
+    weight: str
+    S: str
+    basis: str
+
+
+class Part(NamedTuple):
+    """Part of a basis: the top ``rank`` directions, with U and Vh in ``dtype``."""
+
+    rank: int
+    dtype: torch.dtype
+
+    def of(self, basis: Basis) -> Basis:
+        """Take this part of a basis."""
+        U, S, Vh = basis.truncate(self.rank)
+        return Basis(U.to(self.dtype), S, Vh.to(self.dtype))
+
+
 class BasisCacheWarning(AntiPastoWarning):
-    """A file of the basis cache was invalid and is replaced, or could not be written."""
+    """A file of the basis cache was invalid and is ignored, or could not be written."""
 
 
 def cache_home() -> Path:
@@ -120,72 +153,120 @@ def decompose(weight: Tensor) -> Basis:
     return Basis(*(t.to(weight.device, out_dtype).contiguous() for t in (U, S, Vh)))
 
 
-def load_basis(weight: Tensor, *, cache_dir: str | os.PathLike[str] | None = DEFAULT_CACHE) -> Basis:
-    """Load the basis of a weight from the cache, or compute it and write it there.
+def load_basis(
+    weight: Tensor,
+    *,
+    rank: int | None = None,
+    dtype: torch.dtype | None = None,
+    cache_dir: str | os.PathLike[str] | None = DEFAULT_CACHE,
+) -> Basis:
+    """Load the basis of a weight from the cache, or compute it and write what was asked for there.
 
     Args:
         weight: (o, i) or a stack (E, o, i), any of `WEIGHT_DTYPES`, on any device.
+        rank: number of top directions; None, or more than min(o, i): all.
+        dtype: what to round U and Vh to; None: as `decompose` computes them. S is never rounded.
         cache_dir: a folder; ``"auto"`` for `cache_home()`; ``None`` for no cache.
 
     Returns:
-        As `decompose`.
+        As `decompose`, or the part of it that was asked for, to the same bits wherever it comes from.
 
     Raises:
-        ValueError: as `decompose`.
+        ValueError: as `decompose`; or the rank is below 1, or the dtype is not one of `WEIGHT_DTYPES`.
 
     Warns:
-        BasisCacheWarning: an invalid file was found and replaced (the warning names it), or the cache cannot be written.
+        BasisCacheWarning: an invalid file was found and ignored (the warning names it), or the cache cannot be written.
+
+    Example:
+        >>> load_basis(torch.eye(3), rank=2, dtype=torch.bfloat16, cache_dir=None).U.shape
+        torch.Size([3, 2])
     """
-    return _load(weight, cache_dir)[0]
+    return _load(weight, rank, dtype, cache_dir)[0]
 
 
 def load_identified_basis(
-    weight: Tensor, *, cache_dir: str | os.PathLike[str] | None = DEFAULT_CACHE
+    weight: Tensor,
+    *,
+    rank: int | None = None,
+    dtype: torch.dtype | None = None,
+    cache_dir: str | os.PathLike[str] | None = DEFAULT_CACHE,
 ) -> tuple[Basis, Fingerprint]:
-    """Call `load_basis`; return the basis and the `Fingerprint` that identifies weight and basis."""
-    basis, key, basis_digest = _load(weight, cache_dir)
+    """Call `load_basis`; return the basis and the `Fingerprint` of weight and whole basis, the same for every part of it."""
+    basis, digests = _load(weight, rank, dtype, cache_dir)
     return basis, Fingerprint(
         shape=tuple(weight.shape),
         dtype=dtype_name(weight),
-        weight=key,
+        weight=digests.weight,
         svd=SVD_VERSION,
-        S=digest({"S": basis.S})[:16],
-        basis=basis_digest[:16],
+        S=digests.S[:16],
+        basis=digests.basis[:16],
         sketch=sketch(weight),
     )
 
 
-def _load(weight: Tensor, cache_dir: str | os.PathLike[str] | None) -> tuple[Basis, str, str]:
-    """Return the basis, the weight's digest and the basis's digest."""
+def cache_file(
+    weight: Tensor,
+    cache_dir: str | os.PathLike[str] = DEFAULT_CACHE,
+    *,
+    rank: int | None = None,
+    dtype: torch.dtype | None = None,
+) -> Path:
+    """Path of the file that `load_basis` writes for these arguments, whether or not it exists."""
+    return _path(weight_digest(weight), weight, _asked(weight, rank, dtype), cache_dir)
+
+
+def cached_file(
+    weight: Tensor,
+    cache_dir: str | os.PathLike[str] = DEFAULT_CACHE,
+    *,
+    rank: int | None = None,
+    dtype: torch.dtype | None = None,
+) -> Path | None:
+    """Path of the valid file that `load_basis` reads for these arguments; None if there is none and it would compute."""
+    asked, key = _asked(weight, rank, dtype), weight_digest(weight)
+    found = _find(_path(key, weight, asked, cache_dir).parent, key, weight, asked, quiet=True)
+    return None if found is None else found.path
+
+
+def _load(
+    weight: Tensor, rank: int | None, dtype: torch.dtype | None, cache_dir: str | os.PathLike[str] | None
+) -> tuple[Basis, Digests]:
+    """Return what was asked for of the basis, and the digests of the whole."""
     _check(weight)
+    asked, key = _asked(weight, rank, dtype), weight_digest(weight)
     if cache_dir is None:
-        basis, basis_digest = _compute(weight)
-        return basis, weight_digest(weight), basis_digest
-    path = cache_file(weight, cache_dir)
-    folder, key = path.parent, path.stem
-    lock_path = path.with_suffix(".lock")
-    found = _read(path, key, weight)
-    if found is not None:
-        _remove_stale(lock_path)
+        basis, digests = _compute(weight, key)
     else:
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            with FileLock(lock_path):
-                try:
-                    found = _read(path, key, weight, quiet=True)  # another process may have been faster
-                    if found is None:
-                        for left in folder.glob(f".{path.name}-*.tmp"):  # left by a process killed while writing
-                            left.unlink(missing_ok=True)
-                        found = _compute(weight)
-                        _write(path, key, *found)
-                finally:
-                    # the lock is still held, so waiting processes will find the file; at worst one computes it again
-                    lock_path.unlink(missing_ok=True)
-        except (OSError, NotImplementedError, SafetensorError) as error:
-            said = getattr(error, "strerror", None) or f"{error}"
-            _warn_unwritable(folder, said)  # NotImplementedError: the file system has no locks
-    basis, basis_digest = found or _compute(weight)
-    return basis, key, basis_digest
+        basis, digests = _load_cached(weight, key, asked, _path(key, weight, asked, cache_dir))
+    basis = asked.of(basis)
+    return Basis(*(tensor.to(weight.device) for tensor in basis)), digests
+
+
+def _load_cached(weight: Tensor, key: str, asked: Part, path: Path) -> tuple[Basis, Digests]:
+    """Return a basis that holds what was asked for, and its digests; it is written to ``path`` if it had to be computed."""
+    folder, lock_path = path.parent, path.with_suffix(".lock")
+    if (found := _find(folder, key, weight, asked)) is not None:
+        _remove_stale(lock_path)
+        return found.basis, found.digests
+    computed: tuple[Basis, Digests] | None = None
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(lock_path):
+            try:
+                found = _find(folder, key, weight, asked, quiet=True)  # another process may have been faster
+                if found is not None:
+                    return found.basis, found.digests
+                for left in folder.glob(f".{path.name}-*.tmp"):  # left by a process killed while writing
+                    left.unlink(missing_ok=True)
+                computed = _compute(weight, key)
+                _write(path, _kept(weight, asked).of(computed[0]), computed[1])
+            finally:
+                # the lock is still held, so waiting processes will find the file; at worst one computes it again
+                lock_path.unlink(missing_ok=True)
+    except (OSError, NotImplementedError, SafetensorError) as error:
+        said = getattr(error, "strerror", None) or f"{error}"
+        _warn_unwritable(folder, said)  # NotImplementedError: the file system has no locks
+    return computed or _compute(weight, key)
 
 
 def _remove_stale(lock_path: Path) -> None:
@@ -198,21 +279,36 @@ def _remove_stale(lock_path: Path) -> None:
         pass  # the lock is still held (Timeout is an OSError), or the folder is not writable
 
 
-def _compute(weight: Tensor) -> tuple[Basis, str]:
+def _compute(weight: Tensor, key: str) -> tuple[Basis, Digests]:
     basis = decompose(weight)
-    return basis, digest(basis._asdict())
+    return basis, Digests(weight=key, S=digest({"S": basis.S}), basis=digest(basis._asdict()))
 
 
-def cache_file(weight: Tensor, cache_dir: str | os.PathLike[str] = DEFAULT_CACHE) -> Path:
-    """Path of the cache file for a weight's basis, whether or not the file exists."""
+def _whole(weight: Tensor) -> Part:
+    """All that `decompose` gives."""
+    return Part(min(weight.shape[-2:]), torch.promote_types(weight.dtype, torch.float32))
+
+
+def _asked(weight: Tensor, rank: int | None, dtype: torch.dtype | None) -> Part:
+    if rank is not None and (not isinstance(rank, int) or isinstance(rank, bool) or rank < 1):
+        raise ValueError(f"rank must be a whole number of at least 1, or None for full rank; got {rank!r}.")
+    if dtype is not None and dtype not in WEIGHT_DTYPES:
+        raise ValueError(f"Expected a dtype of {', '.join(map(str, WEIGHT_DTYPES))} for U and Vh, got {dtype}.")
+    whole = _whole(weight)
+    return Part(min(rank or whole.rank, whole.rank), dtype or whole.dtype)
+
+
+def _kept(weight: Tensor, asked: Part) -> Part:
+    """What a file has that is written for a request: U and Vh as they are asked for, if that is not wider than they are."""
+    return Part(asked.rank, min(asked.dtype, _whole(weight).dtype, key=lambda dtype: dtype.itemsize))
+
+
+def _path(key: str, weight: Tensor, asked: Part, cache_dir: str | os.PathLike[str]) -> Path:
     folder = cache_home() if cache_dir == DEFAULT_CACHE else Path(cache_dir).expanduser()
-    return folder / f"{weight_digest(weight)}.safetensors"
-
-
-def is_cached(weight: Tensor, cache_dir: str | os.PathLike[str] = DEFAULT_CACHE) -> bool:
-    """Whether the cache has a valid basis for a weight, so that `load_basis` would only read it."""
-    path = cache_file(weight, cache_dir)
-    return _read(path, path.stem, weight, quiet=True) is not None
+    kept, whole = _kept(weight, asked), _whole(weight)
+    rank = "" if kept.rank == whole.rank else f"-r{kept.rank}"
+    dtype = "" if kept.dtype == whole.dtype else f"-{kept.dtype}".replace("torch.", "")
+    return folder / f"{key}{rank}{dtype}.safetensors"
 
 
 def _check(weight: Tensor) -> None:
@@ -245,40 +341,67 @@ def _fix_signs(basis: Basis) -> Basis:
     return Basis(U * sign, S, Vh * sign[:, None])
 
 
-def _read(path: Path, key: str, weight: Tensor, *, quiet: bool = False) -> tuple[Basis, str] | None:
-    """Read a basis and its digest from a cache file; None if there is no file, or (with a warning) if it is invalid."""
+class _Found(NamedTuple):
+    path: Path
+    basis: Basis
+    digests: Digests
+
+
+def _find(folder: Path, key: str, weight: Tensor, asked: Part, *, quiet: bool = False) -> _Found | None:
+    """Read the smallest valid file of a weight that holds what was asked for; None if there is none."""
+    whole, usable = _whole(weight), {}
+    for path in folder.glob(f"{key}*.safetensors"):
+        if (match := _NAME.fullmatch(path.name)) is None:
+            continue
+        dtype = whole.dtype if match["dtype"] is None else getattr(torch, match["dtype"])
+        held = Part(int(match["rank"] or whole.rank), dtype)
+        if held.rank >= asked.rank and held.dtype in (_kept(weight, asked).dtype, whole.dtype):
+            usable[path] = held
+    for path in sorted(usable, key=lambda path: usable[path].rank * usable[path].dtype.itemsize):
+        if (found := _read(path, key, weight, usable[path], quiet=quiet)) is not None:
+            return found
+    return None
+
+
+def _read(path: Path, key: str, weight: Tensor, held: Part, *, quiet: bool) -> _Found | None:
+    """Read a cache file that should hold this part; None if it is gone, or if it is invalid, which is told unless quiet."""
     try:
         tensors, metadata = read_tensors(path, _FORMAT)
-        _verify(metadata, tensors, key, weight)
+        _verify(metadata, tensors, key, weight, held)
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
         if not quiet:
             warnings.warn(
-                f"The basis cache file {path} is not usable ({error}). It is ignored and will be replaced.",
+                f"The basis cache file {path} is not usable ({error}). It is ignored, and removed if it is damaged.",
                 BasisCacheWarning,
                 stacklevel=3,
             )
+            if isinstance(error, ValueError):  # else it could not be read, and may be good
+                with suppress(OSError):  # the folder may not be writable
+                    path.unlink(missing_ok=True)
         return None
-    return Basis(**{name: tensor.to(weight.device) for name, tensor in tensors.items()}), metadata["basis"]
+    S = metadata.get("S") or digest({"S": tensors["S"]})  # early files, which all have the whole of S, do not say it
+    return _Found(path, Basis(**tensors), Digests(weight=key, S=S, basis=metadata["basis"]))
 
 
-def _verify(metadata: dict[str, str], tensors: dict[str, Tensor], key: str, weight: Tensor) -> None:
+def _verify(metadata: dict[str, str], tensors: dict[str, Tensor], key: str, weight: Tensor, held: Part) -> None:
     if metadata.get("weight") != key:
         raise ValueError("it belongs to another weight")
     *stack, o, i = weight.shape
-    r = min(o, i)
+    r = held.rank
     expected = {"U": (*stack, o, r), "S": (*stack, r), "Vh": (*stack, r, i)}
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if shapes != expected:
         raise ValueError(f"shapes {shapes}, expected {expected}")
-    dtypes = {tensor.dtype for tensor in tensors.values()}
-    if dtypes != {torch.promote_types(weight.dtype, torch.float32)}:
-        raise ValueError(f"dtypes {', '.join(map(str, dtypes))}")
+    dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
+    if dtypes != {"U": held.dtype, "S": _whole(weight).dtype, "Vh": held.dtype}:
+        raise ValueError(f"dtypes {', '.join(map(str, dtypes.values()))}")
 
 
-def _write(path: Path, key: str, basis: Basis, basis_digest: str) -> None:
-    write_tensors(path, basis._asdict(), {"format": _FORMAT, "weight": key, "basis": basis_digest})
+def _write(path: Path, basis: Basis, digests: Digests) -> None:
+    metadata = {"format": _FORMAT, "weight": digests.weight, "basis": digests.basis, "S": digests.S}
+    write_tensors(path, basis._asdict(), metadata)
 
 
 @functools.cache  # one warning per folder, even where `warnings.catch_warnings` resets Python's own registry

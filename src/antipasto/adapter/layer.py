@@ -101,6 +101,15 @@ def as_matrix(base_layer: nn.Module) -> Tensor:
     return weight.mT if is_transposed(base_layer) else weight
 
 
+def basis_dtype(base_layer: nn.Module) -> torch.dtype:
+    """The dtype of U and Vh: that of the weight; of a quantised one, that of its products."""
+    if is_quantised(base_layer):
+        return compute_dtype(base_layer)
+    weight = base_layer.weight
+    assert isinstance(weight, Tensor)
+    return weight.dtype
+
+
 @dataclass(frozen=True)
 class Fixed:
     """What a call took that others will take as well, as long as the knobs are what they are."""
@@ -263,8 +272,7 @@ class AntiPastoLinear(nn.Module, BaseTunerLayer):
     @property
     def weight_dtype(self) -> torch.dtype:
         """The base weight's dtype; of a quantised one, the dtype of its products."""
-        base_layer = self.get_base_layer()
-        return compute_dtype(base_layer) if is_quantised(base_layer) else self.base_weight.dtype
+        return basis_dtype(self.get_base_layer())
 
     @property
     def base_weight(self) -> nn.Parameter:

@@ -39,8 +39,8 @@ from antipasto.names import AntiPastoWarning
 
 from .config import TARGET_MODULES, AntiPastoConfig
 from .experts import AntiPastoExperts, Stack, mount, unmount
-from .layer import AntiPastoLinear, as_matrix
-from .quantized import KINDS, compute_dtype, is_quantised, packed_digest, packing, why_not_dequantised
+from .layer import AntiPastoLinear, as_matrix, basis_dtype
+from .quantized import KINDS, is_quantised, packed_digest, packing, why_not_dequantised
 from .views import adapted_layers
 
 SUPPORTED = (
@@ -517,8 +517,8 @@ class Found(NamedTuple):
 
     Attributes:
         rank: the layer's rank under the config.
-        basis: basis of at least that rank. U and Vh have the weight's dtype (`compute_dtype` of a quantised one), so that
-            their products use the same dtype as the base layer; S keeps its own.
+        basis: basis of at least that rank. U and Vh have the `basis_dtype`, so that their products use the same dtype as the
+            base layer; S keeps its own.
         fingerprint: fingerprint of the weight and the basis.
     """
 
@@ -574,13 +574,11 @@ def _basis_for(name: str, module: nn.Module, config: AntiPastoConfig) -> Found:
     if isinstance(module, AntiPastoLinear) and module.basis is not None and module.basis.rank >= rank:
         assert module.fingerprint is not None
         return Found(rank, module.basis, module.fingerprint)
+    base = module.get_base_layer() if isinstance(module, AntiPastoLinear) else module
     try:
-        basis, fingerprint = load_identified_basis(W, cache_dir=config.cache_dir)
+        basis, fingerprint = load_identified_basis(W, rank=rank, dtype=basis_dtype(base), cache_dir=config.cache_dir)
     except (ValueError, RuntimeError) as error:
         raise ValueError(f"{name}: {error}") from error
-    dtype = W.dtype
-    base = module.get_base_layer() if isinstance(module, AntiPastoLinear) else module
     if (kind := packing(base)) is not None:
-        dtype, fingerprint = compute_dtype(base), fingerprint._replace(dtype=kind, weight=packed_digest(base))
-    U, S, Vh = basis.truncate(rank)
-    return Found(rank, Basis(U.to(dtype), S, Vh.to(dtype)), fingerprint)
+        fingerprint = fingerprint._replace(dtype=kind, weight=packed_digest(base))
+    return Found(rank, basis, fingerprint)

@@ -271,12 +271,10 @@ def basis(
 ) -> None:
     """Compute and cache the singular basis of every layer to be adapted, before the runs that need it.
 
-    Cached bases are checked and kept. The cache has all directions of a layer, so --rank is only for --dry-run.
+    Cached bases are checked and kept. Runs of a lower --rank are served too; without --rank, those of every rank.
     """
     with _readable_errors(load=False):
         options = AdapterOptions.from_mapping(adapter, "antipasto basis")
-        if options.rank is not None and not dry_run:
-            raise ValueError("--rank is for --dry-run: the cache has all directions of a layer. Leave it out.")
         check_model_name(model)
     with _readable_errors():
         from antipasto.app import commands

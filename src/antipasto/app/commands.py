@@ -10,12 +10,13 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
-from torch import Tensor
+from torch import Tensor, nn
 
 from antipasto.adapter import AntiPastoConfig
-from antipasto.adapter.basis import cache_file, is_cached, load_basis
+from antipasto.adapter.basis import cache_file, cached_file, load_basis
+from antipasto.adapter.fingerprints import hashed_once
 from antipasto.adapter.knobs import wrap
-from antipasto.adapter.layer import as_matrix
+from antipasto.adapter.layer import as_matrix, basis_dtype
 from antipasto.adapter.model import find_targets, rank_of
 from antipasto.app.checks import check_new_file
 from antipasto.app.inspection import guarded, strongest_layers
@@ -35,8 +36,8 @@ class Cached:
 
     Attributes:
         layers: number of adapted layers.
-        numbers: trainable numbers at full rank, Σ min(o, i).
-        bytes: total size of the cache files.
+        numbers: number of trainable numbers.
+        bytes: total size of the cache files that the config's bases are read from. A file may hold more than is asked.
         folder: the cache folder.
         there: number of layers that were cached before.
         seconds: time taken, without loading the model.
@@ -54,7 +55,7 @@ def cache_bases(name_or_path: str, config: AntiPastoConfig, console: Console, *,
     """Compute and cache the singular basis of every layer that a config adapts.
 
     Args:
-        config: which layers, and ``cache_dir``. Its ``target_modules`` is replaced by the resolved names.
+        config: which layers, at what rank, and ``cache_dir``. Its ``target_modules`` is replaced by the resolved names.
         dtype: of the weights; each dtype has its own bases.
 
     Raises:
@@ -69,19 +70,11 @@ def cache_bases(name_or_path: str, config: AntiPastoConfig, console: Console, *,
     with progress_bar(console) as progress:
         for name, module in progress.track(targets.items(), description="singular bases"):
             weight = as_matrix(module)
-            numbers += _experts(weight) * min(weight.shape[-2:])
-            file = cache_file(weight, config.cache_dir)
-            _make_folder(file.parent)
-            if is_cached(weight, config.cache_dir):
-                there += 1
-            else:
-                try:
-                    load_basis(weight, cache_dir=config.cache_dir)
-                except (ValueError, RuntimeError) as error:
-                    raise ValueError(f"{name}: {error}") from error
-            if not file.exists():
-                raise _no_cache(file.parent, "files cannot be written there")
+            numbers += _experts(weight) * rank_of(name, weight, config)
+            with hashed_once():
+                file, was_there = _cache_basis(name, module, weight, config)
             files.add(file)
+            there += was_there
     done = Cached(
         layers=len(targets),
         numbers=numbers,
@@ -94,6 +87,23 @@ def cache_bases(name_or_path: str, config: AntiPastoConfig, console: Console, *,
     return done
 
 
+def _cache_basis(name: str, module: nn.Module, weight: Tensor, config: AntiPastoConfig) -> tuple[Path, bool]:
+    """The cache file from which a layer gets its basis under a config, and whether it was there before."""
+    assert config.cache_dir is not None
+    rank, dtype = rank_of(name, weight, config), basis_dtype(module)
+    file = cache_file(weight, config.cache_dir, rank=rank, dtype=dtype)
+    _make_folder(file.parent)
+    if (cached := cached_file(weight, config.cache_dir, rank=rank, dtype=dtype)) is not None:
+        return cached, True
+    try:
+        load_basis(weight, rank=rank, dtype=dtype, cache_dir=config.cache_dir)
+    except (ValueError, RuntimeError) as error:
+        raise ValueError(f"{name}: {error}") from error
+    if not file.exists():
+        raise _no_cache(file.parent, "files cannot be written there")
+    return file, False
+
+
 @dataclasses.dataclass(frozen=True)
 class Needs:
     """What adapting a model takes. All sizes are in bytes.
@@ -102,8 +112,7 @@ class Needs:
         layers: number of adapted layers.
         numbers: number of trainable numbers.
         model: the model's weights.
-        disk: cache files, at full rank.
-        basis: U, S, Vh in memory, shared by all adapters.
+        basis: U, S, Vh: in memory, shared by all adapters, and in the cache.
         adapted: W_θ of all layers. It is in memory in a merged training step, or where W_θ is held between forwards without
             gradient.
         adapter: a saved adapter with its quarantine.
@@ -112,7 +121,6 @@ class Needs:
     layers: int
     numbers: int
     model: int
-    disk: int
     basis: int
     adapted: int
     adapter: int
@@ -136,8 +144,7 @@ def what_it_needs(name_or_path: str, config: AntiPastoConfig, console: Console, 
         layers=len(layers),
         numbers=numbers,
         model=sum(p.numel() * p.element_size() for p in model.parameters()),
-        disk=sum(4 * _experts(w) * min(w.shape[-2:]) * (sum(w.shape[-2:]) + 1) for w in layers.values()),
-        basis=sum(_experts(w) * ranks[name] * (w.element_size() * sum(w.shape[-2:]) + 4) for name, w in layers.items()),
+        basis=sum(_basis_bytes(weight, ranks[name]) for name, weight in layers.items()),
         adapted=sum(w.numel() * w.element_size() for w in layers.values()),
         adapter=4 * numbers * (2 if config.quarantine else 1),
     )
@@ -146,7 +153,7 @@ def what_it_needs(name_or_path: str, config: AntiPastoConfig, console: Console, 
     add_row(table, "layers", needs.layers)
     add_row(table, "trainable numbers", f"{needs.numbers:,}")
     add_row(table, "saved adapter", _size(needs.adapter))
-    add_row(table, "basis on disk, once", _size(needs.disk))
+    add_row(table, "basis on disk, once", _size(needs.basis))
     add_row(table, "memory: the model itself", _size(needs.model))
     add_row(table, "memory: plan factored or spectral", f"+ {_size(needs.basis)}, the basis")
     add_row(table, "memory: merged, or weights held", f"+ {_size(needs.basis + needs.adapted)}, with all W_θ")
@@ -157,6 +164,12 @@ def what_it_needs(name_or_path: str, config: AntiPastoConfig, console: Console, 
 def _experts(weight: Tensor) -> int:
     """Number of matrices in a weight: 1, or that of the experts of a stack."""
     return weight.shape[:-2].numel()
+
+
+def _basis_bytes(weight: Tensor, rank: int) -> int:
+    """Size of U and Vh in the weight's dtype and of S in at least fp32, at a rank."""
+    size = weight.element_size()
+    return _experts(weight) * rank * (size * sum(weight.shape[-2:]) + max(size, 4))
 
 
 def _size(number: float) -> str:
