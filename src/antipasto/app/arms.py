@@ -9,7 +9,6 @@ replace ``eval.json`` and ``eval.jsonl``. A finished evaluation is reused too: a
 from __future__ import annotations
 
 import hashlib
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -23,6 +22,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 from rich.text import Text
 
+from antipasto.app.data import digest
 from antipasto.app.models import quiet
 from antipasto.app.run_folder import RunFolder
 from antipasto.app.runs import LoadedRun, load_run
@@ -44,7 +44,7 @@ from antipasto.evaluation.records import (
     write_answers,
     write_evaluation,
 )
-from antipasto.tasks import Task, load_task
+from antipasto.tasks import Task
 from antipasto.terminal import add_row, doing, is_live, plain, say
 
 SIZING = 64
@@ -69,7 +69,7 @@ def evaluate_run(
     """
     with RunFolder(root).held(new=False):
         run = load_run(root)
-        task = load_task(str(run.task))
+        task = run.load_task()
         if dial and not run.has_quarantine:
             raise ValueError(f"{root}: --dial needs a quarantine, and a run by method {run.method} has none.")
         if task.test is None:
@@ -148,16 +148,11 @@ def _shrink(run: LoadedRun, rows: Sequence[Any], how: Sampling) -> float:
 
 def _digests(root: Path, task: Task, rows: Sequence[Any]) -> dict[str, str]:
     """Digests of the prompts and of the weights. An evaluation is continued only if both are unchanged."""
-    what = [task.name, [dict(row) for row in rows]]
-    try:
-        text = json.dumps(what, default=str)
-    except (TypeError, ValueError):  # a key that is not a string, or a circular reference
-        text = repr(what)
-    asked = hashlib.sha256(text.encode("utf-8", "backslashreplace"))
     answered_by = hashlib.sha256()
     for path in (root / "adapter" / "adapter_model.safetensors", root / "books.safetensors"):
         answered_by.update(path.read_bytes() if path.exists() else b"")
-    return {"asked": asked.hexdigest()[:16], "answered_by": answered_by.hexdigest()[:16]}
+    asked = digest([task.name, [dict(row) for row in rows]])
+    return {"asked": asked, "answered_by": answered_by.hexdigest()[:16]}
 
 
 def _earlier(root: Path, facts: dict[str, Any], console: Console) -> tuple[dict[str, Any], list[Answer]]:

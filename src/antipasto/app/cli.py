@@ -27,7 +27,14 @@ from rich.console import Console
 from safetensors import SafetensorError
 
 import antipasto
-from antipasto.app.checks import check_file, check_model_name, check_new_file, check_new_folder, find_files
+from antipasto.app.checks import (
+    check_dataset,
+    check_file,
+    check_model_name,
+    check_new_file,
+    check_new_folder,
+    find_files,
+)
 from antipasto.app.run_folder import RunFolder, parse_yaml, read_yaml
 from antipasto.app.train.config import ADAPTER, TrainConfig, names_of, targets_of
 from antipasto.names import HELDOUT, Dtype
@@ -238,7 +245,8 @@ def _settings(context: typer.Context, typed: dict[str, Any], config: Path | None
     out = settings.pop("out", None)
     known = [word for parameter in context.command.params for word in parameter.opts]
     settings["trainer"] = {**settings.get("trainer", {}), **_trainer_options(words, known)}
-    for name, check in (("model", check_model_name), ("task", check_task_name), ("pairs", check_file)):
+    checks = {"model": check_model_name, "task": check_task_name, "dataset": check_dataset, "pairs": check_file}
+    for name, check in checks.items():
         if settings.get(name) is not None:
             check(settings[name])
     if settings.get("direction") is not None and Path(settings["direction"]).exists():  # if unused, that is said first

@@ -12,7 +12,7 @@ from antipasto.names import MODES, THRESHOLD, By, Dtype, Method
 from antipasto.options import check_bounds, check_finite, check_types, near
 
 CONTROLS = ("random", "permuted")
-ROUTING, ADAPTER = "Routing", "Adapter"
+ROUTING, ADAPTER, DATA = "Routing", "Adapter", "Data"
 """Groups of options in ``--help``."""
 
 
@@ -34,6 +34,10 @@ def _routing(default: Any, said: str, **typed: Any) -> Any:
 
 def _adapter(default: Any, said: str, **typed: Any) -> Any:
     return _option(default, said, rich_help_panel=ADAPTER, **typed)
+
+
+def _data(default: Any, said: str, **typed: Any) -> Any:
+    return _option(default, said, rich_help_panel=DATA, **typed)
 
 
 @dataclasses.dataclass
@@ -95,6 +99,29 @@ class TrainConfig:
         "auto", "Cache folder of singular bases.", metavar="DIR", show_default="$ANTIPASTO_CACHE or the user's"
     )
     dtype: Dtype = _adapter("auto", "Dtype of the weights; 'auto' as saved. Each dtype has its own bases.")
+    dataset: str | None = _data(
+        None,
+        "Rows instead of the task's: a .jsonl, .json, .csv or .parquet file, a folder, or a name on the hub, as owner/name "
+        "or owner/name:configuration.",
+        metavar="SOURCE",
+        show_default="the task's",
+    )
+    columns: dict[str, str] | None = _data(
+        None,
+        "Columns to rename. prompt=question: what the task calls prompt is the dataset's column question.",
+        type=str,
+        metavar="NAME=COLUMN,...",
+        show_default="none",
+    )
+    dataset_train_split: str | None = _data(
+        None, "Split to train on, or a part of one: train[:1000].", metavar="SPLIT", show_default="train"
+    )
+    dataset_test_split: str | None = _data(
+        None,
+        "Held-out split.",
+        metavar="SPLIT",
+        show_default="test, if any; else a tenth of the training prompts, at most 500",
+    )
     steps: int = _option(100, "Optimizer steps.", min=1)
     prompts: int = _option(4, "Prompts per step.", min=1)
     generations: int = _option(8, "Rollouts per prompt.", min=2)
@@ -126,6 +153,9 @@ class TrainConfig:
             raise ValueError("Give pairs or a direction, not both.")
         if unknown := sorted(set(self.controls) - set(CONTROLS)):
             raise ValueError(f"controls must be among {', '.join(CONTROLS)}, got {', '.join(unknown)}.")
+        for name in ("columns", "dataset_train_split", "dataset_test_split"):
+            if self.dataset is None and getattr(self, name) is not None:
+                raise ValueError(f"{name} is for a dataset: give that too, or leave it out.")
         self._check_gate()
 
     def _check_gate(self) -> None:
@@ -185,6 +215,8 @@ def _read(name: str, value: Any) -> Any:
         return () if value.strip() in ("", "none") else tuple(names_of(name, value))
     if name == "target_modules":
         return targets_of(value)
+    if name == "columns":
+        return columns_of(value)
     return names_of(name, value) if name == "exclude_modules" else value
 
 
@@ -198,6 +230,22 @@ def names_of(option: str, text: str) -> list[str]:
     if not all(names):
         raise ValueError(f"{option} takes comma-separated names, got {text!r}.")
     return names
+
+
+def columns_of(text: str) -> dict[str, str]:
+    """Parse columns to rename.
+
+    Raises:
+        ValueError: one is not NAME=COLUMN, or a name is there twice.
+
+    Example:
+        >>> columns_of("prompt=question, answer=solution")
+        {'prompt': 'question', 'answer': 'solution'}
+    """
+    parts = [[word.strip() for word in part.split("=", 1)] for part in names_of("columns", text)]
+    if not all(len(part) == 2 and all(part) for part in parts) or len({part[0] for part in parts}) < len(parts):
+        raise ValueError(f"columns takes NAME=COLUMN, separated by commas, each NAME once, got {text!r}.")
+    return dict(parts)
 
 
 def targets_of(text: str, option: str = "target_modules") -> list[str] | str:
