@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 from collections.abc import Callable
@@ -16,6 +17,7 @@ import torch
 from families import FAMILIES
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import antipasto as ap
@@ -315,8 +317,27 @@ def test_places_of_the_dial_are_no_rivals_and_are_not_compared() -> None:
 def test_an_empty_book_is_said_to_be_empty() -> None:
     evaluation = evaluation_of(**GOOD, permuted=(80, 110))
     assert evaluation.empty == ["permuted"]
-    assert "permuted: its book is empty" in str(rates_table([evaluation]).caption)
-    assert "empty" not in str(rates_table([evaluation, evaluation_of(**GOOD, permuted=(79, 110))]).caption)
+    assert "permuted: its book is empty" in printed(evaluation)
+    assert "empty" not in printed(evaluation, evaluation_of(**GOOD, permuted=(79, 110)))
+
+
+def printed(*evaluations: Evaluation) -> str:
+    console = Console(width=80, file=io.StringIO())
+    console.print(rates_table(evaluations))
+    return console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_many_flags_fit_into_80_columns() -> None:
+    """The task ``code`` has seven: a table that is too wide cuts its numbers."""
+    flags = {f"names result {n}": n % 2 == 0 for n in range(7)}
+    answers = [replace(a, flags=flags) for a in evaluation_of(**GOOD).answers]
+    evaluation = conclude("toy", {}, answers)
+    text = printed(evaluation)
+    for record in evaluation.arms:
+        for estimate in (record.measures["solve"], record.measures["exploit"], *record.flags.values()):
+            assert str(estimate) in text
+        assert sum(line.startswith(f" {record.arm} ") for line in text.splitlines()) == 3  # of nine columns
+    assert text.count("answers of each model") == 1
 
 
 def test_a_cost_on_one_kind_of_prompts_counts() -> None:

@@ -9,6 +9,7 @@ replace ``eval.json`` and ``eval.jsonl``. A finished evaluation is reused too: a
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -17,7 +18,7 @@ from statistics import mean, stdev
 from typing import Any
 
 from rich import box
-from rich.console import Console
+from rich.console import Console, Group
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
@@ -181,50 +182,63 @@ def show(evaluation: Evaluation, console: Console) -> None:
     console.print(Text(plain(evaluation.verdict.sentence)))
 
 
-def rates_table(evaluations: Sequence[Evaluation]) -> Table:
+def rates_table(evaluations: Sequence[Evaluation]) -> Group:
     """Rates by arm and kind of prompt: with intervals for one evaluation, as mean ± sd for several seeds."""
     first = evaluations[0]
     drawn = "greedy" if first.facts.get("temperature") == 0 else "sampled"
     rows = {name: [(evaluation, name) for evaluation in evaluations] for name in first.names}
-    table = _rates(f"{first.arms[0].n:,} answers of each model, {drawn}", "model", rows)
+    tables = _rates(f"{first.arms[0].n:,} answers of each model, {drawn}", "model", rows)
     if RANDOM in first.names:
         caption = Text(
             "random, permuted, …: what that control would have moved is removed, not the quarantine", "table.caption"
         )
         if empty := [name for name in first.empty if all(name in e.empty for e in evaluations)]:
             caption.append(f"\n{plain(', '.join(empty))}: its book is empty, so nothing is removed")
-        table.caption = caption
-    return table
+        tables[-1].caption = caption
+    return Group(*tables)
 
 
-def comparison(runs: Mapping[str, Sequence[Evaluation]]) -> Table:
+def comparison(runs: Mapping[str, Sequence[Evaluation]]) -> Group:
     """What each run would ship, and the reference. ``runs``: name → its evaluations, one per seed."""
     first = next(iter(runs.values()))
     rows = {REFERENCE: [(evaluation, REFERENCE) for evaluation in first]}
     rows |= {name: [(evaluation, evaluation.ships) for evaluation in seeds] for name, seeds in runs.items()}
-    return _rates("what each would ship", "run", rows)
+    return Group(*_rates("what each would ship", "run", rows))
 
 
-def _rates(title: str, what: str, rows: Mapping[str, Sequence[tuple[Evaluation, str]]]) -> Table:
-    """A table of rates and flags, one row for each name and kind of prompt. ``rows``: name → (evaluation, arm) per seed."""
+COLUMNS = 4
+"""Rates and flags that fit into 80 columns, next to a name. Further ones are in a table of their own."""
+
+
+def _rates(title: str, what: str, rows: Mapping[str, Sequence[tuple[Evaluation, str]]]) -> list[Table]:
+    """Tables of rates and flags, one row for each name and kind of prompt. ``rows``: name → (evaluation, arm) per seed."""
     first, arm = next(iter(rows.values()))[0]
     seeds = len(next(iter(rows.values())))
-    table = _table(f"{title} {'[95% interval]' if seeds == 1 else f'(mean ± sd of {seeds} seeds)'}")
     record = first.arm(arm)
     assert record is not None
-    rates, flags = [name for name in RATES if name in record.measures], list(record.flags)
-    for column in (what, *rates, *flags):
-        table.add_column(Text(plain(column)))
+    columns = [
+        *(("measures", name) for name in RATES if name in record.measures),
+        *(("flags", f) for f in record.flags),
+    ]
     kinds: list[str | None] = [*first.kinds] or [None]
-    for kind in kinds:
-        if kind is not None:
-            add_row(table, Text(plain(f"{kind} prompts"), style="italic"))
-        for name, found in rows.items():
-            records = [record for evaluation, arm in found if (record := evaluation.arm(arm, kind)) is not None]
-            cells = [cell([r.measures[m] for r in records]) for m in rates]
-            add_row(table, name, *cells, *(cell([r.flags[f] for r in records]) for f in flags))
-        table.add_section()
-    return table
+    tables = []
+    width = math.ceil(len(columns) / math.ceil(len(columns) / COLUMNS))  # tables of about the same width
+    for start in range(0, len(columns), width):
+        part = columns[start : start + width]
+        table = _table(
+            f"{title} {'[95% interval]' if seeds == 1 else f'(mean ± sd of {seeds} seeds)'}" if not start else ""
+        )
+        for column in (what, *(name for _, name in part)):
+            table.add_column(Text(plain(column)))
+        for kind in kinds:
+            if kind is not None:
+                add_row(table, Text(plain(f"{kind} prompts"), style="italic"))
+            for name, found in rows.items():
+                records = [record for evaluation, arm in found if (record := evaluation.arm(arm, kind)) is not None]
+                add_row(table, name, *(cell([getattr(r, group)[each] for r in records]) for group, each in part))
+            table.add_section()
+        tables.append(table)
+    return tables
 
 
 def cell(estimates: Sequence[Estimate]) -> str:
