@@ -117,7 +117,7 @@ def _run(config: TrainConfig, folder: RunFolder, console: Console, state: Partia
             train_dataset=Dataset.from_dict({"row": range(len(task.train))}),  # `_prompts_of` and `_judge` look them up
             processing_class=tokenizer,
             peft_config=_adapter(config),
-            router=how.router(folder, tokenizer, state),
+            router=how.router(folder, tokenizer, state, console),
             detector=None if task.detector is None or how.uses_monitor else _judge(task, "detector"),
             monitor=how.monitor(
                 folder, tokenizer, state, as_in_training(dataclasses.asdict(config), task, seed=config.seed), console
