@@ -15,6 +15,7 @@ import os
 import shlex
 import tempfile
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import datetime
@@ -37,7 +38,7 @@ from antipasto.app.checks import (
 )
 from antipasto.app.run_folder import RunFolder, parse_yaml, read_yaml
 from antipasto.app.train.config import ADAPTER, TrainConfig, names_of, targets_of
-from antipasto.names import HELDOUT, Dtype
+from antipasto.names import HELDOUT, AntiPastoWarning, Dtype
 from antipasto.options import near
 from antipasto.tasks.loading import check_task_name
 from antipasto.terminal import plain, say
@@ -719,7 +720,8 @@ def _readable_errors(out: Path | None = None, *, extra: str | None = None, load:
             _check_extra(extra)
         if load:
             antipasto._load()
-        yield
+        with _warnings_in_one_line():
+            yield
     except (ValueError, OSError, SafetensorError, ImportError, RuntimeError, SystemExit) as error:
         if os.environ.get("ANTIPASTO_TRACEBACK", "0") not in ("", "0"):
             raise
@@ -729,6 +731,25 @@ def _readable_errors(out: Path | None = None, *, extra: str | None = None, load:
         _fail(message)
     except KeyboardInterrupt:
         _fail("interrupted" if out is None else f"interrupted; what was written so far is in {out}", code=130)
+
+
+@contextmanager
+def _warnings_in_one_line() -> Iterator[None]:
+    """Show this library's warnings without the line of code that they are from."""
+    before = warnings.formatwarning
+
+    def shown(
+        message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+    ) -> str:
+        if issubclass(category, AntiPastoWarning):
+            return f"warning: {plain(' '.join(str(message).split()))}\n"
+        return before(message, category, filename, lineno, line)
+
+    warnings.formatwarning = shown
+    try:
+        yield
+    finally:
+        warnings.formatwarning = before
 
 
 def _check_extra(extra: str) -> None:
