@@ -23,7 +23,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 import antipasto as ap
 from antipasto.app.arms import rates_table
 from antipasto.app.runs import run_views
-from antipasto.evaluation import rollout_log
+from antipasto.evaluation import ask, rollout_log
 from antipasto.evaluation.ask import (
     Chunk,
     Sampling,
@@ -449,6 +449,19 @@ def test_every_arm_gets_the_same_prompts_and_draws(adapted: tuple[torch.nn.Modul
             )
         ]
     assert [a.completion for a in out] == alone
+
+
+def test_the_reference_is_not_compared_with_itself(
+    adapted: tuple[torch.nn.Module, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A quarter of an evaluation of two arms; and what comes out is the same."""
+    model, tokenizer = adapted
+    task, how = addition.task(), Sampling(5, seed=3)
+    rows = list(task.test[:6])
+    computed = ask_arms(model, tokenizer, task, rows, {"as it is": ap.reference(model)}, how)
+    monkeypatch.setattr(ask, "_kl_to_reference", lambda *_: pytest.fail("it is zero"))
+    known = ask_arms(model, tokenizer, task, rows, {"reference": ap.reference(model)}, how)
+    assert known == [replace(answer, arm="reference") for answer in computed]
 
 
 def test_what_is_done_is_not_asked_again(adapted: tuple[torch.nn.Module, object]) -> None:
