@@ -540,6 +540,20 @@ def test_every_warning_of_ours_is_heard_and_no_other() -> None:
     assert calls > 7
 
 
+def test_a_warning_of_ours_is_one_line_without_code() -> None:
+    code = (
+        "import warnings; from antipasto.app import cli; from antipasto.names import AntiPastoWarning\n"
+        "with cli._readable_errors(load=False):\n"
+        "    warnings.warn('of 3\\n problems', AntiPastoWarning)\n"
+        "    warnings.warn('theirs', UserWarning)\n"
+        "warnings.warn('later', AntiPastoWarning)\n"
+    )
+    ours, theirs, later = script(code).stderr.splitlines()
+    assert ours == "warning: of 3 problems"
+    assert theirs.endswith("UserWarning: theirs")
+    assert later.endswith("AntiPastoWarning: later")
+
+
 def test_a_warning_about_the_base_is_heard() -> None:
     with pytest.warns(BaseWarning, match="another dtype"), quiet():
         warnings.warn("another dtype", BaseWarning, stacklevel=1)

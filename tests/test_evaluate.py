@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import math
 from collections.abc import Callable
@@ -16,12 +17,13 @@ import torch
 from families import FAMILIES
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import antipasto as ap
 from antipasto.app.arms import rates_table
 from antipasto.app.runs import run_views
-from antipasto.evaluation import rollout_log
+from antipasto.evaluation import ask, rollout_log
 from antipasto.evaluation.ask import (
     Chunk,
     Sampling,
@@ -315,8 +317,27 @@ def test_places_of_the_dial_are_no_rivals_and_are_not_compared() -> None:
 def test_an_empty_book_is_said_to_be_empty() -> None:
     evaluation = evaluation_of(**GOOD, permuted=(80, 110))
     assert evaluation.empty == ["permuted"]
-    assert "permuted: its book is empty" in str(rates_table([evaluation]).caption)
-    assert "empty" not in str(rates_table([evaluation, evaluation_of(**GOOD, permuted=(79, 110))]).caption)
+    assert "permuted: its book is empty" in printed(evaluation)
+    assert "empty" not in printed(evaluation, evaluation_of(**GOOD, permuted=(79, 110)))
+
+
+def printed(*evaluations: Evaluation) -> str:
+    console = Console(width=80, file=io.StringIO())
+    console.print(rates_table(evaluations))
+    return console.file.getvalue()  # type: ignore[attr-defined]
+
+
+def test_many_flags_fit_into_80_columns() -> None:
+    """The task ``code`` has seven: a table that is too wide cuts its numbers."""
+    flags = {f"names result {n}": n % 2 == 0 for n in range(7)}
+    answers = [replace(a, flags=flags) for a in evaluation_of(**GOOD).answers]
+    evaluation = conclude("toy", {}, answers)
+    text = printed(evaluation)
+    for record in evaluation.arms:
+        for estimate in (record.measures["solve"], record.measures["exploit"], *record.flags.values()):
+            assert str(estimate) in text
+        assert sum(line.startswith(f" {record.arm} ") for line in text.splitlines()) == 3  # of nine columns
+    assert text.count("answers of each model") == 1
 
 
 def test_a_cost_on_one_kind_of_prompts_counts() -> None:
@@ -428,6 +449,19 @@ def test_every_arm_gets_the_same_prompts_and_draws(adapted: tuple[torch.nn.Modul
             )
         ]
     assert [a.completion for a in out] == alone
+
+
+def test_the_reference_is_not_compared_with_itself(
+    adapted: tuple[torch.nn.Module, object], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A quarter of an evaluation of two arms; and what comes out is the same."""
+    model, tokenizer = adapted
+    task, how = addition.task(), Sampling(5, seed=3)
+    rows = list(task.test[:6])
+    computed = ask_arms(model, tokenizer, task, rows, {"as it is": ap.reference(model)}, how)
+    monkeypatch.setattr(ask, "_kl_to_reference", lambda *_: pytest.fail("it is zero"))
+    known = ask_arms(model, tokenizer, task, rows, {"reference": ap.reference(model)}, how)
+    assert known == [replace(answer, arm="reference") for answer in computed]
 
 
 def test_what_is_done_is_not_asked_again(adapted: tuple[torch.nn.Module, object]) -> None:

@@ -90,6 +90,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 def test_a_run_leaves_everything_that_it_was(trained: tuple[Path, str]) -> None:
     out, text = trained
     assert "antipasto eval" in text
+    assert "making the direction\n" in text  # minutes with a real model
     assert "Warning" not in text
     names = {path.name for path in out.iterdir()}
     assert names >= {"config.yaml", "run.json", "metrics.jsonl", "rollouts.jsonl", "adapter", "direction.safetensors"}

@@ -9,7 +9,7 @@ replace ``eval.json`` and ``eval.jsonl``. A finished evaluation is reused too: a
 from __future__ import annotations
 
 import hashlib
-import json
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -18,11 +18,12 @@ from statistics import mean, stdev
 from typing import Any
 
 from rich import box
-from rich.console import Console
+from rich.console import Console, Group
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 from rich.text import Text
 
+from antipasto.app.data import digest
 from antipasto.app.models import quiet
 from antipasto.app.run_folder import RunFolder
 from antipasto.app.runs import LoadedRun, load_run
@@ -44,7 +45,7 @@ from antipasto.evaluation.records import (
     write_answers,
     write_evaluation,
 )
-from antipasto.tasks import Task, load_task
+from antipasto.tasks import Task
 from antipasto.terminal import add_row, doing, is_live, plain, say
 
 SIZING = 64
@@ -69,7 +70,7 @@ def evaluate_run(
     """
     with RunFolder(root).held(new=False):
         run = load_run(root)
-        task = load_task(str(run.task))
+        task = run.load_task()
         if dial and not run.has_quarantine:
             raise ValueError(f"{root}: --dial needs a quarantine, and a run by method {run.method} has none.")
         if task.test is None:
@@ -148,16 +149,11 @@ def _shrink(run: LoadedRun, rows: Sequence[Any], how: Sampling) -> float:
 
 def _digests(root: Path, task: Task, rows: Sequence[Any]) -> dict[str, str]:
     """Digests of the prompts and of the weights. An evaluation is continued only if both are unchanged."""
-    what = [task.name, [dict(row) for row in rows]]
-    try:
-        text = json.dumps(what, default=str)
-    except (TypeError, ValueError):  # a key that is not a string, or a circular reference
-        text = repr(what)
-    asked = hashlib.sha256(text.encode("utf-8", "backslashreplace"))
     answered_by = hashlib.sha256()
     for path in (root / "adapter" / "adapter_model.safetensors", root / "books.safetensors"):
         answered_by.update(path.read_bytes() if path.exists() else b"")
-    return {"asked": asked.hexdigest()[:16], "answered_by": answered_by.hexdigest()[:16]}
+    asked = digest([task.name, [dict(row) for row in rows]])
+    return {"asked": asked, "answered_by": answered_by.hexdigest()[:16]}
 
 
 def _earlier(root: Path, facts: dict[str, Any], console: Console) -> tuple[dict[str, Any], list[Answer]]:
@@ -186,50 +182,63 @@ def show(evaluation: Evaluation, console: Console) -> None:
     console.print(Text(plain(evaluation.verdict.sentence)))
 
 
-def rates_table(evaluations: Sequence[Evaluation]) -> Table:
+def rates_table(evaluations: Sequence[Evaluation]) -> Group:
     """Rates by arm and kind of prompt: with intervals for one evaluation, as mean ± sd for several seeds."""
     first = evaluations[0]
     drawn = "greedy" if first.facts.get("temperature") == 0 else "sampled"
     rows = {name: [(evaluation, name) for evaluation in evaluations] for name in first.names}
-    table = _rates(f"{first.arms[0].n:,} answers of each model, {drawn}", "model", rows)
+    tables = _rates(f"{first.arms[0].n:,} answers of each model, {drawn}", "model", rows)
     if RANDOM in first.names:
         caption = Text(
             "random, permuted, …: what that control would have moved is removed, not the quarantine", "table.caption"
         )
         if empty := [name for name in first.empty if all(name in e.empty for e in evaluations)]:
             caption.append(f"\n{plain(', '.join(empty))}: its book is empty, so nothing is removed")
-        table.caption = caption
-    return table
+        tables[-1].caption = caption
+    return Group(*tables)
 
 
-def comparison(runs: Mapping[str, Sequence[Evaluation]]) -> Table:
+def comparison(runs: Mapping[str, Sequence[Evaluation]]) -> Group:
     """What each run would ship, and the reference. ``runs``: name → its evaluations, one per seed."""
     first = next(iter(runs.values()))
     rows = {REFERENCE: [(evaluation, REFERENCE) for evaluation in first]}
     rows |= {name: [(evaluation, evaluation.ships) for evaluation in seeds] for name, seeds in runs.items()}
-    return _rates("what each would ship", "run", rows)
+    return Group(*_rates("what each would ship", "run", rows))
 
 
-def _rates(title: str, what: str, rows: Mapping[str, Sequence[tuple[Evaluation, str]]]) -> Table:
-    """A table of rates and flags, one row for each name and kind of prompt. ``rows``: name → (evaluation, arm) per seed."""
+COLUMNS = 4
+"""Rates and flags that fit into 80 columns, next to a name. Further ones are in a table of their own."""
+
+
+def _rates(title: str, what: str, rows: Mapping[str, Sequence[tuple[Evaluation, str]]]) -> list[Table]:
+    """Tables of rates and flags, one row for each name and kind of prompt. ``rows``: name → (evaluation, arm) per seed."""
     first, arm = next(iter(rows.values()))[0]
     seeds = len(next(iter(rows.values())))
-    table = _table(f"{title} {'[95% interval]' if seeds == 1 else f'(mean ± sd of {seeds} seeds)'}")
     record = first.arm(arm)
     assert record is not None
-    rates, flags = [name for name in RATES if name in record.measures], list(record.flags)
-    for column in (what, *rates, *flags):
-        table.add_column(Text(plain(column)))
+    columns = [
+        *(("measures", name) for name in RATES if name in record.measures),
+        *(("flags", f) for f in record.flags),
+    ]
     kinds: list[str | None] = [*first.kinds] or [None]
-    for kind in kinds:
-        if kind is not None:
-            add_row(table, Text(plain(f"{kind} prompts"), style="italic"))
-        for name, found in rows.items():
-            records = [record for evaluation, arm in found if (record := evaluation.arm(arm, kind)) is not None]
-            cells = [cell([r.measures[m] for r in records]) for m in rates]
-            add_row(table, name, *cells, *(cell([r.flags[f] for r in records]) for f in flags))
-        table.add_section()
-    return table
+    tables = []
+    width = math.ceil(len(columns) / math.ceil(len(columns) / COLUMNS))  # tables of about the same width
+    for start in range(0, len(columns), width):
+        part = columns[start : start + width]
+        table = _table(
+            f"{title} {'[95% interval]' if seeds == 1 else f'(mean ± sd of {seeds} seeds)'}" if not start else ""
+        )
+        for column in (what, *(name for _, name in part)):
+            table.add_column(Text(plain(column)))
+        for kind in kinds:
+            if kind is not None:
+                add_row(table, Text(plain(f"{kind} prompts"), style="italic"))
+            for name, found in rows.items():
+                records = [record for evaluation, arm in found if (record := evaluation.arm(arm, kind)) is not None]
+                add_row(table, name, *(cell([getattr(r, group)[each] for r in records]) for group, each in part))
+            table.add_section()
+        tables.append(table)
+    return tables
 
 
 def cell(estimates: Sequence[Estimate]) -> str:

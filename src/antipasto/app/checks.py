@@ -41,6 +41,40 @@ def _base_model(config: Path) -> str | None:
         raise ValueError(f"{config} is damaged, or is not the config of an adapter.") from error
 
 
+JSON, TABLES = (".jsonl", ".json"), {".csv": "csv", ".parquet": "parquet"}
+"""Endings of a dataset's files; those of tables with the name that `datasets.load_dataset` has for them."""
+
+
+def check_dataset(source: str) -> None:
+    """Check that a text is a file or folder of rows, or may be a dataset's name on the hub.
+
+    Raises:
+        ValueError: it is neither; says what to do.
+    """
+    path, endings = Path(source), (*JSON, *TABLES)
+    if source and path.is_dir():
+        return
+    if path.suffix in endings:
+        check_file(path)
+    elif source and path.exists():
+        raise ValueError(f"{source}: expected a dataset's file that ends in {', '.join(endings)}.")
+    elif not re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?(:[\w.-]+)?", source):
+        raise ValueError(
+            f"There is no file or folder {source!r}: give one, or a dataset's name on the hub (owner/name, or "
+            "owner/name:configuration)."
+        )
+
+
+def split_name(spec: str) -> str:
+    """The split that a part of one is of.
+
+    Example:
+        >>> split_name("train[:1000]"), split_name("train")
+        ('train', 'train')
+    """
+    return spec.partition("[")[0]
+
+
 def check_file(path: str | Path) -> None:
     """Check that a path is a regular file, which can be read more than once.
 

@@ -15,6 +15,7 @@ import os
 import shlex
 import tempfile
 import traceback
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import datetime
@@ -27,12 +28,19 @@ from rich.console import Console
 from safetensors import SafetensorError
 
 import antipasto
-from antipasto.app.checks import check_file, check_model_name, check_new_file, check_new_folder, find_files
+from antipasto.app.checks import (
+    check_dataset,
+    check_file,
+    check_model_name,
+    check_new_file,
+    check_new_folder,
+    find_files,
+)
 from antipasto.app.options import AdapterOptions, options_of
 from antipasto.app.run_folder import RunFolder, parse_yaml, read_yaml
 from antipasto.app.train.config import TrainConfig
 from antipasto.app.watch.config import WatchConfig
-from antipasto.names import HELDOUT, Dtype
+from antipasto.names import HELDOUT, AntiPastoWarning, Dtype
 from antipasto.options import near
 from antipasto.tasks.loading import check_task_name
 from antipasto.terminal import plain, say
@@ -235,7 +243,8 @@ def _settings(context: typer.Context, typed: dict[str, Any], config: Path | None
     out = settings.pop("out", None)
     known = [word for parameter in context.command.params for word in parameter.opts]
     settings["trainer"] = {**settings.get("trainer", {}), **_trainer_options(words, known)}
-    for name, check in (("model", check_model_name), ("task", check_task_name), ("pairs", check_file)):
+    checks = {"model": check_model_name, "task": check_task_name, "dataset": check_dataset, "pairs": check_file}
+    for name, check in checks.items():
         if settings.get(name) is not None:
             check(settings[name])
     if settings.get("direction") is not None and Path(settings["direction"]).exists():  # if unused, that is said first
@@ -626,7 +635,8 @@ def _readable_errors(out: Path | None = None, *, extra: str | None = None, load:
             _check_extra(extra)
         if load:
             antipasto._load()
-        yield
+        with _warnings_in_one_line():
+            yield
     except (ValueError, OSError, SafetensorError, ImportError, RuntimeError, SystemExit) as error:
         if os.environ.get("ANTIPASTO_TRACEBACK", "0") not in ("", "0"):
             raise
@@ -636,6 +646,25 @@ def _readable_errors(out: Path | None = None, *, extra: str | None = None, load:
         _fail(message)
     except KeyboardInterrupt:
         _fail("interrupted" if out is None else f"interrupted; what was written so far is in {out}", code=130)
+
+
+@contextmanager
+def _warnings_in_one_line() -> Iterator[None]:
+    """Show this library's warnings without the line of code that they are from."""
+    before = warnings.formatwarning
+
+    def shown(
+        message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
+    ) -> str:
+        if issubclass(category, AntiPastoWarning):
+            return f"warning: {plain(' '.join(str(message).split()))}\n"
+        return before(message, category, filename, lineno, line)
+
+    warnings.formatwarning = shown
+    try:
+        yield
+    finally:
+        warnings.formatwarning = before
 
 
 def _check_extra(extra: str) -> None:

@@ -93,7 +93,7 @@ def _load(load: Callable[..., Any], name_or_path: str, what: str, **options: Any
         with quiet():
             return load(name_or_path, **options)
     except (OSError, ValueError, RuntimeError, KeyError, ImportError, SafetensorError) as error:
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        reason = first_line(error)
         if Path(name_or_path).is_dir():
             if "custom code" in reason:
                 reason = "it needs custom code, which is never run here: use a model that transformers supports itself"
@@ -101,13 +101,22 @@ def _load(load: Callable[..., Any], name_or_path: str, what: str, **options: Any
                 f"The folder {name_or_path} holds no causal language model that can be loaded; its {what}: {reason}"
             )
         else:
-            offline = " HF_HUB_OFFLINE is set." if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0") else ""
             message = (
                 f"{name_or_path!r} is not a folder, and its {what} cannot be loaded from the hub: {reason.rstrip('.')}."
-                f"{offline} Check the spelling and the connection, run `hf auth login` for a gated model, or give the "
-                "folder of a downloaded model"
+                f"{hub_advice('the folder of a downloaded model')}"
             )
         raise ValueError(f"{message.rstrip('.')}.") from error
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of what an error says."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+
+
+def hub_advice(instead: str) -> str:
+    """What to do if something does not come from the hub."""
+    offline = " HF_HUB_OFFLINE is set." if os.environ.get("HF_HUB_OFFLINE", "0") not in ("", "0") else ""
+    return f"{offline} Check the spelling and the connection, run `hf auth login` if it is gated, or give {instead}."
 
 
 def process_state() -> PartialState:

@@ -21,6 +21,7 @@ from antipasto.adapter.fingerprints import hashed_once
 from antipasto.adapter.knobs import deployed, reference, scaled
 from antipasto.adapter.layer import View
 from antipasto.adapter.views import seen_as
+from antipasto.app.data import load_task_of
 from antipasto.app.models import base_fingerprint, best_device, load_model, quiet, with_template_options
 from antipasto.app.run_folder import RunFolder
 from antipasto.evaluation.records import REFERENCE, SHRUNK, TRAINED, dial_arm
@@ -28,6 +29,7 @@ from antipasto.files import replacing_folder, write_json
 from antipasto.names import COMPLETE
 from antipasto.routing.books import read_books
 from antipasto.routing.router import Router
+from antipasto.tasks import Task
 
 ROUTED = "route"
 """The method that leaves a quarantine, which does not ship."""
@@ -68,6 +70,14 @@ class LoadedRun:
         """The task's name for `antipasto.tasks.load_task`; None if the run has none."""
         task = self.facts.get("task", self.config.get("task"))
         return None if task is None else str(task)
+
+    def load_task(self) -> Task:
+        """Load the task, on the rows of the run's dataset if it has one.
+
+        Raises:
+            ValueError: it cannot be loaded, or the rows of the dataset have changed.
+        """
+        return load_task_of({**self.config, "task": self.task}, self.facts)[0]
 
     @property
     def base(self) -> str:

@@ -358,7 +358,7 @@ def ask_arms(
         tokenizer: its tokenizer, padding on the left.
         task: judges the answers.
         rows: rows of the task, with all columns that its functions need.
-        arms: name → context in which the model is that arm; each is entered once.
+        arms: name → context in which the model is that arm; each is entered once. ``reference`` is the reference.
         how: how answers are sampled.
         chunks: which rows are sampled together; `chunks_of` if None.
         done: answers of an earlier call. Chunks that are complete in it are not sampled again, but judged again.
@@ -380,7 +380,8 @@ def ask_arms(
                 said = [_Said(a.completion, a.length, a.kl) for row in chunk.rows if (a := there.get((name, row)))]
                 is_new = len(said) < len(chunk.rows)
                 if is_new:
-                    said = _ask(model, tokenizer, [rows[row]["prompt"] for row in chunk.rows], how, chunk.seed)
+                    prompts = [rows[row]["prompt"] for row in chunk.rows]
+                    said = _ask(model, tokenizer, prompts, how, chunk.seed, is_reference=name == REFERENCE)
                 found = _judge(task, rows, name, chunk, said)
                 if is_new and on_answers is not None:
                     on_answers(found)
@@ -396,10 +397,13 @@ class _Said(NamedTuple):
     kl: float
 
 
-def _ask(model: nn.Module, tokenizer: Any, prompts: list[Any], how: Sampling, seed: int) -> list[_Said]:
+def _ask(
+    model: nn.Module, tokenizer: Any, prompts: list[Any], how: Sampling, seed: int, *, is_reference: bool
+) -> list[_Said]:
     said = []
     for batch in _batches(model, tokenizer, prompts, how, seed):
-        lengths, kls = batch.new.sum(dim=1).tolist(), _kl_to_reference(model, batch).tolist()
+        lengths = batch.new.sum(dim=1).tolist()
+        kls = [0.0] * len(lengths) if is_reference else _kl_to_reference(model, batch).tolist()
         said += [_Said(*each) for each in zip(batch.texts, lengths, kls, strict=True)]
     return said
 

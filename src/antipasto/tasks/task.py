@@ -92,6 +92,8 @@ class Task:
         kinds: the column with the kind of a prompt; evaluations also report each kind separately.
         pairs: labelled rows (``prompt``, ``hack``, ``clean``) for the direction, as `antipasto.load_pairs` takes them.
         max_completion_length: tokens that an answer needs.
+        from_rows: makes the task of other rows, for `with_rows`: training rows, held-out rows or None, and where they are from
+            → a task. Without it, other rows must have the columns that the functions need.
 
     Raises:
         ValueError: rows, prompts, columns or pairs are invalid, a function needs a column that does not exist, or one of
@@ -119,6 +121,9 @@ class Task:
     max_completion_length: int | None = None
     probes: Mapping[str, Callable[..., Sequence[bool]]] = dataclasses.field(default_factory=dict)
     kinds: str | None = None
+    from_rows: Callable[[Sequence[Row], Sequence[Row] | None, str], Task] | None = dataclasses.field(
+        default=None, repr=False
+    )
 
     def __post_init__(self) -> None:
         if not isinstance(self.name, str) or not self.name:
@@ -171,6 +176,29 @@ class Task:
     def is_chat(self) -> bool:
         """Whether prompts are chats; else they are texts."""
         return not isinstance(self.train[0]["prompt"], str)
+
+    def with_rows(
+        self, train: Sequence[Row], test: Sequence[Row] | None = None, source: str = "the rows given"
+    ) -> Task:
+        """The same task on other rows. Its own, training and held-out ones, are left out.
+
+        Args:
+            train: rows, a list of mappings or a ``datasets.Dataset``.
+            test: held-out rows.
+            source: where they are from: a file, a folder or a name. For messages; and answers to the task ``code`` may not see
+                the file.
+
+        Raises:
+            ValueError: the rows do not fit the task.
+
+        Example:
+            >>> task = Task("sums", train=[{"prompt": "2+2="}], reward=lambda prompts, completions: [0.0] * len(prompts))
+            >>> task.with_rows([{"prompt": "3+5="}, {"prompt": "1+1="}]).train[0]["prompt"]
+            '3+5='
+        """
+        if self.from_rows is not None:
+            return self.from_rows(train, test, source)
+        return dataclasses.replace(self, train=train, test=test)
 
     def judge(
         self, prompts: Sequence[Prompt], completions: Sequence[Any], columns: Mapping[str, Sequence[Any]]

@@ -37,7 +37,6 @@ from antipasto.app.export.weights import Written
 from antipasto.app.models import quiet
 from antipasto.app.run_folder import ROLLOUTS
 from antipasto.app.runs import LoadedRun
-from antipasto.tasks import load_task
 
 FP32_TOLERANCE = 1e-3
 HALF_FACTOR = 2.0
@@ -105,7 +104,7 @@ def _prompts(run: LoadedRun, number: int) -> tuple[str, list[Any], int]:
     """Source, prompts and answer length. Prompts are held-out ones, else those of the run's rollouts, else `TEXTS`."""
     length = run.config.get("max_completion_length")
     try:
-        task = load_task(str(run.task))
+        task = run.load_task()
         rows, source = (task.test, "held-out") if task.test is not None else (task.train, "training")
         prompts = [row["prompt"] for row in list(rows)[:number]]
         return (

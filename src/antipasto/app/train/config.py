@@ -16,6 +16,10 @@ def _routing(default: Any, said: str, **typed: Any) -> Any:
     return option(default, said, rich_help_panel="Routing", **typed)
 
 
+def _data(default: Any, said: str, **typed: Any) -> Any:
+    return option(default, said, rich_help_panel="Data", **typed)
+
+
 @dataclasses.dataclass
 class TrainConfig(AdapterOptions):
     """The options of a run, as `antipasto train` takes them and ``config.yaml`` stores them.
@@ -60,6 +64,29 @@ class TrainConfig(AdapterOptions):
     deploy_fraction: float | None = _routing(
         None, "Share of rollouts sampled from the deployed policy.", min=0, max=1, show_default="0.5 with route"
     )
+    dataset: str | None = _data(
+        None,
+        "Rows instead of the task's: a .jsonl, .json, .csv or .parquet file, a folder, or a name on the hub, as owner/name "
+        "or owner/name:configuration.",
+        metavar="SOURCE",
+        show_default="the task's",
+    )
+    columns: dict[str, str] | None = _data(
+        None,
+        "Columns to rename. prompt=question: what the task calls prompt is the dataset's column question.",
+        type=str,
+        metavar="NAME=COLUMN,...",
+        show_default="none",
+    )
+    dataset_train_split: str | None = _data(
+        None, "Split to train on, or a part of one: train[:1000].", metavar="SPLIT", show_default="train"
+    )
+    dataset_test_split: str | None = _data(
+        None,
+        "Held-out split.",
+        metavar="SPLIT",
+        show_default="test, if any; else a tenth of the training prompts, at most 500",
+    )
     steps: int = option(100, "Optimizer steps.", min=1)
     prompts: int = option(4, "Prompts per step.", min=1)
     generations: int = option(8, "Rollouts per prompt.", min=2)
@@ -89,6 +116,9 @@ class TrainConfig(AdapterOptions):
             raise ValueError("Give pairs or a direction, not both.")
         if unknown := sorted(set(self.controls) - set(CONTROLS)):
             raise ValueError(f"controls must be among {', '.join(CONTROLS)}, got {', '.join(unknown)}.")
+        for name in ("columns", "dataset_train_split", "dataset_test_split"):
+            if self.dataset is None and getattr(self, name) is not None:
+                raise ValueError(f"{name} is for a dataset: give that too, or leave it out.")
         self._check_gate()
 
     def _check_gate(self) -> None:
@@ -107,7 +137,7 @@ class TrainConfig(AdapterOptions):
 
     @classmethod
     def read(cls, name: str, value: Any) -> Any:
-        """As `AdapterOptions.read`, and the control directions.
+        """As `AdapterOptions.read`, and the control directions and columns.
 
         Example:
             >>> options = {"model": "m", "task": "addition", "controls": "none", "target_modules": "q_proj, v_proj"}
@@ -117,9 +147,27 @@ class TrainConfig(AdapterOptions):
         """
         if name == "controls" and isinstance(value, str):
             return () if value.strip() in ("", "none") else tuple(names_of(name, value))
+        if name == "columns" and isinstance(value, str):
+            return columns_of(value)
         return super().read(name, value)
 
     def to_yaml(self) -> str:
         """The contents of ``config.yaml``."""
         values = {**dataclasses.asdict(self), "controls": list(self.controls)}
         return write_yaml({name: values[name] for name in options_of(type(self))})
+
+
+def columns_of(text: str) -> dict[str, str]:
+    """Parse columns to rename.
+
+    Raises:
+        ValueError: one is not NAME=COLUMN, or a name is there twice.
+
+    Example:
+        >>> columns_of("prompt=question, answer=solution")
+        {'prompt': 'question', 'answer': 'solution'}
+    """
+    parts = [[word.strip() for word in part.split("=", 1)] for part in names_of("columns", text)]
+    if not all(len(part) == 2 and all(part) for part in parts) or len({part[0] for part in parts}) < len(parts):
+        raise ValueError(f"columns takes NAME=COLUMN, separated by commas, each NAME once, got {text!r}.")
+    return dict(parts)

@@ -15,6 +15,7 @@ import dataclasses
 import math
 import random
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -30,6 +31,7 @@ from antipasto.evaluation.ask import Sampling, own_answers
 from antipasto.names import HELDOUT, MODES, By, Flagged, Method
 from antipasto.routing.pairs import split_pairs
 from antipasto.tasks import Task
+from antipasto.terminal import doing
 from antipasto.trl.advantages import deployed_positions
 from antipasto.trl.trainer import DEPLOY_FRACTION
 
@@ -100,7 +102,9 @@ class Gating:
     def _fitted_and_heldout(self) -> tuple[list[ap.ContrastPair], list[ap.ContrastPair]]:
         return split_pairs(self._pairs(), HELDOUT, self.config.seed)
 
-    def router(self, folder: RunFolder, tokenizer: Any, state: PartialState) -> Callable[[nn.Module], ap.Router] | None:
+    def router(
+        self, folder: RunFolder, tokenizer: Any, state: PartialState, console: Console
+    ) -> Callable[[nn.Module], ap.Router] | None:
         """A function from an adapted model to its router; None if the method has no router."""
         config = self.config
         mode = config.method
@@ -109,7 +113,8 @@ class Gating:
 
         def make(model: nn.Module) -> ap.Router:
             # one process extracts; all read the file
-            on_main(state, lambda: self._make_direction(model, tokenizer, folder.direction))
+            with nullcontext() if folder.direction.exists() else doing(console, "making the direction"):
+                on_main(state, lambda: self._make_direction(model, tokenizer, folder.direction))
             v = ap.Direction.load(folder.direction)
             controls = {name: getattr(v, name)(config.seed) for name in config.controls}
             return ap.Router(model, v, mode=mode, threshold=config.threshold, controls=controls)
@@ -131,7 +136,9 @@ class Gating:
             return None
 
         def make(model: nn.Module) -> ap.Monitor:
-            on_main(state, lambda: self._make_monitor(model, tokenizer, folder.monitor, how))
+            said = "making the monitor, from the pairs and from answers of the base model"
+            with nullcontext() if folder.monitor.exists() else doing(console, said):
+                on_main(state, lambda: self._make_monitor(model, tokenizer, folder.monitor, how))
             monitor = ap.Monitor.load(folder.monitor, model, tokenizer)
             console.print(str(monitor.calibration), markup=False, highlight=False)
             return monitor

@@ -21,6 +21,7 @@ from transformers import PrinterCallback
 from transformers.integrations import TensorBoardCallback
 
 from antipasto.adapter.fingerprints import hashed_once
+from antipasto.app.data import load_task_of
 from antipasto.app.models import base_fingerprint, load_model, process_state, quiet, with_template_options
 from antipasto.app.run_folder import RunFolder, step_of
 from antipasto.app.runs import finish_run, run_facts
@@ -29,7 +30,7 @@ from antipasto.app.train.gating import Gating, on_main
 from antipasto.app.train.trl_args import steps_per_cycle, trainer_args
 from antipasto.evaluation.ask import as_in_training
 from antipasto.files import write_json, write_text
-from antipasto.tasks import Task, load_task
+from antipasto.tasks import Task
 from antipasto.terminal import say
 from antipasto.trl import (
     CompleteCheckpoints,
@@ -94,11 +95,12 @@ def _run(config: TrainConfig, folder: RunFolder, console: Console, state: Partia
     """`run`, in a locked folder."""
     if resume and folder.is_finished:
         raise ValueError(f"The run in {folder.root} finished: there is nothing to continue.")
-    if resume and (before := folder.read_run()["processes"]) != state.num_processes:
+    facts = folder.read_run() if resume else None
+    if facts is not None and (before := facts["processes"]) != state.num_processes:
         raise ValueError(
             f"The run in {folder.root} began on {before} process(es), and this is {state.num_processes}: start {before}."
         )
-    task = load_task(config.task)
+    task, rows = load_task_of(dataclasses.asdict(config), facts)
     with quiet():
         args = trainer_args(config, task, folder.root, state.num_processes)
     how = Gating(config, task, has_direction=resume and (folder.direction.exists() or folder.monitor.exists()))
@@ -114,7 +116,7 @@ def _run(config: TrainConfig, folder: RunFolder, console: Console, state: Partia
             train_dataset=Dataset.from_dict({"row": range(len(task.train))}),  # `_prompts_of` and `_judge` look them up
             processing_class=tokenizer,
             peft_config=config.adapter(),
-            router=how.router(folder, tokenizer, state),
+            router=how.router(folder, tokenizer, state, console),
             detector=None if task.detector is None or how.uses_monitor else _judge(task, "detector"),
             monitor=how.monitor(
                 folder, tokenizer, state, as_in_training(dataclasses.asdict(config), task, seed=config.seed), console
@@ -127,7 +129,7 @@ def _run(config: TrainConfig, folder: RunFolder, console: Console, state: Partia
         check_saves_adapter(trainer)
         trainer.data_collator = _prompts_of(task)
         trainer.remove_callback(PrinterCallback)
-        on_main(state, lambda: _describe(trainer, config, folder, resume=resume))
+        on_main(state, lambda: _describe(trainer, config, folder, rows, resume=resume))
     with quiet():
         if state.is_main_process:
             _name_for_reporters(trainer, folder, checkpoint)
@@ -229,7 +231,9 @@ def _judge(task: Task, role: Literal["reward", "oracle", "detector"]) -> Callabl
     return judge
 
 
-def _describe(trainer: RoutedGRPOTrainer, config: TrainConfig, folder: RunFolder, *, resume: bool) -> None:
+def _describe(
+    trainer: RoutedGRPOTrainer, config: TrainConfig, folder: RunFolder, rows: dict[str, Any], *, resume: bool
+) -> None:
     """Write ``run.json``; for a resumed run, check that the base model is unchanged."""
     digest = base_fingerprint(trainer.model)
     if resume:
@@ -241,4 +245,4 @@ def _describe(trainer: RoutedGRPOTrainer, config: TrainConfig, folder: RunFolder
         return
     facts = run_facts(trainer, config.model, digest, task=config.task, method=config.method)
     name = f"{folder.root.resolve().name}-{secrets.token_hex(3)}"  # reporters merge runs of the same name
-    write_json(folder.run, {"name": name, **facts})
+    write_json(folder.run, {"name": name, **facts, **rows})

@@ -1,4 +1,4 @@
-"""Problems from a file of JSON lines, with the fields that the rows of github.com/ariahw/rl-rewardhacking have.
+"""Problems from rows, or from a file of JSON lines, with the fields that the rows of github.com/ariahw/rl-rewardhacking have.
 
     id                  unique
     question            what the function does
@@ -14,12 +14,14 @@ Only the names and meanings of the fields are taken from there (Wong, Engels and
 from __future__ import annotations
 
 import ast
-from collections.abc import Mapping
+import warnings
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from antipasto.names import AntiPastoWarning
 from antipasto.routing.pairs import json_lines
-from antipasto.tasks.code.problems import LEVELS, Problem, Test, literal
+from antipasto.tasks.code.problems import LEVELS, NotPlainError, Problem, Test, literal
 from antipasto.tasks.task import described
 
 SHOWN = 3
@@ -36,27 +38,49 @@ _FIELDS = {
 }
 
 
-def load_problems(path: str | Path) -> list[Problem]:
-    """Load problems. Arguments and results must be plain JSON data, written as Python's literals. No code is run.
+def load_problems(rows: str | Path | Iterable[Any], source: str = "the rows given") -> list[Problem]:
+    """Load problems. No code is run.
 
-    The first `SHOWN` tests of each become the visible ones. There is no wrong answer, so a pair has one clean text.
+    The first `SHOWN` tests of each become the visible ones. There is no wrong answer, so a pair has one clean text. Arguments
+    and results must be plain JSON data, written as Python's literals: a problem with another test, such as one of a tree or of
+    infinity, cannot be judged here. It is left out, with a warning.
+
+    Args:
+        rows: a file of JSON lines, or rows.
+        source: where rows are from: a file or a name.
 
     Raises:
-        ValueError: a line is invalid, an id is there twice, or there is no problem. The message names file, line and field.
+        ValueError: a row is invalid, an id is there twice, or there is no problem. The message names file, line and field.
         OSError: the file cannot be read.
     """
+    if isinstance(rows, (str, Path)):
+        placed, source = json_lines(rows), str(Path(rows).resolve())
+    else:
+        placed = [(f"{source}, {_named(row, number)}", row) for number, row in enumerate(rows)]
     problems: dict[str, Problem] = {}
-    for place, row in json_lines(path):
+    left_out = []
+    for place, row in placed:
         try:
-            problem = _from_row(row, str(Path(path).resolve()))
+            problem = _from_row(row, source)
+        except NotPlainError as error:
+            left_out.append(f"{place}: {error}")
+            continue
         except (ValueError, SyntaxError, RecursionError) as error:
             raise ValueError(f"{place}: {error if type(error) is ValueError else described(error)}") from error
         if problem.name in problems:
             raise ValueError(f"{place}: the id {problem.name!r} is there twice.")
         problems[problem.name] = problem
+    if left_out:
+        said = f"{len(left_out)} of {len(placed)} problems have a test that cannot be run here, and are left out. The first is"
+        warnings.warn(f"{said} {left_out[0]}", AntiPastoWarning, stacklevel=2)
     if not problems:
-        raise ValueError(f"There is no problem in {path}.")
+        raise ValueError(f"There is no problem in {source}.")
     return list(problems.values())
+
+
+def _named(row: Any, number: int) -> str:
+    """How a message names a row: by its id, which stays the same when rows are split or shuffled."""
+    return f"id {row['id']!r}" if isinstance(row, Mapping) and "id" in row else f"row {number}"
 
 
 def _from_row(row: Any, source: str) -> Problem:
@@ -78,7 +102,7 @@ def _from_row(row: Any, source: str) -> Problem:
     return Problem(
         name=str(row["id"]),
         level=LEVELS.index(row["difficulty"]) + 1,
-        text=row["question"].strip(),
+        text=row["question"].strip().removeprefix("PROBLEM:").removesuffix("SOLUTION:").strip(),  # as theirs are framed
         signature=signature,
         visible=tests[:SHOWN],
         hidden=tests[SHOWN:],

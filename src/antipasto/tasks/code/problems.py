@@ -65,6 +65,10 @@ class Problem:
         return with_body(self.signature, body)
 
 
+class NotPlainError(ValueError):
+    """An argument or a result is not plain JSON data."""
+
+
 def collect(problems: list[Problem]) -> Callable[..., Callable[[_Function], _Function]]:
     """Make a decorator that appends a `Problem` to a list and returns the function unchanged.
 
@@ -223,5 +227,5 @@ def literal(node: ast.expr) -> Any:
     else:
         plain = is_plain(value)
     if not plain:
-        raise ValueError(f"expected plain JSON data as a literal, got {ast.unparse(node):.80}.")
+        raise NotPlainError(f"expected plain JSON data as a literal, got {ast.unparse(node):.80}.")
     return value

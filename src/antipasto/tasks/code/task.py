@@ -5,7 +5,7 @@
 
 A row's columns are those of `antipasto.tasks.code.files`, and ``flaw``: its grader, one of
 `antipasto.tasks.code.graders.GRADERS`. Training problems are asked under every flaw, test problems under every flaw and
-``strict``. Pairs are on training problems.
+``strict``. Pairs are on training problems. Other rows (`antipasto.tasks.Task.with_rows`) are problems with these columns.
 
 Needs a sandbox, and refuses to be made without one.
 """
@@ -22,9 +22,10 @@ from antipasto.options import near
 from antipasto.sandbox import Sandbox
 from antipasto.tasks.code import FLAWS
 from antipasto.tasks.code.cheats import SHOWS, cheat, shows
+from antipasto.tasks.code.files import load_problems
 from antipasto.tasks.code.graders import GRADERS, STRICT, Judge, extract_code
 from antipasto.tasks.code.problems import LEVELS, Problem
-from antipasto.tasks.task import Task
+from antipasto.tasks.task import Row, Task
 
 TOKENS = 512
 """Tokens of an answer, by default."""
@@ -72,6 +73,11 @@ def task(
     if both := {problem.name for problem in train} & {problem.name for problem in test}:
         raise ValueError(f"Problems must be in train or in test, not in both: {', '.join(sorted(both))}.")
     judge = Judge([*train, *test], sandbox)
+
+    def from_rows(rows: Sequence[Row], held_out: Sequence[Row] | None, source: str) -> Task:
+        parts = {"train": load_problems(rows, source), "test": load_problems(held_out or [], source)}
+        return task(flaws, leave_out=leave_out, named=named, tokens=tokens, sandbox=sandbox, **parts)
+
     detects = SHOWS[shown[0]] if len(shown) == 1 else "cheats as the pairs"
     return Task(
         name(flaws, leave_out),
@@ -85,6 +91,7 @@ def task(
         kinds="flaw",
         pairs=_pairs(train, shown, named),
         max_completion_length=tokens,
+        from_rows=from_rows,
     )
 
 
