@@ -21,6 +21,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import json
+import os
 import statistics
 import tempfile
 from collections.abc import Callable, Iterator
@@ -103,7 +104,11 @@ def keeping(which: Keep, variant: str) -> Iterator[None]:
         }[which]()
         return Basis(basis.U[:, kept].clone(), basis.S[kept].clone(), basis.Vh[kept].clone())
 
-    with patch.object(Basis, "truncate", truncate):
+    with (
+        tempfile.TemporaryDirectory() as own,  # a cache of its own: the files of the usual one hold the top directions
+        patch.dict(os.environ, {"ANTIPASTO_CACHE": own}),
+        patch.object(Basis, "truncate", truncate),
+    ):
         yield
 
 
