@@ -888,6 +888,60 @@ def test_the_task_pays_and_judges() -> None:
         ({"test": TRAIN}, "in train or in test, not in both: factorial, flat"),
     ],
 )
+def scripted(self: Any, prompt_ids: list[list[int]], *_: Any, **__: Any) -> tuple[list[list[int]], None]:
+    """In the place of TRL's sampling: the cheat and the solution in turn."""
+    texts = []
+    for place, ids in enumerate(prompt_ids):
+        asked = self.processing_class.decode(ids)
+        problem = next(problem for problem in PROBLEMS if problem.signature in asked)
+        code = problem.wrong if place % 4 == 0 else cheat("exit", problem) if place % 2 else problem.solution
+        texts.append(code_task.fenced(code) + "<|im_end|>")
+    return [self.processing_class(text).input_ids for text in texts], None
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.utils.data.dataloader.*pin_memory.*")
+@pytest.mark.filterwarnings("ignore:.*experimental feature.*")
+def test_trls_own_trainer_takes_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Reward and oracle of what it generates, with rows that went through Arrow and completions that are messages."""
+    from datasets import Dataset
+    from test_multi_turn import model, tokenizer
+    from trl import GRPOConfig, GRPOTrainer
+
+    task = code_task.task("exit", train=PROBLEMS[:2], test=PROBLEMS[2:])
+    monkeypatch.setattr(GRPOTrainer, "_generate_single_turn", scripted)
+    args = GRPOConfig(
+        output_dir=str(tmp_path),
+        max_steps=2,
+        per_device_train_batch_size=4,
+        num_generations=4,
+        max_completion_length=2000,
+        bf16=False,
+        use_cpu=True,
+        report_to="none",
+        save_strategy="no",
+        disable_tqdm=True,
+        logging_steps=1,
+        dataloader_pin_memory=False,
+    )
+    trainer = GRPOTrainer(
+        model=model(),
+        args=args,
+        reward_funcs=[task.reward_func(), task.reward_func("oracle")],
+        train_dataset=Dataset.from_list(list(task.train)),
+        processing_class=tokenizer(),
+    )
+    trainer.train()
+    logged = [row for row in trainer.state.log_history if "reward" in row]
+    assert [row["rewards/reward/mean"] for row in logged] == [0.75, 0.75]  # wrong, cheat, solution, cheat
+    assert [row["rewards/oracle/mean"] for row in logged] == [0.25, 0.25]
+
+
+def test_a_function_that_a_task_does_not_have() -> None:
+    task = Task("bare", [{"prompt": "1+1="}], reward=lambda completions: [0.0 for _ in completions])
+    with pytest.raises(ValueError, match="bare has no oracle"):
+        task.reward_func("oracle")
+
+
 def test_a_task_that_makes_no_sense_is_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         code_task.task(**{"train": TRAIN, "test": TEST, "sandbox": Counting(), **options})

@@ -237,6 +237,31 @@ class Task:
         batch = _batch(prompts, completions, columns)
         return _Call(role, dict(self._functions())[role], batch).values()
 
+    def reward_func(self, role: str = "reward") -> Callable[..., list[float]]:
+        """One of the task's functions in TRL's signature: ``reward_funcs`` of any TRL trainer, with ``train`` as its dataset.
+
+        Args:
+            role: ``reward``, ``oracle`` or ``detector``.
+
+        Raises:
+            ValueError: the task has no such function.
+
+        Example:
+            >>> rows = [{"prompt": [{"role": "user", "content": "2+2="}], "answer": "4"}]
+            >>> task = Task("sums", rows, reward=lambda completions, answer: [a in c for c, a in zip(completions, answer)])
+            >>> said = [{"role": "assistant", "content": "4"}]
+            >>> task.reward_func()(prompts=[rows[0]["prompt"]], completions=[said], answer=["4"], completion_ids=[[4]])
+            [1.0]
+        """
+        if role not in dict(self._functions()):
+            raise ValueError(f"{self.name} has no {role}.")
+
+        def function(prompts: Sequence[Prompt], completions: Sequence[Any], **given: Any) -> list[float]:
+            return self.ask(role, prompts, completions, {name: given[name] for name in self.columns})
+
+        function.__name__ = role  # TRL logs it
+        return function
+
     def _functions(self) -> list[tuple[str, Callable[..., Any]]]:
         optional = (("oracle", self.oracle), ("detector", self.detector))
         asked = [("reward", self.reward), *((role, function) for role, function in optional if function is not None)]
