@@ -210,7 +210,7 @@ def test_a_cache_that_cannot_be_written_is_said_once(tmp_path: Path) -> None:
         text=True,
     )
     assert result.returncode == 0
-    assert result.stderr.count("BasisCacheWarning: The basis cache") == 1
+    assert result.stderr.count("warning: The basis cache") == 1
 
 
 def test_ctrl_c_saves_a_run_that_train_continues(tmp_path: Path) -> None:

@@ -393,7 +393,7 @@ def test_extract_refuses_options_that_make_no_sense(pairs: Path, tmp_path: Path)
     command = ["extract", MODEL, "--pairs", pairs, "--out", tmp_path / "out"]
     assert "0 left to fit" in refused(*command, "--heldout", "0.99")
     assert "share in [0, 1), got 1.0" in refused(*command, "--heldout", "1")
-    assert "--target-modules takes comma-separated names" in refused(*command, "--target-modules", "q_proj,,k_proj")
+    assert "target_modules takes comma-separated names" in refused(*command, "--target-modules", "q_proj,,k_proj")
     assert "There is no file" in refused("extract", MODEL, "--pairs", tmp_path / "none", "--out", tmp_path / "out")
     for wrong in (
         ["--heldout", "-1"],

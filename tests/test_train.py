@@ -609,7 +609,7 @@ def test_our_own_warnings_are_heard(tmp_path: Path) -> None:
     running = process("train", MODEL, "--task", "addition", *words, "--out", str(tmp_path / "run"), *SMALL)
     text, _ = running.communicate()
     assert running.returncode == 0
-    assert "RoutingWarning: The optimizer has weight decay on the knobs" in text
+    assert "warning: The optimizer has weight decay on the knobs" in text
 
 
 def test_a_folder_with_something_in_it_is_left_alone(tmp_path: Path) -> None:
