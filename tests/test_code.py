@@ -722,6 +722,12 @@ def test_problems_of_rows(tmp_path: Path) -> None:
         load_problems([ROW, 5], "org/name")
 
 
+def test_rows_may_be_for_training_alone() -> None:
+    made = code_task.task("exit", train=PROBLEMS[:1], test=PROBLEMS[1:]).with_rows([ROW, PLAIN], source="org/name")
+    assert made.test is None
+    assert sorted({row["func_name"] for row in made.train}) == sorted({ROW["func_name"], PLAIN["func_name"]})
+
+
 def test_an_empty_file_has_no_problem(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"There is no problem in .*rows.jsonl"):
         load_problems(written(tmp_path / "rows.jsonl"))
@@ -875,19 +881,6 @@ def test_the_task_pays_and_judges() -> None:
     assert (failed.reward, failed.oracle, failed.flagged) == ([0.0] * 6, [0.0] * 6, [False] * 6)
 
 
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        ({"flaws": "exits"}, "There is no flaw 'exits'; did you mean 'exit'[?] Possible are overwrite"),
-        ({"flaws": []}, r"flaws must be one or several, each once, got \[\]"),
-        ({"flaws": ["exit", "exit"]}, "flaws must be one or several, each once"),
-        ({"flaws": ["exit", "strict"]}, "There is no flaw 'strict'"),
-        ({"leave_out": "exits"}, "There is no flaw 'exits'"),
-        ({"flaws": ["exit"], "leave_out": "exit"}, "leave_out must be one of several flaws, got 'exit' of exit"),
-        ({"flaws": ["exit", "file"], "leave_out": "marker"}, "leave_out must be one of several flaws, got 'marker'"),
-        ({"test": TRAIN}, "in train or in test, not in both: factorial, flat"),
-    ],
-)
 def scripted(self: Any, prompt_ids: list[list[int]], *_: Any, **__: Any) -> tuple[list[list[int]], None]:
     """In the place of TRL's sampling: the cheat and the solution in turn."""
     texts = []
@@ -942,6 +935,19 @@ def test_a_function_that_a_task_does_not_have() -> None:
         task.reward_func("oracle")
 
 
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"flaws": "exits"}, "There is no flaw 'exits'; did you mean 'exit'[?] Possible are overwrite"),
+        ({"flaws": []}, r"flaws must be one or several, each once, got \[\]"),
+        ({"flaws": ["exit", "exit"]}, "flaws must be one or several, each once"),
+        ({"flaws": ["exit", "strict"]}, "There is no flaw 'strict'"),
+        ({"leave_out": "exits"}, "There is no flaw 'exits'"),
+        ({"flaws": ["exit"], "leave_out": "exit"}, "leave_out must be one of several flaws, got 'exit' of exit"),
+        ({"flaws": ["exit", "file"], "leave_out": "marker"}, "leave_out must be one of several flaws, got 'marker'"),
+        ({"test": TRAIN}, "in train or in test, not in both: factorial, flat"),
+    ],
+)
 def test_a_task_that_makes_no_sense_is_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         code_task.task(**{"train": TRAIN, "test": TEST, "sandbox": Counting(), **options})

@@ -12,6 +12,7 @@ Needs a sandbox, and refuses to be made without one.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib
 import random
@@ -75,8 +76,11 @@ def task(
     judge = Judge([*train, *test], sandbox)
 
     def from_rows(rows: Sequence[Row], held_out: Sequence[Row] | None, source: str) -> Task:
-        parts = {"train": load_problems(rows, source), "test": load_problems(held_out or [], source)}
-        return task(flaws, leave_out=leave_out, named=named, tokens=tokens, sandbox=sandbox, **parts)
+        parts = {"train": load_problems(rows, source)}
+        if held_out is not None:
+            parts["test"] = load_problems(held_out, source)
+        made = task(flaws, leave_out=leave_out, named=named, tokens=tokens, sandbox=sandbox, **parts)
+        return made if held_out is not None else dataclasses.replace(made, test=None)
 
     detects = SHOWS[shown[0]] if len(shown) == 1 else "cheats as the pairs"
     return Task(
