@@ -26,7 +26,7 @@ from antipasto.routing.confounds import confounds
 from antipasto.routing.directions import Direction, extract_direction
 from antipasto.routing.forms import CLEAN, FormScores, load_forms, of_pairs, score_forms
 from antipasto.routing.monitor import Monitor
-from antipasto.routing.pairs import ContrastPair, load_pairs, split_pairs
+from antipasto.routing.pairs import ContrastPair, load_pairs, pairs_in, split_pairs
 from antipasto.terminal import add_row, plain, progress_bar, say
 
 
@@ -300,7 +300,7 @@ def score_map(
     wrap(model.to(best_device()), config)
     with console.status(Text(f"scoring {sum(map(len, forms.values()))} texts")):
         if pairs is not None:
-            half = max(1, batch_size // 2)
+            half = pairs_in(batch_size)
             monitor = Monitor.from_pairs(model, tokenizer, pairs, heldout=heldout, seed=seed, batch_size=half)
         else:
             assert monitor_file is not None

@@ -41,6 +41,16 @@ class ContrastPair:
         return (self.clean,) if isinstance(self.clean, str) else self.clean
 
 
+def pairs_in(texts: int) -> int:
+    """How many pairs to read at once where memory holds so many texts: one at least.
+
+    Example:
+        >>> pairs_in(32), pairs_in(1)
+        (16, 1)
+    """
+    return max(1, texts // 2)
+
+
 def load_pairs(source: str | Path | Iterable[Any]) -> list[ContrastPair]:
     """Load labelled pairs from a JSON-lines file, a ``datasets.Dataset``, or any iterable of rows.
 

@@ -29,7 +29,7 @@ from antipasto.app.run_folder import RunFolder
 from antipasto.app.train.config import TrainConfig
 from antipasto.evaluation.ask import Sampling, own_answers
 from antipasto.names import HELDOUT, MODES, By, Flagged, Method
-from antipasto.routing.pairs import split_pairs
+from antipasto.routing.pairs import pairs_in, split_pairs
 from antipasto.tasks import Task
 from antipasto.terminal import doing
 from antipasto.trl.advantages import deployed_positions
@@ -112,9 +112,8 @@ class Gating:
             return None
 
         def make(model: nn.Module) -> ap.Router:
-            # one process extracts; all read the file
-            with nullcontext() if folder.direction.exists() else doing(console, "making the direction"):
-                on_main(state, lambda: self._make_direction(model, tokenizer, folder.direction))
+            path = folder.direction
+            _once(path, "making the direction", lambda: self._make_direction(model, tokenizer, path), state, console)
             v = ap.Direction.load(folder.direction)
             controls = {name: getattr(v, name)(config.seed) for name in config.controls}
             return ap.Router(model, v, mode=mode, threshold=config.threshold, controls=controls)
@@ -136,9 +135,8 @@ class Gating:
             return None
 
         def make(model: nn.Module) -> ap.Monitor:
-            said = "making the monitor, from the pairs and from answers of the base model"
-            with nullcontext() if folder.monitor.exists() else doing(console, said):
-                on_main(state, lambda: self._make_monitor(model, tokenizer, folder.monitor, how))
+            path, said = folder.monitor, "making the monitor, from the pairs and from answers of the base model"
+            _once(path, said, lambda: self._make_monitor(model, tokenizer, path, how), state, console)
             monitor = ap.Monitor.load(folder.monitor, model, tokenizer)
             console.print(str(monitor.calibration), markup=False, highlight=False)
             return monitor
@@ -146,8 +144,6 @@ class Gating:
         return make
 
     def _make_monitor(self, model: nn.Module, tokenizer: Any, path: Path, how: Sampling) -> None:
-        if path.exists():
-            return
         rate = self.config.false_alarms
         number = OWN_ANSWERS if rate is None else max(OWN_ANSWERS, math.ceil(4 / rate))
         order = random.Random(self.config.seed).choices(range(len(self.task.train)), k=number)
@@ -160,11 +156,9 @@ class Gating:
     @property
     def _pairs_at_once(self) -> int:
         """Pairs per backward: two texts each, or somewhat more, are a micro-batch."""
-        return 16 if self.config.micro_batch is None else max(1, self.config.micro_batch // 2)
+        return pairs_in(self.config.micro_batch or 32)
 
     def _make_direction(self, model: nn.Module, tokenizer: Any, path: Path) -> None:
-        if path.exists():
-            return
         if self.config.direction is not None:
             v = ap.Direction.load(self.config.direction)
         else:
@@ -182,6 +176,12 @@ def _goes_by(method: Method, has_pairs: bool) -> By | None:
     if method == "penalty":
         return "score" if has_pairs else "detector"
     return "score" if method == "discount" else None
+
+
+def _once(path: Path, said: str, make: Callable[[], None], state: PartialState, console: Console) -> None:
+    """Make a file if it is not there: one process does it, and all wait for it."""
+    with nullcontext() if path.exists() else doing(console, said):
+        on_main(state, lambda: None if path.exists() else make())
 
 
 def on_main(state: PartialState, function: Callable[[], T]) -> T:

@@ -53,7 +53,7 @@ from antipasto.files import write_json, write_text
 from antipasto.reading import as_number, read_json, read_rows
 from antipasto.routing.directions import Direction
 from antipasto.routing.monitor import Completion, Monitor
-from antipasto.routing.pairs import ContrastPair, load_pairs
+from antipasto.routing.pairs import ContrastPair, load_pairs, pairs_in
 from antipasto.terminal import plain, progress_bar
 
 FACTS, SCORES_FILE, MONITOR, COMPARE = "watch.json", "scores.jsonl", "monitor.safetensors", "compare.json"
@@ -181,9 +181,8 @@ def _scorer(
     if labelled is None:
         return Scorer(_monitor(path, model, tokenizer, config), config.batch_size)
     if not path.exists():
-        Monitor.from_pairs(
-            model, tokenizer, labelled, seed=config.seed, batch_size=max(config.batch_size // 2, 1)
-        ).save(path)
+        half = pairs_in(config.batch_size)
+        Monitor.from_pairs(model, tokenizer, labelled, seed=config.seed, batch_size=half).save(path)
     return Scorer.with_probe(_monitor(path, model, tokenizer, config), labelled, config.batch_size)
 
 
