@@ -6,6 +6,7 @@ import faulthandler
 import warnings
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock, patch
 
 import torch
 from scripted import load, tokenizer
@@ -14,7 +15,11 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
 import antipasto as ap
+from antipasto.adapter import choice
+from antipasto.adapter.functional import merged_weight
+from antipasto.adapter.layer import AntiPastoLinear
 from antipasto.adapter.sharded import flat as whole_flat
+from antipasto.adapter.sharded import local
 from antipasto.routing.monitor import Completion
 from antipasto.routing.probing import RoutingWarning
 from antipasto.tasks import addition
@@ -25,6 +30,7 @@ WAYS: dict[str, dict[str, Any]] = {
     "erase, one_sided": {"mode": "erase", "gate": "one_sided"},
     "gradient": {"level": "gradient"},
     "gradient, erase, one_sided": {"level": "gradient", "mode": "erase", "gate": "one_sided"},
+    "route, basis carried": {"save_basis": True},
 }
 # unlike on the two processes, and duplicates on the first alone
 COMPLETIONS = [
@@ -80,10 +86,15 @@ def knobs_of(model: nn.Module) -> dict[str, Tensor]:
     }
 
 
+def held_by(layer: AntiPastoLinear) -> int:
+    """How many W_θ a layer keeps."""
+    return sum(entry.strong is not None for entry in layer.choice.held._entries) + len(layer.fixed or ())
+
+
 def train(way: dict[str, Any], v: ap.Direction, rank: int | None, folder: Path, *, shard_last: bool) -> dict[str, Any]:
     """Four routed steps; the books go through a file between the second and the third."""
-    model = load()
-    ap.wrap(model)
+    model, way, built = load(), dict(way), Mock(side_effect=merged_weight)
+    ap.wrap(model, ap.AntiPastoConfig(save_basis=way.pop("save_basis", False)))
     if rank is not None and not shard_last:
         shard(model)
     options = {"threshold": 0.3 if way.get("gate") is None else None, **way}
@@ -91,6 +102,7 @@ def train(way: dict[str, Any], v: ap.Direction, rank: int | None, folder: Path, 
     if rank is not None and shard_last:
         shard(model, blocks=False)
     optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.02)
+    patch.object(choice, "merged_weight", built).start()
     with torch.no_grad():  # after this, FSDP leaves the root's parameters whole
         model(input_ids=ids(0))
     norms, rows, metrics = [], [], []
@@ -110,12 +122,17 @@ def train(way: dict[str, Any], v: ap.Direction, rank: int | None, folder: Path, 
             torch.distributed.barrier()
         router = ap.Router(model, v, controls={"random": v.random(0)}, **options)
         router.load(file if rank is None else folder / "books0")
-    with torch.no_grad(), router.deployed("random"):
+    with torch.no_grad(), router.deployed("random"), ap.fixed(model):
         deployed = model(input_ids=ids(0)).logits
+        held = sum(held_by(layer) for layer in model.modules() if isinstance(layer, AntiPastoLinear))
+    patch.stopall()
     if isinstance(model, FSDPModule):
         model.reshard()
     return {
         **knobs_of(model),
+        "basis": sum(local(p).numel() for name, p in model.named_parameters() if "basis_" in name),
+        "held": held,
+        "built": built.call_count,
         "steps": router.steps,
         "books": {name: router.book(name) for name in router.books},
         "metrics": metrics,

@@ -31,10 +31,14 @@ def test_routing_is_that_of_one_process(found: tuple[Any, Any, Any], way: str) -
     assert all(metrics["fired"] > 0 for metrics in want["metrics"])
     assert want["delta_s"].abs().max() > 1e-2
     assert (want["delta_s_hack"].abs().max() > 1e-3) == ("erase" not in way)
+    assert (want["basis"] > 0) == ("carried" in way)
     for rank, got in enumerate(others):
         assert got["steps"] == want["steps"] == 4
-        for what in ("delta_s", "delta_s_hack", "deployed"):
+        assert got["basis"] == want["basis"] / 2  # a carried basis is divided, with the layer's other parameters
+        for what in ("delta_s", "delta_s_hack"):
             assert torch.equal(got[what], want[what]), what
+        torch.testing.assert_close(got["deployed"], want["deployed"], atol=1e-4, rtol=1e-5)  # by another execution
+        assert got["held"] == got["built"] == 0 < want["held"]
         assert got["books"].keys() == want["books"].keys()
         for name, book in want["books"].items():
             for layer, part in book.items():

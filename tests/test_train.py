@@ -87,6 +87,22 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     return out, text
 
 
+def test_a_run_that_carries_its_basis_ends_where_any_other_does(tmp_path: Path) -> None:
+    runs = [tmp_path / "plain", tmp_path / "carried"]
+    for folder, more in zip(runs, ([], ["--save-basis"]), strict=True):
+        code, said = run(*ROUTE, *SMALL, "--out", str(folder), *more)
+        assert code == 0, said
+        for command in (["eval", str(folder), "--prompts", "10"], ["export", str(folder), "--out", f"{folder}-out"]):
+            code, said = run(*command)
+            assert code == 0, said
+    plain, carried = (load_file(folder / "adapter/adapter_model.safetensors") for folder in runs)
+    assert plain.keys() < carried.keys()
+    assert all("delta_s_basis" in name for name in carried.keys() - plain.keys())
+    assert all(torch.equal(tensor, carried[name]) for name, tensor in plain.items())
+    shipped = [load_file(f"{folder}-out/model.safetensors") for folder in runs]
+    assert all(torch.equal(tensor, shipped[1][name]) for name, tensor in shipped[0].items())
+
+
 def test_a_run_leaves_everything_that_it_was(trained: tuple[Path, str]) -> None:
     out, text = trained
     assert "antipasto eval" in text

@@ -27,11 +27,13 @@ class Asked(NamedTuple):
         plan: the layer's plan.
         hold_weights: whether W_θ of a forward without gradient may be kept for the next.
         by_sequence: whether each sequence needs its own gradient.
+        sharded: whether FSDP2 gathers W for each call, so that its address says nothing.
     """
 
     plan: PlanName
     hold_weights: bool
     by_sequence: bool
+    sharded: bool = False
 
 
 class Merged(NamedTuple):
@@ -124,7 +126,7 @@ class Choice:
         if zero and differ:  # rows with θ = 0 must equal the base model, bit for bit
             return Execution.FACTORED, None
         (o, i), full_rank, low = W.shape, basis.rank == min(W.shape), is_low(dtype)
-        is_basis = full_rank and not low and self._is_basis_of(W, basis)
+        is_basis = full_rank and not low and self._is_basis_of(W, basis, asked.sharded)
         call = Call(
             tokens=x.shape[:-1].numel(),
             o=o,
@@ -153,9 +155,9 @@ class Choice:
             return W.to(dtype)
         return self.held.get(theta, W, dtype, lambda: merged_weight(W, basis.U, basis.Vh, theta, dtype), hold=hold)
 
-    def _is_basis_of(self, W: Tensor, basis: Basis) -> bool:
+    def _is_basis_of(self, W: Tensor, basis: Basis, sharded: bool) -> bool:
         """Whether W equals U diag(S) Vh up to rounding; computed again only if W was replaced or written to."""
-        if self._of_basis is None or self._of_basis[0] != source(W):
+        if self._of_basis is None or not (sharded or self._of_basis[0] == source(W)):
             error = merged_weight(W, basis.U, basis.Vh, -basis.S)
             # in fp64: squares of fp32 numbers may overflow or underflow
             error_norm, norm = (torch.linalg.vector_norm(t, dtype=torch.float64) for t in (error, W))

@@ -68,9 +68,11 @@ class AntiPastoConfig(PeftConfig):
             are always merged. Not saved.
         hold_weights: keep each layer's W_θ from one forward without gradient to the next, until the knobs change.
             Generation and evaluation then run at the base model's speed, and the adapted weights take twice the memory. In
-            bf16, and under autocast to it, W_θ is kept during training as well. Not saved.
+            bf16, and under autocast to it, W_θ is kept during training as well. None is kept where FSDP2 shards the layer.
+            Not saved.
         save_basis: save U, S and Vh with the adapter, for weights that may be loaded in another dtype or decomposed by
-            another library. This stores (o + i + 1) r numbers per layer instead of r.
+            another library. This stores (o + i + 1) r numbers per layer instead of r. The basis is then made of parameters,
+            which FSDP2 divides among the processes.
         check_base: refuse a base model whose weights do not match ``base_fingerprints``. Not saved.
         base_fingerprints: layer name → `Fingerprint`, as text, of the base that an adapter belongs to. Written by the
             library.

@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
 from antipasto.adapter.basis import Basis
@@ -58,11 +59,22 @@ class Knob(nn.Module):
 
     It is a module, like ``lora_A`` in PEFT, so that the parameter's name is ``….delta_s.<adapter>.weight``. Code that copies
     one adapter into another by name, such as TRL's reference adapter, relies on that.
+
+    Attributes:
+        is_sharded: whether FSDP2 has divided ``weight`` among processes, and with it, as it divides whole modules, the W of
+            the layer. During a forward nothing else tells: the whole tensors are in their places then, and plain.
     """
+
+    is_sharded = False
 
     def __init__(self, shape: Sequence[int], dtype: torch.dtype, device: torch.device, *, trainable: bool) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(*shape, dtype=dtype, device=device), requires_grad=trainable)
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        super().__setattr__(name, value)
+        if name == "weight" and isinstance(value, DTensor):
+            self.is_sharded = True
 
     def extra_repr(self) -> str:
         return f"r={self.weight.shape[-1]}"
@@ -425,9 +437,11 @@ class AntiPastoLinear(nn.Module, BaseTunerLayer):
         execution, merged = Execution.FACTORED, None
         may_merge = self.plan != "factored" and not args and not kwargs
         dtype = matmul_dtype(base_layer, x, theta, self.basis) if may_merge else None
+        sharded = any(knob.is_sharded for knob in self.delta_s.values())
+        hold = self.hold_weights and not sharded  # the whole W_θ of every layer would be what sharding is to avoid
         if dtype is not None:
             weight = cast(Tensor, base_layer.weight)
-            asked = Asked(self.plan, self.hold_weights, by_sequence=spread is not None)
+            asked = Asked(self.plan, hold, by_sequence=spread is not None, sharded=sharded)
             has_bias = base_layer.bias is not None
             execution, merged = self.choice.make(
                 asked, x, theta, weight, self.basis, self.rows, dtype, has_bias=has_bias
@@ -443,7 +457,7 @@ class AntiPastoLinear(nn.Module, BaseTunerLayer):
             y = spectral_delta(x, U, Vh, S + theta, x.dtype)
             return y if bias is None else y + bias
         if merged is not None:
-            if seen is not None and self.fixed is not None and self.hold_weights:
+            if seen is not None and self.fixed is not None and hold:
                 self.fixed.append(Fixed(seen, self.offset, merged.weights[0], bias))
             return merged_linear(x, bias, theta, merged.weights, self.basis, merged.route, merged.which)
         y = self.base_layer(x, *args, **kwargs)

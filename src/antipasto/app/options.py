@@ -33,7 +33,8 @@ def option(default: Any, said: str, **typed: Any) -> Any:
     return dataclasses.field(default=default, metadata={"help": said, **typed})
 
 
-def _adapter(default: Any, said: str, **typed: Any) -> Any:
+def adapter_option(default: Any, said: str, **typed: Any) -> Any:
+    """Define an option of the adapter."""
     return option(default, said, rich_help_panel="Adapter", **typed)
 
 
@@ -51,21 +52,21 @@ class AdapterOptions:
         ValueError: rank must be at least 1, got 0.
     """
 
-    rank: int | None = _adapter(None, "Number of top singular directions per layer.", min=1, show_default="all")
-    target_modules: list[str] | str | None = _adapter(
+    rank: int | None = adapter_option(None, "Number of top singular directions per layer.", min=1, show_default="all")
+    target_modules: list[str] | str | None = adapter_option(
         None,
         "Layers to adapt: comma-separated names, 'all-linear', or a regular expression.",
         type=str,
         metavar="NAMES",
         show_default="known names",
     )
-    exclude_modules: list[str] | None = _adapter(
+    exclude_modules: list[str] | None = adapter_option(
         None, "Layers of these not to adapt.", type=str, metavar="NAMES", show_default="none"
     )
-    cache_dir: str | None = _adapter(
+    cache_dir: str | None = adapter_option(
         "auto", "Cache folder of singular bases.", metavar="DIR", show_default="$ANTIPASTO_CACHE or the user's"
     )
-    dtype: Dtype = _adapter("auto", "Dtype of the weights; 'auto' as saved. Each dtype has its own bases.")
+    dtype: Dtype = adapter_option("auto", "Dtype of the weights; 'auto' as saved. Each dtype has its own bases.")
 
     def __post_init__(self) -> None:
         check_types(self)

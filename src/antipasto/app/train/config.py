@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from antipasto.app.options import AdapterOptions, names_of, option, options_of
+from antipasto.app.options import AdapterOptions, adapter_option, names_of, option, options_of
 from antipasto.app.run_folder import write_yaml
 from antipasto.names import MODES, THRESHOLD, By, Method
+
+if TYPE_CHECKING:
+    from antipasto.adapter import AntiPastoConfig
 
 CONTROLS = ("random", "permuted")
 
@@ -102,6 +105,9 @@ class TrainConfig(AdapterOptions):
     max_completion_length: int | None = option(
         None, "Maximum tokens of an answer.", min=1, show_default="the task's, or 256"
     )
+    save_basis: bool = adapter_option(
+        False, "Save the singular basis with the adapter, as its parameters: FSDP2 then divides it among the processes."
+    )
     seed: int = option(0, "Seed of everything random.", min=0)
     save_every: int = option(25, "Steps between checkpoints.", min=1)
     trainer: dict[str, Any] = dataclasses.field(default_factory=dict)
@@ -150,6 +156,12 @@ class TrainConfig(AdapterOptions):
         if name == "columns" and isinstance(value, str):
             return columns_of(value)
         return super().read(name, value)
+
+    def adapter(self) -> AntiPastoConfig:
+        """As `AdapterOptions.adapter`, with ``save_basis``."""
+        config = super().adapter()
+        config.save_basis = self.save_basis
+        return config
 
     def to_yaml(self) -> str:
         """The contents of ``config.yaml``."""
