@@ -34,7 +34,7 @@ from typer.testing import CliRunner
 import antipasto as ap
 from antipasto.adapter.fingerprints import BaseWarning
 from antipasto.app import arms as arms_job
-from antipasto.app import cli, inspection
+from antipasto.app import errors, inspection
 from antipasto.app.cli import app
 from antipasto.app.models import quiet
 from antipasto.app.train.config import TrainConfig
@@ -136,8 +136,8 @@ def test_the_public_names_are_there_in_the_command_too() -> None:
 import antipasto as ap
 assert "torch" not in sys.modules
 import antipasto.adapter.knobs
-import antipasto.app.cli
-with antipasto.app.cli._readable_errors():
+import antipasto.app.cli, antipasto.app.errors
+with antipasto.app.errors.readable_errors():
     pass
 assert callable(ap.knobs) and ap.AntiPastoConfig().peft_type in __import__("peft").PEFT_TYPE_TO_CONFIG_MAPPING
 try:
@@ -514,11 +514,11 @@ def test_whose_error_it_is() -> None:
     cases = {"raise ValueError('x')": True, "int('x')": False, "import json; json.loads('{')": False}
     for code, ours in cases.items():
         with pytest.raises(ValueError) as caught:  # noqa: PT011 (whatever it says)
-            exec(compile(code, cli.__file__, "exec"), {})
-        assert cli._is_ours(caught.value) is ours, code
+            exec(compile(code, errors.__file__, "exec"), {})
+        assert errors._is_ours(caught.value) is ours, code
     with pytest.raises(ValueError, match="somebody else") as caught:
         raise ValueError("of somebody else")
-    assert not cli._is_ours(caught.value)
+    assert not errors._is_ours(caught.value)
 
 
 def test_every_warning_of_ours_is_heard_and_no_other() -> None:
@@ -542,8 +542,8 @@ def test_every_warning_of_ours_is_heard_and_no_other() -> None:
 
 def test_a_warning_of_ours_is_one_line_without_code() -> None:
     code = (
-        "import warnings; from antipasto.app import cli; from antipasto.names import AntiPastoWarning\n"
-        "with cli._readable_errors(load=False):\n"
+        "import warnings; from antipasto.app import errors; from antipasto.names import AntiPastoWarning\n"
+        "with errors.readable_errors(load=False):\n"
         "    warnings.warn('of 3\\n problems', AntiPastoWarning)\n"
         "    warnings.warn('theirs', UserWarning)\n"
         "warnings.warn('later', AntiPastoWarning)\n"

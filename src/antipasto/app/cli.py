@@ -1,23 +1,15 @@
 """The command line: parse, then one call.
 
 Arguments are checked before torch is loaded, so modules that need torch are imported inside the commands, after the checks.
-A user's mistake prints one line and exits with code 2. So does a library's error, with the name of a file that has the
-traceback. ``ANTIPASTO_TRACEBACK=1`` prints every traceback instead.
+What goes wrong is told by `errors`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import dis
-import importlib.util
 import inspect as introspection
-import os
 import shlex
-import tempfile
-import traceback
-import warnings
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from datetime import datetime
 from importlib.metadata import version
 from pathlib import Path
@@ -25,9 +17,7 @@ from typing import Annotated, Any, Literal, get_args, get_type_hints
 
 import typer
 from rich.console import Console
-from safetensors import SafetensorError
 
-import antipasto
 from antipasto.app.checks import (
     check_dataset,
     check_file,
@@ -36,14 +26,15 @@ from antipasto.app.checks import (
     check_new_folder,
     find_files,
 )
+from antipasto.app.errors import fail, readable_errors
 from antipasto.app.options import AdapterOptions, options_of
 from antipasto.app.run_folder import RunFolder, parse_yaml, read_yaml
 from antipasto.app.train.config import TrainConfig
 from antipasto.app.watch.config import WatchConfig
-from antipasto.names import HELDOUT, AntiPastoWarning, Dtype
+from antipasto.names import HELDOUT, Dtype
 from antipasto.options import near
 from antipasto.tasks.loading import check_task_name
-from antipasto.terminal import plain, say
+from antipasto.terminal import say
 
 app = typer.Typer(
     name="antipasto",
@@ -167,9 +158,9 @@ def demo(
     Takes about two minutes per seed on two cores, three more with --compare. Every run has a folder as from `antipasto train`.
     """
     out = out or Path("runs") / f"demo-{datetime.now():%Y%m%d-%H%M%S}"
-    with _readable_errors(load=False):
+    with readable_errors(load=False):
         RunFolder(out).check_new()
-    with _readable_errors(out, extra="trl"):
+    with readable_errors(out, extra="trl"):
         from antipasto.app import demo as job
 
         options: dict[str, Any] = {"seed": seed, "seeds": seeds, "steps": steps, "variant": variant}
@@ -217,7 +208,7 @@ def train(
     --trainer.scale_rewards none --trainer.report_to trackio. For several processes: `accelerate launch -m antipasto train …`.
     """
     typed = {name: value for name, value in context.params.items() if _is_given(context, name)}
-    with _readable_errors(load=False):
+    with readable_errors(load=False):
         if resume is not None:
             if (others := [name for name in typed if name != "resume"]) or context.args:
                 words = [f"--{name.replace('_', '-')}" for name in others] + context.args[:1]
@@ -225,7 +216,7 @@ def train(
             settings, out = RunFolder(resume).config_to_resume(), resume
         else:
             settings, out = _settings(context, typed, config)
-    with _readable_errors(out, extra="trl"):
+    with readable_errors(out, extra="trl"):
         from antipasto.app.train.run import start
 
         where = str(config or "antipasto train") if resume is None else str(RunFolder(resume).config)
@@ -282,10 +273,10 @@ def basis(
 
     Cached bases are checked and kept. Runs of a lower --rank are served too; without --rank, those of every rank.
     """
-    with _readable_errors(load=False):
+    with readable_errors(load=False):
         options = AdapterOptions.from_mapping(adapter, "antipasto basis")
         check_model_name(model)
-    with _readable_errors():
+    with readable_errors():
         from antipasto.app import commands
 
         job = commands.what_it_needs if dry_run else commands.cache_bases
@@ -312,12 +303,12 @@ def extract(
 
     Also prints what else distinguishes hacks from clean texts in the pairs, such as length: the direction contains that too.
     """
-    with _readable_errors(load=False):
+    with readable_errors(load=False):
         options = AdapterOptions.from_mapping(adapter, "antipasto extract")
         check_model_name(model)
         check_file(pairs)
         check_new_file(out, force=force)
-    with _readable_errors():
+    with readable_errors():
         from antipasto.app import commands
 
         commands.extract(
@@ -360,13 +351,13 @@ def map_forms(
     Rows are sorted by mean score, with the threshold among them. AUC is against the form named 'clean', or without one against
     the pairs' held-out clean texts; .5 is chance.
     """
-    with _readable_errors(load=False):
+    with readable_errors(load=False):
         options = AdapterOptions.from_mapping(adapter, "antipasto map")
         check_model_name(model)
         for file in (forms, pairs, monitor):
             if file is not None:
                 check_file(file)
-    with _readable_errors():
+    with readable_errors():
         from antipasto.app import commands
 
         commands.score_map(
@@ -406,9 +397,9 @@ def eval(
     Prints rates and paired differences with 95% intervals, and a verdict. Writes eval.json and, with all answers, eval.jsonl
     into the run folder. If interrupted, the same command continues.
     """
-    with _readable_errors(load=False):
+    with readable_errors(load=False):
         RunFolder(run).check()
-    with _readable_errors(run, extra="report"):
+    with readable_errors(run, extra="report"):
         from antipasto.app import arms
         from antipasto.evaluation.records import ANSWERS
 
@@ -435,12 +426,12 @@ def inspect(
     ],
 ) -> None:
     """Show the contents of a run: config, rewards, rollouts, adapter, direction, books. Loads no model."""
-    with _readable_errors(load=False):
+    with readable_errors(load=False):
         if path.exists() and not path.is_dir():
             check_file(path)
         elif not (path / "adapter_config.json").exists():
             RunFolder(path).check()
-    with _readable_errors():
+    with readable_errors():
         from antipasto.app import inspection
 
         inspection.show(path, Console())
@@ -463,10 +454,10 @@ def report(
 
     The file needs no network. RUN/report.html is overwritten without --force. Loads no model.
     """
-    with _readable_errors(load=False):
+    with readable_errors(load=False):
         for run in runs:
             RunFolder(run).check()
-    with _readable_errors(extra="report"):
+    with readable_errors(extra="report"):
         from antipasto.app.report import write_report
 
         page = write_report(runs, out, force=force)
@@ -525,14 +516,14 @@ def watch(
     Reads the log of `antipasto train` and TRL's log_completions as they are; for others, name the columns. If interrupted, or
     if the files have grown, the same command continues. Does not need the trained model.
     """
-    with _readable_errors(load=False):
+    with readable_errors(load=False):
         config = WatchConfig.from_mapping(options, "antipasto watch")
         check_model_name(base)
         for file in (pairs, monitor):
             if file is not None:
                 check_file(file)
         files = find_files([*rollouts, *(more or [])])
-    with _readable_errors(out, extra="report"):
+    with readable_errors(out, extra="report"):
         from antipasto.app.watch import command
 
         last = command.run(
@@ -547,9 +538,7 @@ def watch(
             config=config,
         )
     if fail_above is not None and last > fail_above:
-        _fail(
-            f"{last:.3f} of the rollouts in the last window are above the threshold, more than {fail_above:g}", code=3
-        )
+        fail(f"{last:.3f} of the rollouts in the last window are above the threshold, more than {fail_above:g}", code=3)
 
 
 @app.command(rich_help_panel=SHIP)
@@ -597,10 +586,10 @@ def export(
 
     The export is checked: another process loads it with plain transformers and must compute what the run's model computes.
     """
-    with _readable_errors(load=False):
+    with readable_errors(load=False):
         RunFolder(run).check()
         check_new_folder(out, force=force)
-    with _readable_errors():
+    with readable_errors():
         from antipasto.app.export import export_run
 
         export_run(
@@ -615,111 +604,3 @@ def export(
             prompts=prompts,
             force=force,
         )
-
-
-EXTRAS = {"trl": ("trl", "datasets", "scipy", "matplotlib"), "report": ("scipy", "matplotlib")}
-"""Extra → packages that must be installed for it."""
-
-
-@contextmanager
-def _readable_errors(out: Path | None = None, *, extra: str | None = None, load: bool = True) -> Iterator[None]:
-    """Turn errors that a user can fix into one line and exit code 2, and Ctrl-C into exit code 130.
-
-    Args:
-        out: the command's run folder, for messages.
-        extra: the extra that the command needs; checked first.
-        load: load torch and the library first.
-    """
-    try:
-        if extra is not None:
-            _check_extra(extra)
-        if load:
-            antipasto._load()
-        with _warnings_in_one_line():
-            yield
-    except (ValueError, OSError, SafetensorError, ImportError, RuntimeError, SystemExit) as error:
-        if os.environ.get("ANTIPASTO_TRACEBACK", "0") not in ("", "0"):
-            raise
-        message = _said(error, out)
-        if message is None:
-            raise
-        _fail(message)
-    except KeyboardInterrupt:
-        _fail("interrupted" if out is None else f"interrupted; what was written so far is in {out}", code=130)
-
-
-@contextmanager
-def _warnings_in_one_line() -> Iterator[None]:
-    """Show this library's warnings without the line of code that they are from."""
-    before = warnings.formatwarning
-
-    def shown(
-        message: Warning | str, category: type[Warning], filename: str, lineno: int, line: str | None = None
-    ) -> str:
-        if issubclass(category, AntiPastoWarning):
-            return f"warning: {plain(' '.join(str(message).split()))}\n"
-        return before(message, category, filename, lineno, line)
-
-    warnings.formatwarning = shown
-    try:
-        yield
-    finally:
-        warnings.formatwarning = before
-
-
-def _check_extra(extra: str) -> None:
-    missing = [name for name in EXTRAS[extra] if importlib.util.find_spec(name) is None]
-    if missing:
-        raise ValueError(
-            f"This command needs {', '.join(missing)}, which {'are' if len(missing) > 1 else 'is'} not installed: "
-            f"pip install 'antipasto[{extra}]'"
-        )
-
-
-def _said(error: BaseException, out: Path | None) -> str | None:
-    """An error in one line; None if its traceback should be printed."""
-    if isinstance(error, SystemExit):
-        return f"something called sys.exit({error.code!r}) while the command ran. {_traceback_file(error)}"
-    if isinstance(error, RuntimeError):
-        if type(error).__name__ == "NotIsolatedError":  # by name: only a task that runs programs loads its module
-            return str(error)
-        if "PytorchStreamWriter" not in str(error) and "inline_container" not in str(error):
-            return None
-        return f"a checkpoint could not be written: is the disk full? The run folder is {out}."  # torch.save's words
-    if isinstance(error, OSError) and error.errno is not None:  # the system's, which names the file
-        return f"{error}." if out is None else f"{error}. The run folder is {out}."
-    if _is_ours(error):
-        return str(error)
-    text = str(error).rstrip(".") or type(error).__name__
-    if isinstance(error, ModuleNotFoundError) and error.name is not None:
-        name = error.name.partition(".")[0]
-        # some libraries put a sentence where the name belongs
-        text = error.name.rstrip(". \n") if " " in name else f"{name} is not installed, or is incomplete ({text})"
-    return f"{text}. {_traceback_file(error)}"
-
-
-def _is_ours(error: BaseException) -> bool:
-    """Whether a ``raise`` statement of this package made the error: then its text is complete and meant for the user."""
-    last = error.__traceback__
-    if last is None:
-        return False
-    while last.tb_next is not None:
-        last = last.tb_next
-    code = last.tb_frame.f_code
-    if not Path(code.co_filename).resolve().is_relative_to(Path(__file__).parents[1].resolve()):
-        return False
-    return code.co_code[last.tb_lasti] == dis.opmap["RAISE_VARARGS"]  # otherwise a C function failed in this line
-
-
-def _traceback_file(error: BaseException) -> str:
-    """Write the traceback to a file, and return a sentence that names it."""
-    with tempfile.NamedTemporaryFile(
-        "w", prefix="antipasto-", suffix=".txt", delete=False, encoding="utf-8", errors="backslashreplace"
-    ) as file:
-        file.writelines(traceback.format_exception(error))
-    return f"Traceback in {file.name}; ANTIPASTO_TRACEBACK=1 prints it."
-
-
-def _fail(message: str, *, code: int = 2) -> None:
-    typer.echo(f"antipasto: {plain(' '.join(message.split()))}", err=True)
-    raise typer.Exit(code)
