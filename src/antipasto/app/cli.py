@@ -422,7 +422,9 @@ def eval(
 def inspect(
     path: Annotated[
         Path,
-        typer.Argument(help="A run folder, an adapter's folder, or a file: direction, monitor or books.", show_default=False),
+        typer.Argument(
+            help="A run folder, an adapter's folder, or a file: direction, monitor or books.", show_default=False
+        ),
     ],
 ) -> None:
     """Show the contents of a run: config, rewards, rollouts, adapter, direction, monitor, books. Loads no model."""
