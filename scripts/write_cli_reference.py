@@ -23,9 +23,9 @@ PAGE = Path(__file__).parents[1] / "docs" / "cli.md"
 INTRODUCTION = """# Command line
 
 `scripts/write_cli_reference.py` writes this page from the commands themselves; `antipasto COMMAND --help` says the same. A
-mistake in the call gives one line on stderr and exit code 2. So does a `ValueError`, `OSError` or `ImportError` of another
-library; the line names a file with the traceback. Ctrl-C gives exit code 130. With `ANTIPASTO_TRACEBACK=1` every error is
-printed in full. `antipasto --version` prints the version. `python -m antipasto` is the same program.
+mistake in the call gives a short message on stderr and exit code 2. So does a `ValueError`, `OSError` or `ImportError` of
+another library; the message names a file with the traceback. Ctrl-C gives exit code 130. With `ANTIPASTO_TRACEBACK=1` every
+error is printed in full. `antipasto --version` prints the version. `python -m antipasto` is the same program.
 """
 
 
