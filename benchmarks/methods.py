@@ -45,6 +45,12 @@ METHODS: dict[str, dict[str, Any]] = {
     "penalty by score, shuffled": {"method": "penalty", "by": "score", "pairs": "shuffled"},  # a control
     "penalty by score, mended": {"method": "penalty", "by": "score", "pairs": "mended"},
     "penalty by score, mended twice": {"method": "penalty", "by": "score", "pairs": "mended twice"},
+    "penalty by score, mended twice, permuted": {  # its control
+        "method": "penalty",
+        "by": "score",
+        "pairs": "mended twice",
+        "monitor": "permuted",
+    },
 }
 MENDED = {"mended": 1, "mended twice": 2}  # how often: of as many runs a form was added to the pairs
 TOYS = {addition.task_name(variant): variant for variant in addition.VARIANTS}

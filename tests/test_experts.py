@@ -903,7 +903,7 @@ def test_what_it_takes_is_counted_expert_by_expert(tmp_path: Path) -> None:
     build("qwen3_moe").save_pretrained(tmp_path / "model")
     options: dict[str, Any] = {"target_modules": TARGETS, "rank": 5}
     console = Console(file=io.StringIO())
-    needs = what_it_needs(str(tmp_path / "model"), ap.AntiPastoConfig(**options), console)
+    (needs,) = what_it_needs(str(tmp_path / "model"), ap.AntiPastoConfig(**options), console)
     layers = ap.wrap(build("qwen3_moe"), ap.AntiPastoConfig(**options, cache_dir=str(tmp_path / "cache")))
     assert needs.numbers == sum(layer.numbers for layer in layers.values())
     assert needs.basis == sum(t.nbytes for k in layers.values() for t in (k.U, k.S, k.Vh))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 from pathlib import Path
 from typing import Any
@@ -184,8 +185,11 @@ def test_a_dry_run_says_what_it_takes_and_computes_nothing(tmp_path: Path, monke
     code, text = run("basis", MODEL, "--cache-dir", tmp_path / "none", "--dry-run")
     assert code == 0
     assert not (tmp_path / "none").exists()
-    assert (cells(text)["layers"], cells(text)["trainable numbers"]) == ("21", "1,728")
-    needs = commands.what_it_needs(MODEL, ap.AntiPastoConfig(), Console(quiet=True))
+    assert "what adapting 21 layers of" in text
+    needs, at_64, at_16 = commands.what_it_needs(MODEL, ap.AntiPastoConfig(), Console(quiet=True))
+    numbers = [f"{one.numbers:,}" for one in (needs, at_64, at_16)]
+    assert re.search(r"trainable numbers\W+" + r"\W+".join(numbers), text)
+    assert (numbers, [one.rank for one in (needs, at_64, at_16)]) == (["1,728", "1,248", "336"], [None, 64, 16])
     model = AutoModelForCausalLM.from_pretrained(MODEL)
     assert needs.model == sum(p.numel() * p.element_size() for p in model.parameters())
     layers = ap.wrap(model, ap.AntiPastoConfig(cache_dir=str(tmp_path / "cache")))
@@ -196,7 +200,7 @@ def test_a_dry_run_says_what_it_takes_and_computes_nothing(tmp_path: Path, monke
     model.save_pretrained(tmp_path / "adapter")
     saved = (tmp_path / "adapter" / "adapter_model.safetensors").stat().st_size
     assert needs.adapter < saved < needs.adapter + 300 * needs.layers
-    lower = commands.what_it_needs(MODEL, ap.AntiPastoConfig(rank=8), Console(quiet=True), dtype="bfloat16")
+    (lower,) = commands.what_it_needs(MODEL, ap.AntiPastoConfig(rank=8), Console(quiet=True), dtype="bfloat16")
     assert (lower.numbers, lower.model) == (21 * 8, needs.model // 2)
     assert lower.basis == sum(2 * 8 * (k.U.shape[0] + k.Vh.shape[1]) + 4 * 8 for k in layers.values())
     run("basis", MODEL, "--cache-dir", tmp_path / "lower", "--rank", "8", "--dtype", "bfloat16")

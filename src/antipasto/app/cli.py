@@ -265,7 +265,10 @@ def _from_file(path: Path | None) -> dict[str, Any]:
 def basis(
     model: Model,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Print memory and disk needs from the model's config; compute nothing.")
+        bool,
+        typer.Option(
+            "--dry-run", help="Print memory and disk needs by rank, from the model's config; compute nothing."
+        ),
     ] = False,
     **adapter: Any,
 ) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -104,11 +104,16 @@ def _cache_basis(name: str, module: nn.Module, weight: Tensor, config: AntiPasto
     return file, False
 
 
+RANKS = (256, 64, 16)
+"""Ranks that `what_it_needs` shows where none is asked for."""
+
+
 @dataclasses.dataclass(frozen=True)
 class Needs:
-    """What adapting a model takes. All sizes are in bytes.
+    """What adapting a model at one rank takes. All sizes are in bytes.
 
     Attributes:
+        rank: directions per layer; None for all.
         layers: number of adapted layers.
         numbers: number of trainable numbers.
         model: the model's weights.
@@ -118,6 +123,7 @@ class Needs:
         adapter: a saved adapter with its quarantine.
     """
 
+    rank: int | None
     layers: int
     numbers: int
     model: int
@@ -126,11 +132,13 @@ class Needs:
     adapter: int
 
 
-def what_it_needs(name_or_path: str, config: AntiPastoConfig, console: Console, *, dtype: Dtype = "auto") -> Needs:
+def what_it_needs(
+    name_or_path: str, config: AntiPastoConfig, console: Console, *, dtype: Dtype = "auto"
+) -> list[Needs]:
     """Print what adapting a model takes, from its config alone. No weight is read and no SVD is computed.
 
     Args:
-        config: which layers, at what rank.
+        config: which layers, at what rank; without one, all directions and some lower ranks are compared.
         dtype: of the weights.
 
     Raises:
@@ -138,9 +146,30 @@ def what_it_needs(name_or_path: str, config: AntiPastoConfig, console: Console, 
     """
     model = load_shapes(name_or_path, dtype=dtype)
     layers = {name: as_matrix(module) for name, module in find_targets(config, model, shapes_only=True).items()}
+    full = max(min(weight.shape[-2:]) for weight in layers.values())
+    ranks = [None, *(rank for rank in RANKS if rank < full)] if config.rank is None else [config.rank]
+    found = [_needs(model, layers, config, rank) for rank in ranks]
+    title = f"what adapting {len(layers)} layers of {name_or_path} takes"
+    table = Table(title=plain(title), title_justify="left", caption="held: between forwards without gradient")
+    table.add_column("rank")
+    for needs in found:
+        table.add_column("all" if needs.rank is None else f"{needs.rank}", justify="right")
+    add_row(table, "trainable numbers", *(f"{needs.numbers:,}" for needs in found))
+    add_row(table, "saved adapter", *(_size(needs.adapter) for needs in found))
+    add_row(table, "basis on disk, once", *(_size(needs.basis) for needs in found))
+    add_row(table, "memory: the model", *(_size(needs.model) for needs in found))
+    add_row(table, "memory: the basis", *(f"+ {_size(needs.basis)}" for needs in found))
+    add_row(table, "memory: W_θ, merged or held", *(f"+ {_size(needs.adapted)}" for needs in found))
+    console.print(table)
+    return found
+
+
+def _needs(model: nn.Module, layers: Mapping[str, Tensor], config: AntiPastoConfig, rank: int | None) -> Needs:
+    config = dataclasses.replace(config, rank=rank)
     ranks = {name: rank_of(name, weight, config) for name, weight in layers.items()}
     numbers = sum(_experts(weight) * ranks[name] for name, weight in layers.items())
-    needs = Needs(
+    return Needs(
+        rank=rank,
         layers=len(layers),
         numbers=numbers,
         model=sum(p.numel() * p.element_size() for p in model.parameters()),
@@ -148,17 +177,6 @@ def what_it_needs(name_or_path: str, config: AntiPastoConfig, console: Console, 
         adapted=sum(w.numel() * w.element_size() for w in layers.values()),
         adapter=4 * numbers * (2 if config.quarantine else 1),
     )
-    table = Table(show_header=False, title="what adapting this model takes", title_justify="left")
-    add_row(table, "model", name_or_path)
-    add_row(table, "layers", needs.layers)
-    add_row(table, "trainable numbers", f"{needs.numbers:,}")
-    add_row(table, "saved adapter", _size(needs.adapter))
-    add_row(table, "basis on disk, once", _size(needs.basis))
-    add_row(table, "memory: the model itself", _size(needs.model))
-    add_row(table, "memory: plan factored or spectral", f"+ {_size(needs.basis)}, the basis")
-    add_row(table, "memory: merged, or weights held", f"+ {_size(needs.basis + needs.adapted)}, with all W_θ")
-    console.print(table)
-    return needs
 
 
 def _experts(weight: Tensor) -> int:
