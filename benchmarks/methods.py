@@ -105,7 +105,7 @@ def other_pairs(name: str, which: str, out: Path) -> Path:
     """A file of other pairs than the task's own.
 
     Shuffled: hack and clean texts swapped in every other one, so that what they say of the exploit cancels out. Mended: with
-    hacks that runs were found to write, beside the task's (`Exploit.pairs`).
+    hacks that runs were found to write, in addition to the task's (`Exploit.pairs`).
     """
     path = out / f"{name}-{which.replace(' ', '-')}.jsonl"
     path.parent.mkdir(parents=True, exist_ok=True)

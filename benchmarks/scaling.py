@@ -7,9 +7,9 @@ Measured: a square Linear of each width and one of four times as many outputs, f
 the knobs move before every call, so that nothing is kept. Median of nine rounds in which bare and adapted layers take turns.
 
 On paper, for whole models in bf16: what the basis takes, by rank; what goes between the machines in a step; the
-multiplications that an adapted forward and backward adds to the bare one's; and those of a step of GRPO. The basis is not
-sharded today: `replicated` is what every GPU holds now, weights sharded by FSDP and the basis not; `sharded` is what it would
-be if it were.
+multiplications that an adapted forward and backward adds to the bare one's; and those of a step of GRPO. Per
+GPU: `replicated` is with the weights sharded by FSDP and the basis whole on each, `sharded` with the basis sharded too
+(`save_basis=True`).
 """
 
 from __future__ import annotations

@@ -22,10 +22,10 @@ from antipasto.app.cli import app
 PAGE = Path(__file__).parents[1] / "docs" / "cli.md"
 INTRODUCTION = """# Command line
 
-`scripts/write_cli_reference.py` writes this page out of the commands themselves; `antipasto COMMAND --help` says the same. A
-mistake of the caller's costs one line on stderr and exit code 2; Ctrl-C, 130. So does an error that a library raised, with the
-name of a file that has its traceback; with `ANTIPASTO_TRACEBACK=1` every error is printed whole. `antipasto --version` prints
-the version, and `python -m antipasto` is the same program.
+`scripts/write_cli_reference.py` writes this page from the commands themselves; `antipasto COMMAND --help` says the same. A
+mistake in the call gives a short message on stderr and exit code 2. So does a `ValueError`, `OSError` or `ImportError` of
+another library; the message names a file with the traceback. Ctrl-C gives exit code 130. With `ANTIPASTO_TRACEBACK=1` every
+error is printed in full. `antipasto --version` prints the version. `python -m antipasto` is the same program.
 """
 
 

@@ -464,7 +464,7 @@ class AntiPastoLinear(nn.Module, BaseTunerLayer):
         return y + spectral_delta(x, U, Vh, theta, y.dtype)
 
     def _fixed_key(self, x: Tensor) -> Hashable:
-        """What W_θ depends on beside the knobs; None where a gradient is wanted or rows see different knobs."""
+        """What W_θ depends on besides the knobs; None where a gradient is wanted or rows see different knobs."""
         if torch.is_grad_enabled() or self.merged or not (self.rows is None or self.rows.are_alike):
             return None
         low = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype

@@ -425,10 +425,12 @@ def eval(
 def inspect(
     path: Annotated[
         Path,
-        typer.Argument(help="A run folder, an adapter's folder, a direction or books file.", show_default=False),
+        typer.Argument(
+            help="A run folder, an adapter's folder, or a file: direction, monitor or books.", show_default=False
+        ),
     ],
 ) -> None:
-    """Show the contents of a run: config, rewards, rollouts, adapter, direction, books. Loads no model."""
+    """Show the contents of a run: config, rewards, rollouts, adapter, direction, monitor, books. Loads no model."""
     with readable_errors(load=False):
         if path.exists() and not path.is_dir():
             check_file(path)
@@ -587,7 +589,7 @@ def export(
 ) -> None:
     """Write what ships as a plain checkpoint or a LoRA adapter, without the quarantine and with a model card.
 
-    The export is checked: another process loads it with plain transformers and must compute what the run's model computes.
+    The export is checked: another process loads it without this library and compares it with the run's model.
     """
     with readable_errors(load=False):
         RunFolder(run).check()

@@ -4,7 +4,7 @@
     s_b = cos(n_b, t)    with t (R,) the direction's effect sizes, also computed at θ = 0
 
 The policy changes during training, the reference does not. So the same text has the same score at every step of every run.
-(A score at the current policy decays within a hundred steps: docs/watching.md.) The reference needs no second model: it is
+(A score at the current policy decays: docs/results.md.) The reference needs no second model: it is
 the adapted model without its knobs.
 
 A completion is flagged if s_b is above a threshold. The *start model* is the model before training. There are three rules

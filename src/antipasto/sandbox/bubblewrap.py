@@ -93,7 +93,7 @@ class Bubblewrap(Pooled):
 
     Args:
         limits: of each program; by default `Limits`'.
-        visible: folders that programs may read, beside ``/usr`` and the libraries; by default this Python's installation,
+        visible: folders that programs may read, besides ``/usr`` and the libraries; by default this Python's installation,
             of a virtual environment the one that it was made from. The ``bin`` of each comes first in ``PATH``.
 
     Raises:

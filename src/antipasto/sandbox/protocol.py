@@ -29,7 +29,7 @@ LimitName = Literal["cpu", "wall", "memory", "processes", "output", "files"]
 
 MIB = 2**20
 FILE = 1024
-"""Bytes that a file or folder takes beside what is in it, about."""
+"""Bytes that a file or folder takes in addition to its contents, about."""
 _ARGV_BYTES = 100_000  # the kernel takes 128 KiB a word, and bubblewrap has words of its own
 
 
