@@ -689,6 +689,22 @@ def test_bf16_trains_fp32_knobs_on_a_weight_rounded_once() -> None:
     assert all(torch.nn.functional.cosine_similarity(got[name], want[name], dim=0) > 0.98 for name in (UP, DOWN))
 
 
+def test_in_bf16_a_carried_basis_trains_as_one_that_is_not_saved(implementation: str) -> None:
+    """PEFT keeps what is saved in fp32, so it is wider than the weights."""
+    plain, carrying = (
+        get_peft_model(
+            build("mixtral", implementation, torch.bfloat16), ap.AntiPastoConfig(target_modules=TARGETS, save_basis=saves)
+        )
+        for saves in (False, True)
+    )
+    for model in (plain, carrying):
+        randomise(model)
+    assert (ap.knobs(plain)[UP].U.dtype, ap.knobs(carrying)[UP].U.dtype) == (torch.bfloat16, torch.float32)
+    assert torch.equal(logits(carrying), logits(plain))
+    want = gradients(plain)
+    assert all(torch.equal(g, want[name]) for name, g in gradients(carrying).items())
+
+
 def test_the_gradient_is_projected_in_its_own_precision_under_autocast() -> None:
     W, U, Vh = torch.randn(2, 5, 4), torch.randn(2, 5, 3), torch.randn(2, 3, 4)
     theta, G = torch.zeros(2, 3, requires_grad=True), torch.randn(2, 5, 4)

@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peft import get_peft_model
 from torch import Tensor, nn
 
 import antipasto as ap
@@ -612,6 +613,28 @@ def test_in_low_precision_a_weight_is_built_once_an_optimizer_step(
         layer.layer.plan = "factored"
         assert torch.equal(model(x), alone)
     assert len(built) == 3
+
+
+def test_a_carried_basis_that_is_wider_than_the_weights_is_merged_and_held_as_any_other() -> None:
+    """PEFT keeps what is saved in fp32."""
+    outputs, gradients = [], []
+    for save_basis in (False, True):
+        torch.manual_seed(0)
+        model = nn.Sequential(nn.Linear(48, 96)).to(torch.bfloat16)
+        config = ap.AntiPastoConfig(target_modules=["0"], cache_dir=None, save_basis=save_basis)
+        model = get_peft_model(model, config)
+        (layer,) = ap.knobs(model).values()
+        assert layer.U.dtype == (torch.float32 if save_basis else torch.bfloat16)
+        layer.delta_s.data.normal_(std=0.1)
+        x = torch.randn(3, 7, 48).bfloat16()
+        with torch.no_grad():
+            outputs.append(model(x))
+        assert [entry.strong is not None for entry in layer.layer.choice.held._entries] == [True]
+        y = model(x)
+        assert torch.equal(y, outputs[-1])
+        gradients.append(torch.autograd.grad(y.float().square().sum(), layer.delta_s)[0])
+    assert torch.equal(*outputs)
+    assert torch.equal(*gradients)
 
 
 def test_fp16_is_computed_by_the_factored_form() -> None:

@@ -119,6 +119,21 @@ def test_gradient_checkpointing(use_reentrant: bool) -> None:
     assert_rows(grads, want)
 
 
+def test_checkpointing_that_is_not_reentrant_runs_several_forwards_again() -> None:
+    """Of several sizes; and calls without gradient in between do not count."""
+    model, ids = build(FAMILIES["llama"]).train(), tokens(4, 5)
+    parts = [ids[:1], ids[1:3, :4], ids[3:]]
+    separate = [one_by_one(model, part) for part in parts]
+    want = {name: torch.cat([rows[name] for rows in separate]) for name in separate[0]}
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+    with ap.rollout_grads(model) as grads:
+        loss = sum(losses(model, part).sum() for part in parts)
+        with torch.no_grad():
+            losses(model, ids)
+        loss.backward()
+    assert_rows(grads, want)
+
+
 @pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True")
 def test_reentrant_checkpointing_of_two_forwards_at_once_is_refused() -> None:
     model, ids = build(FAMILIES["llama"]).train(), tokens(4, 5)
@@ -128,7 +143,10 @@ def test_reentrant_checkpointing_of_two_forwards_at_once_is_refused() -> None:
         losses(model, ids[:1]).sum().backward()
         with torch.no_grad():
             losses(model, ids)  # does not count
-        losses(model, ids[1:2]).sum().backward()
+        loss = losses(model, ids[1:2]).sum()
+        with torch.no_grad():
+            losses(model, ids[:, :3])  # nor does this
+        loss.backward()
         both = losses(model, ids[:1]).sum() + losses(model, ids[1:]).sum()
         with pytest.raises(ValueError, match="Several forwards before one backward"):
             both.backward()

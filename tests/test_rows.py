@@ -297,6 +297,41 @@ def test_gradient_checkpointing(per_row: bool) -> None:
     assert_gradients(gradient(model), want)
 
 
+@pytest.mark.filterwarnings("ignore:None of the inputs have requires_grad=True")
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_checkpointing_part_by_part(use_reentrant: bool) -> None:
+    """A part is run again with its own mask, or it is an error."""
+    model, (ids, mask) = build().train(), left_padded()
+    want = separate_gradients(model, ids, mask)
+    model.enable_input_require_grads()
+    model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": use_reentrant})
+    first, second = slice(0, 2), slice(2, 4)
+    for _ in range(2):
+        with rows_of(model, DEPLOYED):
+            for part in (first, second):
+                losses(model, ids[part], mask[part]).sum().backward()
+        assert_gradients(gradient(model), want)
+    with rows_of(model, DEPLOYED) as rows:
+        both = losses(model, ids[first], mask[first]).sum() + losses(model, ids[second], mask[second]).sum()
+        with pytest.raises(ValueError, match="Call backward after each forward"):
+            both.backward()
+    with rows_of(model, DEPLOYED) as rows:
+        loss = losses(model, ids, mask).sum()
+        rows.set(None)
+        with pytest.raises(ValueError, match="since then the mask was set"):
+            loss.backward()
+    with rows_of(model, torch.tensor([True, False]).repeat(2)):  # what is alike need not be told apart
+        (losses(model, ids[first], mask[first]).sum() + losses(model, ids[second], mask[second]).sum()).backward()
+
+
+def test_without_checkpointing_several_parts_share_a_backward() -> None:
+    model, (ids, mask) = build(), left_padded()
+    want = separate_gradients(model, ids, mask)
+    with rows_of(model, DEPLOYED):
+        sum(losses(model, ids[part], mask[part]).sum() for part in (slice(0, 3), slice(3, 4))).backward()
+    assert_gradients(gradient(model), want)
+
+
 # ── what is left behind, what is refused ─────────────────────────────────────────────────────────────────────────────
 
 

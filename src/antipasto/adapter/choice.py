@@ -58,7 +58,7 @@ def matmul_dtype(base: nn.Module, x: Tensor, theta: Tensor, basis: Basis) -> tor
     possible = (
         dtype in (torch.float64, torch.float32, torch.bfloat16)
         and (weight.dtype is dtype or torch.is_autocast_enabled(device))
-        and basis.U.dtype is weight.dtype
+        and basis.U.dtype in (weight.dtype, theta.dtype)  # a carried basis is of the knobs' dtype
         and theta.dtype is torch.promote_types(weight.dtype, torch.float32)
         and not (base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks)
         and not (weight.requires_grad or (bias is not None and bias.requires_grad))

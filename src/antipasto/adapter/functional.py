@@ -210,7 +210,7 @@ class _WithGradient(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, G: Tensor) -> tuple[None, Tensor, None, None]:
-        U, Vh = ctx.saved_tensors
+        U, Vh = (rotation.to(G.dtype) for rotation in ctx.saved_tensors)
         with _no_autocast(G.device):
             projected = U.mT @ G  # (E, r, o) @ (E, o, i) -> (E, r, i)
             return None, (projected * Vh).sum(-1, dtype=ctx.dtype), None, None
@@ -222,8 +222,8 @@ def with_gradient(weight: Tensor, theta: Tensor, U: Tensor, Vh: Tensor) -> Tenso
     Args:
         weight: W_θ, (E, o, i), without gradient.
         theta: (E, r).
-        U: (E, o, r), of W_θ's dtype.
-        Vh: (E, r, i), of W_θ's dtype.
+        U: (E, o, r), of any float dtype: products are taken in W_θ's.
+        Vh: (E, r, i), likewise.
 
     Example:
         >>> eye, theta = torch.eye(2)[None], torch.tensor([[1.0, 2.0]], requires_grad=True)

@@ -41,7 +41,9 @@ class RolloutGrads(Mapping[str, Tensor]):
         self._rows: dict[str, dict[int, Tensor]] = {}
         self._forward = 0  # number of model calls with gradient
         self._finished = 0  # the last of these whose backward was seen
-        self._tokens: tuple[int, ...] = ()  # (batch, sequence) of the current call
+        self._tokens: tuple[int, ...] = ()  # (batch, sequence) of the last of them
+        # layer → shape of its input → sequence_index and _tokens there, in calls whose backward was not seen yet
+        self._seen: dict[str, dict[tuple[int, ...], tuple[Tensor | None, tuple[int, ...]]]] = {}
 
     def clear(self) -> None:
         """Delete all rows, before the next step."""
@@ -62,13 +64,16 @@ class RolloutGrads(Mapping[str, Tensor]):
         """Forward pre-hook of the model: record that a micro-batch of this shape begins."""
         if _OPEN[module][-1] is not self:
             return  # the call belongs to a nested context
-        self._tokens = batch_shape(args, kwargs)
-        self._forward += torch.is_grad_enabled()
+        if torch.is_grad_enabled():
+            self._tokens = batch_shape(args, kwargs)
+            if self._finished == self._forward:
+                self._seen.clear()
+            self._forward += 1
 
     def spread(self, name: str, theta: Tensor, x: Tensor) -> Tensor:
         """Expand θ (r,) or (b, r) to a shape that broadcasts to x's tokens, and record the gradient of each sequence's row."""
-        rows, index = self._rows_of(name, theta, x, (-1,))
-        return self._per_token(name, rows, x) if index is None else rows[index]  # (…, r)
+        rows, index, tokens = self._rows_of(name, theta, x, (-1,))
+        return self._per_token(name, rows, x, tokens) if index is None else rows[index]  # (…, r)
 
     def by_sequence(self, name: str, theta: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
         """As `spread` for θ (E, r) or (b, E, r) of experts, but return a row per sequence, and each token's sequence.
@@ -76,30 +81,40 @@ class RolloutGrads(Mapping[str, Tensor]):
         Returns:
             (b, E, r), and (T,) for tokens x (T, d).
         """
-        rows, index = self._rows_of(name, theta, x, (-1, -1))
+        rows, index, tokens = self._rows_of(name, theta, x, (-1, -1))
         if index is None:
-            index = self._per_token(name, torch.arange(len(rows), device=x.device)[:, None], x)
+            index = self._per_token(name, torch.arange(len(rows), device=x.device)[:, None], x, tokens)
         return rows, index.flatten()
 
-    def _rows_of(self, name: str, theta: Tensor, x: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, Tensor | None]:
-        """θ of each sequence, whose gradient is recorded; and which of them each token of x sees, if the caller said so."""
+    def _rows_of(
+        self, name: str, theta: Tensor, x: Tensor, shape: tuple[int, ...]
+    ) -> tuple[Tensor, Tensor | None, tuple[int, ...]]:
+        """θ of each sequence, whose gradient is recorded; which of them each token sees, if said; and the call's (b, s)."""
         if self._forward == 0:
             raise ValueError(
                 f"{name} was called directly inside rollout_grads: call the model passed to rollout_grads."
             )
-        in_backward = torch._C._current_graph_task_id() != -1  # reentrant checkpointing runs the layer again there
-        if in_backward and self._forward - self._finished > 1:
+        in_backward = torch._C._current_graph_task_id() != -1  # checkpointing runs the layer again there
+        # reentrant checkpointing has run it without gradient before; otherwise the rows of the first run get the gradient
+        again = in_backward and name in self._seen
+        if in_backward and not again and self._forward - self._finished > 1:
             raise ValueError(
                 "Several forwards before one backward, under reentrant gradient checkpointing: it is not known which of them "
                 "is run again. Call backward after each, or use gradient_checkpointing_kwargs={'use_reentrant': False}."
             )
         if self._detach or not theta.requires_grad:
             theta = theta.detach().requires_grad_()
-            self.leaves.append(theta)
+            if not again:
+                self.leaves.append(theta)
         leading = tuple(x.shape[:-1])
-        index = None if self.sequence_index is None else self.sequence_index.to(x.device)
+        index, tokens = self.sequence_index, self._tokens
+        if again:
+            index, tokens = self._seen[name].get(leading, (index, tokens))
+        elif not in_backward:
+            self._seen.setdefault(name, {})[leading] = index, tokens
+        index = None if index is None else index.to(x.device)
         if index is None:
-            batch = self._tokens[0] if self._tokens else (*leading, 1)[0]
+            batch = tokens[0] if tokens else (*leading, 1)[0]
         elif index.numel() == torch.Size(leading).numel():
             batch, index = int(index.max()) + 1, index.reshape(leading)
         else:
@@ -108,12 +123,13 @@ class RolloutGrads(Mapping[str, Tensor]):
                 f"but sequence_index has {index.numel()} entries: give one per token."
             )
         rows = theta.expand(batch, *shape)
-        self._keep(name, rows)
-        return rows, index
+        if not again:
+            self._keep(name, rows)
+        return rows, index, tokens
 
-    def _per_token(self, name: str, rows: Tensor, x: Tensor) -> Tensor:
+    def _per_token(self, name: str, rows: Tensor, x: Tensor, tokens: tuple[int, ...]) -> Tensor:
         try:
-            return per_token(rows, x, self._tokens)
+            return per_token(rows, x, tokens)
         except ValueError as error:
             raise ValueError(f"{name} sees {error}") from None
 

@@ -52,6 +52,9 @@ class RowViews:
 
     The mask covers a whole batch. If the model is called on consecutive parts of the batch, each call uses the next part of
     the mask; after the last part it starts again.
+
+    Gradient checkpointing runs layers again in the backward, with the mask of the present call. That is an error if it is
+    not the mask of every call whose backward is to come, since nothing tells which of them is run again.
     """
 
     def __init__(self) -> None:
@@ -61,6 +64,11 @@ class RowViews:
         self.quarantine: Tensor | None = None  # q of the present call, (b, 1)
         # of the present call: one row that sees delta_s alone and one that sees both knobs, where there are any
         self.examples: list[int] = []
+        self._mask: list[bool] | None = None  # of the present call: which rows see delta_s alone, where some may
+        self._calls = 0
+        self._needs_backward = False  # the present call
+        self._waiting: dict[int, list[bool] | None] = {}  # calls whose backward is to come, and their masks
+        self._begun: set[int] = set()  # those whose backward has begun
 
     @property
     def are_alike(self) -> bool:
@@ -70,9 +78,14 @@ class RowViews:
     def set(self, deployed: Tensor | None) -> None:
         """Let the rows where ``deployed`` (n,) is true see ``delta_s`` alone; if None, all rows see both knobs."""
         self._deployed, self._next, self.quarantine = deployed, 0, None
+        self._mask = None if deployed is None else []
 
     def on_forward(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Forward pre-hook of the model: select this call's part of the mask."""
+        self._calls += 1
+        self._needs_backward = torch.is_grad_enabled()
+        while self._begun:
+            self._waiting.pop(self._begun.pop(), None)
         if self._deployed is None:
             return
         self.shape = batch_shape(args, kwargs)
@@ -84,18 +97,35 @@ class RowViews:
             )
         deployed = self._deployed[self._next : self._next + b]
         self.quarantine = (~deployed).unsqueeze(1)
-        mask = deployed.tolist()
+        self._mask = mask = deployed.tolist()
         self.examples = [mask.index(kind) for kind in (True, False) if kind in mask]
         self._next = (self._next + b) % n
 
     def theta(self, delta_s: Tensor, hack: Tensor) -> Tensor:
         """θ of the present call: in the knobs' shape, (r,) or (E, r), if all rows see both, else one for each row, (b, …)."""
         if self._deployed is None:
-            return delta_s + hack
-        if self.quarantine is None:
+            theta = delta_s + hack
+        elif self.quarantine is None:
             raise ValueError("A layer was called directly while rows see different knobs: call the model.")
-        sees = self.quarantine.view(-1, *[1] * hack.ndim)
-        return delta_s + torch.where(sees, hack, torch.zeros_like(hack))
+        else:
+            sees = self.quarantine.view(-1, *[1] * hack.ndim)
+            theta = delta_s + torch.where(sees, hack, torch.zeros_like(hack))
+        if not torch.compiler.is_compiling():
+            self._follow(theta)
+        return theta
+
+    def _follow(self, theta: Tensor) -> None:
+        """Remember what a layer saw until its backward has begun, and check that there it sees the same again."""
+        call, in_backward = self._calls, torch._C._current_graph_task_id() != -1
+        if self._needs_backward and not in_backward:
+            self._waiting[call] = self._mask
+        if theta.requires_grad:
+            theta.register_hook(lambda _: self._begun.add(call))
+        if in_backward and any(mask != self._mask for mask in self._waiting.values()):
+            raise ValueError(
+                "Gradient checkpointing runs a forward again, but its rows may see other knobs now: since then the mask was "
+                "set, or the model was called on other rows. Call backward after each forward, before either."
+            )
 
     def index(self, x: Tensor) -> Tensor:
         """For each row of x (n, …), its kind: its number in ``examples`` if there are two."""
