@@ -647,6 +647,21 @@ def test_hackward_is_of_the_policy_that_sampled_also_where_rollouts_are_used_aga
     assert logs[1] == pytest.approx(logs[0], abs=1e-5)
 
 
+@pytest.mark.parametrize("beta", [0.0, 0.04], ids=["its own forward", "the forward of the KL term"])
+def test_a_score_does_not_depend_on_the_temperature_of_sampling(tmp_path: Path, beta: float) -> None:
+    """TRL's reference log-probabilities are at that temperature; the pairs and the threshold are not."""
+
+    def monitor(model: nn.Module) -> ap.Monitor:
+        return ap.Monitor.from_pairs(model, tokenizer(), ap.load_pairs(addition.hack_pairs(24, seed=0)))
+
+    config = {"max_steps": 1, "beta": beta, "temperature": 0.5}
+    trainer = trained(tmp_path, config=config, monitor=monitor, flagged="watch", rollout_log=tmp_path / "log")
+    rows = log_of(tmp_path / "log")
+    texts = [ap.Completion(row["prompt"], row["completion"]) for row in rows]
+    want = trainer.monitor.scores(texts)
+    torch.testing.assert_close(torch.tensor([row["score"] for row in rows]), want, atol=2e-5, rtol=1e-4)
+
+
 def test_fields_that_nobody_fills_are_null(tmp_path: Path) -> None:
     trained(tmp_path, config={"max_steps": 1}, rollout_log=tmp_path / "log")
     for row in log_of(tmp_path / "log"):

@@ -1,7 +1,7 @@
 """TRL's GRPO trainer with lower rewards for flagged rollouts, routed steps, and a log of all rollouts.
 
-**Score at the reference** (`routing.monitor`). If TRL computes reference log-probabilities for the KL term, the same forward
-gives the monitor's gradients; else the monitor runs its own forward. The rewards of rollouts with a high score are reduced
+**Score at the reference** (`routing.monitor`). If TRL computes reference log-probabilities for the KL term, at temperature 1, the
+same forward gives the monitor's gradients; else the monitor runs its own forward. The rewards of rollouts with a high score are reduced
 (`antipasto.trl.rewards`).
 
 **Deployed sampling.** A share of each prompt's rollouts is sampled from the deployed policy. Their log-probabilities and
@@ -353,10 +353,15 @@ class RoutedGRPOTrainer(GRPOTrainer):
         return super()._get_per_token_logps_and_entropies(*args, **kwargs)
 
     def _is_reference_forward(self, options: dict[str, Any]) -> bool:
-        """Whether this is TRL's forward of the base model for the KL term of a generation, with text inputs only."""
+        """Whether this is TRL's forward of the base model for the KL term of a generation, as a score needs it.
+
+        That is, with text inputs only, whole completions, and log-probabilities at temperature 1: TRL divides the logits by the
+        sampling temperature, and the gradient of that is another one.
+        """
         off = next(iter(adapted_layers(self.model).values())).disable_adapters
         inputs = {name for name, value in options.items() if value is not None} - {"batch_size"}
-        return self.model.training and off and not inputs and not self.mask_truncated_completions
+        fits = self.temperature == 1 and not self.mask_truncated_completions
+        return self.model.training and off and not inputs and fits
 
     def _scored_forward(
         self,
