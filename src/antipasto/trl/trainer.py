@@ -109,6 +109,7 @@ class RoutedGRPOTrainer(GRPOTrainer):
         self._grads: RolloutGrads | None = None
         self._shown: list[int] = []  # indices of the present micro-batch's rollouts in the generation
         self._views: RowViews | None = None
+        self.sampler: Any = ()  # of the prompts; none for a stream, whose order has the number of its pass
         self.rollout_log = None if rollout_log is None else Path(rollout_log)
         if self.rollout_log is not None:
             self.rollout_log.parent.mkdir(parents=True, exist_ok=True)
@@ -116,6 +117,7 @@ class RoutedGRPOTrainer(GRPOTrainer):
         if self.router is not None:
             self._routing = RoutingCallback(self.router)
             self._routing.install(self)
+        self.add_callback(_OrderContinues(self))
 
     def _check_options(self) -> None:
         if self.flagged not in get_args(Flagged):
@@ -410,6 +412,10 @@ class RoutedGRPOTrainer(GRPOTrainer):
 
     # ── a run ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
+    def _get_train_sampler(self, dataset: Any = None) -> Any:
+        self.sampler = super()._get_train_sampler(dataset)
+        return self.sampler
+
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """Train as `Trainer.train` does; a resumed run also loads the router's books from its checkpoint."""
         if self.router is not None and isinstance(resume_from_checkpoint, (str, Path)):
@@ -423,6 +429,20 @@ class RoutedGRPOTrainer(GRPOTrainer):
                     self._routing.detach()
         self._flush()  # the last generation, if the run ended before all of its steps
         return result
+
+
+class _OrderContinues(TrainerCallback):
+    """Lets a run that resumes after its first pass over the prompts continue with their order in that pass.
+
+    TRL's sampler draws an order at the beginning of every pass. One that is new would draw the first pass's again.
+    """
+
+    def __init__(self, trainer: RoutedGRPOTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        for _ in range(int(state.epoch or 0)):
+            next(iter(self.trainer.sampler), None)
 
 
 class _LogContinues(TrainerCallback):
