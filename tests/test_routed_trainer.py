@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import json
 import math
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -647,6 +648,21 @@ def test_hackward_is_of_the_policy_that_sampled_also_where_rollouts_are_used_aga
     assert logs[1] == pytest.approx(logs[0], abs=1e-5)
 
 
+@pytest.mark.parametrize("beta", [0.0, 0.04], ids=["its own forward", "the forward of the KL term"])
+def test_a_score_does_not_depend_on_the_temperature_of_sampling(tmp_path: Path, beta: float) -> None:
+    """TRL's reference log-probabilities are at that temperature; the pairs and the threshold are not."""
+
+    def monitor(model: nn.Module) -> ap.Monitor:
+        return ap.Monitor.from_pairs(model, tokenizer(), ap.load_pairs(addition.hack_pairs(24, seed=0)))
+
+    config = {"max_steps": 1, "beta": beta, "temperature": 0.5}
+    trainer = trained(tmp_path, config=config, monitor=monitor, flagged="watch", rollout_log=tmp_path / "log")
+    rows = log_of(tmp_path / "log")
+    texts = [ap.Completion(row["prompt"], row["completion"]) for row in rows]
+    want = trainer.monitor.scores(texts)
+    torch.testing.assert_close(torch.tensor([row["score"] for row in rows]), want, atol=2e-5, rtol=1e-4)
+
+
 def test_fields_that_nobody_fills_are_null(tmp_path: Path) -> None:
     trained(tmp_path, config={"max_steps": 1}, rollout_log=tmp_path / "log")
     for row in log_of(tmp_path / "log"):
@@ -694,6 +710,24 @@ def test_a_resumed_run_is_the_uninterrupted_one(tmp_path: Path, kind: Any) -> No
     # a run that begins anew writes a new log
     trained(tmp_path / "anew", kind, rollout_log=log, **options)
     assert log.read_bytes() == want
+
+
+@pytest.mark.parametrize("step", [2, 3], ids=["between passes", "within a pass"])
+def test_a_run_resumed_after_its_first_pass_asks_what_the_uninterrupted_one_asked(tmp_path: Path, step: int) -> None:
+    def run(folder: str, **options: Any) -> Any:
+        trainer = make(tmp_path / folder, config=config, rollout_log=tmp_path / f"{folder}.jsonl")
+        trainer.train_dataset = trainer.train_dataset.select(range(4))  # two steps are a pass
+        trainer.train(**options)
+        return trainer
+
+    config = {"max_steps": 6, "save_strategy": "steps", "save_steps": 1}
+    whole = run("whole")
+    shutil.copy(tmp_path / "whole.jsonl", tmp_path / "again.jsonl")
+    again = run("again", resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{step}"))
+    assert (tmp_path / "again.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+    assert torch.equal(flat(again.model, "delta_s"), flat(whole.model, "delta_s"))
+    asked = [row["prompt"] for row in log_of(tmp_path / "whole.jsonl")]
+    assert asked[: 4 * GROUP] != asked[4 * GROUP : 8 * GROUP]  # every pass has its own order
 
 
 @pytest.mark.parametrize("damaged", ["rubbish", "[3]", '{"stop": 1}'])

@@ -1,7 +1,7 @@
 """TRL's GRPO trainer with lower rewards for flagged rollouts, routed steps, and a log of all rollouts.
 
-**Score at the reference** (`routing.monitor`). If TRL computes reference log-probabilities for the KL term, the same forward
-gives the monitor's gradients; else the monitor runs its own forward. The rewards of rollouts with a high score are reduced
+**Score at the reference** (`routing.monitor`). If TRL computes reference log-probabilities for the KL term, at temperature 1, the
+same forward gives the monitor's gradients; else the monitor runs its own forward. The rewards of rollouts with a high score are reduced
 (`antipasto.trl.rewards`).
 
 **Deployed sampling.** A share of each prompt's rollouts is sampled from the deployed policy. Their log-probabilities and
@@ -109,6 +109,7 @@ class RoutedGRPOTrainer(GRPOTrainer):
         self._grads: RolloutGrads | None = None
         self._shown: list[int] = []  # indices of the present micro-batch's rollouts in the generation
         self._views: RowViews | None = None
+        self.sampler: Any = ()  # of the prompts; none for a stream, whose order has the number of its pass
         self.rollout_log = None if rollout_log is None else Path(rollout_log)
         if self.rollout_log is not None:
             self.rollout_log.parent.mkdir(parents=True, exist_ok=True)
@@ -116,6 +117,7 @@ class RoutedGRPOTrainer(GRPOTrainer):
         if self.router is not None:
             self._routing = RoutingCallback(self.router)
             self._routing.install(self)
+        self.add_callback(_OrderContinues(self))
 
     def _check_options(self) -> None:
         if self.flagged not in get_args(Flagged):
@@ -353,10 +355,15 @@ class RoutedGRPOTrainer(GRPOTrainer):
         return super()._get_per_token_logps_and_entropies(*args, **kwargs)
 
     def _is_reference_forward(self, options: dict[str, Any]) -> bool:
-        """Whether this is TRL's forward of the base model for the KL term of a generation, with text inputs only."""
+        """Whether this is TRL's forward of the base model for the KL term of a generation, as a score needs it.
+
+        That is, with text inputs only, whole completions, and log-probabilities at temperature 1: TRL divides the logits by the
+        sampling temperature, and the gradient of that is another one.
+        """
         off = next(iter(adapted_layers(self.model).values())).disable_adapters
         inputs = {name for name, value in options.items() if value is not None} - {"batch_size"}
-        return self.model.training and off and not inputs and not self.mask_truncated_completions
+        fits = self.temperature == 1 and not self.mask_truncated_completions
+        return self.model.training and off and not inputs and fits
 
     def _scored_forward(
         self,
@@ -405,6 +412,10 @@ class RoutedGRPOTrainer(GRPOTrainer):
 
     # ── a run ────────────────────────────────────────────────────────────────────────────────────────────────────────
 
+    def _get_train_sampler(self, dataset: Any = None) -> Any:
+        self.sampler = super()._get_train_sampler(dataset)
+        return self.sampler
+
     def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs: Any) -> Any:
         """Train as `Trainer.train` does; a resumed run also loads the router's books from its checkpoint."""
         if self.router is not None and isinstance(resume_from_checkpoint, (str, Path)):
@@ -418,6 +429,20 @@ class RoutedGRPOTrainer(GRPOTrainer):
                     self._routing.detach()
         self._flush()  # the last generation, if the run ended before all of its steps
         return result
+
+
+class _OrderContinues(TrainerCallback):
+    """Lets a run that resumes after its first pass over the prompts continue with their order in that pass.
+
+    TRL's sampler draws an order at the beginning of every pass. One that is new would draw the first pass's again.
+    """
+
+    def __init__(self, trainer: RoutedGRPOTrainer) -> None:
+        self.trainer = trainer
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        for _ in range(int(state.epoch or 0)):
+            next(iter(self.trainer.sampler), None)
 
 
 class _LogContinues(TrainerCallback):
