@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from antipasto.app.checks import check_new_file
+from antipasto.app.inspection import knob_rows
 from antipasto.app.report import figures, tables
 from antipasto.app.report.answers import side_by_side
 from antipasto.app.report.html import page_of
@@ -77,7 +78,7 @@ def _view(run: Run, slug: str, number: int) -> dict[str, Any]:
         "training": figures.training(run),
         "maps": figures.maps(run),
         "spectra": figures.spectra(run),
-        "knobs": [] if run.knobs is None else tables.knob_rows(run.knobs),
+        "knobs": [] if run.knobs is None else knob_rows(run.knobs),
         "books": [] if run.books is None else tables.book_rows(run.books, run.knobs),
         "heldout": None if run.direction is None else run.direction.heldout,
         "lists": _lists(run),

@@ -5,10 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
-import torch
-
-from antipasto.app.inspection import QUARANTINE, Knobs, cosine, norms
-from antipasto.app.report.layers import kind_of
+from antipasto.app.inspection import QUARANTINE, Knobs, cosine, flat_books
 from antipasto.app.report.plots import ARM_COLOURS
 from antipasto.evaluation.records import (
     DEPLOYED,
@@ -24,7 +21,7 @@ from antipasto.evaluation.records import (
     short,
 )
 from antipasto.evaluation.verdict import where_the_exploit_is
-from antipasto.routing.books import CHANCE, Books
+from antipasto.routing.books import Books
 
 _KNOWN = (REFERENCE, TRAINED, DEPLOYED, RANDOM, "permuted", "labels shuffled", "non-hack contrast", "shrunk")
 _TITLES = {"solve": "solved", "exploit": "exploited", "reward": "reward", "kl": "KL", "length": "length"}
@@ -269,28 +266,14 @@ def signed_text(value: float) -> str:
     return f"+{text}" if value > 0 and text != ".00" else text
 
 
-# ── knobs and books ──────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def knob_rows(knobs: dict[str, Knobs]) -> list[tuple[object, ...]]:
-    """By kind of layer: name, number, r, ‖δS‖, ‖δS_hack‖, ‖δS_hack‖² / (‖δS‖² + ‖δS_hack‖²)."""
-    kinds: dict[str, list[Knobs]] = {}
-    for layer, pair in knobs.items():
-        kinds.setdefault(kind_of(layer), []).append(pair)
-    return [(kind, *norms(layers)) for kind, layers in kinds.items()] + [("all", *norms(list(knobs.values())))]
+# ── books ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def book_rows(books: Books, knobs: dict[str, Knobs] | None) -> list[tuple[str, str, str]]:
     """Book, norm, overlap with the quarantine (the cosine over all layers together)."""
-    layers = books.books[CHANCE]
-    flat = {name: torch.cat([book[layer].float() for layer in layers]) for name, book in books.books.items()}
-    held = None
-    if knobs is not None and knobs.keys() == layers.keys():
-        parts = [knobs[layer].hack for layer in layers]
-        if all(part is not None for part in parts):
-            held = torch.cat([part for part in parts if part is not None])
-    rows = [] if held is None else [(QUARANTINE, f"{held.norm():.3g}", "1.00")]
+    flat = flat_books(books, knobs)
+    rows = []
     for name, vector in flat.items():
-        overlap = None if held is None or held.shape != vector.shape else cosine(held, vector)
+        overlap = cosine(flat[QUARANTINE], vector) if QUARANTINE in flat else None
         rows.append((name, f"{vector.norm():.3g}", "–" if overlap is None else f"{overlap:.2f}".replace("-", "−")))
     return rows
