@@ -18,6 +18,7 @@ from statistics import fmean
 from typing import Any, NamedTuple
 
 import torch
+import yaml
 from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -115,12 +116,12 @@ def adapter_parts(folder: Path) -> list[RenderableType]:
         other = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
         raise ValueError(f"{folder / 'adapter_config.json'}: expected peft_type {PEFT_TYPE.value}, got {other!r}.")
     knobs, others = read_adapter(folder / "adapter_model.safetensors")
-    quarantined = [name for name, layer in knobs.items() if layer.hack is not None]
+    quarantine = quarantine_of(knobs)
     table = _table(
         f"adapter of {config.get('base_model_name_or_path') or 'an unnamed base model'}",
         *("layers", "number", "r", "‖δS‖", "‖δS_hack‖", "in quarantine"),
         texts=["layers"],
-        caption="in quarantine: ‖δS_hack‖² / (‖δS‖² + ‖δS_hack‖²)" if quarantined else None,
+        caption="in quarantine: ‖δS_hack‖² / (‖δS‖² + ‖δS_hack‖²)" if quarantine else None,
     )
     *kinds, whole = knob_rows(knobs)
     for row in sorted(kinds, key=lambda row: str(row[0])):
@@ -128,13 +129,13 @@ def adapter_parts(folder: Path) -> list[RenderableType]:
     table.add_section()
     add_row(table, *whole)
     parts: list[RenderableType] = [table, *_largest(knobs)]
-    if not quarantined:
+    if not quarantine:
         parts.append(_sentence("It has no quarantine: all of it ships."))
-    elif not any(layer.hack.any() for layer in knobs.values() if layer.hack is not None):
+    elif not any(hack.any() for hack in quarantine.values()):
         parts.append(_sentence("It has an empty quarantine."))
     else:
         parts.append(_sentence("It still has its quarantine: call drop_quarantine before it ships."))
-    if bool(config.get("quarantine")) != bool(quarantined):
+    if bool(config.get("quarantine")) != bool(quarantine):
         parts.append(_sentence("Its config disagrees about the quarantine: the two files do not belong together."))
     if not all(torch.isfinite(t).all() for layer in knobs.values() for t in layer[:2] if t is not None):
         parts.append(_sentence("IT HAS NaN OR Inf: the run that wrote it diverged."))
@@ -166,6 +167,11 @@ def read_adapter(path: Path) -> tuple[dict[str, Knobs], int]:
         experts = len(delta_s) if delta_s.ndim > 1 else 1
         knobs[name] = Knobs(delta_s.flatten(), None if hack is None else hack.flatten(), experts)
     return knobs, len(tensors) - sum(map(len, found.values()))
+
+
+def quarantine_of(knobs: Mapping[str, Knobs]) -> dict[str, Tensor]:
+    """Layer → δS_hack, of the layers that have one."""
+    return {name: layer.hack for name, layer in knobs.items() if layer.hack is not None}
 
 
 def kind_of(layer: str) -> str:
@@ -277,16 +283,12 @@ def strongest_layers(direction: Direction) -> Table:
         texts=["layer"],
         caption="above, largest: effect sizes; held-out: pairs that this layer alone orders right",
     )
-    ranked = sorted(
-        direction.effect.items(),
-        key=lambda item: (int((item[1].abs() > THRESHOLD).sum()), float(item[1].abs().max())),
-        reverse=True,
-    )
-    for name, effect in ranked[:_TOP]:
+    above = {name: int((effect.abs() > THRESHOLD).sum()) for name, effect in direction.effect.items()}
+    largest = {name: float(effect.abs().max()) for name, effect in direction.effect.items()}
+    for name in sorted(above, key=lambda name: (above[name], largest[name]), reverse=True)[:_TOP]:
         share = None if direction.heldout is None else direction.heldout.layers.get(name)
-        number = int((effect.abs() > THRESHOLD).sum())
-        largest = f"{effect.abs().max():.2f}"
-        add_row(table, name, f"{number} of {len(effect)}", largest, "-" if share is None else f"{share:.0%}")
+        number = f"{above[name]} of {len(direction.effect[name])}"
+        add_row(table, name, number, f"{largest[name]:.2f}", "-" if share is None else f"{share:.0%}")
     return table
 
 
@@ -317,7 +319,7 @@ def books_parts(path: Path, knobs: Mapping[str, Knobs] | None = None) -> list[Re
 def flat_books(saved: Books, knobs: Mapping[str, Knobs] | None) -> dict[str, Tensor]:
     """Each book as one vector over all layers. The quarantine comes first, if the knobs have one for the same layers."""
     layers = saved.books[CHANCE]
-    quarantine = {name: layer.hack for name, layer in (knobs or {}).items() if layer.hack is not None}
+    quarantine = quarantine_of(knobs or {})
     books = saved.books
     if {name: len(part) for name, part in quarantine.items()} == {name: len(part) for name, part in layers.items()}:
         books = {QUARANTINE: quarantine, **books}
@@ -367,26 +369,25 @@ def run_parts(folder: Path, config: Mapping[str, Any]) -> list[RenderableType]:
 
 def _config_table(folder: Path, config: Mapping[str, Any]) -> Table:
     table = _table(f"run {folder}", "setting", "value", texts=["setting", "value"])
-    lines = []
-    for key, value in config.items():
-        if isinstance(value, dict):
-            lines += [(f"{key}.{name}", inner) for name, inner in value.items()]
-        elif value is not None:
-            lines.append((str(key), value))
-    for key, value in lines[:_CONFIG_LINES]:
-        add_row(table, shorten(key, 40), _value(value))
+    lines = settings(config)
+    for name, value in lines[:_CONFIG_LINES]:
+        add_row(table, shorten(name, 40), shorten(value, 70))
     if len(lines) > _CONFIG_LINES:
         add_row(table, "…", f"{len(lines) - _CONFIG_LINES} more")
     return table
 
 
-def _value(value: Any) -> str:
-    if isinstance(value, dict):
-        return f"({len(value)} settings)"
-    if isinstance(value, list):
-        plain_values = all(isinstance(v, (str, int, float, bool)) or v is None for v in value)
-        return shorten(", ".join(map(str, value)), 70) if plain_values else f"({len(value)} entries)"
-    return shorten(value, 70)
+def settings(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """Nested options as lines of name and value; those that are None are left out."""
+    lines = []
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            lines += settings(value, f"{prefix}{key}.")
+        elif value is not None:
+            if not isinstance(value, str):  # the text of a single number or bool ends in "..."
+                value = yaml.safe_dump(value, default_flow_style=True, width=10**6).removesuffix("...\n").strip()
+            lines.append((f"{prefix}{key}", value))
+    return lines
 
 
 def metrics_parts(path: Path, config: Mapping[str, Any]) -> list[RenderableType]:
