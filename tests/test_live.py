@@ -23,7 +23,7 @@ from transformers import TrainerState
 
 from antipasto.tasks import addition
 from antipasto.trl import Interrupts, ProgressBar
-from antipasto.trl.live import ASCII_BLOCKS, BLOCKS, CELLS, History, sparkline
+from antipasto.trl.live import ASCII_BLOCKS, BLOCKS, CELLS, cells, sparkline
 
 LOGS = {
     "reward": 0.5,
@@ -87,8 +87,8 @@ def test_every_metric_has_its_row_while_it_trains_and_one_line_stays(width: int)
     assert head.startswith("training, seed 0 ━")
     assert " 24/40 " in head
     assert " left 0:00:0" in head
-    cells = [row.split() for row in rows]
-    assert [c[:2] for c in cells[:9]] == [
+    words = [row.split() for row in rows]
+    assert [c[:2] for c in words[:9]] == [
         ["reward", "0.500"],
         ["trained", "0.750"],
         ["deployed", "0.250"],
@@ -99,10 +99,10 @@ def test_every_metric_has_its_row_while_it_trains_and_one_line_stays(width: int)
         ["flagged", "0.875"],
         ["tokens/s", "0.000"],  # the count did not move
     ]
-    assert cells[5][3:] == ["chance", "0.125"]
-    assert all(len(c[2]) == CELLS for c in cells)  # none is cut off
-    assert cells[3][2][0] == BLOCKS[1]  # a share: drawn from 0 to 1
-    assert cells[5][2][0] == BLOCKS[-1]  # of its own largest value
+    assert words[5][3:] == ["chance", "0.125"]
+    assert all(len(c[2]) == CELLS for c in words)  # none is cut off
+    assert words[3][2][0] == BLOCKS[1]  # a share: drawn from 0 to 1
+    assert words[5][2][0] == BLOCKS[-1]  # of its own largest value
     left = terminal.lines()
     assert len(left) == (1 if width >= 72 else 2)
     assert "24/40" in left[0]
@@ -237,14 +237,11 @@ def test_a_quiet_console_leaves_the_output_alone() -> None:
 
 @given(st.lists(st.floats(-1e6, 1e6), min_size=1, max_size=200))
 def test_a_history_of_any_length_is_a_few_means(values: list[float]) -> None:
-    history = History(size=8)
-    for value in values:
-        history.add(value)
-    each = history._each
+    means = cells(values, size=8)
+    each = next(2**k for k in range(9) if len(values) <= 8 * 2**k)
     parts = [values[i : i + each] for i in range(0, len(values), each)]
-    assert len(parts) <= 9
-    assert history.cells() == pytest.approx([sum(part) / len(part) for part in parts], abs=1e-6)
-    assert history.last == values[-1]
+    assert len(parts) <= 8
+    assert means == pytest.approx([sum(part) / len(part) for part in parts], abs=1e-6)
     assert len(values) <= 8 or len(parts) > 4
 
 

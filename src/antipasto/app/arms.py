@@ -81,8 +81,9 @@ def evaluate_run(
         facts = {"prompts": len(rows), **how.facts(), "method": run.method, **_digests(root, task, rows)}
         before, done = _earlier(root, facts, console)
         if run.has_quarantine:
-            with doing(console, "measuring the KL of the deployed model to the reference"):
-                facts["shrunk_by"] = before.get("shrunk_by") or _shrink(run, rows, how)
+            with doing(console, "measuring the KL of the deployed model to the reference"), quiet():
+                asked = [row["prompt"] for row in rows[:SIZING]]
+                facts["shrunk_by"] = before.get("shrunk_by") or matched_scale(run.model, run.tokenizer, asked, how)
         write_answers(root / PARTIAL, facts, done)
         arms = run.views(shrink=facts.get("shrunk_by"), dials=DIALS if dial else ())
         with asking(console, len(rows) * len(arms), len(done)) as tell, quiet():
@@ -139,12 +140,6 @@ def asking(console: Console, total: int, done: int = 0) -> Iterator[Callable[[li
                 console.print(plain(text), markup=False, highlight=False, soft_wrap=True)
 
         yield tell
-
-
-def _shrink(run: LoadedRun, rows: Sequence[Any], how: Sampling) -> float:
-    """The factor that scales θ to the deployed model's KL to the reference, on the first `SIZING` prompts."""
-    with quiet():
-        return matched_scale(run.model, run.tokenizer, [row["prompt"] for row in rows[:SIZING]], how)
 
 
 def _digests(root: Path, task: Task, rows: Sequence[Any]) -> dict[str, str]:

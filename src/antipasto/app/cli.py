@@ -213,7 +213,8 @@ def train(
             if (others := [name for name in typed if name != "resume"]) or context.args:
                 words = [f"--{name.replace('_', '-')}" for name in others] + context.args[:1]
                 raise ValueError(f"--resume takes all options from the run's folder: leave out {', '.join(words)}.")
-            settings, out = RunFolder(resume).config_to_resume(), resume
+            RunFolder(resume).read_run()  # a run that has not reached its first step cannot be continued
+            settings, out = RunFolder(resume).read_config(), resume
         else:
             settings, out = _settings(context, typed, config)
     with readable_errors(out, extra="trl"):

@@ -6,6 +6,7 @@ import dataclasses
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 from rich.console import Console
 from rich.table import Table
@@ -15,12 +16,11 @@ from torch import Tensor, nn
 from antipasto.adapter import AntiPastoConfig
 from antipasto.adapter.basis import cache_file, cached_file, load_basis
 from antipasto.adapter.fingerprints import hashed_once
-from antipasto.adapter.knobs import wrap
 from antipasto.adapter.layer import as_matrix, basis_dtype
 from antipasto.adapter.model import find_targets, rank_of
 from antipasto.app.checks import check_new_file
 from antipasto.app.inspection import guarded, strongest_layers
-from antipasto.app.models import best_device, load_model, load_shapes, load_weights
+from antipasto.app.models import load_adapted, load_shapes, load_weights
 from antipasto.names import HELDOUT, THRESHOLD, Dtype
 from antipasto.routing.confounds import confounds
 from antipasto.routing.directions import Direction, extract_direction
@@ -30,25 +30,16 @@ from antipasto.routing.pairs import ContrastPair, load_pairs, pairs_in, split_pa
 from antipasto.terminal import add_row, plain, progress_bar, say
 
 
-@dataclasses.dataclass(frozen=True)
-class Cached:
+class Cached(NamedTuple):
     """What `cache_bases` did.
 
     Attributes:
         layers: number of adapted layers.
-        numbers: number of trainable numbers.
-        bytes: total size of the cache files that the config's bases are read from. A file may hold more than is asked.
-        folder: the cache folder.
         there: number of layers that were cached before.
-        seconds: time taken, without loading the model.
     """
 
     layers: int
-    numbers: int
-    bytes: int
-    folder: Path
     there: int
-    seconds: float
 
 
 def cache_bases(name_or_path: str, config: AntiPastoConfig, console: Console, *, dtype: Dtype = "auto") -> Cached:
@@ -75,15 +66,19 @@ def cache_bases(name_or_path: str, config: AntiPastoConfig, console: Console, *,
                 file, was_there = _cache_basis(name, module, weight, config)
             files.add(file)
             there += was_there
-    done = Cached(
-        layers=len(targets),
-        numbers=numbers,
-        bytes=sum(file.stat().st_size for file in files),
-        folder=file.parent,
-        there=there,
-        seconds=time.monotonic() - started,
-    )
-    console.print(_cached_table(name_or_path, done))
+    done = Cached(len(targets), there)
+    table = Table(show_header=False, title="singular bases", title_justify="left")
+    computed = done.layers - done.there
+    add_row(table, "model", name_or_path)
+    add_row(table, "layers", done.layers)
+    add_row(table, "cached before", "all" if computed == 0 else done.there)
+    add_row(table, "computed now", computed)
+    add_row(table, "seconds", f"{time.monotonic() - started:.1f}")
+    add_row(table, "trainable numbers", f"{numbers:,}")
+    # of the files that the config's bases are read from; a file may hold more than is asked
+    add_row(table, "files", f"{sum(file.stat().st_size for file in files) / 2**20:,.1f} MiB")
+    add_row(table, "folder", file.parent)
+    console.print(table)
     return done
 
 
@@ -209,20 +204,6 @@ def _no_cache(folder: Path, reason: str) -> ValueError:
     return ValueError(f"{folder} cannot be used as the cache folder ({reason}): choose another --cache-dir.")
 
 
-def _cached_table(name_or_path: str, done: Cached) -> Table:
-    table = Table(show_header=False, title="singular bases", title_justify="left")
-    computed = done.layers - done.there
-    add_row(table, "model", name_or_path)
-    add_row(table, "layers", done.layers)
-    add_row(table, "cached before", "all" if computed == 0 else done.there)
-    add_row(table, "computed now", computed)
-    add_row(table, "seconds", f"{done.seconds:.1f}")
-    add_row(table, "trainable numbers", f"{done.numbers:,}")
-    add_row(table, "files", f"{done.bytes / 2**20:,.1f} MiB")
-    add_row(table, "folder", done.folder)
-    return table
-
-
 def extract(
     name_or_path: str,
     pairs_file: Path,
@@ -256,9 +237,7 @@ def extract(
     pairs = load_pairs(pairs_file)
     fit, held = split_pairs(pairs, heldout, seed)
     out.parent.mkdir(parents=True, exist_ok=True)
-    with console.status(Text(f"loading {plain(name_or_path)}")):
-        model, tokenizer = load_model(name_or_path, dtype=dtype)
-    wrap(model.to(best_device()), config)
+    model, tokenizer = load_adapted(name_or_path, config, console, dtype=dtype)
     with console.status(f"extracting from {len(fit)} pairs"):
         direction = extract_direction(model, tokenizer, fit, heldout=held, batch_size=batch_size)
         shuffled = extract_direction(model, tokenizer, fit, shuffle_labels=seed, batch_size=batch_size)
@@ -313,9 +292,7 @@ def score_map(
         forms = {"held-out hacks": of_pairs(held, clean=False), clean: of_pairs(held, clean=True), **forms}
     elif CLEAN not in forms:
         raise ValueError(f"{forms_file} has no form {CLEAN!r} to compare the others with: add honest answers.")
-    with console.status(Text(f"loading {plain(name_or_path)}")):
-        model, tokenizer = load_model(name_or_path, dtype=dtype)
-    wrap(model.to(best_device()), config)
+    model, tokenizer = load_adapted(name_or_path, config, console, dtype=dtype)
     with console.status(Text(f"scoring {sum(map(len, forms.values()))} texts")):
         if pairs is not None:
             half = pairs_in(batch_size)

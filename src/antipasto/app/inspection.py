@@ -10,14 +10,15 @@ Loads no model, and no pickles. Text from files is printed literally, without ma
 
 from __future__ import annotations
 
-import heapq
 import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from statistics import fmean
 from typing import Any, NamedTuple
 
 import torch
+import yaml
 from rich.console import Console, RenderableType
 from rich.table import Table
 from rich.text import Text
@@ -28,12 +29,12 @@ from torch import Tensor
 from antipasto.adapter.config import PEFT_TYPE
 from antipasto.app.arms import rates_table
 from antipasto.app.checks import check_file
-from antipasto.app.run_folder import MONITOR, RunFolder
+from antipasto.app.run_folder import RunFolder
 from antipasto.evaluation.records import EVAL, read_evaluation
 from antipasto.evaluation.rollout_log import Rollout, read
 from antipasto.names import THRESHOLD
 from antipasto.reading import as_number, read_json, read_rows
-from antipasto.routing.books import CHANCE, read_books
+from antipasto.routing.books import CHANCE, Books, read_books
 from antipasto.routing.directions import Direction
 from antipasto.routing.monitor import read_monitor
 from antipasto.terminal import add_row, plain, shorten
@@ -66,28 +67,19 @@ def describe(path: Path) -> list[RenderableType]:
             return adapter_parts(path)
         return run_parts(path, RunFolder(path).read_config())
     check_file(path)
-    kind = _safetensors_kind(path)
-    if kind == "direction":
-        return direction_parts(Direction.load(path))
-    if kind == "monitor":
-        return monitor_parts(path)
-    return books_parts(path) if kind == "books" else adapter_parts(path.parent)
-
-
-def _safetensors_kind(path: Path) -> str:
     try:
         with safe_open(path, framework="pt") as file:
             form = (file.metadata() or {}).get("format", "")
     except SafetensorError as error:
         raise ValueError(f"{path} is not a safetensors file, or is damaged: {error}.") from error
     if form.startswith("antipasto-direction-"):
-        return "direction"
+        return direction_parts(Direction.load(path))
     if form.startswith("antipasto-monitor-"):
-        return "monitor"
+        return monitor_parts(path)
     if form.startswith("antipasto-books-"):
-        return "books"
+        return books_parts(path)
     if path.name == "adapter_model.safetensors":
-        return "adapter"
+        return adapter_parts(path.parent)
     raise ValueError(
         f"{path} is a safetensors file, but not a direction, monitor or books (format {form!r}). Give one of these, an "
         "adapter's folder, or a run folder."
@@ -98,10 +90,11 @@ def _sentence(text: str) -> Text:
     return Text(plain(text))
 
 
-def _table(title: str, *columns: str, numbers: Sequence[str] = (), caption: str | None = None) -> Table:
+def _table(title: str, *columns: str, texts: Sequence[str] = (), caption: str | None = None) -> Table:
+    """An empty table. The columns that are not ``texts`` hold numbers."""
     table = Table(title=_sentence(title), title_justify="left", caption=caption, caption_justify="left")
     for name in columns:
-        table.add_column(Text(plain(name)), justify="right" if name in numbers else "left", overflow="fold")
+        table.add_column(Text(plain(name)), justify="left" if name in texts else "right", overflow="fold")
     return table
 
 
@@ -123,28 +116,26 @@ def adapter_parts(folder: Path) -> list[RenderableType]:
         other = config.get("peft_type") if isinstance(config, dict) else type(config).__name__
         raise ValueError(f"{folder / 'adapter_config.json'}: expected peft_type {PEFT_TYPE.value}, got {other!r}.")
     knobs, others = read_adapter(folder / "adapter_model.safetensors")
-    quarantined = [name for name, layer in knobs.items() if layer.hack is not None]
+    quarantine = quarantine_of(knobs)
     table = _table(
         f"adapter of {config.get('base_model_name_or_path') or 'an unnamed base model'}",
         *("layers", "number", "r", "‖δS‖", "‖δS_hack‖", "in quarantine"),
-        numbers=("number", "r", "‖δS‖", "‖δS_hack‖", "in quarantine"),
-        caption="in quarantine: ‖δS_hack‖² / (‖δS‖² + ‖δS_hack‖²)" if quarantined else None,
+        texts=["layers"],
+        caption="in quarantine: ‖δS_hack‖² / (‖δS‖² + ‖δS_hack‖²)" if quarantine else None,
     )
-    kinds: dict[str, list[Knobs]] = {}
-    for name, layer in knobs.items():
-        kinds.setdefault(name.rpartition(".")[2], []).append(layer)
-    for kind, layers in sorted(kinds.items()):
-        add_row(table, kind, *norms(layers))
+    *kinds, whole = knob_rows(knobs)
+    for row in sorted(kinds, key=lambda row: str(row[0])):
+        add_row(table, *row)
     table.add_section()
-    add_row(table, "all", *norms(list(knobs.values())))
+    add_row(table, *whole)
     parts: list[RenderableType] = [table, *_largest(knobs)]
-    if not quarantined:
+    if not quarantine:
         parts.append(_sentence("It has no quarantine: all of it ships."))
-    elif not any(layer.hack.any() for layer in knobs.values() if layer.hack is not None):
+    elif not any(hack.any() for hack in quarantine.values()):
         parts.append(_sentence("It has an empty quarantine."))
     else:
         parts.append(_sentence("It still has its quarantine: call drop_quarantine before it ships."))
-    if bool(config.get("quarantine")) != bool(quarantined):
+    if bool(config.get("quarantine")) != bool(quarantine):
         parts.append(_sentence("Its config disagrees about the quarantine: the two files do not belong together."))
     if not all(torch.isfinite(t).all() for layer in knobs.values() for t in layer[:2] if t is not None):
         parts.append(_sentence("IT HAS NaN OR Inf: the run that wrote it diverged."))
@@ -178,7 +169,31 @@ def read_adapter(path: Path) -> tuple[dict[str, Knobs], int]:
     return knobs, len(tensors) - sum(map(len, found.values()))
 
 
+def quarantine_of(knobs: Mapping[str, Knobs]) -> dict[str, Tensor]:
+    """Layer → δS_hack, of the layers that have one."""
+    return {name: layer.hack for name, layer in knobs.items() if layer.hack is not None}
+
+
+def kind_of(layer: str) -> str:
+    """The last part of a layer's name.
+
+    Example:
+        >>> kind_of("model.layers.3.self_attn.q_proj")
+        'q_proj'
+    """
+    return layer.rpartition(".")[2]
+
+
+def knob_rows(knobs: Mapping[str, Knobs]) -> list[tuple[object, ...]]:
+    """By kind of layer, and then for all layers: name, number, r, ‖δS‖, ‖δS_hack‖, share in quarantine."""
+    kinds: dict[str, list[Knobs]] = {}
+    for name, layer in knobs.items():
+        kinds.setdefault(kind_of(name), []).append(layer)
+    return [(kind, *norms(layers)) for kind, layers in (*kinds.items(), ("all", list(knobs.values())))]
+
+
 def norms(layers: Sequence[Knobs]) -> tuple[object, ...]:
+    """Number, r, ‖δS‖, ‖δS_hack‖, share in quarantine of some layers together."""
     sizes = [len(layer.delta_s) // layer.experts for layer in layers]
     r = f"{min(sizes)}" if min(sizes) == max(sizes) else f"{min(sizes)} to {max(sizes)}"
     ships = float(torch.cat([layer.delta_s for layer in layers]).norm())
@@ -206,7 +221,7 @@ def _largest(knobs: Mapping[str, Knobs]) -> list[RenderableType]:
     table = _table(
         "largest coordinates of θ = δS + δS_hack",
         *("layer", "j", "θ", "δS", "δS_hack", "of ‖θ‖²"),
-        numbers=("j", "θ", "δS", "δS_hack", "of ‖θ‖²"),
+        texts=["layer"],
         caption="j: number of the singular direction; 0 has the largest singular value",
     )
     for i in squares.topk(min(_TOP, len(squares))).indices.tolist():
@@ -235,11 +250,7 @@ def direction_parts(direction: Direction) -> list[RenderableType]:
     ]
     if direction.effect is None:
         return [*parts, _sentence("It has no effect sizes: use it with gate 'one_sided', not 'coordinate'.")]
-    table = _table(
-        "coordinates that the coordinate gate guards",
-        *("effect size above", "coordinates", "share"),
-        numbers=("effect size above", "coordinates", "share"),
-    )
+    table = _table("coordinates that the coordinate gate guards", "effect size above", "coordinates", "share")
     for threshold in THRESHOLDS:
         number = guarded(direction, threshold)
         mark = " (default)" if threshold == THRESHOLD else ""
@@ -269,56 +280,54 @@ def strongest_layers(direction: Direction) -> Table:
     table = _table(
         f"strongest layers, of {len(direction)}",
         *("layer", f"above {THRESHOLD}", "largest", "held-out"),
-        numbers=(f"above {THRESHOLD}", "largest", "held-out"),
+        texts=["layer"],
         caption="above, largest: effect sizes; held-out: pairs that this layer alone orders right",
     )
-    ranked = sorted(
-        direction.effect.items(),
-        key=lambda item: (int((item[1].abs() > THRESHOLD).sum()), float(item[1].abs().max())),
-        reverse=True,
-    )
-    for name, effect in ranked[:_TOP]:
+    above = {name: int((effect.abs() > THRESHOLD).sum()) for name, effect in direction.effect.items()}
+    largest = {name: float(effect.abs().max()) for name, effect in direction.effect.items()}
+    for name in sorted(above, key=lambda name: (above[name], largest[name]), reverse=True)[:_TOP]:
         share = None if direction.heldout is None else direction.heldout.layers.get(name)
-        number = int((effect.abs() > THRESHOLD).sum())
-        largest = f"{effect.abs().max():.2f}"
-        add_row(table, name, f"{number} of {len(effect)}", largest, "-" if share is None else f"{share:.0%}")
+        number = f"{above[name]} of {len(direction.effect[name])}"
+        add_row(table, name, number, f"{largest[name]:.2f}", "-" if share is None else f"{share:.0%}")
     return table
 
 
 # ── books ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def books_parts(path: Path, quarantine: Mapping[str, Tensor] | None = None) -> list[RenderableType]:
+def books_parts(path: Path, knobs: Mapping[str, Knobs] | None = None) -> list[RenderableType]:
     """Describe books: the norm of each, and their overlaps.
 
     Args:
-        quarantine: layer → δS_hack of the same run, to compare the books with.
+        knobs: of the same run, to compare the books with its quarantine.
     """
     saved = read_books(path)
-    books = saved.books
-    layers = books[CHANCE]
-    if quarantine and quarantine.keys() == layers.keys():
-        books = {QUARANTINE: dict(quarantine), **books}
-    tensors = [tensor for book in books.values() for tensor in book.values()]
-    if not tensors or any(tensor.ndim != 1 for tensor in tensors):
-        raise ValueError(f"{path}: expected books of vectors; there are none, or they have another shape.")
-    flat = {name: torch.cat([book[layer].float() for layer in layers]) for name, book in books.items()}
-    if len({t.shape for t in flat.values()}) > 1:
-        raise ValueError(f"{path}: its books differ in length, from each other or from the adapter.")
-    numbers = [str(i) for i in range(1, len(flat) + 1)]
+    books = flat_books(saved, knobs)
+    numbers = [str(i) for i in range(1, len(books) + 1)]
     table = _table(
         f"books after {saved.steps} steps: what each would have moved into the quarantine",
         *("", "book", "norm", *numbers),
-        numbers=("", "norm", *numbers),
+        texts=["book"],
         caption="columns 1, 2, …: overlap (cosine) with that book, -1 to 1",
     )
-    for number, (name, book) in zip(numbers, flat.items(), strict=True):
-        cosines = [cosine(book, other) for other in flat.values()]
+    for number, (name, book) in zip(numbers, books.items(), strict=True):
+        cosines = [cosine(book, other) for other in books.values()]
         add_row(table, number, name, f"{book.norm():.3g}", *("-" if c is None else f"{c:.2f}" for c in cosines))
     return [table]
 
 
+def flat_books(saved: Books, knobs: Mapping[str, Knobs] | None) -> dict[str, Tensor]:
+    """Each book as one vector over all layers. The quarantine comes first, if the knobs have one for the same layers."""
+    layers = saved.books[CHANCE]
+    quarantine = quarantine_of(knobs or {})
+    books = saved.books
+    if {name: len(part) for name, part in quarantine.items()} == {name: len(part) for name, part in layers.items()}:
+        books = {QUARANTINE: quarantine, **books}
+    return {name: torch.cat([book[layer].float() for layer in layers]) for name, book in books.items()}
+
+
 def cosine(a: Tensor, b: Tensor) -> float | None:
+    """Cosine of two vectors; None if one is zero."""
     length = float(a.norm() * b.norm())
     return float(a @ b) / length if length > 0 else None
 
@@ -328,63 +337,57 @@ def cosine(a: Tensor, b: Tensor) -> float | None:
 
 def run_parts(folder: Path, config: Mapping[str, Any]) -> list[RenderableType]:
     """Describe a run folder, finished or not."""
+    place = RunFolder(folder)
     parts: list[RenderableType] = [_config_table(folder, config)]
-    missing = []
-    if (folder / "metrics.jsonl").exists():
-        parts += metrics_parts(folder / "metrics.jsonl", config)
-    else:
-        missing.append("metrics.jsonl")
-    if (folder / "rollouts.jsonl").exists():
-        parts += rollouts_parts(folder / "rollouts.jsonl")
-    else:
-        missing.append("rollouts.jsonl")
+    if place.metrics.exists():
+        parts += metrics_parts(place.metrics, config)
+    if place.rollouts.exists():
+        parts += rollouts_parts(place.rollouts)
     if (folder / EVAL).exists():
-        parts += evaluation_parts(folder)
-    quarantine = None
-    if (folder / "adapter").is_dir():
-        parts += adapter_parts(folder / "adapter")
-        knobs, _ = read_adapter(folder / "adapter" / "adapter_model.safetensors")
-        quarantine = {name: layer.hack for name, layer in knobs.items() if layer.hack is not None}
-    else:
-        missing.append("adapter/")
-    if (folder / MONITOR).exists():
-        parts += monitor_parts(folder / MONITOR)
-    if (folder / "direction.safetensors").exists():
-        parts += direction_parts(Direction.load(folder / "direction.safetensors"))
-    if (folder / "books.safetensors").exists():
-        parts += books_parts(folder / "books.safetensors", quarantine)
+        evaluation = read_evaluation(folder)
+        parts += [rates_table([evaluation]), _sentence(evaluation.verdict.sentence)]
+    knobs = None
+    if place.adapter.is_dir():
+        parts += adapter_parts(place.adapter)
+        knobs, _ = read_adapter(place.adapter / "adapter_model.safetensors")
+    if place.monitor.exists():
+        parts += monitor_parts(place.monitor)
+    if place.direction.exists():
+        parts += direction_parts(Direction.load(place.direction))
+    if place.books.exists():
+        parts += books_parts(place.books, knobs)
     checkpoints = sorted(int(p.name[11:]) for p in folder.glob("checkpoint-*") if p.name[11:].isdecimal())
     if checkpoints:
         parts.append(_sentence(f"checkpoints at steps {', '.join(map(str, checkpoints))}"))
-    if unfinished := RunFolder(folder).unfinished:
-        parts.append(_sentence(unfinished))
-    if missing:
+    if place.unfinished is not None:
+        parts.append(_sentence(place.unfinished))
+    expected = {place.metrics: "metrics.jsonl", place.rollouts: "rollouts.jsonl", place.adapter: "adapter/"}
+    if missing := [name for path, name in expected.items() if not path.exists()]:
         parts.append(_sentence(f"missing, or not written yet: {', '.join(missing)}"))
     return parts
 
 
 def _config_table(folder: Path, config: Mapping[str, Any]) -> Table:
-    table = _table(f"run {folder}", "setting", "value")
-    lines = []
-    for key, value in config.items():
-        if isinstance(value, dict):
-            lines += [(f"{key}.{name}", inner) for name, inner in value.items()]
-        elif value is not None:
-            lines.append((str(key), value))
-    for key, value in lines[:_CONFIG_LINES]:
-        add_row(table, shorten(key, 40), _value(value))
+    table = _table(f"run {folder}", "setting", "value", texts=["setting", "value"])
+    lines = settings(config)
+    for name, value in lines[:_CONFIG_LINES]:
+        add_row(table, shorten(name, 40), shorten(value, 70))
     if len(lines) > _CONFIG_LINES:
         add_row(table, "…", f"{len(lines) - _CONFIG_LINES} more")
     return table
 
 
-def _value(value: Any) -> str:
-    if isinstance(value, dict):
-        return f"({len(value)} settings)"
-    if isinstance(value, list):
-        plain_values = all(isinstance(v, (str, int, float, bool)) or v is None for v in value)
-        return shorten(", ".join(map(str, value)), 70) if plain_values else f"({len(value)} entries)"
-    return shorten(value, 70)
+def settings(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
+    """Nested options as lines of name and value; those that are None are left out."""
+    lines = []
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            lines += settings(value, f"{prefix}{key}.")
+        elif value is not None:
+            if not isinstance(value, str):  # the text of a single number or bool ends in "..."
+                value = yaml.safe_dump(value, default_flow_style=True, width=10**6).removesuffix("...\n").strip()
+            lines.append((f"{prefix}{key}", value))
+    return lines
 
 
 def metrics_parts(path: Path, config: Mapping[str, Any]) -> list[RenderableType]:
@@ -406,7 +409,7 @@ def metrics_parts(path: Path, config: Mapping[str, Any]) -> list[RenderableType]
     table = _table(
         f"{steps:.0f} steps done" if total is None else f"{steps:.0f} of {total} steps done",
         *("metric", "first", "last", *by_chance),
-        numbers=("first", "last", *by_chance),
+        texts=["metric"],
         caption="random: the value for a random direction of the same shape" if paired else None,
     )
     for key in last:
@@ -417,18 +420,11 @@ def metrics_parts(path: Path, config: Mapping[str, Any]) -> list[RenderableType]
     return [table if last else _sentence(f"{path.name}: no reward in it yet."), *map(_sentence, notes)]
 
 
-class _Tail(NamedTuple):
-    score: float
-    number: int  # breaks ties, the earlier rollout first
-    rollout: Rollout
-
-
 def rollouts_parts(path: Path) -> list[RenderableType]:
     """Describe rollouts.jsonl: rewards in the first and last tenth, and the rollouts with the highest hackward score."""
     notes: list[str] = []
     columns: dict[str, list[float]] = {"reward": [], "oracle": [], "exploit": [], "flagged": []}
-    top: list[_Tail] = []
-    count = 0
+    top: list[tuple[float, Rollout]] = []  # by hackward score; of equal scores the earlier first
     for rollout in read(path, notes):
         exploits = None if rollout.oracle is None else rollout.exploits
         measured = (rollout.reward, rollout.oracle, exploits, rollout.flagged)
@@ -436,28 +432,29 @@ def rollouts_parts(path: Path) -> list[RenderableType]:
             if value is not None:
                 column.append(float(value))
         if rollout.hackward is not None and math.isfinite(rollout.hackward):
-            entry = _Tail(rollout.hackward, -count, rollout)
-            (heapq.heappush if len(top) < _TOP else heapq.heappushpop)(top, entry)
-        count += 1
-    table = _table(f"{count:,} rollouts", "mean of", "first tenth", "last tenth", numbers=("first tenth", "last tenth"))
+            top.append((rollout.hackward, rollout))
+            top = sorted(top, key=lambda scored: scored[0], reverse=True)[:_TOP]
+    count = len(columns["reward"])
+    table = _table(f"{count:,} rollouts", "mean of", "first tenth", "last tenth", texts=["mean of"])
     for key, values in columns.items():
         if values:
             tenth = max(1, len(values) // 10)
-            add_row(table, key, f"{_mean(values[:tenth]):.3f}", f"{_mean(values[-tenth:]):.3f}")
+            add_row(table, key, f"{fmean(values[:tenth]):.3f}", f"{fmean(values[-tenth:]):.3f}")
     parts: list[RenderableType] = [table if count else _sentence(f"{path.name}: no rollout in it yet.")]
-    parts += [_most_hackward(sorted(top, reverse=True))] if top else []
-    if count and not top:
+    if top:
+        parts.append(_most_hackward(top))
+    elif count:
         parts.append(_sentence("No rollout has a hackward score."))
     return [*parts, *map(_sentence, notes)]
 
 
-def _most_hackward(top: Sequence[_Tail]) -> Table:
+def _most_hackward(top: Sequence[tuple[float, Rollout]]) -> Table:
     table = _table(
         "rollouts with the highest hackward score",
         *("hackward", "step", "reward", "prompt, then completion"),
-        numbers=("hackward", "step", "reward"),
+        texts=["prompt, then completion"],
     )
-    for score, _, rollout in top:
+    for score, rollout in top:
         prompt, completion = _said(rollout.prompt), _said(rollout.completion)
         text = Text(f"{shorten(prompt, 100)}\n") + Text(shorten(completion, 200), style="bold")
         add_row(table, f"{score:.3f}", rollout.step, rollout.reward, text)
@@ -470,13 +467,3 @@ def _said(text: Any) -> Any:
     if isinstance(text, list) and text and isinstance(text[-1], dict):
         return text[-1].get("content", "")
     return text
-
-
-def evaluation_parts(folder: Path) -> list[RenderableType]:
-    """Describe an evaluation: every arm's rates, and the verdict."""
-    evaluation = read_evaluation(folder)
-    return [rates_table([evaluation]), _sentence(evaluation.verdict.sentence)]
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)

@@ -16,6 +16,7 @@ from filelock import FileLock, Timeout
 
 from antipasto.names import AntiPastoWarning
 
+LOCK = ".lock"
 _TEMPORARY = re.compile(r"\.(?P<name>.+)-[0-9a-f]{32}\.(?P<kind>tmp|old)")  # as `antipasto.files` names them
 
 
@@ -49,6 +50,18 @@ def held(lock: Path, what: Path) -> Iterator[None]:
         with suppress(PermissionError):  # Windows does not remove open files
             lock.unlink(missing_ok=True)  # while still held, so that a waiting process notices
         holder.release()
+
+
+@contextmanager
+def held_folder(folder: Path) -> Iterator[None]:
+    """As `held`, with the lock file in the folder. It is created if need be, and removed at the end if it is empty."""
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        with held(folder / LOCK, folder):
+            yield
+    finally:
+        with suppress(OSError):  # not empty
+            folder.rmdir()
 
 
 def remove_leftovers(folder: Path, names: Iterable[str]) -> None:

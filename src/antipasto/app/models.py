@@ -19,13 +19,17 @@ from typing import Any, get_args
 import torch
 import transformers
 from accelerate import PartialState
+from rich.console import Console
+from rich.text import Text
 from safetensors import SafetensorError
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
-from antipasto.adapter.knobs import knobs
+from antipasto.adapter.config import AntiPastoConfig
+from antipasto.adapter.knobs import knobs, wrap
 from antipasto.app.checks import check_model_name
 from antipasto.names import AntiPastoWarning, Dtype
+from antipasto.terminal import plain
 
 
 def load_model(name_or_path: str, *, dtype: Dtype = "auto") -> tuple[PreTrainedModel, Any]:
@@ -48,6 +52,20 @@ def load_model(name_or_path: str, *, dtype: Dtype = "auto") -> tuple[PreTrainedM
     )
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token
+    return model, tokenizer
+
+
+def load_adapted(
+    name_or_path: str, config: AntiPastoConfig, console: Console, *, dtype: Dtype = "auto"
+) -> tuple[PreTrainedModel, Any]:
+    """Load as `load_model` does, with a spinner meanwhile, and adapt the model on the best device.
+
+    Args:
+        config: which layers, at what rank.
+    """
+    with console.status(Text(f"loading {plain(name_or_path)}")):
+        model, tokenizer = load_model(name_or_path, dtype=dtype)
+    wrap(model.to(best_device()), config)
     return model, tokenizer
 
 

@@ -130,13 +130,12 @@ def smoothing(number: int) -> int:
 
 
 def running_mean(values: np.ndarray, window: int) -> np.ndarray:
-    """Centred running mean; the window is cut off at the ends.
+    """Centred running mean; the window, of at most all values, is cut off at the ends.
 
     Example:
         >>> running_mean(np.array([0.0, 3.0, 6.0, 0.0]), 3).tolist()
         [1.5, 3.0, 3.0, 3.0]
     """
     kernel = np.ones(window)
-    sums, number = (np.convolve(x, kernel, mode="full") for x in (values, np.ones(len(values))))
-    start = (window - 1) // 2
-    return sums[start : start + len(values)] / number[start : start + len(values)]
+    sums, number = (np.convolve(x, kernel, mode="same") for x in (values, np.ones(len(values))))
+    return sums / number

@@ -22,24 +22,23 @@ checkpoint are written again.
 
 from __future__ import annotations
 
-import json
 import re
 import shutil
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import yaml
 
-from antipasto.app.locks import held, remove_leftovers
+from antipasto.app.locks import LOCK, held_folder, remove_leftovers
 from antipasto.names import COMPLETE
+from antipasto.reading import read_json
 
 CONFIG, RUN, METRICS, ROLLOUTS = "config.yaml", "run.json", "metrics.jsonl", "rollouts.jsonl"
 DIRECTION, BOOKS, ADAPTER = "direction.safetensors", "books.safetensors", "adapter"
 MONITOR = "monitor.safetensors"
 TENSORBOARD = "tensorboard"
-LOCK = ".lock"
 _WRITTEN = [CONFIG, RUN, METRICS, ROLLOUTS, DIRECTION, BOOKS, MONITOR, ADAPTER]
 _WRITTEN += ["eval.json", "eval.jsonl", "eval.partial.jsonl"]
 
@@ -79,22 +78,13 @@ class RunFolder:
         Raises:
             ValueError: another process holds the lock, a new folder is not empty, or an old one is not a run folder.
         """
-        if new:
-            self.check_new()
-            self.root.mkdir(parents=True, exist_ok=True)
-        else:
-            self.check()
-        try:
-            with held(self.root / LOCK, self.root):
-                if new:
-                    self.check_new()  # another process may have been faster
-                else:
-                    remove_leftovers(self.root, _WRITTEN)
-                yield
-        finally:
-            if new:
-                with suppress(OSError):  # not empty
-                    self.root.rmdir()
+        check = self.check_new if new else self.check
+        check()
+        with held_folder(self.root):
+            check()  # again: another process may have been faster
+            if not new:
+                remove_leftovers(self.root, _WRITTEN)
+            yield
 
     def check(self) -> None:
         """Check that this is a run folder.
@@ -123,17 +113,6 @@ class RunFolder:
         self.check()
         return read_yaml(self.config)
 
-    def config_to_resume(self) -> dict[str, Any]:
-        """Read the config of a run that can be continued.
-
-        Raises:
-            ValueError: it cannot be continued; says why.
-        """
-        config = self.read_config()
-        if not self.run.is_file():
-            raise ValueError(self.unfinished or f"There is no {self.run}: the folder is damaged.")
-        return config
-
     @property
     def unfinished(self) -> str | None:
         """A sentence on an unfinished run: how far it is and what to do. None if it is finished."""
@@ -157,10 +136,7 @@ class RunFolder:
             raise ValueError(
                 self.unfinished or f"There is no {self.run}, which describes the run: the folder is damaged."
             )
-        try:
-            facts = json.loads(self.run.read_text(encoding="utf-8"))
-        except (OSError, ValueError, RecursionError) as error:
-            raise ValueError(f"{self.run} cannot be read ({error}).") from error
+        facts = read_json(self.run)
         base = facts.get("base") if isinstance(facts, dict) else None
         if not isinstance(base, dict) or not isinstance(base.get("fingerprint"), str) or "processes" not in facts:
             raise ValueError(f"{self.run} is damaged: it needs 'processes', and 'base' with 'fingerprint'.")
@@ -188,31 +164,36 @@ def step_of(checkpoint: Path) -> int:
 # ── YAML ─────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+Resolvers = dict[str, list[tuple[str, re.Pattern[str]]]]
+"""First character → (tag, pattern)."""
+
+
 class _Loader(yaml.SafeLoader):
     """Resolves scalars as YAML 1.2: ``no``, ``on``, ``12:30`` and ``2026-01-01`` are texts, ``1e-4`` is a number."""
+
+    yaml_implicit_resolvers: ClassVar[Resolvers] = {}
 
 
 class _Dumper(yaml.SafeDumper):
     """Quotes texts that `_Loader` would read as something else."""
 
+    yaml_implicit_resolvers: ClassVar[Resolvers] = {}
 
-def _plain_words() -> dict[str, list[tuple[str, re.Pattern[str]]]]:
-    """First character → (tag, pattern) of the core schema of YAML 1.2.2, section 10.3.2, and of ``<<``."""
-    words = {
-        "bool": (r"true|True|TRUE|false|False|FALSE", "tTfF"),
-        "int": (r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+", "-+0123456789"),
-        "float": (
-            r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
-            "-+.0123456789",
-        ),
-        "null": (r"~|null|Null|NULL|", ["~", "n", "N", ""]),
-        "merge": (r"<<", "<"),
-    }
-    table: dict[str, list[tuple[str, re.Pattern[str]]]] = {}
-    for name, (pattern, first) in words.items():
-        for character in first:
-            table.setdefault(character, []).append((f"tag:yaml.org,2002:{name}", re.compile(rf"(?:{pattern})$")))
-    return table
+
+_WORDS = {
+    "bool": (r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    "int": (r"[-+]?[0-9]+|0o[0-7]+|0x[0-9a-fA-F]+", "-+0123456789"),
+    "float": (
+        r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?|[-+]?\.(inf|Inf|INF)|\.(nan|NaN|NAN)",
+        "-+.0123456789",
+    ),
+    "null": (r"~|null|Null|NULL|", ["~", "n", "N", ""]),
+    "merge": (r"<<", "<"),
+}
+"""Tag → pattern and first characters of the core schema of YAML 1.2.2, section 10.3.2, and of ``<<``."""
+for _tag, (_pattern, _first) in _WORDS.items():
+    for _kind in (_Loader, _Dumper):
+        _kind.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(rf"(?:{_pattern})$"), list(_first))
 
 
 def _whole_number(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
@@ -220,7 +201,6 @@ def _whole_number(loader: yaml.SafeLoader, node: yaml.ScalarNode) -> int:
     return int(text, 0) if text[:2] in ("0o", "0x") else int(text)  # 010 is ten, not eight
 
 
-_Loader.yaml_implicit_resolvers = _Dumper.yaml_implicit_resolvers = _plain_words()
 _Loader.add_constructor("tag:yaml.org,2002:int", _whole_number)
 
 

@@ -88,7 +88,8 @@ class LoadedRun:
         self, *, shrink: float | None = None, dials: Sequence[float] = ()
     ) -> dict[str, AbstractContextManager[None]]:
         """Name of each arm → context manager in which the model is that arm; see `run_views`."""
-        return run_views(self.model, _books(self.folder), self.method, shrink=shrink, dials=dials)
+        books = read_books(self.folder.books).controls if self.folder.books.exists() else {}
+        return run_views(self.model, books, self.method, shrink=shrink, dials=dials)
 
     def shipped(self) -> AbstractContextManager[None]:
         """Context manager in which the model is the one that ships."""
@@ -165,10 +166,6 @@ def _command() -> str:
     """The command line of this process, as one would type it."""
     name = Path(sys.argv[0]).name
     return shlex.join(["antipasto" if name in ("antipasto", "__main__.py") else name, *sys.argv[1:]])
-
-
-def _books(folder: RunFolder) -> dict[str, dict[str, torch.Tensor]]:
-    return read_books(folder.books).controls if folder.books.exists() else {}
 
 
 def run_views(

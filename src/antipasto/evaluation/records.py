@@ -374,8 +374,7 @@ def summarise(answers: Iterable[Answer]) -> list[ArmRecord]:
         for name, rows in arms.items():
             columns = _columns(rows)
             measures = {m: Rate(int(x.sum()), len(x)).estimate for m, x in columns.items() if m in RATES}
-            means = [m for m in columns if m in MEANS]
-            measures |= dict(zip(means, mean_estimates(np.stack([columns[m] for m in means])), strict=True))
+            measures |= dict(zip(MEANS, mean_estimates(np.stack([columns[m] for m in MEANS])), strict=True))
             flags = {m: Rate(int(x.sum()), len(x)).estimate for m, x in _flag_columns(rows).items()}
             records.append(ArmRecord(name, kind, len(rows), measures, flags))
     return records
@@ -484,12 +483,10 @@ def read_evaluation(folder: Path) -> Evaluation:
                 "answers": answers,
             }
         )
-        for part in (evaluation, *evaluation.arms, *evaluation.differences, evaluation.verdict):
-            check_types(part)
         records: list[ArmRecord | Difference] = [*evaluation.arms, *evaluation.differences]
-        for record in records:
-            for estimate in (*record.measures.values(), *record.flags.values()):
-                check_types(estimate)
+        estimates = [e for record in records for e in (*record.measures.values(), *record.flags.values())]
+        for part in (evaluation, evaluation.verdict, *records, *estimates):
+            check_types(part)
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ValueError(f"{path} cannot be read: {' '.join(str(error).split()).rstrip('.')}.") from error
     return evaluation

@@ -88,12 +88,16 @@ def _read(path: str | Path) -> Books:
     for key, tensor in tensors.items():
         if _is_ours(key) and not (tensor.ndim == 1 and tensor.isfinite().all()):
             raise ValueError(f"{key} is not a vector of finite numbers")
+    books = {name: {layer: tensors[f"book/{name}/{layer}"] for layer in chance} for name in names}
+    for name, book in books.items():
+        for layer, part in book.items():
+            if len(part) != len(chance[layer]):
+                raise ValueError(
+                    f"book {name!r} has {len(part)} numbers for {layer}, and others have {len(chance[layer])}"
+                )
     return Books(
         steps=steps,
-        books={
-            **{name: {layer: tensors[f"book/{name}/{layer}"] for layer in chance} for name in names},
-            CHANCE: chance,
-        },
+        books={**books, CHANCE: chance},
         direction={key: tensor for key, tensor in tensors.items() if not _is_ours(key)},
         fingerprints=fingerprints,
     )

@@ -17,6 +17,7 @@ import time
 from collections import deque
 from collections.abc import Iterable, Sequence
 from datetime import timedelta
+from statistics import fmean
 from typing import Any, NamedTuple
 
 from rich.console import Console, RenderableType
@@ -155,7 +156,7 @@ class _Panel(Progress):
         self.left: str | None = None
         self.is_live = is_live(console)
         self._blocks = ASCII_BLOCKS if console.options.ascii_only else BLOCKS
-        self._history: dict[str, History] = {}
+        self._values: dict[str, list[float]] = {}  # all that were logged
         self._rows: Text | None = None
         super().__init__(
             TextColumn(description),
@@ -173,15 +174,16 @@ class _Panel(Progress):
     def show(self, logs: dict[str, float]) -> None:
         for name in {row.metric for row in ROWS} | {row.chance for row in ROWS if row.chance}:
             if name in logs:
-                self._history.setdefault(name, History()).add(logs[name])
-        lines = [self._line(row, self._history[row.metric]) for row in ROWS if row.metric in self._history]
+                self._values.setdefault(name, []).append(logs[name])
+        lines = [self._line(row, self._values[row.metric]) for row in ROWS if row.metric in self._values]
         self._rows = Text("\n".join(lines), no_wrap=True, overflow="crop")
 
-    def _line(self, row: Row, history: History) -> str:
-        blocks = sparkline(history.cells(), (0.0, 1.0) if row.is_share else None, self._blocks)
-        chance = self._history.get(row.chance or "")
-        note = "" if chance is None else f"  chance {_number(chance.last)}"
-        return f"{row.label:<10}{_number(history.last):>9}  {blocks}{note}"
+    def _line(self, row: Row, values: Sequence[float]) -> str:
+        means = cells([value for value in values if math.isfinite(value)])
+        blocks = sparkline(means, (0.0, 1.0) if row.is_share else None, self._blocks)
+        chance = self._values.get(row.chance or "")
+        note = "" if chance is None else f"  chance {_number(chance[-1])}"
+        return f"{row.label:<10}{_number(values[-1]):>9}  {blocks}{note}"
 
     def get_renderables(self) -> Iterable[RenderableType]:
         yield self.make_tasks_table(self.tasks)
@@ -198,47 +200,17 @@ def _number(value: float) -> str:
 # ── the course of a metric ───────────────────────────────────────────────────────────────────────────────────────────
 
 
-class History:
-    """The course of a metric, summarised in a limited number of means.
-
-    Args:
-        size: maximal number of means; even.
-
-    Attributes:
-        last: the latest value.
+def cells(values: Sequence[float], size: int = CELLS) -> list[float]:
+    """Means over equally many values each, a power of two, so that there are at most ``size``. The last may cover fewer.
 
     Example:
-        >>> history = History(size=4)
-        >>> for value in (1.0, 3.0, 5.0, 7.0, 9.0):
-        ...     history.add(value)
-        >>> history.cells()
+        >>> cells([1.0, 3.0, 5.0, 7.0, 9.0], size=4)
         [2.0, 6.0, 9.0]
     """
-
-    def __init__(self, size: int = CELLS) -> None:
-        assert size % 2 == 0
-        self.last = math.nan
-        self._size, self._each = size, 1  # number of cells, values per cell
-        self._cells: list[float] = []
-        self._open: list[float] = []  # values of the last, incomplete cell
-
-    def add(self, value: float) -> None:
-        """Add a value. A value that is not finite is kept as ``last`` only."""
-        self.last = value
-        if not math.isfinite(value):
-            return
-        if len(self._cells) == self._size:
-            pairs = zip(self._cells[::2], self._cells[1::2], strict=True)
-            self._cells = [(a + b) / 2 for a, b in pairs]
-            self._each *= 2
-        self._open.append(value)
-        if len(self._open) == self._each:
-            self._cells.append(sum(self._open) / self._each)
-            self._open = []
-
-    def cells(self) -> list[float]:
-        """Means over equally many values each; the last may cover fewer."""
-        return self._cells + ([sum(self._open) / len(self._open)] if self._open else [])
+    each = 1
+    while len(values) > each * size:
+        each *= 2
+    return [fmean(values[start : start + each]) for start in range(0, len(values), each)]
 
 
 def sparkline(values: Sequence[float], bounds: tuple[float, float] | None = None, blocks: str = BLOCKS) -> str:

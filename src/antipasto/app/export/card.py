@@ -155,11 +155,16 @@ def _front_matter(about: About, written: Written) -> str:
 def _licence(base: str) -> str | None:
     """The license in the base model's own card, if that is available locally."""
     card = Path(base, "README.md") if Path(base).is_dir() else try_to_load_from_cache(base, "README.md")
-    try:
-        found = (metadata_load(card) or {}).get("license") if isinstance(card, (str, Path)) else None
-    except (OSError, ValueError, YAMLError):
-        return None
+    found = card_metadata(card).get("license") if isinstance(card, (str, Path)) else None
     return found if isinstance(found, str) and re.fullmatch(r"[\w.-]{1,64}", found) else None
+
+
+def card_metadata(card: str | Path) -> dict[str, Any]:
+    """The YAML header of a model card; empty if there is no valid card."""
+    try:
+        return metadata_load(card) or {}
+    except (OSError, ValueError, YAMLError):
+        return {}
 
 
 def _arms(evaluation: Evaluation, about: About) -> dict[str, Any]:

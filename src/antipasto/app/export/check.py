@@ -35,8 +35,8 @@ from antipasto.adapter.knobs import reference
 from antipasto.app.export import elsewhere
 from antipasto.app.export.weights import Written
 from antipasto.app.models import quiet
-from antipasto.app.run_folder import ROLLOUTS
 from antipasto.app.runs import LoadedRun
+from antipasto.reading import read_rows
 
 FP32_TOLERANCE = 1e-3
 HALF_FACTOR = 2.0
@@ -116,12 +116,10 @@ def _prompts(run: LoadedRun, number: int) -> tuple[str, list[Any], int]:
         pass  # the task's file is elsewhere: any prompts will do
     length = min(length or MAX_NEW_TOKENS, MAX_NEW_TOKENS)
     try:
-        lines = (run.folder.root / ROLLOUTS).read_text(encoding="utf-8").splitlines()
-        prompts = list(
-            {json.dumps(prompt): prompt for prompt in (json.loads(line)["prompt"] for line in lines)}.values()
-        )
-    except (OSError, ValueError, KeyError, TypeError):
-        prompts = []
+        asked = [row["prompt"] for _, row in read_rows(run.folder.rollouts, [])]
+    except (OSError, ValueError, KeyError):
+        asked = []
+    prompts = list({json.dumps(prompt): prompt for prompt in asked}.values())
     return ("prompts of the run's rollouts", prompts[:number], length) if prompts else ("texts", list(TEXTS), length)
 
 

@@ -4,18 +4,15 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
-from typing import Any
 
 import torch
-from huggingface_hub import metadata_load
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 from transformers import AutoConfig
-from yaml import YAMLError
 
 from antipasto.app.checks import check_new_folder
-from antipasto.app.export.card import TAG, About, render
+from antipasto.app.export.card import TAG, About, card_metadata, render
 from antipasto.app.export.check import HALF, Check, ask, check, refuse
 from antipasto.app.export.weights import Dtypes, Written, write_checkpoint, write_lora
 from antipasto.app.locks import held, remove_leftovers
@@ -63,58 +60,41 @@ def export_run(
     if lora is not None and max_shard_size is not None:
         raise ValueError("--max-shard-size is for a checkpoint: a LoRA adapter is one file.")
     out = out.resolve()
-    _check_out(out, root, str(RunFolder(root).read_run()["base"]["model"]), force=force)
+    base = str(RunFolder(root).read_run()["base"]["model"])
+    _check_out(out, root, base, force=force)
     out.parent.mkdir(parents=True, exist_ok=True)
     with held(out.with_name(f".{out.name}.lock"), out):
         remove_leftovers(out.parent, [out.name])
-        return _export(root, out, console, dtype, lora, dial, max_shard_size, tolerance, prompts, force)
-
-
-def _export(
-    root: Path,
-    out: Path,
-    console: Console,
-    dtype: Dtype,
-    lora: int | None,
-    dial: float,
-    max_shard_size: str | None,
-    tolerance: float | None,
-    prompts: int,
-    force: bool,
-) -> Check:
-    """`export_run`, in a locked place."""
-    # again: another process may have exported into it before this one had the lock
-    _check_out(out, root, str(RunFolder(root).read_run()["base"]["model"]), force=force)
-    evaluation, why_none = _evaluation(root)
-    with replacing_folder(out) as folder:
-        with console.status(Text(f"loading the run in {plain(root)}")):
-            run = load_run(root, dial=dial)
-        before, about = Dtypes(run.model), About.of(run)
-        if before.main in HALF:
-            run.model.float()  # without the rounding errors of a forward in half precision
-        with console.status("computing the outputs of the model that should ship"):
-            expected = ask(run, prompts)
-        with console.status("writing"):
-            if lora is None:
-                written = write_checkpoint(
-                    run, folder, _dtype(dtype, run.base, before), before, max_shard_size or "50GB"
-                )
-            else:
-                written = write_lora(run, folder, lora, torch.float32 if dtype == "auto" else getattr(torch, dtype))
-        del run  # frees memory for the other process
-        with console.status("checking the written files in a process without this library"):
-            found = check(about.base, about.template, expected, written, folder, tolerance)
-        refuse(found, written, given=tolerance is not None)
-        write_text(folder / "README.md", render(about, evaluation, written, found))
-        for path in folder.iterdir():  # some files are created with read permission for their owner only
-            shutil.copymode(folder / "README.md", path)
-        size = sum(path.stat().st_size for path in folder.iterdir())
-    console.print(_table(out, about, written, found, size))
-    verdict = None if evaluation is None else f"antipasto eval said of this run: {evaluation.verdict.sentence}"
-    for note in (verdict, why_none, *_notes(out, about, written)):
-        if note is not None:
-            say(console, note)
-    return found
+        _check_out(out, root, base, force=force)  # again: another process may have exported into it
+        evaluation, why_none = _evaluation(root)
+        with replacing_folder(out) as folder:
+            with console.status(Text(f"loading the run in {plain(root)}")):
+                run = load_run(root, dial=dial)
+            before, about = Dtypes(run.model), About.of(run)
+            if before.main in HALF:
+                run.model.float()  # without the rounding errors of a forward in half precision
+            with console.status("computing the outputs of the model that should ship"):
+                expected = ask(run, prompts)
+            with console.status("writing"):
+                if lora is None:
+                    to = _dtype(dtype, run.base, before)
+                    written = write_checkpoint(run, folder, to, before, max_shard_size or "50GB")
+                else:
+                    written = write_lora(run, folder, lora, torch.float32 if dtype == "auto" else getattr(torch, dtype))
+            del run  # frees memory for the other process
+            with console.status("checking the written files in a process without this library"):
+                found = check(about.base, about.template, expected, written, folder, tolerance)
+            refuse(found, written, given=tolerance is not None)
+            write_text(folder / "README.md", render(about, evaluation, written, found))
+            for path in folder.iterdir():  # some files are created with read permission for their owner only
+                shutil.copymode(folder / "README.md", path)
+            size = sum(path.stat().st_size for path in folder.iterdir())
+        console.print(_table(out, about, written, found, size))
+        verdict = None if evaluation is None else f"antipasto eval said of this run: {evaluation.verdict.sentence}"
+        for note in (verdict, why_none, *_notes(out, about, written)):
+            if note is not None:
+                say(console, note)
+        return found
 
 
 def _dtype(dtype: Dtype, base: str, before: Dtypes) -> torch.dtype:
@@ -137,20 +117,12 @@ def _check_out(out: Path, root: Path, base: str, *, force: bool) -> None:
     for kept in (root.resolve(), Path(base).resolve()):
         if out in (kept, *kept.parents):
             raise ValueError(f"{out} contains {kept}, which --force would delete: choose another --out.")
-    if TAG not in _tags(out / "README.md"):
+    tags = card_metadata(out / "README.md").get("tags")
+    if not isinstance(tags, list) or TAG not in tags:
         raise ValueError(
             f"{out} is not an earlier export (its README.md does not say so), and --force replaces nothing else: choose "
             "another --out."
         )
-
-
-def _tags(card: Path) -> list[Any]:
-    """The tags of a model card; empty if there is no valid card."""
-    try:
-        tags = (metadata_load(card) or {}).get("tags")
-    except (OSError, ValueError, YAMLError):
-        return []
-    return tags if isinstance(tags, list) else []
 
 
 def _evaluation(root: Path) -> tuple[Evaluation | None, str | None]:

@@ -118,10 +118,6 @@ def _in_fp64(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple((t if t.device.type in ("cpu", "cuda") else t.cpu()).double() for t in tensors)
 
 
-def _percent(share: float) -> str:
-    return f"{share:.1%}"
-
-
 # ── files ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -167,7 +163,7 @@ class Written:
         name, worst = self.worst
         least = min(loss.share for loss in self.losses.values())
         return [
-            ("update in the file", f"{_percent(self.loss.share)}, lowest of a layer {_percent(least)}"),
+            ("update in the file", f"{self.loss.share:.1%}, lowest of a layer {least:.1%}"),
             ("‖written − ΔW‖ / ‖ΔW‖", f"{self.loss.relative:.2g}, worst layer {worst.relative:.2g} ({name})"),
         ]
 

@@ -9,13 +9,12 @@ The very first row, if there is one, is exploited by the trained model and solve
 
 from __future__ import annotations
 
-import json
 from collections import Counter
 from dataclasses import dataclass
 from itertools import zip_longest
 from typing import Any
 
-from antipasto.app.report.rollouts import LONGEST, MARKUP
+from antipasto.app.report.rollouts import within
 from antipasto.evaluation.records import DEPLOYED, REFERENCE, TRAINED, Answer, Evaluation
 from antipasto.tasks import REWARDED
 
@@ -102,11 +101,5 @@ def side_by_side(evaluation: Evaluation, *, budget: int) -> SideBySide:
     story = next((row for row in mixed if wanted <= {(one.arm, outcome(one)) for one in row.answers}), None)
     chosen = sorted(mixed, key=lambda row: row is not story)[: ROWS * 3 // 4]
     chosen += [row for row in mixed if row not in chosen and not row.differs][: ROWS - len(chosen)]
-    kept: list[Row] = []
-    for row in chosen:
-        texts = [row.prompt, *(answer.completion for answer in row.answers)]
-        budget -= sum(MARKUP // 2 + min(LONGEST, len(json.dumps(text))) for text in texts)
-        if budget < 0 and kept:
-            break
-        kept.append(row)
+    kept = within(chosen, lambda row: [row.prompt, *(answer.completion for answer in row.answers)], budget)
     return SideBySide(arms, len(rows), kept, counts)

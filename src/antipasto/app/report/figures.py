@@ -7,7 +7,8 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 from torch import Tensor
 
-from antipasto.app.onset import find_onset, smoothing
+from antipasto.app.inspection import quarantine_of
+from antipasto.app.onset import Onset, find_onset
 from antipasto.app.report.layers import grid, size, spectrum
 from antipasto.app.report.plots import DASHES, RUN_COLOURS, Line, Plot, curves, heat_map, trade
 from antipasto.app.report.plots import spectrum as spectrum_plot
@@ -40,23 +41,22 @@ def overview(run: Run) -> list[Plot]:
         if truths:
             caption = "Solid: the reward, which training sees. Dashed: the oracle, which it does not see. A gap: it is fooled."
         lines = [*rewards, *truths]
-        plots.append(curves("Reward and oracle", caption + _smoothed(lines), lines, unit="mean", onset=onset))
+        plots.append(curves("Reward and oracle", caption, lines, unit="mean", onset=onset))
     if exploited:
-        caption = f"Share of the step's rollouts that are rewarded and not solved.{_smoothed(exploited)}"
+        caption = "Share of the step's rollouts that are rewarded and not solved."
         if onset is not None:
             caption += " Vertical line: where it began to rise, with its 95% interval."
         plots.append(curves("Exploited", caption, exploited, share=True, unit="share", onset=onset))
     return plots
 
 
-def _onset(run: Run) -> tuple[float, float, float] | None:
-    """Onset of the exploit over all policies: lower end, step, upper end."""
+def _onset(run: Run) -> Onset | None:
+    """Onset of the exploit over all policies."""
     counts = {} if run.rollouts is None else run.rollouts.exploits
     if not counts:
         return None
     steps, hits, totals = np.array([(step, *counts[step]) for step in sorted(counts)]).T
-    found = find_onset(steps, hits, totals)
-    return None if found is None else (found.low, found.step, found.high)
+    return find_onset(steps, hits, totals)
 
 
 def dial(evaluation: Evaluation, kind: str | None) -> Plot | None:
@@ -77,61 +77,54 @@ def dial(evaluation: Evaluation, kind: str | None) -> Plot | None:
     )
 
 
+_METRICS = (
+    (
+        "kl",
+        "KL to the reference",
+        "Mean over the tokens of the rollouts: how far the policy has moved.",
+        "nats per token",
+    ),
+    (
+        "routing/hackward_in",
+        "Hack-ward part of the gradient",
+        "Before the optimizer. If it is no higher than chance, the gradient does not point at the hack.",
+        "fraction",
+    ),
+    ("routing/hackward_update", "Hack-ward part of the step", "The optimizer's update before routing.", "fraction"),
+    (
+        "routing/hackward_out",
+        "Hack-ward part of what ships",
+        "Of the part of the update that stays in δS. Low if routing works.",
+        "fraction",
+    ),
+    (
+        "routing/quarantine_norm",
+        "Size of the quarantine",
+        "‖δS_hack‖ over all layers, and the same for what the random control would have moved.",
+        "norm",
+    ),
+    ("completions/mean_length", "Length", "Mean over the rollouts.", "tokens"),
+    ("entropy", "Entropy", "Mean over the tokens. Near zero, the policy has stopped exploring.", "nats per token"),
+)
+"""Logged metrics with a figure: name, title, caption, unit."""
+
+
 def training(run: Run) -> list[Plot]:
     """Further training curves of one run, if it logged them."""
-    plots = [
-        _by_policy(run, "flagged", "Flagged", "flagged", "Flagged by the detector or the monitor."),
-        _single(
-            run,
-            "kl",
-            "KL to the reference",
-            "Mean over the tokens of the rollouts: how far the policy has moved.",
-            "nats per token",
-        ),
-        *(
-            _with_chance(run, f"routing/{key}", title, caption)
-            for key, title, caption in (
-                (
-                    "hackward_in",
-                    "Hack-ward part of the gradient",
-                    "Before the optimizer. If it is no higher than chance, the gradient does not point at the hack.",
-                ),
-                (
-                    "hackward_update",
-                    "Hack-ward part of the step",
-                    "The optimizer's update before routing.",
-                ),
-                (
-                    "hackward_out",
-                    "Hack-ward part of what ships",
-                    "Of the part of the update that stays in δS. Low if routing works.",
-                ),
-                (
-                    "quarantine_norm",
-                    "Size of the quarantine",
-                    "‖δS_hack‖ over all layers, and the same for what the random control would have moved.",
-                ),
-            )
-        ),
-        _single(run, "completions/mean_length", "Length", "Mean over the rollouts.", "tokens"),
-        _single(
-            run,
-            "entropy",
-            "Entropy",
-            "Mean over the tokens. Near zero, the policy has stopped exploring.",
-            "nats per token",
-        ),
-    ]
-    return [plot for plot in plots if plot is not None]
-
-
-def _by_policy(run: Run, measure: str, title: str, metric: str, caption: str) -> Plot | None:
-    """A share of the step's rollouts, by sampling policy."""
-    lines = _lines_of(run, measure, metric)
-    if not lines:
-        return None
-    caption += f" Share of the step's rollouts.{_smoothed(lines)}"
-    return curves(title, caption, lines, share=True, unit="share")
+    plots = []
+    if flagged := _lines_of(run, "flagged", "flagged"):
+        caption = "Flagged by the detector or the monitor. Share of the step's rollouts."
+        plots.append(curves("Flagged", caption, flagged, share=True, unit="share"))
+    for key, title, caption, unit in _METRICS:
+        if not run.metrics.get(key):
+            continue
+        lines = [Line(title, "ink", run.metrics[key])]
+        if key.startswith("routing/"):
+            lines = [Line("the direction", _TRAINED, run.metrics[key])]
+        if chance := run.metrics.get(f"{key}_random"):
+            lines.append(Line("a random direction: chance", _RANDOM, chance, DASHES[1]))
+        plots.append(curves(title, caption, lines, unit=unit))
+    return plots
 
 
 def _lines_of(run: Run, measure: str, metric: str, prefix: str = "", dash: str | None = None) -> list[Line]:
@@ -151,29 +144,6 @@ def _lines_of(run: Run, measure: str, metric: str, prefix: str = "", dash: str |
             for i, (view, points) in enumerate(sorted(views.items(), key=lambda item: item[0] != "trained"))
         ]
     return [Line(f"{prefix}all rollouts", "ink", run.metrics[metric], dash or "")] if run.metrics.get(metric) else []
-
-
-def _single(run: Run, key: str, title: str, caption: str, unit: str) -> Plot | None:
-    points = run.metrics.get(key)
-    if not points:
-        return None
-    lines = [Line(title, "ink", points)]
-    plot = curves(title, caption + _smoothed(lines), lines, unit=unit)
-    return Plot(plot.title, plot.caption, plot.svg)
-
-
-def _with_chance(run: Run, key: str, title: str, caption: str) -> Plot | None:
-    if not run.metrics.get(key):
-        return None
-    lines = [Line("the direction", _TRAINED, run.metrics[key])]
-    if run.metrics.get(f"{key}_random"):
-        lines.append(Line("a random direction: chance", _RANDOM, run.metrics[f"{key}_random"], DASHES[1]))
-    return curves(title, caption + _smoothed(lines), lines, unit="norm" if key.endswith("norm") else "fraction")
-
-
-def _smoothed(lines: Sequence[Line]) -> str:
-    window = smoothing(max(len(line.points) for line in lines))
-    return f" Thin: each step; thick: mean of {window}." if window > 1 else ""
 
 
 def overlaid(runs: Sequence[Run]) -> list[Plot]:
@@ -196,7 +166,7 @@ def overlaid(runs: Sequence[Run]) -> list[Plot]:
             if (points := run.metrics.get(f"{key}/deployed") or run.metrics.get(key))
         ]
         if lines:
-            plots.append(curves(title, caption + _smoothed(lines), lines, share=share))
+            plots.append(curves(title, caption, lines, share=share))
     return plots
 
 
@@ -208,7 +178,7 @@ def maps(run: Run) -> list[Plot]:
     plots = []
     if run.knobs is not None:
         ships = grid({name: size(pair.delta_s) for name, pair in run.knobs.items()})
-        held = {name: size(pair.hack) for name, pair in run.knobs.items() if pair.hack is not None}
+        held = {name: size(hack) for name, hack in quarantine_of(run.knobs).items()}
         top = float(np.nanmax([np.nanmax(ships.values), *held.values()]))
         how = "Shade: root mean square of the layer's coordinates"
         plots.append(heat_map("δS, which ships", f"{how}. A row is a kind of layer, a column a block.", ships, top=top))
@@ -229,20 +199,18 @@ def spectra(run: Run) -> list[Plot]:
     """How far each part of the spectrum moved: all layers together, then each kind."""
     plots = []
     if run.knobs is not None:
-        parts: dict[str, tuple[str, str, Mapping[str, Tensor]]] = {
-            "δS, ships": (_DEPLOYED, DASHES[0], {name: pair.delta_s for name, pair in run.knobs.items()})
-        }
-        held = {name: pair.hack for name, pair in run.knobs.items() if pair.hack is not None}
-        if held:
-            parts["δS_hack, quarantine"] = (_TRAINED, DASHES[1], held)
-        if held and run.books is not None and "random" in run.books.books:
-            parts["the random control's book"] = (_RANDOM, DASHES[2], run.books.books["random"])
-        found = {label: spectrum(vectors, run.knobs) for label, (_, _, vectors) in parts.items()}
-        kinds = list(found["δS, ships"])[: _KINDS + 1]
-        for kind in kinds:
+        parts: list[tuple[str, str, Mapping[str, Tensor]]] = [
+            ("δS, ships", _DEPLOYED, {name: pair.delta_s for name, pair in run.knobs.items()})
+        ]
+        if held := quarantine_of(run.knobs):
+            parts.append(("δS_hack, quarantine", _TRAINED, held))
+            if run.books is not None and "random" in run.books.books:
+                parts.append(("the random control's book", _RANDOM, run.books.books["random"]))
+        found = [(label, colour, spectrum(vectors, run.knobs)) for label, colour, vectors in parts]
+        for kind in list(found[0][2])[: _KINDS + 1]:
             lines = [
-                Line(label, parts[label][0], list(enumerate(values[kind])), parts[label][1])
-                for label, values in found.items()
+                Line(label, colour, list(enumerate(values[kind])), DASHES[i])
+                for i, (label, colour, values) in enumerate(found)
                 if kind in values
             ]
             caption = "A flat line means that all singular directions moved alike." if not kind else ""

@@ -10,7 +10,6 @@ from __future__ import annotations
 import base64
 import hashlib
 import json
-import re
 from collections.abc import Mapping
 from importlib.metadata import version
 from importlib.resources import files
@@ -90,24 +89,13 @@ def readable(text: str) -> str:
         a
         \u202eb
     """
-    return "".join(part if part in ("\n", "\t") else plain(part) for part in _KEPT.split(text))
-
-
-_KEPT = re.compile(r"([\n\t])")
+    return "".join(ch if ch in "\n\t" else plain(ch) for ch in text)
 
 
 def marked(text: str) -> Markup:
     """`readable` as HTML, with the spelled-out characters marked."""
-    parts: list[Markup] = []
-    run: list[str] = []
-    for ch in text:
-        seen = readable(ch)
-        if seen == ch:
-            run.append(ch)
-        else:
-            parts += [escape("".join(run)), Markup('<span class="esc">{}</span>').format(seen)]
-            run = []
-    return Markup("").join([*parts, escape("".join(run))])
+    escaped = Markup('<span class="esc">{}</span>').format
+    return Markup("").join(escape(ch) if ch == readable(ch) else escaped(readable(ch)) for ch in text)
 
 
 class Turn(NamedTuple):

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from torch import Tensor
 
-from antipasto.app.inspection import Knobs
+from antipasto.app.inspection import Knobs, kind_of
 
 BINS = 16
 _DEPTH = re.compile(r"\.(\d+)\.")
@@ -33,16 +33,6 @@ class Grid:
     kinds: list[str]
     depths: list[str]
     values: np.ndarray
-
-
-def kind_of(layer: str) -> str:
-    """The last part of a layer's name.
-
-    Example:
-        >>> kind_of("model.layers.3.self_attn.q_proj")
-        'q_proj'
-    """
-    return layer.rpartition(".")[2]
 
 
 def depth_of(layer: str) -> str:

@@ -7,9 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from antipasto.app.checks import check_new_file
+from antipasto.app.inspection import knob_rows, settings
 from antipasto.app.report import figures, tables
 from antipasto.app.report.answers import side_by_side
 from antipasto.app.report.html import page_of
@@ -77,12 +76,12 @@ def _view(run: Run, slug: str, number: int) -> dict[str, Any]:
         "training": figures.training(run),
         "maps": figures.maps(run),
         "spectra": figures.spectra(run),
-        "knobs": [] if run.knobs is None else tables.knob_rows(run.knobs),
+        "knobs": [] if run.knobs is None else knob_rows(run.knobs),
         "books": [] if run.books is None else tables.book_rows(run.books, run.knobs),
         "heldout": None if run.direction is None else run.direction.heldout,
         "lists": _lists(run),
-        "settings": _settings(run.config),
-        "facts": _settings({k: v for k, v in run.facts.items() if k != "command"}),
+        "settings": settings(run.config),
+        "facts": settings({k: v for k, v in run.facts.items() if k != "command"}),
         "command": _command(run),
     }
 
@@ -111,45 +110,15 @@ def _lists(run: Run) -> list[tuple[str, list[Any]]]:
 
 def _comparison(runs: Sequence[Run]) -> dict[str, Any]:
     evaluated = [(run.name, figures.run_colour(i), run.evaluation) for i, run in enumerate(runs) if run.evaluation]
-    # facts that may differ between runs that are compared
-    asked = {
-        json.dumps(
-            [
-                e.task,
-                {k: v for k, v in e.facts.items() if k not in ("method", "shrunk_by", "answered_by", "batch_size")},
-            ],
-            sort_keys=True,
-            default=str,
-        )
-        for _, _, e in evaluated
-    }
+    may_differ = ("method", "shrunk_by", "answered_by", "batch_size")
+    facts = [[e.task, {k: v for k, v in e.facts.items() if k not in may_differ}] for _, _, e in evaluated]
+    asked = {json.dumps(each, sort_keys=True, default=str) for each in facts}
     return {
         "blocks": tables.comparison_blocks(evaluated) if evaluated else [],
         "same": len(asked) <= 1,
         "left_out": [run.name for run in runs if run.evaluation is None],
         "plots": figures.overlaid(runs),
     }
-
-
-def _settings(values: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    """Nested options as lines; values that are None are left out."""
-    lines = []
-    for key, value in values.items():
-        if isinstance(value, Mapping):
-            lines += _settings(value, f"{prefix}{key}.")
-        elif value is not None:
-            lines.append(
-                (
-                    f"{prefix}{key}",
-                    value
-                    if isinstance(value, str)
-                    else yaml.safe_dump(value, default_flow_style=True, width=10**6)
-                    .removesuffix("\n")
-                    .removesuffix("...")
-                    .strip(),
-                )
-            )
-    return lines
 
 
 def _command(run: Run) -> str | None:

@@ -11,8 +11,9 @@ import hashlib
 import io
 import re
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 from xml.etree import ElementTree
 
@@ -25,7 +26,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 
-from antipasto.app.onset import running_mean, smoothing
+from antipasto.app.onset import Onset, running_mean, smoothing
 from antipasto.app.report.layers import Grid
 from antipasto.evaluation.records import Estimate
 from antipasto.terminal import shorten
@@ -87,22 +88,13 @@ class Line:
 
 
 @dataclass(frozen=True)
-class Key:
-    """One entry of a legend."""
-
-    label: str
-    colour: str
-    dash: str = ""
-
-
-@dataclass(frozen=True)
 class Plot:
     """A figure of the page.
 
     Attributes:
         title: above the figure.
         svg: the drawing.
-        keys: its legend.
+        keys: the lines of its legend.
         ramp: labels of the lowest and the highest level of a heat map.
         wide: whether it takes the page's whole width.
     """
@@ -110,7 +102,7 @@ class Plot:
     title: str
     caption: str
     svg: Markup
-    keys: list[Key] = field(default_factory=list)
+    keys: Sequence[Line] = ()
     ramp: tuple[str, str] | None = None
     wide: bool = False
 
@@ -131,25 +123,29 @@ def curves(
     share: bool = False,
     unit: str = "",
     level: float | None = None,
-    onset: tuple[float, float, float] | None = None,
+    onset: Onset | None = None,
 ) -> Plot:
-    """Plot values over steps: thin as they are, thick as `running_mean`.
+    """Plot values over steps: thin as they are, thick as `running_mean`, which the caption says.
 
     Args:
-        lines: at least one.
+        lines: at least one. One with the title as its label is left out of the legend.
         share: draw the axis from 0 to 1.
         unit: of the values.
         level: a value to compare with, drawn as a horizontal line.
-        onset: lower end, step and upper end of an onset, drawn as a vertical line in a band.
+        onset: drawn as a vertical line in a band.
     """
+    windows = [1 if line.band is not None else smoothing(len(line.points)) for line in lines]
+    if max(windows) > 1:
+        caption += f" Thin: each step; thick: mean of {max(windows)}."
+    label = f"{title} by step. {_ends(lines)}"
     with _drawing((4.4, 2.35)) as (figure, axes):
         if onset is not None:
-            low, at, high = onset
-            axes.axvspan(low, high, color=_CODE["rule"], alpha=0.5, linewidth=0)
-            axes.axvline(at, color=_CODE["muted"], linewidth=1.0)
+            label += f" Onset at {onset}."
+            axes.axvspan(onset.low, onset.high, color=_CODE["rule"], alpha=0.5, linewidth=0)
+            axes.axvline(onset.step, color=_CODE["muted"], linewidth=1.0)
             axes.annotate(
                 "onset",
-                (at, 1),
+                (onset.step, 1),
                 (3, -1),
                 axes.get_xaxis_transform(),  # steps across, 0 to 1 upwards
                 "offset points",
@@ -158,9 +154,8 @@ def curves(
             )
         if level is not None:
             axes.axhline(level, color=_CODE["muted"], linewidth=1, linestyle=_linestyle(DASHES[1]))
-        for line in lines:
+        for line, window in zip(lines, windows, strict=True):
             x, y = np.array(line.points, dtype=float).T
-            window = 1 if line.band is not None else smoothing(len(x))
             if line.band is not None:
                 axes.fill_between(x, *np.array(line.band).T, color=_CODE[line.colour], alpha=0.22, linewidth=0)
             colour, marker = _CODE[line.colour], "o" if len(x) == 1 else ""
@@ -182,10 +177,8 @@ def curves(
         axes.grid(axis="y")
         axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         axes.yaxis.set_major_locator(MaxNLocator(5))
-        label = f"{title} by step. {_ends(lines)}"
-        if onset is not None:
-            label += f" Onset at step {onset[1]:.0f} [{onset[0]:.0f}, {onset[2]:.0f}]."
-        return Plot(title, caption, to_svg(figure, label), [Key(line.label, line.colour, line.dash) for line in lines])
+        svg = to_svg(figure, label)
+    return Plot(title, caption, svg, [line for line in lines if line.label != title])
 
 
 def trade(title: str, caption: str, points: Sequence[tuple[str, Estimate, Estimate]], colour: str) -> Plot:
@@ -215,7 +208,8 @@ def trade(title: str, caption: str, points: Sequence[tuple[str, Estimate, Estima
         axes.grid()
         axes.margins(0.12)
         said = "; ".join(f"{label}: solved {solve}, exploited {exploit}" for label, solve, exploit in points)
-        return Plot(title, caption, to_svg(figure, f"{title}. {said}."))
+        svg = to_svg(figure, f"{title}. {said}.")
+    return Plot(title, caption, svg)
 
 
 def spectrum(title: str, caption: str, lines: Sequence[Line], *, unit: str) -> Plot:
@@ -236,7 +230,7 @@ def spectrum(title: str, caption: str, lines: Sequence[Line], *, unit: str) -> P
         axes.grid(axis="y")
         axes.yaxis.set_major_locator(MaxNLocator(4))
         svg = to_svg(figure, f"{title}, along the singular values. {_ends(lines)}")
-        return Plot(title, caption, svg, [Key(line.label, line.colour, line.dash) for line in lines])
+    return Plot(title, caption, svg, lines)
 
 
 def heat_map(title: str, caption: str, numbers: Grid, *, top: float, form: str = ".3g") -> Plot:
@@ -294,24 +288,16 @@ def _linestyle(dash: str) -> Any:
 # ── matplotlib to inline SVG ─────────────────────────────────────────────────────────────────────────────────────────
 
 
-class _drawing:  # noqa: N801 (used as a function)
+@contextmanager
+def _drawing(size: tuple[float, float]) -> Iterator[tuple[Figure, Axes]]:
     """Context manager of a figure with one pair of axes, in the page's style. Restores matplotlib's settings."""
-
-    def __init__(self, size: tuple[float, float]) -> None:
-        self.size = size
-        self.context = matplotlib.style.context(["default", _STYLE])
-
-    def __enter__(self) -> tuple[Figure, Axes]:
-        self.context.__enter__()
-        figure = Figure(figsize=self.size, layout="constrained")
+    with matplotlib.style.context(["default", _STYLE]):
+        figure = Figure(figsize=size, layout="constrained")
         axes = figure.add_subplot()
         axes.set_axisbelow(True)
         figure.patch.set_visible(False)
         axes.patch.set_visible(False)
-        return figure, axes
-
-    def __exit__(self, *error: object) -> None:
-        self.context.__exit__(None, None, None)
+        yield figure, axes
 
 
 def to_svg(figure: Figure, label: str) -> Markup:

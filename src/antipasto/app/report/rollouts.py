@@ -13,17 +13,20 @@ import json
 import math
 import random
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 from antipasto.evaluation.rollout_log import Rollout, read
 
 EACH = 200  # of the highest, of the lowest, and of the sample
 LONGEST = 2000
 """Maximum characters of a text to show; the middle of a longer text is cut out."""
-MARKUP = 800
-"""Approximate size of a rollout's HTML without its texts."""
+MARKUP = 400
+"""Approximate size of the HTML around a text."""
+
+T = TypeVar("T")
 
 
 @dataclass
@@ -39,14 +42,8 @@ class Shown(Rollout):
     times: int = 1
 
 
-@dataclass
-class Share:
-    """Values of the rollouts of one step and policy, by measure."""
-
-    values: dict[str, list[float]] = field(default_factory=dict)
-
-    def add(self, name: str, value: float) -> None:
-        self.values.setdefault(name, []).append(value)
+Shares = dict[tuple[int, str], dict[str, list[float]]]
+"""Step and policy → measure → its values of the rollouts."""
 
 
 @dataclass(frozen=True)
@@ -87,11 +84,13 @@ def read_rollouts(path: Path, notes: list[str], *, budget: int) -> Rollouts:
     Raises:
         ValueError: a line is damaged; names the line.
     """
-    shares: dict[tuple[int, str], Share] = {}
+    shares: Shares = {}
     scores: list[float] = []
     keys: list[int] = []
     for rollout in read(path, notes):
-        _count(shares.setdefault((rollout.step, rollout.view), Share()), rollout)
+        share = shares.setdefault((rollout.step, rollout.view), {})
+        for measure, value in _measures(rollout).items():
+            share.setdefault(measure, []).append(value)
         scores.append(math.nan if rollout.hackward is None else rollout.hackward)
         keys.append(_key(rollout))
     ranked = sorted((i for i, score in enumerate(scores) if math.isfinite(score)), key=lambda i: scores[i])
@@ -108,7 +107,7 @@ def read_rollouts(path: Path, notes: list[str], *, budget: int) -> Rollouts:
         for i, rollout in enumerate(read(path, []))
         if i in wanted
     }
-    lists = [_within([texts[i] for i in numbers], budget // 3) for numbers in (highest, lowest, sample)]
+    lists = [within([texts[i] for i in numbers], _texts, budget // 3) for numbers in (highest, lowest, sample)]
     return Rollouts(len(keys), len(ranked), _exploits(shares), _curves(shares), *lists)
 
 
@@ -116,29 +115,32 @@ def _key(rollout: Rollout) -> int:
     return hash(json.dumps([rollout.step, rollout.prompt, rollout.completion]))
 
 
-def _count(share: Share, rollout: Rollout) -> None:
-    share.add("reward", rollout.reward)
+def _texts(rollout: Rollout) -> Sequence[Any]:
+    return rollout.prompt, rollout.completion
+
+
+def _measures(rollout: Rollout) -> dict[str, float]:
+    found = {"reward": rollout.reward}
     if rollout.oracle is not None:
-        share.add("solved", float(rollout.solved))
-        share.add("exploited", float(rollout.exploits))
+        found |= {"solved": float(rollout.solved), "exploited": float(rollout.exploits)}
     if rollout.flagged is not None:
-        share.add("flagged", float(rollout.flagged))
+        found["flagged"] = float(rollout.flagged)
+    return found
 
 
-def _exploits(shares: dict[tuple[int, str], Share]) -> dict[float, tuple[float, float]]:
+def _exploits(shares: Shares) -> dict[float, tuple[float, float]]:
     found: dict[float, tuple[float, float]] = {}
     for (step, _), share in shares.items():
-        values = share.values.get("exploited", [])
-        if values:
+        if values := share.get("exploited"):
             hits, total = found.get(step + 1.0, (0.0, 0.0))
             found[step + 1.0] = hits + sum(values), total + len(values)
     return found
 
 
-def _curves(shares: dict[tuple[int, str], Share]) -> dict[str, dict[str, list[tuple[float, float]]]]:
+def _curves(shares: Shares) -> dict[str, dict[str, list[tuple[float, float]]]]:
     curves: dict[str, dict[str, list[tuple[float, float]]]] = {}
     for (step, view), share in sorted(shares.items()):
-        for measure, values in share.values.items():  # rollouts on which the oracle abstained are not in these
+        for measure, values in share.items():  # rollouts on which the oracle abstained are not in these
             curves.setdefault(measure, {}).setdefault(view, []).append((step + 1.0, sum(values) / len(values)))
     return curves
 
@@ -152,12 +154,17 @@ def _distinct(order: Iterator[int] | Sequence[int], keys: Sequence[int], number:
     return list(found.values())
 
 
-def _within(rollouts: list[Shown], budget: int) -> list[Shown]:
-    """The first rollouts whose texts, after cutting, fit into the budget."""
-    kept: list[Shown] = []
-    for rollout in rollouts:
-        budget -= MARKUP + sum(min(LONGEST, len(json.dumps(text))) for text in (rollout.prompt, rollout.completion))
+def within(items: Iterable[T], said: Callable[[T], Sequence[Any]], budget: int) -> list[T]:
+    """The first items, and at least one, whose texts fit on the page.
+
+    Args:
+        said: the texts of an item, of which the page shows at most `LONGEST` characters each.
+        budget: maximum characters of all of them.
+    """
+    kept: list[T] = []
+    for item in items:
+        budget -= sum(MARKUP + min(LONGEST, len(json.dumps(text, default=str))) for text in said(item))
         if budget < 0 and kept:
             break
-        kept.append(rollout)
+        kept.append(item)
     return kept

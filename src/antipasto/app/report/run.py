@@ -98,9 +98,9 @@ def short_names(paths: Sequence[Path]) -> list[str]:
 
 
 def _read_run(folder: Path, name: str, budget: int) -> Run:
-    config = RunFolder(folder).read_config()
-    as_number(config, "threshold", f"{folder}, its config")
     place, missing = RunFolder(folder), list[str]()
+    config = place.read_config()
+    as_number(config, "threshold", f"{folder}, its config")
 
     def there(path: Path, otherwise: str) -> bool:
         if not path.exists():

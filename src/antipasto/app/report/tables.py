@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-import torch
-
-from antipasto.app.inspection import QUARANTINE, Knobs, cosine, norms
-from antipasto.app.report.layers import kind_of
+from antipasto.app.inspection import QUARANTINE, Knobs, cosine, flat_books
 from antipasto.app.report.plots import ARM_COLOURS
 from antipasto.evaluation.records import (
     DEPLOYED,
@@ -24,7 +21,7 @@ from antipasto.evaluation.records import (
     short,
 )
 from antipasto.evaluation.verdict import where_the_exploit_is
-from antipasto.routing.books import CHANCE, Books
+from antipasto.routing.books import Books
 
 _KNOWN = (REFERENCE, TRAINED, DEPLOYED, RANDOM, "permuted", "labels shuffled", "non-hack contrast", "shrunk")
 _TITLES = {"solve": "solved", "exploit": "exploited", "reward": "reward", "kl": "KL", "length": "length"}
@@ -126,7 +123,7 @@ def arm_blocks(evaluation: Evaluation) -> list[Block]:
     for kind in sorted((None, *evaluation.kinds), key=lambda kind: kind != lead):
         records = [record for record in evaluation.arms if record.kind == kind]
         base = evaluation.arm(REFERENCE, kind)
-        lines = [_arm_line(record, record.arm, columns, base, evaluation.names) for record in records]
+        lines = [_arm_line(r, r.arm, colour_of(r.arm, evaluation.names), columns, base) for r in records]
         blocks.append(Block(kind, records[0].n, columns, [("", lines)]))
     return blocks
 
@@ -155,23 +152,24 @@ def comparison_blocks(evaluations: Sequence[tuple[str, str, Evaluation]]) -> lis
     Args:
         evaluations: (run's name, colour, evaluation).
     """
-    arms = [(name, colour, evaluation, evaluation.ships) for name, colour, evaluation in evaluations]
-    kept = [r for _, _, e, arm in arms for r in e.arms if r.arm in (REFERENCE, arm)]
-    columns = _columns(kept)
+    columns = _columns(r for _, _, e in evaluations for r in e.arms if r.arm in (REFERENCE, e.ships))
     blocks = []
     for kind in (None, *(kind for kind in evaluations[0][2].kinds if all(kind in e.kinds for _, _, e in evaluations))):
-        references = [(name, record) for name, _, e in evaluations if (record := e.arm(REFERENCE, kind)) is not None]
-        base = references[0][1] if references else None
-        if base is not None and all(record == base for _, record in references):
-            references = [("", base)]
-        names = [(f"{REFERENCE} of {name}" if name else REFERENCE, record) for name, record in references]
-        lines = [_arm_line(record, name, columns, record, ()) for name, record in names]
+        references = [
+            (f"{REFERENCE} of {name}", record)
+            for name, _, e in evaluations
+            if (record := e.arm(REFERENCE, kind)) is not None
+        ]
+        if references and all(record == references[0][1] for _, record in references):
+            references = [(REFERENCE, references[0][1])]
+        grey = colour_of(REFERENCE, ())
+        lines = [_arm_line(record, title, grey, columns, record) for title, record in references]
         numbers = []
-        for name, colour, evaluation, arm in arms:
-            record = evaluation.arm(arm, kind)
-            assert record is not None, (arm, kind)
-            line = _arm_line(record, f"{name}, {arm}", columns, evaluation.arm(REFERENCE, kind), ())
-            lines.append(replace(line, colour=colour))
+        for name, colour, evaluation in evaluations:
+            record = evaluation.arm(evaluation.ships, kind)
+            assert record is not None, (evaluation.ships, kind)
+            base = evaluation.arm(REFERENCE, kind)
+            lines.append(_arm_line(record, f"{name}, {evaluation.ships}", colour, columns, base))
             numbers.append(record.n)
         blocks.append(Block(kind, min(numbers), columns, [("", lines)]))
     return blocks
@@ -197,11 +195,9 @@ def _columns(records: Iterable[ArmRecord | Difference]) -> list[Column]:
     return columns
 
 
-def _arm_line(
-    record: ArmRecord, name: str, columns: Sequence[Column], base: ArmRecord | None, arms: Sequence[str]
-) -> TableRow:
+def _arm_line(record: ArmRecord, name: str, colour: str, columns: Sequence[Column], base: ArmRecord | None) -> TableRow:
     cells = [_cell(c.of(record), c, None if base is None or (e := c.of(base)) is None else e.value) for c in columns]
-    return TableRow(name, colour_of(record.arm, arms or [record.arm]), cells)
+    return TableRow(name, colour, cells)
 
 
 def _difference_line(difference: Difference, name: str, columns: Sequence[Column], evaluation: Evaluation) -> TableRow:
@@ -269,28 +265,14 @@ def signed_text(value: float) -> str:
     return f"+{text}" if value > 0 and text != ".00" else text
 
 
-# ── knobs and books ──────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def knob_rows(knobs: dict[str, Knobs]) -> list[tuple[object, ...]]:
-    """By kind of layer: name, number, r, ‖δS‖, ‖δS_hack‖, ‖δS_hack‖² / (‖δS‖² + ‖δS_hack‖²)."""
-    kinds: dict[str, list[Knobs]] = {}
-    for layer, pair in knobs.items():
-        kinds.setdefault(kind_of(layer), []).append(pair)
-    return [(kind, *norms(layers)) for kind, layers in kinds.items()] + [("all", *norms(list(knobs.values())))]
+# ── books ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
 def book_rows(books: Books, knobs: dict[str, Knobs] | None) -> list[tuple[str, str, str]]:
     """Book, norm, overlap with the quarantine (the cosine over all layers together)."""
-    layers = books.books[CHANCE]
-    flat = {name: torch.cat([book[layer].float() for layer in layers]) for name, book in books.books.items()}
-    held = None
-    if knobs is not None and knobs.keys() == layers.keys():
-        parts = [knobs[layer].hack for layer in layers]
-        if all(part is not None for part in parts):
-            held = torch.cat([part for part in parts if part is not None])
-    rows = [] if held is None else [(QUARANTINE, f"{held.norm():.3g}", "1.00")]
+    flat = flat_books(books, knobs)
+    rows = []
     for name, vector in flat.items():
-        overlap = None if held is None or held.shape != vector.shape else cosine(held, vector)
+        overlap = cosine(flat[QUARANTINE], vector) if QUARANTINE in flat else None
         rows.append((name, f"{vector.norm():.3g}", "–" if overlap is None else f"{overlap:.2f}".replace("-", "−")))
     return rows

@@ -74,9 +74,9 @@ class Comparison:
     windows: list[Compared]
 
     @property
-    def rows(self) -> list[tuple[str, list[Estimate | None]]]:
+    def rows(self) -> list[tuple[Title, list[Estimate | None]]]:
         """Title and AUCs of each score that has an AUC in some window."""
-        found = [(title.long, [window.aucs[name] for window in self.windows]) for name, title in TITLES.items()]
+        found = [(title, [window.aucs[name] for window in self.windows]) for name, title in TITLES.items()]
         return [row for row in found if any(estimate is not None for estimate in row[1])]
 
     def to_json(self) -> dict[str, Any]:
@@ -103,17 +103,14 @@ def _compare(index: Index, columns: Mapping[str, np.ndarray], part: np.ndarray) 
 
 def comparison_table(comparison: Comparison) -> Table:
     """The comparison as a table for the terminal."""
-    windows = comparison.windows
-    if len(windows) > _WIDE:
-        windows = [windows[0], *windows[-2:]]
+    shown = range(len(comparison.windows)) if len(comparison.windows) <= _WIDE else (0, -2, -1)
+    windows = [comparison.windows[i] for i in shown]
     heads = [f"{w.first}–{w.last}" for w in windows]
     table = Table("AUC, steps", *heads, title="exploits against others, AUC [95%]", title_justify="left", padding=0)
     if len(windows) < len(comparison.windows):
         table.caption = "all windows are in compare.json"
-    for name, title in TITLES.items():
-        estimates = [window.aucs[name] for window in windows]
-        if any(one is not None for one in estimates):
-            add_row(table, title.short, *(_cell(one) for one in estimates))
+    for title, estimates in comparison.rows:
+        add_row(table, title.short, *(_cell(estimates[i]) for i in shown))
     add_row(table, "exploits", *(f"{w.exploits:,}" for w in windows))
     add_row(table, "others", *(f"{w.others:,}" for w in windows))
     return table

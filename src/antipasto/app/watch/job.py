@@ -15,8 +15,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
@@ -24,37 +23,26 @@ from typing import Any
 
 import numpy as np
 from rich.console import Console
-from rich.text import Text
 
 from antipasto.adapter.fingerprints import hashed_once
-from antipasto.adapter.knobs import wrap
 from antipasto.adapter.rollouts import TokenIds
 from antipasto.app.checks import find_files
-from antipasto.app.locks import held
-from antipasto.app.models import base_fingerprint, best_device, load_model, quiet
+from antipasto.app.locks import held_folder
+from antipasto.app.models import base_fingerprint, load_adapted, quiet
 from antipasto.app.onset import find_onset
-from antipasto.app.run_folder import LOCK
 from antipasto.app.watch.compare import compare_scores
 from antipasto.app.watch.config import WatchConfig
 from antipasto.app.watch.page import write_page
 from antipasto.app.watch.result import PAGE, Watched, Window
 from antipasto.app.watch.scoring import SCORES, Scorer, is_finite
-from antipasto.app.watch.sources import (
-    Index,
-    Known,
-    Source,
-    is_still,
-    known,
-    read_index,
-    read_sources,
-)
+from antipasto.app.watch.sources import Index, Known, Source, is_still, known, read_index, read_sources
 from antipasto.evaluation.records import Rate
 from antipasto.files import write_json, write_text
 from antipasto.reading import as_number, read_json, read_rows
 from antipasto.routing.directions import Direction
 from antipasto.routing.monitor import Completion, Monitor
 from antipasto.routing.pairs import ContrastPair, load_pairs, pairs_in
-from antipasto.terminal import plain, progress_bar
+from antipasto.terminal import progress_bar
 
 FACTS, SCORES_FILE, MONITOR, COMPARE = "watch.json", "scores.jsonl", "monitor.safetensors", "compare.json"
 FORMAT = "antipasto-watch-1"
@@ -109,10 +97,8 @@ def watch(
             "--compare needs labels, and the files have none: name a column of 0 and 1 with --label-column, or reward and "
             "oracle with --reward-column and --oracle-column."
         )
-    with _held(out), hashed_once():
-        with console.status(Text(f"loading {plain(base)}")):
-            model, tokenizer = load_model(base, dtype=config.dtype)
-            wrap(model.to(best_device()), config.adapter())
+    with held_folder(out), hashed_once():
+        model, tokenizer = load_adapted(base, config.adapter(), console, dtype=config.dtype)
         facts = {
             "format": FORMAT,
             "base": base_fingerprint(model),
@@ -120,7 +106,7 @@ def watch(
             **options,
         }
         known_files = _begin(out, facts, files, anew=anew)
-        facts["files"] = [one.to_json() for one in known_files]
+        facts["files"] = [asdict(one) for one in known_files]
         write_json(out / FACTS, {**facts, "result": None})  # before the files that it describes
         with console.status("loading the monitor"):
             scorer = _scorer(out / MONITOR if monitor is None else Path(monitor), model, tokenizer, labelled, config)
@@ -130,18 +116,6 @@ def watch(
         watched = _conclude(out, files, names, index, scorer.monitor, config, facts, compare=compare)
         write_page(watched, base, config)
         return watched
-
-
-@contextmanager
-def _held(out: Path) -> Iterator[None]:
-    """Create and lock the folder. Remove it at the end if it is empty."""
-    out.mkdir(parents=True, exist_ok=True)
-    try:
-        with held(out / LOCK, out):
-            yield
-    finally:
-        with suppress(OSError):  # not empty
-            out.rmdir()
 
 
 def _options(config: WatchConfig) -> dict[str, Any]:
@@ -234,9 +208,7 @@ def _begin(out: Path, facts: Mapping[str, Any], files: Sequence[Path], *, anew: 
     for path, one in zip(files, now, strict=True):
         if one.path in earlier and not is_still(earlier[one.path], path):
             raise ValueError(f"{path} has changed since it was scored into {out}: choose another --out, {ANEW}.")
-    return [
-        Known(earlier[one.path].name, one.path, one.bytes, one.sha256) if one.path in earlier else one for one in now
-    ]
+    return [replace(one, name=earlier[one.path].name) if one.path in earlier else one for one in now]
 
 
 def _read_scores(path: Path, names: Sequence[str]) -> dict[tuple[int, int], dict[str, float | None]]:
@@ -274,11 +246,11 @@ def _score(
     with progress_bar(console) as progress:
         bar = progress.add_task("scoring", total=len(wanted), completed=len(wanted) - len(left))
         for chunk in _chunks(read_sources(files, config, [], among=left)):
-            scores = scorer([_tokens(scorer.monitor, one, files, config.max_tokens) for one in chunk])
+            scores = scorer([_tokens(scorer.monitor, one, config.max_tokens) for one in chunk])
             lines = []
             for one, values in zip(chunk, scores, strict=True):
                 if not is_finite(values):
-                    raise ValueError(f"{_where(one, files)}: its score is not finite; try --dtype float32.")
+                    raise ValueError(f"{one.where}: its score is not finite; try --dtype float32.")
                 above = values["score"] > scorer.monitor.threshold  # type: ignore[operator]
                 place = {"file": names[one.file], "row": one.row, "step": one.step}
                 lines.append(json.dumps({**place, "above": above, **values}) + "\n")
@@ -292,11 +264,7 @@ def _chunks(sources: Iterator[Source]) -> Iterator[list[Source]]:
         yield chunk
 
 
-def _where(one: Source, files: Sequence[Path]) -> str:
-    return f"{files[one.file]}, {'row' if files[one.file].suffix == '.parquet' else 'line'} {one.row}"
-
-
-def _tokens(monitor: Monitor, one: Source, files: Sequence[Path], max_tokens: int | None) -> TokenIds:
+def _tokens(monitor: Monitor, one: Source, max_tokens: int | None) -> TokenIds:
     """Token ids of a rollout, with an end-of-sequence token unless it was cut off."""
     try:
         if one.ids is not None or one.truncated is not None or max_tokens is None:
@@ -305,7 +273,7 @@ def _tokens(monitor: Monitor, one: Source, files: Sequence[Path], max_tokens: in
         written = len(ids.completion) - (monitor.tokenizer.eos_token_id is not None)
         return ids._replace(completion=ids.completion[:written]) if written >= max_tokens else ids
     except ValueError as error:
-        raise ValueError(f"{_where(one, files)}: {error}") from error
+        raise ValueError(f"{one.where}: {error}") from error
 
 
 # ── the result ───────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -344,7 +312,8 @@ def _conclude(
     }
     if comparison is not None:
         write_json(out / COMPARE, comparison.to_json())
-    write_json(out / FACTS, {**facts, "result": result})
+    facts = {**facts, "result": result}
+    write_json(out / FACTS, facts)
     return Watched(
         out=out,
         files=files,
@@ -355,6 +324,5 @@ def _conclude(
         windows=windows,
         onset=onset,
         comparison=comparison,
-        by_oracle=config.label_column is None,
-        facts={**facts, "result": result},
+        facts=facts,
     )

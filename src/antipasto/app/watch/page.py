@@ -11,7 +11,7 @@ import numpy as np
 
 from antipasto.app.report.html import page_of
 from antipasto.app.report.plots import Line, Plot, curves
-from antipasto.app.report.rollouts import EACH, LONGEST, MARKUP
+from antipasto.app.report.rollouts import EACH, within
 from antipasto.app.report.tables import Block, share_block
 from antipasto.app.watch.compare import Comparison
 from antipasto.app.watch.config import WatchConfig
@@ -83,7 +83,7 @@ def render(watched: Watched, base: str, config: WatchConfig) -> str:
         file_facts=watched.facts["files"],
         sentence=_sentence(watched),
         sampled=_sampled(watched),
-        by_oracle=watched.by_oracle,
+        by_oracle=config.label_column is None,
         given_threshold=watched.facts["threshold"] is not None,
         has_labels=bool(np.isfinite(watched.index.label).any()),
     )
@@ -91,7 +91,7 @@ def render(watched: Watched, base: str, config: WatchConfig) -> str:
 
 def _compared(comparison: Comparison) -> Block:
     titles = [(f"steps {w.first}–{w.last}", f"{w.exploits:,} against {w.others:,}") for w in comparison.windows]
-    rows = [(title, f"arm{i}", cells) for i, (title, cells) in enumerate(comparison.rows)]
+    rows = [(title.long, f"arm{i}", cells) for i, (title, cells) in enumerate(comparison.rows)]
     return share_block(titles, rows, mark=0.5)
 
 
@@ -130,15 +130,10 @@ def _sampled(watched: Watched) -> str | None:
 
 def _plots(watched: Watched) -> list[Plot]:
     steps = np.unique(watched.index.step)
-    parts = [
-        np.flatnonzero((watched.index.step >= part[0]) & (watched.index.step <= part[-1]))
-        for part in np.array_split(steps, min(POINTS, len(steps)))
-    ]
+    parts = watched.index.windows(POINTS)
     x = [float(watched.index.step[part].mean()) for part in parts]
     scores, flagged = watched.scores["score"], watched.flagged
     rates = [Rate(int(flagged[part].sum()), len(part)) for part in parts]
-    onset = watched.onset
-    span = None if onset is None else (onset.low, onset.step, onset.high)
     each = (
         "Each point is a step"
         if len(parts) == len(steps)
@@ -156,7 +151,7 @@ def _plots(watched: Watched) -> list[Plot]:
         [(at, rate.value) for at, rate in zip(x, rates, strict=True)],
         band=[rate.interval for rate in rates],
     )
-    where = "" if span is None else " Vertical line: the onset, with its 95% interval."
+    where = "" if watched.onset is None else " Vertical line: the onset, with its 95% interval."
     return [
         curves(
             "Score at the reference",
@@ -164,7 +159,7 @@ def _plots(watched: Watched) -> list[Plot]:
             [mean],
             unit="cosine",
             level=watched.monitor.threshold,
-            onset=span,
+            onset=watched.onset,
         ),
         curves(
             "Share above the threshold",
@@ -172,7 +167,7 @@ def _plots(watched: Watched) -> list[Plot]:
             [above],
             share=True,
             unit="share",
-            onset=span,
+            onset=watched.onset,
         ),
     ]
 
@@ -219,16 +214,7 @@ def _lists(watched: Watched, config: WatchConfig, names: Sequence[str]) -> list[
         ("Highest scores", [card(one, counted=True) for one in highest]),
         ("A random sample", [card(one, counted=False) for one in drawn]),
     ]
-    return [(title, _within(cards, BUDGET // 2)) for title, cards in lists]
-
-
-def _within(cards: list[Card], budget: int) -> list[Card]:
-    """The first cards whose texts fit into the budget."""
-    kept: list[Card] = []
-    for one in cards:
-        said = (one.source.prompt, one.source.completion)
-        budget -= MARKUP + sum(min(LONGEST, len(repr(text))) for text in said)
-        if budget < 0 and kept:
-            break
-        kept.append(one)
-    return kept
+    return [
+        (title, within(cards, lambda card: (card.source.prompt, card.source.completion), BUDGET // 2))
+        for title, cards in lists
+    ]

@@ -46,7 +46,6 @@ class Watched:
         windows: the same by window of steps.
         onset: where the share begins to rise; None if no clear rise was found.
         comparison: None unless it was asked for.
-        by_oracle: whether labels come from reward and oracle.
         facts: the contents of `watch.json`.
     """
 
@@ -59,7 +58,6 @@ class Watched:
     windows: list[Window]
     onset: Onset | None
     comparison: Comparison | None
-    by_oracle: bool
     facts: dict[str, Any]
 
     @property

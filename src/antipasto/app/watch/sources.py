@@ -11,7 +11,7 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -33,6 +33,7 @@ class Source(NamedTuple):
     Attributes:
         file: its number among the files.
         row: its line or row, from 1.
+        where: both, for messages.
         step: 0 if the file has none.
         prompt: a text or a chat.
         completion: a text or messages, as in the file.
@@ -47,6 +48,7 @@ class Source(NamedTuple):
 
     file: int
     row: int
+    where: str
     step: int
     prompt: str | list[dict[str, str]]
     completion: Any
@@ -96,9 +98,8 @@ class Index:
 
     def only(self, chosen: np.ndarray) -> Index:
         """The rollouts at some positions."""
-        columns = (self.file, self.row, self.step, self.label, self.reward, self.live)
-        file, row, step, label, reward, live = (column[chosen] for column in columns)
-        return Index(file, row, step, label, reward, live, self.notes)
+        columns = {name: column[chosen] for name, column in vars(self).items() if name != "notes"}
+        return replace(self, **columns)
 
     def windows(self, number: int) -> list[np.ndarray]:
         """Positions of the rollouts of each window. Windows have about the same number of steps."""
@@ -177,16 +178,11 @@ def _parse(row: Mapping[str, Any], where: str, config: WatchConfig, file: int, n
     prompt, completion = (_reach(row, name, where) for name in (config.prompt_column, config.completion_column))
     prompt = _chat(prompt)
     if not isinstance(prompt, str) and not (isinstance(prompt, list) and prompt and all(map(_is_message, prompt))):
-        raise ValueError(
-            f"{where}: {config.prompt_column!r} must be a text or a chat, got {shorten(repr(prompt), 60)}."
-        )
+        raise _invalid(where, config.prompt_column, "be a text or a chat", prompt)
     try:
         text = completion_text(_chat(completion))
     except (ValueError, TypeError, KeyError) as error:
-        got = shorten(repr(completion), 60)
-        raise ValueError(
-            f"{where}: {config.completion_column!r} must be a text or an answer's messages, got {got}."
-        ) from error
+        raise _invalid(where, config.completion_column, "be a text or an answer's messages", completion) from error
     step = _optional(row, config.step_column, "step", where)
     reward, oracle = (
         _optional(row, given, usual, where)
@@ -196,14 +192,14 @@ def _parse(row: Mapping[str, Any], where: str, config: WatchConfig, file: int, n
         raise ValueError(f"{where}: a step must be a whole number, got {step}.")
     ids = row.get(_IDS)
     if ids is not None and not (isinstance(ids, list) and ids and all(type(token) is int for token in ids)):
-        raise ValueError(f"{where}: {_IDS!r} must be a list of token ids, got {shorten(repr(ids), 60)}.")
+        raise _invalid(where, _IDS, "be a list of token ids", ids)
     tool_mask = row.get(_TOOL_MASK)
     if tool_mask is not None and not _is_mask(tool_mask, ids):
-        got = shorten(repr(tool_mask), 60)
-        raise ValueError(f"{where}: {_TOOL_MASK!r} must have a 1 or 0 for each of {_IDS!r}, one of them 1, got {got}.")
+        raise _invalid(where, _TOOL_MASK, f"have a 1 or 0 for each of {_IDS!r}, one of them 1", tool_mask)
     return Source(
         file,
         number,
+        where,
         0 if step is None else int(step),
         prompt,
         completion,
@@ -215,6 +211,10 @@ def _parse(row: Mapping[str, Any], where: str, config: WatchConfig, file: int, n
         reward,
         _optional(row, None, _LIVE, where),
     )
+
+
+def _invalid(where: str, column: str, must: str, value: Any) -> ValueError:
+    return ValueError(f"{where}: {column!r} must {must}, got {shorten(repr(value), 60)}.")
 
 
 def _is_mask(value: Any, ids: list[int] | None) -> bool:
@@ -286,9 +286,6 @@ class Known:
     path: str
     bytes: int
     sha256: str
-
-    def to_json(self) -> dict[str, Any]:
-        return asdict(self)
 
 
 def known(path: Path) -> Known:
