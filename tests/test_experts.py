@@ -693,7 +693,8 @@ def test_in_bf16_a_carried_basis_trains_as_one_that_is_not_saved(implementation:
     """PEFT keeps what is saved in fp32, so it is wider than the weights."""
     plain, carrying = (
         get_peft_model(
-            build("mixtral", implementation, torch.bfloat16), ap.AntiPastoConfig(target_modules=TARGETS, save_basis=saves)
+            build("mixtral", implementation, torch.bfloat16),
+            ap.AntiPastoConfig(target_modules=TARGETS, save_basis=saves),
         )
         for saves in (False, True)
     )
