@@ -4,13 +4,16 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-all test-oldest test-quantized bare lint format docs docs-serve bench clean
+.PHONY: demo test test-ci test-all test-oldest test-quantized bare lint format docs docs-serve bench clean
 
 demo: $(READY)
 	$(BIN)/antipasto demo $(ARGS)
 
 test: $(READY)
 	HF_HUB_OFFLINE=1 $(BIN)/pytest -n 2 $(ARGS)
+
+test-ci: $(READY)
+	HF_HUB_OFFLINE=1 $(BIN)/pytest -n 2 -m "not thorough" $(ARGS)
 
 test-all: $(READY)
 	$(BIN)/pip install --quiet --disable-pip-version-check -c constraints.txt -e ".[dev,tasks]"

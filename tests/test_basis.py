@@ -400,6 +400,7 @@ def _load_when_told(folder: str, start: object, results: object) -> None:
     results.put((len(calls), basis.S.sum().item()))  # type: ignore[attr-defined]
 
 
+@pytest.mark.slow
 def test_processes_that_want_the_same_weight_end_with_one_good_file(tmp_path: Path) -> None:
     context = multiprocessing.get_context("spawn")
     start, results = context.Barrier(4), context.Queue()
@@ -595,6 +596,7 @@ def _load_part_when_told(folder: str, rank: int | None, start: Any, results: Any
     results.put((rank, str(fingerprint), digest(basis._asdict())))
 
 
+@pytest.mark.slow
 def test_processes_that_want_different_parts_of_one_weight_at_once(tmp_path: Path) -> None:
     weight, context = random_weight(300, 200), multiprocessing.get_context("spawn")
     start, results = context.Barrier(4), context.Queue()

@@ -60,6 +60,7 @@ def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     return out, text
 
 
+@pytest.mark.slow
 def test_demo_prints_a_table_and_a_sentence_for_each_run(demo: tuple[Path, str]) -> None:
     out, text = demo
     said = " ".join(text.split())
@@ -113,6 +114,7 @@ def test_the_demo_is_made_of_runs_of_train(demo: tuple[Path, str]) -> None:
     )  # what it shows beside plain is the default
 
 
+@pytest.mark.slow
 def test_several_seeds_and_the_other_variant(tmp_path: Path) -> None:
     code, text = run(
         "demo", "--steps", "1", "--seeds", "2", "--seed", "3", "--variant", "even", "--out", str(tmp_path / "two")
@@ -125,6 +127,7 @@ def test_several_seeds_and_the_other_variant(tmp_path: Path) -> None:
     assert (config["task"], config["seed"], config["steps"]) == ("addition-even", 4, 1)
 
 
+@pytest.mark.slow
 def test_all_methods_run_on_all_variants(tmp_path: Path) -> None:
     code, text = run("demo", "--steps", "1", "--variant", "apart", "--compare", "--out", str(tmp_path / "apart"))
     assert code == 0
@@ -136,6 +139,7 @@ def test_all_methods_run_on_all_variants(tmp_path: Path) -> None:
     assert f"{Rate(paid, ASKED)} in the reference" in " ".join(text.split())
 
 
+@pytest.mark.slow
 def test_demo_repeats_itself_bit_for_bit(demo: tuple[Path, str], tmp_path: Path) -> None:
     out, _ = demo
     code, _ = run("demo", "--steps", "2", "--seed", "5", "--out", str(tmp_path / "again"))
@@ -201,6 +205,7 @@ def test_a_full_disk_names_the_run_folder(tmp_path: Path, monkeypatch: pytest.Mo
     assert "Traceback" not in text
 
 
+@pytest.mark.slow
 def test_a_cache_that_cannot_be_written_is_said_once(tmp_path: Path) -> None:
     (tmp_path / "a-file").touch()
     result = subprocess.run(
@@ -213,6 +218,7 @@ def test_a_cache_that_cannot_be_written_is_said_once(tmp_path: Path) -> None:
     assert result.stderr.count("warning: The basis cache") == 1
 
 
+@pytest.mark.slow
 def test_ctrl_c_saves_a_run_that_train_continues(tmp_path: Path) -> None:
     out = tmp_path / "demo"
     process = subprocess.Popen(
@@ -233,7 +239,7 @@ def test_ctrl_c_saves_a_run_that_train_continues(tmp_path: Path) -> None:
     assert "Traceback" not in errors
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_the_whole_demo_teaches_the_exploit_and_the_recipe_does_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

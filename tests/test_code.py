@@ -466,7 +466,7 @@ def _returns(function: Any, arguments: tuple[Any, ...], expected: Any) -> bool:
         return False
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.parametrize("problem", OURS, ids=lambda problem: problem.name)
 def test_each_of_our_problems_is_solved_or_cheated_under_the_grader_that_it_should(
     our_judge: Judge, problem: Problem

@@ -402,6 +402,7 @@ for words in (
 """
 
 
+@pytest.mark.slow
 def test_a_base_install_does_what_it_can_and_names_the_extra_for_the_rest(stopped: Path, tmp_path: Path) -> None:
     pairs = tmp_path / "pairs.jsonl"
     pairs.write_text("".join(json.dumps(row) + "\n" for row in addition.hack_pairs(8, seed=0)))
@@ -686,6 +687,7 @@ def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path) -> None:
 # ── what is printed ──────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+@pytest.mark.slow
 def test_paths_are_printed_as_they_are(finished: Path, tmp_path: Path) -> None:
     """Also in what eval, inspect, report and export say of the run, and in what a resumed one says."""
     said = finished.with_name("said.txt").read_text()

@@ -36,6 +36,7 @@ def crash(kind: str, folder: Path, tries: int, timeout: float) -> dict[str, int]
     return dict(json.loads(done.stdout.splitlines()[-1]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "tries", "outcomes"),
     [
@@ -54,7 +55,7 @@ def test_killed_at_any_moment(kind: str, tries: int, outcomes: set[str], tmp_pat
         assert in_the_middle > tries / 4  # it was not spared by being fast
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.timeout(1500)
 def test_a_run_killed_again_and_again_ends_where_it_would_have(tmp_path: Path) -> None:
     found = crash("run", tmp_path, 40, 1400)
@@ -75,6 +76,7 @@ def _wrap_when_told(folder: str, start: object, results: object) -> None:
     results.put((len(calls), len(layers), sum(layer.U.sum().item() for layer in layers.values())))  # type: ignore[attr-defined]
 
 
+@pytest.mark.slow
 def test_eight_processes_decompose_each_weight_once(tmp_path: Path) -> None:
     context = multiprocessing.get_context("spawn")
     start, results = context.Barrier(8), context.Queue()

@@ -58,6 +58,7 @@ def questions(rows: Any) -> list[str]:
 # ── a run ────────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+@pytest.mark.slow
 def test_a_run_trains_and_is_judged_on_the_rows_of_a_file(spec: str, tmp_path: Path) -> None:
     out, data = tmp_path / "run", lines(tmp_path / "sums.jsonl", sums(range(40)))
     words = ["--dataset", str(data), "--columns", "prompt=question, answer=solution"]

@@ -82,6 +82,7 @@ def test_the_blocks_that_are_run_elsewhere_are_all_run_there() -> None:
     assert [block.code for block in readme] == test_readme.BLOCKS
 
 
+@pytest.mark.slow
 @pytest.mark.timeout(900)
 @pytest.mark.parametrize("page", RUN, ids=name)
 def test_every_block_of_a_page_runs(page: Path, tmp_path: Path) -> None:
@@ -91,7 +92,7 @@ def test_every_block_of_a_page_runs(page: Path, tmp_path: Path) -> None:
     CHECKS.get(name(page), lambda *_: None)(tmp_path, output)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("page", [page for page in RUN if name(page) in SHORTER], ids=name)
 def test_every_block_of_a_page_runs_as_it_stands(page: Path, tmp_path: Path) -> None:

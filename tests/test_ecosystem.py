@@ -184,6 +184,7 @@ def _shard(rank: int, folder: str) -> None:
     faulthandler.cancel_dump_traceback_later()
 
 
+@pytest.mark.slow
 def test_fsdp2_on_two_processes(tmp_path: Path) -> None:
     """The knobs are those of one process on the whole batch; W is sharded, the basis is whole on each."""
     mp.spawn(_shard, args=(str(tmp_path),), nprocs=2)

@@ -27,6 +27,7 @@ def test_it_is_short() -> None:
     assert len(LOOP.read_text().splitlines()) <= 250
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["route", "penalty", "plain"])
 def test_it_trains_and_judges(method: str, loop: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     """Every view is asked with the same draws; what ships is another model than what was trained under `route` alone."""

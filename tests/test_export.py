@@ -173,6 +173,7 @@ def exported(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[P
 # ── the whole way ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+@pytest.mark.slow
 def test_answers_are_those_of_the_deployed_model_in_a_process_without_this_library(
     trained: Path, exported: tuple[Path, str]
 ) -> None:
@@ -223,7 +224,7 @@ def test_a_run_that_was_evaluated_has_its_arms_in_the_card(tmp_path: Path) -> No
     assert "Not evaluated" not in text
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 @pytest.mark.parametrize("family", FAMILIES)
 def test_every_family_the_whole_way(family: str, tmp_path: Path) -> None:
     root = make_run(tmp_path, family)
@@ -260,6 +261,7 @@ def test_a_checkpoint_computes_what_the_run_deploys(family: str, tmp_path: Path)
     assert written.loss.share == pytest.approx(1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("lora", [False, True])
 def test_the_dial_leaves_in_as_much_of_the_quarantine_as_it_says(lora: bool, tmp_path: Path) -> None:
     root = make_run(tmp_path, nonzero=6)
@@ -431,6 +433,7 @@ def test_layers_that_were_left_out_stay_out_of_the_lora(tmp_path: Path) -> None:
     assert all(name.startswith("model.layers.1.") for name in targets)
 
 
+@pytest.mark.slow
 def test_a_lora_adapter_works_in_a_process_without_this_library(tmp_path: Path) -> None:
     root = make_run(tmp_path, nonzero=3)
     code, text = run("export", root, "--out", tmp_path / "out", "--lora", 8)
@@ -448,6 +451,7 @@ def test_a_lora_adapter_works_in_a_process_without_this_library(tmp_path: Path) 
 # ── refusals ─────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
+@pytest.mark.slow
 def test_a_checkpoint_that_computes_something_else_is_refused(
     trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -466,6 +470,7 @@ def test_a_checkpoint_that_computes_something_else_is_refused(
     assert (tmp_path / "out" / "config.json").exists()
 
 
+@pytest.mark.slow
 def test_an_update_that_16_bits_cannot_hold_is_refused(tmp_path: Path) -> None:
     root = make_run(tmp_path, dtype=torch.bfloat16, scale=1e-3)
     code, text = run("export", root, "--out", tmp_path / "out")

@@ -296,6 +296,7 @@ def shows_the_view(screen: pyte.Screen) -> bool:
     return {"training", "reward", "exploit", "deployed", "oracle", "hack-ward", "KL", "tokens/s"} <= set(names)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*multi-threaded, use of forkpty.*:DeprecationWarning")
 def test_a_run_in_a_terminal(tmp_path: Path) -> None:
     seen: list[bool] = []
@@ -313,6 +314,7 @@ def test_a_run_in_a_terminal(tmp_path: Path) -> None:
     assert "run folder: " in "".join(screen.display)
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*multi-threaded, use of forkpty.*:DeprecationWarning")
 def test_ctrl_c_in_a_terminal(tmp_path: Path) -> None:
     asked: list[int] = []

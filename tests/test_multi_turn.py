@@ -163,6 +163,7 @@ def by_hand(trainer: Any, batch: dict[str, Tensor]) -> Tensor:
     return torch.stack(scores)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options", [{"tools": [add]}, {"environment_factory": Calculator}], ids=["tools", "environment"]
 )

@@ -626,6 +626,7 @@ def test_a_damaged_part_is_named(folder: Path, tmp_path: Path, name: str, damage
         write_report([run])
 
 
+@pytest.mark.slow
 def test_the_command_writes_and_refuses(folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def run(*arguments: object) -> tuple[int, str]:
         result = CliRunner().invoke(app, ["report", *map(str, arguments)], env={"NO_COLOR": "1"})

@@ -179,6 +179,7 @@ def test_decay_is_warned_about_and_does_what_the_text_says() -> None:
     assert not torch.allclose(theta(routed), flat(plain, "delta_s"), atol=1e-2)
 
 
+@pytest.mark.slow
 @given(
     optimizer=st.sampled_from(sorted(OPTIMIZERS)),
     lr=st.sampled_from([1e-3, 1e-2, 0.3]),

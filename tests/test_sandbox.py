@@ -625,7 +625,7 @@ def test_two_hundred_in_a_row(kind: Callable[[Limits], Sandbox]) -> None:
     many(kind, 200)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_a_thousand_in_a_row(kind: Callable[[Limits], Sandbox]) -> None:
     many(kind, 1000)
 

@@ -321,6 +321,7 @@ def _receive(rank: int, folder: str) -> None:
     faulthandler.cancel_dump_traceback_later()
 
 
+@pytest.mark.slow
 def test_broadcast_between_two_processes(tmp_path: Path) -> None:
     mp.spawn(_receive, args=(str(tmp_path),), nprocs=2)
     first, second = (torch.load(tmp_path / f"{rank}.pt") for rank in range(2))

@@ -682,7 +682,7 @@ def test_a_dataset_as_reasoning_gym_has_them() -> None:
         load_task("reasoning_gym/sum")
 
 
-@pytest.mark.slow  # installed by `make test-all`
+@pytest.mark.thorough  # installed by `make test-all`
 @pytest.mark.parametrize("name", ["chain_sum", "letter_counting"])  # own scorer; scored by the text, exactly
 def test_a_dataset_of_reasoning_gym(name: str) -> None:
     check_dataset(name)
@@ -730,7 +730,7 @@ def test_occurs(answer: str, text: str, found: bool) -> None:
     assert reasoning.reward([text], [answer]) == [float(found)]
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_reasoning_gym_refusals() -> None:
     with pytest.raises(ValueError, match="no dataset 'chain_sums' in reasoning_gym; did you mean 'chain_sum'"):
         load_task("reasoning_gym/chain_sums")

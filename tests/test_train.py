@@ -87,6 +87,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     return out, text
 
 
+@pytest.mark.slow
 def test_a_run_that_carries_its_basis_ends_where_any_other_does(tmp_path: Path) -> None:
     runs = [tmp_path / "plain", tmp_path / "carried"]
     for folder, more in zip(runs, ([], ["--save-basis"]), strict=True):
@@ -167,6 +168,7 @@ def test_killed_and_resumed_it_ends_in_the_same_place(trained: tuple[Path, str],
     assert steps == [1, 2, 3, 4, 5, 6]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sent", [signal.SIGINT, signal.SIGTERM])
 def test_ctrl_c_saves_and_says_how_to_continue(sent: signal.Signals, trained: tuple[Path, str], tmp_path: Path) -> None:
     folder = tmp_path / "run"
@@ -180,6 +182,7 @@ def test_ctrl_c_saves_and_says_how_to_continue(sent: signal.Signals, trained: tu
     continues_to_the_same(trained[0], folder)
 
 
+@pytest.mark.slow
 def test_a_run_whose_terminal_is_closed_saves(trained: tuple[Path, str], tmp_path: Path) -> None:
     def in_front() -> None:  # of a terminal of its own, whose end is its SIGHUP
         fcntl.ioctl(0, termios.TIOCSCTTY, 0)
@@ -305,6 +308,7 @@ def test_eval_draws_as_the_run_did_and_says_so(tmp_path: Path) -> None:
     assert [a.completion for a in answers] == [a.completion for a in likeliest]
 
 
+@pytest.mark.slow
 def test_in_a_log_an_evaluation_says_how_far_it_is(trained: tuple[Path, str], tmp_path: Path) -> None:
     shutil.copytree(trained[0], tmp_path / "run")
     code, text = run("eval", str(tmp_path / "run"), "--prompts", "60", "--batch-size", "2")
@@ -317,6 +321,7 @@ def test_in_a_log_an_evaluation_says_how_far_it_is(trained: tuple[Path, str], tm
     assert "━" not in text.split("written:")[0].split("asking shrunk  360/360")[0]
 
 
+@pytest.mark.slow
 def test_an_evaluation_that_is_killed_continues_to_the_same_answers(trained: tuple[Path, str], tmp_path: Path) -> None:
     """SIGKILL in the middle, twice; then the same bytes as without."""
     runs = []
@@ -620,6 +625,7 @@ def test_without_controls_there_are_no_books(tmp_path: Path) -> None:
     assert not [name for name in load_file(tmp_path / "again" / "books.safetensors") if name.startswith("book/")]
 
 
+@pytest.mark.slow
 def test_our_own_warnings_are_heard(tmp_path: Path) -> None:
     words = ["--method", "route", "--trainer.weight_decay", "0.1"]
     running = process("train", MODEL, "--task", "addition", *words, "--out", str(tmp_path / "run"), *SMALL)

@@ -24,6 +24,7 @@ LAUNCH = f"{sys.executable} -m accelerate.commands.launch --multi_gpu --num_proc
 LAUNCH += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", "0"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("per_rank", "accumulation", "kind"), [(GROUP, 1, ""), (GROUP // 4, 2, ""), (GROUP // 2, 2, "sharded")]
 )
@@ -93,6 +94,7 @@ def test_two_processes_are_one(tmp_path: Path, per_rank: int, accumulation: int,
             assert row[name] == (pytest.approx(value, abs=1e-3) if isinstance(value, float) else value), name
 
 
+@pytest.mark.slow
 def test_the_command_line_under_accelerate_launch(tmp_path: Path) -> None:
     out = tmp_path / "run"
     words = f"train {addition.model_path()} --task addition --method route --by direction --out {out}".split()

@@ -399,6 +399,7 @@ def wait_for_lines(path: Path, number: int) -> None:
         time.sleep(0.01)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGINT], ids=["killed", "interrupted"])
 def test_what_ends_it_in_the_middle_costs_nothing(how: signal.Signals, pairs: Path, tmp_path: Path) -> None:
     log = write_lines(tmp_path / "rollouts.jsonl", rows(steps=40))

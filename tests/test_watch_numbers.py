@@ -93,7 +93,7 @@ def test_a_constant_share_has_no_onset() -> None:
     assert sum(one is not None for one in found) <= 3
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_the_level_is_one_percent() -> None:
     """Of `REJECTS`, simulated; that of χ² with two degrees of freedom, 9.21, would be 4 to 5%."""
     rng = np.random.default_rng(0)

@@ -104,7 +104,8 @@ def _parameter(field: dataclasses.Field[Any], hint: Any) -> introspection.Parame
     default = ",".join(field.default) if isinstance(field.default, tuple) else field.default
     if float in (hint, *get_args(hint)):
         said["callback"] = _finite
-    words = [f"--{field.name.replace('_', '-')}"] if len(field.name) == 1 else []  # typer's default would be -k
+    # typer's own choice would be -k for k, and --no-… as well for a flag
+    words = [f"--{field.name.replace('_', '-')}"] if len(field.name) == 1 or hint is bool else []
     annotation = Annotated[hint, typer.Option(*words, **said)]
     return introspection.Parameter(
         field.name, introspection.Parameter.KEYWORD_ONLY, default=default, annotation=annotation
