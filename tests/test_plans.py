@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import get_peft_model
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import antipasto as ap
 from antipasto.adapter import choice
@@ -346,6 +347,44 @@ def test_the_gradient_is_that_of_the_weights_that_are_there(plan: str, shape: tu
     torch.testing.assert_close(got.double(), want, atol=2e-5 * float(want.abs().max()), rtol=0)
     full = spectral_linear_reference(x, base.weight, None, knobs.U, knobs.Vh, knobs.delta_s)
     torch.testing.assert_close(y, full, atol=float(1e-5 * full.detach().abs().max()), rtol=0)
+
+
+class Tf32(TorchDispatchMode):
+    """Products as a GPU may compute them: their operands have 10 bits after the point."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
+            rounded = [((t.contiguous().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32) for t in args[-2:]]
+            args = (*args[:-2], *rounded)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("shape", [(384, 96), (96, 384)])
+def test_no_route_divides_where_products_are_rounded(shape: tuple[int, int]) -> None:
+    """In TF32 the factor of up to 100 by which a one-sided route may amplify errors would leave one digit of three."""
+    o, i = shape
+    torch.manual_seed(0)
+    layer = nn.Linear(i, o, bias=False)
+    U, _, Vh = decompose(layer.weight)
+    layer.weight.data.copy_((U * torch.logspace(0, -1.8, 96)) @ Vh)
+    (knobs,) = ap.wrap(model := nn.Sequential(layer), ap.AntiPastoConfig(target_modules=["0"], cache_dir=None)).values()
+    knobs.delta_s.data.normal_(std=1e-3)
+    x, G = torch.randn(2048, i, requires_grad=True), torch.randn(2048, o)
+
+    def gradient(plan: Any) -> Tensor:
+        knobs.layer.plan = plan
+        return torch.autograd.grad(model(x), knobs.delta_s, G)[0]
+
+    want = gradient("factored")
+    torch.testing.assert_close(gradient("auto"), want, rtol=1e-4, atol=1e-3)
+    backend = torch.backends.mkldnn.matmul
+    before, backend.fp32_precision = backend.fp32_precision, "tf32"
+    try:
+        with Tf32():
+            factored, auto = ((gradient(plan) - want).norm() for plan in ("factored", "auto"))
+    finally:
+        backend.fp32_precision = before
+    assert 0 < auto < 2 * factored
 
 
 def test_a_second_derivative_needs_the_factored_plan() -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch._C._functorch import is_functorch_wrapped_tensor
 
 from antipasto.adapter.basis import Basis
-from antipasto.adapter.functional import Route, is_low, merged_weight
+from antipasto.adapter.functional import Route, is_low, merged_weight, rounds_products
 from antipasto.adapter.held import HeldWeights, source
 from antipasto.adapter.plans import Call, Execution, cheapest, is_well_conditioned
 from antipasto.adapter.rows import RowViews
@@ -136,7 +136,11 @@ class Choice:
             needs_theta=needs_theta,
             by_token=theta.ndim > 1 or asked.by_sequence,
             # one-sided routes and spectral execution both assume that W_θ = U diag(σ) Vh
-            well_conditioned=needs_theta and is_basis and o != i and is_well_conditioned(basis.S, thetas),
+            well_conditioned=needs_theta
+            and is_basis
+            and o != i
+            and not rounds_products(dtype, W.device)
+            and is_well_conditioned(basis.S, thetas),
             is_basis=is_basis and not zero,
             weights=0 if zero else len(thetas),
             bias=has_bias,
