@@ -22,7 +22,7 @@ from antipasto.adapter.basis import decompose
 from antipasto.adapter.choice import Asked
 from antipasto.adapter.functional import Route, merged_linear, merged_weight, spectral_linear_reference
 from antipasto.adapter.plans import Call, Execution, cheapest, route_costs
-from antipasto.adapter.views import mixed
+from antipasto.adapter.views import fixed, mixed
 
 SHAPES = [(7, 5), (5, 7), (6, 6), (6, 1)]
 PLANS = ("auto", "factored", "merged", "spectral")
@@ -385,6 +385,19 @@ def test_no_route_divides_where_products_are_rounded(shape: tuple[int, int]) -> 
     finally:
         backend.fp32_precision = before
     assert 0 < auto < 2 * factored
+
+
+def test_autocast_leaves_fp64_alone() -> None:
+    model, _, x = make()
+    model.double()
+    want = model(x.double())
+    with torch.autocast("cpu", torch.bfloat16):
+        got = model(x.double())
+        with torch.no_grad(), fixed(model):
+            held = [model(x.double()), model(x.double())]
+    assert torch.equal(got, want)
+    for y in held:
+        torch.testing.assert_close(y, want)
 
 
 def test_a_second_derivative_needs_the_factored_plan() -> None:

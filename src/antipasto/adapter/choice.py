@@ -44,6 +44,13 @@ class Merged(NamedTuple):
     route: Route
 
 
+def product_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which a Linear multiplies x: autocast's where it is on, which leaves fp64 alone."""
+    device = x.device.type
+    casts = torch.is_autocast_enabled(device) and x.dtype is not torch.float64
+    return torch.get_autocast_dtype(device) if casts else x.dtype
+
+
 def matmul_dtype(base: nn.Module, x: Tensor, theta: Tensor, basis: Basis) -> torch.dtype | None:
     """The dtype in which the base layer multiplies, if a matmul is all that it does and one with W_θ can stand in for it.
 
@@ -54,7 +61,7 @@ def matmul_dtype(base: nn.Module, x: Tensor, theta: Tensor, basis: Basis) -> tor
     weight, bias, device = base.weight, base.bias, x.device.type
     if weight.is_meta:
         return None
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    dtype = product_dtype(x)
     possible = (
         dtype in (torch.float64, torch.float32, torch.bfloat16)
         and (weight.dtype is dtype or torch.is_autocast_enabled(device))

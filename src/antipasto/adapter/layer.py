@@ -26,7 +26,7 @@ from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
 from antipasto.adapter.basis import Basis
-from antipasto.adapter.choice import Asked, Choice, matmul_dtype
+from antipasto.adapter.choice import Asked, Choice, matmul_dtype, product_dtype
 from antipasto.adapter.fingerprints import Fingerprint, weight_digest
 from antipasto.adapter.functional import delta_weight, merged_linear, spectral_delta
 from antipasto.adapter.plans import Execution
@@ -467,8 +467,7 @@ class AntiPastoLinear(nn.Module, BaseTunerLayer):
         """What W_θ depends on beside the knobs; None where a gradient is wanted or rows see different knobs."""
         if torch.is_grad_enabled() or self.merged or not (self.rows is None or self.rows.are_alike):
             return None
-        low = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
-        return self.view, tuple(self.active_adapters), low
+        return self.view, tuple(self.active_adapters), product_dtype(x)
 
     def _known(self, seen: Hashable) -> Fixed | None:
         found = (one for one in self.fixed or () if one.seen == seen and one.offset is self.offset)
