@@ -454,6 +454,16 @@ def test_what_inference_mode_has_built_serves_a_step_with_gradient() -> None:
         model.load_state_dict(copy.deepcopy(model.state_dict()))
 
 
+def test_merging_frees_what_is_held() -> None:
+    model, knobs, x = make("merged")
+    with torch.no_grad():
+        y = model(x)
+        assert alive(knobs) == [True]
+        knobs.layer.merge()
+        assert alive(knobs) == []
+        torch.testing.assert_close(model(x), y)
+
+
 def test_nothing_is_held_where_the_config_says_so() -> None:
     model, knobs, x = make("merged", hold_weights=False)
     with torch.no_grad():

@@ -519,6 +519,7 @@ class AntiPastoLinear(nn.Module, BaseTunerLayer):
         if safe_merge and not torch.isfinite(merged).all():
             raise ValueError(f"Merging {names} would put a NaN or Inf into the weight: the adapter is broken.")
         self.put_merged(([*self.merged_adapters, *names], nn.Parameter(merged, original.requires_grad)))
+        self.choice.held.clear()  # a merged layer asks for none, and has two weights already
 
     def why_not_mergeable(self) -> str | None:
         """Why merging would change what the layer computes, as a clause; None if it would not.
