@@ -761,6 +761,25 @@ def test_fixed_knobs_are_looked_at_once_for_each_view(dtype: torch.dtype, monkey
     assert all(layer.layer.fixed is None for layer in layers)
 
 
+def test_fixed_keeps_no_weight_of_a_context_that_is_over() -> None:
+    model, knobs, x = make("merged")
+    knobs.delta_s_hack.data.normal_()
+    with torch.no_grad(), fixed(model):
+        model(x)
+        for dial in (0.25, 0.5, 0.75, 1.25):
+            with ap.deployed(model, dial):
+                y, again = model(x), model(x)
+            assert torch.equal(y, again)
+            torch.testing.assert_close(y, nn.functional.linear(x, weight_of(knobs, dial), knobs.layer.bias))
+        assert len(knobs.layer.fixed) == 2
+        torch.testing.assert_close(model(x), nn.functional.linear(x, weight_of(knobs, 1.0), knobs.layer.bias))
+        assert len(knobs.layer.fixed) == 2
+
+
+def weight_of(knobs: ap.LayerKnobs, dial: float) -> Tensor:
+    return merged_weight(knobs.layer.base_layer.weight, knobs.U, knobs.Vh, knobs.delta_s + dial * knobs.delta_s_hack)
+
+
 def test_a_gradient_and_rows_that_differ_are_as_without() -> None:
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(6, 8))

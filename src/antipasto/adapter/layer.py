@@ -458,6 +458,8 @@ class AntiPastoLinear(nn.Module, BaseTunerLayer):
             return y if bias is None else y + bias
         if merged is not None:
             if seen is not None and self.fixed is not None and hold:
+                # an offset is of one context and does not come again: a sweep of dials must not pile up weights
+                self.fixed[:] = [one for one in self.fixed if one.offset is None]
                 self.fixed.append(Fixed(seen, self.offset, merged.weights[0], bias))
             return merged_linear(x, bias, theta, merged.weights, self.basis, merged.route, merged.which)
         y = self.base_layer(x, *args, **kwargs)
