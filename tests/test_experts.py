@@ -17,6 +17,7 @@ import peft
 import pytest
 import torch
 import transformers
+from accelerate.hooks import ModelHook, add_hook_to_module
 from peft import PeftModel, get_peft_model
 from rich.console import Console
 from safetensors.torch import load_file
@@ -630,6 +631,25 @@ def test_a_forward_that_somebody_put_there_is_called_and_put_back() -> None:
     logits(wrapped)
     assert calls == [3]
     assert wrapped.unload().model.layers[1].mlp.experts.forward is counted
+
+
+def test_a_forward_that_somebody_put_around_ours_stays() -> None:
+    model = adapted()
+    experts, calls = model.base_model.model.model.layers[1].mlp.experts, []
+    want = logits(model)
+
+    class Counts(ModelHook):
+        def pre_forward(self, module: nn.Module, *args: Any, **kwargs: Any) -> tuple[Any, Any]:
+            calls.append(len(args))
+            return args, kwargs
+
+    add_hook_to_module(experts, Counts())
+    assert torch.equal(logits(model), want)
+    plain = model.merge_and_unload()
+    torch.testing.assert_close(logits(plain), want, rtol=1e-4, atol=1e-4)
+    assert calls == [3, 3]
+    assert plain.model.layers[1].mlp.experts is experts
+    assert isinstance(experts.gate_up_proj, nn.Parameter)
 
 
 def test_several_adapters() -> None:

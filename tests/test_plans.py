@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import get_peft_model
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import antipasto as ap
 from antipasto.adapter import choice
@@ -21,7 +22,7 @@ from antipasto.adapter.basis import decompose
 from antipasto.adapter.choice import Asked
 from antipasto.adapter.functional import Route, merged_linear, merged_weight, spectral_linear_reference
 from antipasto.adapter.plans import Call, Execution, cheapest, route_costs
-from antipasto.adapter.views import mixed
+from antipasto.adapter.views import fixed, mixed
 
 SHAPES = [(7, 5), (5, 7), (6, 6), (6, 1)]
 PLANS = ("auto", "factored", "merged", "spectral")
@@ -348,6 +349,57 @@ def test_the_gradient_is_that_of_the_weights_that_are_there(plan: str, shape: tu
     torch.testing.assert_close(y, full, atol=float(1e-5 * full.detach().abs().max()), rtol=0)
 
 
+class Tf32(TorchDispatchMode):
+    """Products as a GPU may compute them: their operands have 10 bits after the point."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in (torch.ops.aten.mm.default, torch.ops.aten.addmm.default):
+            rounded = [((t.contiguous().view(torch.int32) + 0x1000) & ~0x1FFF).view(torch.float32) for t in args[-2:]]
+            args = (*args[:-2], *rounded)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("shape", [(384, 96), (96, 384)])
+def test_no_route_divides_where_products_are_rounded(shape: tuple[int, int]) -> None:
+    """In TF32 the factor of up to 100 by which a one-sided route may amplify errors would leave one digit of three."""
+    o, i = shape
+    torch.manual_seed(0)
+    layer = nn.Linear(i, o, bias=False)
+    U, _, Vh = decompose(layer.weight)
+    layer.weight.data.copy_((U * torch.logspace(0, -1.8, 96)) @ Vh)
+    (knobs,) = ap.wrap(model := nn.Sequential(layer), ap.AntiPastoConfig(target_modules=["0"], cache_dir=None)).values()
+    knobs.delta_s.data.normal_(std=1e-3)
+    x, G = torch.randn(2048, i, requires_grad=True), torch.randn(2048, o)
+
+    def gradient(plan: Any) -> Tensor:
+        knobs.layer.plan = plan
+        return torch.autograd.grad(model(x), knobs.delta_s, G)[0]
+
+    want = gradient("factored")
+    torch.testing.assert_close(gradient("auto"), want, rtol=1e-4, atol=1e-3)
+    backend = torch.backends.mkldnn.matmul
+    before, backend.fp32_precision = backend.fp32_precision, "tf32"
+    try:
+        with Tf32():
+            factored, auto = ((gradient(plan) - want).norm() for plan in ("factored", "auto"))
+    finally:
+        backend.fp32_precision = before
+    assert 0 < auto < 2 * factored
+
+
+def test_autocast_leaves_fp64_alone() -> None:
+    model, _, x = make()
+    model.double()
+    want = model(x.double())
+    with torch.autocast("cpu", torch.bfloat16):
+        got = model(x.double())
+        with torch.no_grad(), fixed(model):
+            held = [model(x.double()), model(x.double())]
+    assert torch.equal(got, want)
+    for y in held:
+        torch.testing.assert_close(y, want)
+
+
 def test_a_second_derivative_needs_the_factored_plan() -> None:
     model, knobs, x = make("merged")
     (g,) = torch.autograd.grad(model(x).square().sum(), knobs.delta_s, create_graph=True)
@@ -400,6 +452,16 @@ def test_what_inference_mode_has_built_serves_a_step_with_gradient() -> None:
     assert torch.equal(model(x), y)
     with torch.inference_mode():
         model.load_state_dict(copy.deepcopy(model.state_dict()))
+
+
+def test_merging_frees_what_is_held() -> None:
+    model, knobs, x = make("merged")
+    with torch.no_grad():
+        y = model(x)
+        assert alive(knobs) == [True]
+        knobs.layer.merge()
+        assert alive(knobs) == []
+        torch.testing.assert_close(model(x), y)
 
 
 def test_nothing_is_held_where_the_config_says_so() -> None:
@@ -697,6 +759,25 @@ def test_fixed_knobs_are_looked_at_once_for_each_view(dtype: torch.dtype, monkey
             layer.delta_s.data.mul_(2)
         assert not torch.equal(model(x), want["trained"])
     assert all(layer.layer.fixed is None for layer in layers)
+
+
+def test_fixed_keeps_no_weight_of_a_context_that_is_over() -> None:
+    model, knobs, x = make("merged")
+    knobs.delta_s_hack.data.normal_()
+    with torch.no_grad(), fixed(model):
+        model(x)
+        for dial in (0.25, 0.5, 0.75, 1.25):
+            with ap.deployed(model, dial):
+                y, again = model(x), model(x)
+            assert torch.equal(y, again)
+            torch.testing.assert_close(y, nn.functional.linear(x, weight_of(knobs, dial), knobs.layer.bias))
+        assert len(knobs.layer.fixed) == 2
+        torch.testing.assert_close(model(x), nn.functional.linear(x, weight_of(knobs, 1.0), knobs.layer.bias))
+        assert len(knobs.layer.fixed) == 2
+
+
+def weight_of(knobs: ap.LayerKnobs, dial: float) -> Tensor:
+    return merged_weight(knobs.layer.base_layer.weight, knobs.U, knobs.Vh, knobs.delta_s + dial * knobs.delta_s_hack)
 
 
 def test_a_gradient_and_rows_that_differ_are_as_without() -> None:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch._C._functorch import is_functorch_wrapped_tensor
 
 from antipasto.adapter.basis import Basis
-from antipasto.adapter.functional import Route, is_low, merged_weight
+from antipasto.adapter.functional import Route, is_low, merged_weight, rounds_products
 from antipasto.adapter.held import HeldWeights, source
 from antipasto.adapter.plans import Call, Execution, cheapest, is_well_conditioned
 from antipasto.adapter.rows import RowViews
@@ -44,6 +44,13 @@ class Merged(NamedTuple):
     route: Route
 
 
+def product_dtype(x: Tensor) -> torch.dtype:
+    """The dtype in which a Linear multiplies x: autocast's where it is on, which leaves fp64 alone."""
+    device = x.device.type
+    casts = torch.is_autocast_enabled(device) and x.dtype is not torch.float64
+    return torch.get_autocast_dtype(device) if casts else x.dtype
+
+
 def matmul_dtype(base: nn.Module, x: Tensor, theta: Tensor, basis: Basis) -> torch.dtype | None:
     """The dtype in which the base layer multiplies, if a matmul is all that it does and one with W_θ can stand in for it.
 
@@ -54,7 +61,7 @@ def matmul_dtype(base: nn.Module, x: Tensor, theta: Tensor, basis: Basis) -> tor
     weight, bias, device = base.weight, base.bias, x.device.type
     if weight.is_meta:
         return None
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x.dtype
+    dtype = product_dtype(x)
     possible = (
         dtype in (torch.float64, torch.float32, torch.bfloat16)
         and (weight.dtype is dtype or torch.is_autocast_enabled(device))
@@ -136,7 +143,11 @@ class Choice:
             needs_theta=needs_theta,
             by_token=theta.ndim > 1 or asked.by_sequence,
             # one-sided routes and spectral execution both assume that W_θ = U diag(σ) Vh
-            well_conditioned=needs_theta and is_basis and o != i and is_well_conditioned(basis.S, thetas),
+            well_conditioned=needs_theta
+            and is_basis
+            and o != i
+            and not rounds_products(dtype, W.device)
+            and is_well_conditioned(basis.S, thetas),
             is_basis=is_basis and not zero,
             weights=0 if zero else len(thetas),
             bias=has_bias,

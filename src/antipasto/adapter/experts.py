@@ -126,7 +126,9 @@ def unmount(experts: nn.Module, name: str, stack: Stack) -> None:
     """Put a stack's parameter back into its place."""
     delattr(experts, name)
     setattr(experts, name, stack.weight)
-    if not _stacks(experts):
+    ours = vars(experts)["forward"]
+    # around ours there may be others by now, such as accelerate's hooks; without stacks, ours only calls what it is around
+    if not _stacks(experts) and getattr(ours, "func", None) is _forward:
         forward = vars(experts).pop("forward").args[1]
         if getattr(forward, "__func__", None) is not type(experts).forward:  # it was there before
             experts.forward = forward

@@ -178,6 +178,12 @@ def is_low(dtype: torch.dtype) -> bool:
     return torch.promote_types(dtype, torch.float32) is not dtype
 
 
+def rounds_products(dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether PyTorch was told to round the operands of fp32 products on this device, as by TF32: 3 digits instead of 7."""
+    backend = torch.backends.cuda if device.type == "cuda" else torch.backends.mkldnn
+    return dtype is torch.float32 and backend.matmul.fp32_precision in ("tf32", "bf16")
+
+
 def merged_weight(weight: Tensor, U: Tensor, Vh: Tensor, theta: Tensor, dtype: torch.dtype | None = None) -> Tensor:
     """``W_θ = W + U diag(θ) Vh`` (o, i), or a stack of them, rounded once to ``dtype``: that of the weight if None.
 

@@ -26,7 +26,7 @@ from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
 from antipasto.adapter.basis import Basis
-from antipasto.adapter.choice import Asked, Choice, matmul_dtype
+from antipasto.adapter.choice import Asked, Choice, matmul_dtype, product_dtype
 from antipasto.adapter.fingerprints import Fingerprint, weight_digest
 from antipasto.adapter.functional import delta_weight, merged_linear, spectral_delta
 from antipasto.adapter.plans import Execution
@@ -458,6 +458,8 @@ class AntiPastoLinear(nn.Module, BaseTunerLayer):
             return y if bias is None else y + bias
         if merged is not None:
             if seen is not None and self.fixed is not None and hold:
+                # an offset is of one context and does not come again: a sweep of dials must not pile up weights
+                self.fixed[:] = [one for one in self.fixed if one.offset is None]
                 self.fixed.append(Fixed(seen, self.offset, merged.weights[0], bias))
             return merged_linear(x, bias, theta, merged.weights, self.basis, merged.route, merged.which)
         y = self.base_layer(x, *args, **kwargs)
@@ -467,8 +469,7 @@ class AntiPastoLinear(nn.Module, BaseTunerLayer):
         """What W_θ depends on besides the knobs; None where a gradient is wanted or rows see different knobs."""
         if torch.is_grad_enabled() or self.merged or not (self.rows is None or self.rows.are_alike):
             return None
-        low = torch.get_autocast_dtype(x.device.type) if torch.is_autocast_enabled(x.device.type) else x.dtype
-        return self.view, tuple(self.active_adapters), low
+        return self.view, tuple(self.active_adapters), product_dtype(x)
 
     def _known(self, seen: Hashable) -> Fixed | None:
         found = (one for one in self.fixed or () if one.seen == seen and one.offset is self.offset)
@@ -520,6 +521,7 @@ class AntiPastoLinear(nn.Module, BaseTunerLayer):
         if safe_merge and not torch.isfinite(merged).all():
             raise ValueError(f"Merging {names} would put a NaN or Inf into the weight: the adapter is broken.")
         self.put_merged(([*self.merged_adapters, *names], nn.Parameter(merged, original.requires_grad)))
+        self.choice.held.clear()  # a merged layer asks for none, and has two weights already
 
     def why_not_mergeable(self) -> str | None:
         """Why merging would change what the layer computes, as a clause; None if it would not.

@@ -23,7 +23,8 @@ Conditions:
   result must be exactly that of W.
 * One-sided routes divide by σ = S + θ. They need full rank, the W of the basis, and max(|σ|, S) ≤ 100 min |σ|, which
   costs at most two of the seven digits. Weights that are not square nearly always qualify. S is in the maximum because W_θ is
-  rounded at the scale of W, however small σ is. No σ may be 0, or overflow or underflow in products with x and ∂L/∂y.
+  rounded at the scale of W, however small σ is. No σ may be 0, or overflow or underflow in products with x and ∂L/∂y. Where
+  products are told to have three digits, as in TF32, there are none to spare, and one-sided routes are not used.
 * Output routes are not used with a bias: y − b has lost what rounding with b removed, and computing W_θ x again would cost
   more than the factored route.
 * One gradient per sequence needs a route by token.
