@@ -532,6 +532,19 @@ def test_rows_whose_theta_is_zero_are_the_base_layers_to_the_bit(plan: str, with
         assert not torch.allclose(y[~deployed], knobs.layer.base_layer(x)[~deployed])
 
 
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning", "ignore:.*:torch.jit.TracerWarning")
+@pytest.mark.parametrize("with_grad", [True, False])
+def test_a_trace_sees_a_layer_without_a_choice(with_grad: bool) -> None:
+    """A W_θ that is held would be a constant of it."""
+    model, knobs, x = make()
+    with torch.no_grad():
+        model(x)
+    with torch.set_grad_enabled(with_grad):
+        traced = torch.jit.trace(model, x.detach(), check_trace=False)
+    knobs.delta_s.data.mul_(2)
+    torch.testing.assert_close(traced(x), model(x))
+
+
 @pytest.mark.parametrize("plan", PLANS)
 def test_torch_compile_and_vmap_see_a_layer_without_a_choice(plan: str) -> None:
     """Which knobs there are cannot be looked at inside a graph: there the plan is factored, without a break."""

@@ -70,7 +70,7 @@ def matmul_dtype(base: nn.Module, x: Tensor, theta: Tensor, basis: Basis) -> tor
         and not (base._forward_hooks or base._forward_pre_hooks or base._backward_hooks or base._backward_pre_hooks)
         and not (weight.requires_grad or (bias is not None and bias.requires_grad))
         and type(weight.data) is Tensor
-        and not torch.compiler.is_compiling()
+        and not (torch.compiler.is_compiling() or torch.jit.is_tracing())  # type: ignore[attr-defined]
         and not (is_functorch_wrapped_tensor(x) or is_functorch_wrapped_tensor(theta))
     )
     return dtype if possible else None
