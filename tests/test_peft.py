@@ -190,7 +190,7 @@ def test_adapters_come_and_go_and_share_one_basis(monkeypatch: pytest.MonkeyPatc
     both = logits(model)
     assert not torch.allclose(both, first)
     assert not torch.allclose(both, second)
-    with pytest.raises(ValueError, match="pass adapter_name, one of"):
+    with pytest.raises(ValueError, match="activate one alone, or pass adapter_name to knobs, one of"):
         ap.knobs(model)
     assert torch.equal(logits(model), both)
 
