@@ -198,7 +198,9 @@ def knobs(model: nn.Module, *, adapter_name: str | None = None) -> dict[str, Lay
     if adapter_name is None:
         active = next(iter(layers.values())).active_adapters
         if len(active) != 1:
-            raise ValueError(f"Active adapters are {active}: activate one alone, or pass adapter_name to knobs, one of {known}.")
+            raise ValueError(
+                f"Active adapters are {active}: activate one alone, or pass adapter_name to knobs, one of {known}."
+            )
         (adapter_name,) = active
     if adapter_name not in known:
         raise ValueError(f"There is no adapter {adapter_name!r}; there are {known}.")
