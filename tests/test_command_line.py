@@ -667,6 +667,18 @@ def test_a_tolerance_may_be_infinite_but_not_no_number(tmp_path: Path) -> None:
 
 
 @pytest.mark.timeout(60)
+def test_a_reader_that_goes_away_ends_the_command_without_a_word() -> None:
+    """As in ``antipasto … | head -1``."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    command = [sys.executable, "-m", "antipasto", "basis", MODEL, "--dry-run"]
+    ended = subprocess.run(
+        command, stdout=writer, stderr=subprocess.PIPE, text=True, env={**os.environ, "COLUMNS": "80"}
+    )
+    os.close(writer)
+    assert (ended.stderr, ended.returncode) == ("", 1)
+
+
 def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path) -> None:
     pipe = tmp_path / "pipe"
     os.mkfifo(pipe)

@@ -83,7 +83,9 @@ def _check_extra(extra: str) -> None:
 
 
 def _said(error: BaseException, out: Path | None) -> str | None:
-    """An error in one line; None if its traceback should be printed."""
+    """An error in one line; None if it should be raised as it is."""
+    if isinstance(error, BrokenPipeError) or isinstance(error.__context__, BrokenPipeError):
+        return None  # nobody reads on, as in `… | head`: rich and click end without a word
     if isinstance(error, SystemExit):
         return f"something called sys.exit({error.code!r}) while the command ran. {_traceback_file(error)}"
     if isinstance(error, RuntimeError):
