@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import fcntl
 import json
 import os
@@ -28,6 +29,8 @@ import antipasto as ap
 from antipasto import files
 from antipasto.app.cli import app
 from antipasto.app.run_folder import RunFolder
+from antipasto.app.train.config import TrainConfig
+from antipasto.app.train.trl_args import steps_per_cycle, trainer_args
 from antipasto.evaluation.records import read_evaluation
 from antipasto.routing import directions, monitor
 from antipasto.routing.monitor import read_monitor
@@ -566,6 +569,12 @@ def test_a_reward_that_fails_stops_the_run(body: str, words: list[str], tmp_path
         ([MODEL, "--task", "addition", "--by", "detector", "--direction", "f"], "direction=f does nothing here"),
         ([MODEL, "--task", "addition", "--prompts", "100000"], "fewer than one generation takes"),
         ([MODEL, "--task", "addition", "--trainer.num_iterations", "2"], "save_every must be a multiple"),
+        (
+            [MODEL, "--task", "addition", "--micro-batch", "8", "--trainer.steps_per_generation", "6"],
+            "One generation is for 6 micro-batches (steps_per_generation x num_iterations), and a step takes 4",
+        ),
+        ([MODEL, "--task", "addition", "--trainer.save_only_model"], "save_only_model must be false"),
+        ([MODEL, "--task", "addition", "--trainer.num_train_epochs", "2"], "use steps"),
         ([MODEL, "--task", "addition", "--trainer.model_init_kwargs", "{a: 1}"], "use dtype"),
         ([MODEL, "--task", "addition", "--trainer.remove_unused_columns"], "remove_unused_columns must be false"),
         (
@@ -600,6 +609,7 @@ def test_wrong_words_cost_a_line_and_exit_code_2(arguments: list[str], message: 
         ("steps: [", "is not YAML"),
         ("trainer: 3", "trainer must hold options by name"),
         ("trainer: {odd: 3}", "no 'odd'"),
+        ("trainer: {max_grad_norm: null}", "--trainer.max_grad_norm has no value: it would be 1.0"),
     ],
 )
 def test_a_config_that_does_not_fit(text: str, message: str, tmp_path: Path) -> None:
@@ -608,6 +618,16 @@ def test_a_config_that_does_not_fit(text: str, message: str, tmp_path: Path) -> 
     assert code == 2
     assert message in " ".join(said.replace("│", " ").split()), said
     assert "Traceback" not in said
+
+
+def test_as_many_rows_as_one_generation_takes_are_enough(tmp_path: Path) -> None:
+    """Further iterations train on the same ones."""
+    config = TrainConfig(MODEL, "addition", prompts=2, save_every=4, trainer={"num_iterations": 4})
+    task = addition.task()
+    args = trainer_args(config, dataclasses.replace(task, train=task.train[:2]), tmp_path, 1)
+    assert steps_per_cycle(args) == 4
+    with pytest.raises(ValueError, match=r"has 1 training rows, fewer than one generation takes \(2\)"):
+        trainer_args(config, dataclasses.replace(task, train=task.train[:1]), tmp_path, 1)
 
 
 def test_without_controls_there_are_no_books(tmp_path: Path) -> None:

@@ -22,6 +22,7 @@ from antipasto.trl import GRPOConfig
 _OURS = {  # GRPOConfig's name → our option for the same thing
     "output_dir": "out",
     "max_steps": "steps",
+    "num_train_epochs": "steps",
     "per_device_train_batch_size": "prompts, generations and micro_batch",
     "gradient_accumulation_steps": "prompts, generations and micro_batch",
     "num_generations": "generations",
@@ -49,12 +50,15 @@ def trainer_args(config: TrainConfig, task: Task, out: Path, processes: int) -> 
             f"method {config.method} needs a router, which cannot split the steps of DeepSpeed: use DDP or FSDP2, or a method "
             "without a router (plain, penalty, discount)."
         )
-    names = [field.name for field in dataclasses.fields(GRPOConfig) if field.init]
-    for name in config.trainer:
+    defaults = {field.name: field.default for field in dataclasses.fields(GRPOConfig) if field.init}
+    names = list(defaults)
+    for name, value in config.trainer.items():
         if name in _OURS:
             raise ValueError(f"--trainer.{name} cannot be set: use {_OURS[name]}.")
         if name not in names:
             raise ValueError(f"--trainer.{name}: TRL's GRPOConfig has no {name!r}{near(name, names)}")
+        if value is None and defaults[name] is not None:
+            raise ValueError(f"--trainer.{name} has no value: it would be {defaults[name]}, which leaving it out means too.")
     rollouts = config.prompts * config.generations
     micro_batch = config.micro_batch or max(1, rollouts // processes)
     if rollouts % (micro_batch * processes):
@@ -94,15 +98,23 @@ def trainer_args(config: TrainConfig, task: Task, out: Path, processes: int) -> 
         args.report_to = reporters
     if args.remove_unused_columns:
         raise ValueError("--trainer.remove_unused_columns must be false: the task's functions need their rows.")
+    if args.save_only_model:
+        raise ValueError("--trainer.save_only_model must be false: --resume needs the optimizer and the random generators.")
     _check_reporters(args.report_to)
+    cycle, update = args.steps_per_generation * args.num_iterations, args.gradient_accumulation_steps
+    if cycle % update and update % cycle:
+        raise ValueError(
+            f"One generation is for {cycle} micro-batches (steps_per_generation x num_iterations), and a step takes {update}: one "
+            "must divide the other, since a run can be resumed only between generations."
+        )
     if config.save_every % steps_per_cycle(args):
         raise ValueError(
             f"save_every must be a multiple of {steps_per_cycle(args)}, got {config.save_every}: so many steps train on one "
             "generation (num_iterations, steps_per_generation), and a run can be resumed only between generations."
         )
-    if len(task.train) < config.prompts * steps_per_cycle(args):
+    if len(task.train) < (prompts := args.generation_batch_size // args.num_generations):
         raise ValueError(
-            f"Task {task.name!r} has {len(task.train)} training rows, fewer than one generation takes: lower prompts."
+            f"Task {task.name!r} has {len(task.train)} training rows, fewer than one generation takes ({prompts}): lower prompts."
         )
     return args
 
