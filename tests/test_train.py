@@ -535,7 +535,16 @@ def test_a_run_that_fails_before_its_first_line_of_metrics_can_be_continued(tmp_
     seen = "from pathlib import Path\nseen = []\n"
     source = seen + TASK.format(body=f"seen.append(0) or {body}")
     (tmp_path / "mine.py").write_text(source)
-    words = ["train", MODEL, "--task", f"{tmp_path / 'mine.py'}:mine", "--method", "plain", "--out", str(tmp_path / "r")]
+    words = [
+        "train",
+        MODEL,
+        "--task",
+        f"{tmp_path / 'mine.py'}:mine",
+        "--method",
+        "plain",
+        "--out",
+        str(tmp_path / "r"),
+    ]
     code, text = run(*words, *SMALL[:4], "--steps", "4", "--save-every", "1", "--trainer.logging_steps", "4")
     assert code == 2, text
     assert (tmp_path / "r" / "checkpoint-2").exists()

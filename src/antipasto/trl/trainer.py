@@ -1,8 +1,8 @@
 """TRL's GRPO trainer with lower rewards for flagged rollouts, routed steps, and a log of all rollouts.
 
-**Score at the reference** (`routing.monitor`). If TRL computes reference log-probabilities for the KL term, at temperature 1, the
-same forward gives the monitor's gradients; else the monitor runs its own forward. The rewards of rollouts with a high score are reduced
-(`antipasto.trl.rewards`).
+**Score at the reference** (`routing.monitor`). If TRL computes reference log-probabilities for the KL term, at temperature 1,
+the same forward gives the monitor's gradients; else the monitor runs its own forward. The rewards of rollouts with a high
+score are reduced (`antipasto.trl.rewards`).
 
 **Deployed sampling.** A share of each prompt's rollouts is sampled from the deployed policy. Their log-probabilities and
 gradients are also those of the deployed policy, and their advantages are computed within that share
@@ -360,8 +360,8 @@ class RoutedGRPOTrainer(GRPOTrainer):
     def _is_reference_forward(self, options: dict[str, Any]) -> bool:
         """Whether this is TRL's forward of the base model for the KL term of a generation, as a score needs it.
 
-        That is, with text inputs only, whole completions, and log-probabilities at temperature 1: TRL divides the logits by the
-        sampling temperature, and the gradient of that is another one.
+        That is, with text inputs only, whole completions, and log-probabilities at temperature 1: TRL divides the logits by
+        the sampling temperature, which changes the gradient.
         """
         off = next(iter(adapted_layers(self.model).values())).disable_adapters
         inputs = {name for name, value in options.items() if value is not None} - {"batch_size"}

@@ -58,7 +58,9 @@ def trainer_args(config: TrainConfig, task: Task, out: Path, processes: int) -> 
         if name not in names:
             raise ValueError(f"--trainer.{name}: TRL's GRPOConfig has no {name!r}{near(name, names)}")
         if value is None and defaults[name] is not None:
-            raise ValueError(f"--trainer.{name} has no value: it would be {defaults[name]}, which leaving it out means too.")
+            raise ValueError(
+                f"--trainer.{name} has no value: it would be {defaults[name]}, which leaving it out means too."
+            )
     rollouts = config.prompts * config.generations
     micro_batch = config.micro_batch or max(1, rollouts // processes)
     if rollouts % (micro_batch * processes):
@@ -99,13 +101,15 @@ def trainer_args(config: TrainConfig, task: Task, out: Path, processes: int) -> 
     if args.remove_unused_columns:
         raise ValueError("--trainer.remove_unused_columns must be false: the task's functions need their rows.")
     if args.save_only_model:
-        raise ValueError("--trainer.save_only_model must be false: --resume needs the optimizer and the random generators.")
+        raise ValueError(
+            "--trainer.save_only_model must be false: --resume needs the optimizer and the random generators."
+        )
     _check_reporters(args.report_to)
     cycle, update = args.steps_per_generation * args.num_iterations, args.gradient_accumulation_steps
     if cycle % update and update % cycle:
         raise ValueError(
-            f"One generation is for {cycle} micro-batches (steps_per_generation x num_iterations), and a step takes {update}: one "
-            "must divide the other, since a run can be resumed only between generations."
+            f"One generation is for {cycle} micro-batches (steps_per_generation x num_iterations), and a step takes {update}: "
+            "one must divide the other, since a run can be resumed only between generations."
         )
     if config.save_every % steps_per_cycle(args):
         raise ValueError(
@@ -114,7 +118,8 @@ def trainer_args(config: TrainConfig, task: Task, out: Path, processes: int) -> 
         )
     if len(task.train) < (prompts := args.generation_batch_size // args.num_generations):
         raise ValueError(
-            f"Task {task.name!r} has {len(task.train)} training rows, fewer than one generation takes ({prompts}): lower prompts."
+            f"Task {task.name!r} has {len(task.train)} training rows, fewer than one generation takes ({prompts}): lower "
+            "prompts."
         )
     return args
 
