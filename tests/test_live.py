@@ -58,7 +58,7 @@ class Terminal:
         return [line.rstrip() for line in self.screen().display if line.strip()]
 
 
-def log(bar: ProgressBar, state: TrainerState, **logs: float) -> None:
+def log(bar: ProgressBar, state: TrainerState, **logs: float | None) -> None:
     """One step, as the Trainer tells it."""
     state.global_step += 1
     bar.on_step_end(None, state, None)  # type: ignore[arg-type]
@@ -220,6 +220,17 @@ def test_a_line_each_time_that_something_is_logged(options: dict[str, Any], monk
     ]
     assert "3/3 reward 0.50  KL 0.062" in lines[3]
     assert "\x1b" not in "".join(lines)
+
+
+@pytest.mark.parametrize("is_terminal", [False, True])
+def test_where_trl_has_no_number_there_is_none(is_terminal: bool) -> None:
+    """It logs None where every reward function returned None for all rollouts of a step."""
+    terminal = Terminal(100, force_terminal=is_terminal)
+    bar, state = begun(terminal, steps=2)
+    with bar:
+        for reward in (0.5, None):
+            log(bar, state, reward=reward)
+    assert "reward nan" in terminal.raw.getvalue().decode()
 
 
 def test_a_quiet_console_leaves_the_output_alone() -> None:

@@ -860,3 +860,7 @@ def test_unscorable_rollouts_teach_nobody(tmp_path: Path) -> None:
     (generation,) = trainer.generations
     want = group_advantages(rewards, deployed, "group").view(-1)
     torch.testing.assert_close(generation["advantages"], want)
+    metrics = trainer.state.log_history[0]
+    assert metrics["reward"] == pytest.approx(float(rewards.nanmean()))
+    assert metrics["reward/deployed"] == pytest.approx(float(rewards[:, deployed].nanmean()))
+    assert metrics["reward/trained"] == pytest.approx(float(rewards[:, ~deployed].nanmean()))

@@ -532,6 +532,33 @@ def test_a_reward_that_fails_stops_the_run(body: str, words: list[str], tmp_path
     assert not (tmp_path / "r").exists()  # no step was made: the same command can be given again
 
 
+def test_a_run_that_fails_before_its_first_line_of_metrics_can_be_continued(tmp_path: Path) -> None:
+    """The folder is emptied where no step was made, not where none was logged."""
+    fails = tmp_path / "fails"
+    fails.touch()
+    body = f"[1 / (not Path({str(fails)!r}).exists() or len(seen) < 3) for _ in completions]"
+    seen = "from pathlib import Path\nseen = []\n"
+    source = seen + TASK.format(body=f"seen.append(0) or {body}")
+    (tmp_path / "mine.py").write_text(source)
+    words = [
+        "train",
+        MODEL,
+        "--task",
+        f"{tmp_path / 'mine.py'}:mine",
+        "--method",
+        "plain",
+        "--out",
+        str(tmp_path / "r"),
+    ]
+    code, text = run(*words, *SMALL[:4], "--steps", "4", "--save-every", "1", "--trainer.logging_steps", "4")
+    assert code == 2, text
+    assert (tmp_path / "r" / "checkpoint-2").exists()
+    fails.unlink()
+    code, text = run("train", "--resume", str(tmp_path / "r"))
+    assert code == 0, text
+    assert "continuing from" in text
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

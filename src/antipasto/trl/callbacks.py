@@ -108,6 +108,8 @@ class RoutingCallback(TrainerCallback):
 class MetricsLog(TrainerCallback):
     """Writes every logged row with a reward as a JSON line. A resumed run replaces the lines after its checkpoint.
 
+    The file is there from the first step on, also if rows are logged later: it shows that the run has begun.
+
     Args:
         path: the file.
     """
@@ -120,6 +122,10 @@ class MetricsLog(TrainerCallback):
     ) -> None:
         if state.is_world_process_zero:
             truncate(self.path, state.global_step + 1)
+
+    def on_step_end(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
+        if state.is_world_process_zero:
+            self.path.touch()
 
     def on_log(
         self,

@@ -124,7 +124,8 @@ class ProgressBar(TrainerCallback):
     ) -> None:
         if not logs or "reward" not in logs:
             return
-        logs = {**logs, **self._rate(logs)}
+        # None: TRL had no number, for example where no reward function gave one
+        logs = {name: math.nan if value is None else value for name, value in {**logs, **self._rate(logs)}.items()}
         self._progress.show(logs)
         self._said = f"reward {logs['reward']:.2f}" + (f"  KL {logs['kl']:.3f}" if "kl" in logs else "")
         if not self._progress.is_live:

@@ -280,8 +280,11 @@ class RoutedGRPOTrainer(GRPOTrainer):
         """Add means over all rollouts of the generation, and over those of each policy, to TRL's metrics."""
         metrics: dict[str, list[float]] = defaultdict(list)
         lengths = [sum(one.own) for one in self._sequences]
-        for rollout, length in gather_object(list(zip(self._rollouts, lengths, strict=True))):
-            of_one = {"reward": rollout.reward, "completions/mean_length": length}
+        scorable = self._local(~self._all_rewards.isnan()).tolist()
+        for rollout, length, has_reward in gather_object(list(zip(self._rollouts, lengths, scorable, strict=True))):
+            of_one = {"completions/mean_length": length}
+            if has_reward:  # as in TRL, a rollout that no reward function has a number for is in no mean
+                of_one["reward"] = rollout.reward
             of_all: dict[str, float] = {}
             if rollout.flagged is not None:
                 of_all["flagged"] = rollout.flagged
@@ -358,7 +361,7 @@ class RoutedGRPOTrainer(GRPOTrainer):
         """Whether this is TRL's forward of the base model for the KL term of a generation, as a score needs it.
 
         That is, with text inputs only, whole completions, and log-probabilities at temperature 1: TRL divides the logits by
-        the sampling temperature, and the gradient of that is another one.
+        the sampling temperature, which changes the gradient.
         """
         off = next(iter(adapted_layers(self.model).values())).disable_adapters
         inputs = {name for name, value in options.items() if value is not None} - {"batch_size"}
