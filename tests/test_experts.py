@@ -306,6 +306,18 @@ def test_weights_are_held_between_forwards_without_gradient_unless_told_not_to()
         assert [entry.strong is not None for entry in layer.choice.held._entries] == [hold]
 
 
+def test_a_sharded_layer_keeps_no_weight() -> None:
+    """FSDP2 puts a DTensor where a knob's parameter is, and tells the knob so; here it is said."""
+    model = fused()
+    randomise(model)
+    layer = adapted_layers(model)[UP]
+    for sharded in (False, True):
+        next(iter(layer.delta_s.values())).is_sharded = sharded
+        layer.choice.forget()
+        logits(model)
+        assert sum(entry.strong is not None for entry in layer.choice.held._entries) == (not sharded)
+
+
 def test_after_an_error_in_the_forward_the_module_is_as_it_was() -> None:
     model = fused()
     randomise(model)

@@ -442,19 +442,15 @@ mine = Task("mine", train=[{{"prompt": "h12+34="}}] * 4, reward=reward, max_comp
 """
 
 
+def on_a_task_of(folder: Path, source: str) -> list[str]:
+    """Write a file with a task ``mine``; the words that train on it by plain RL, into the folder ``r`` next to it."""
+    (folder / "mine.py").write_text(source)
+    words = ["train", MODEL, "--task", f"{folder / 'mine.py'}:mine", "--method", "plain"]
+    return [*words, "--out", str(folder / "r")]
+
+
 def test_a_users_own_task_trains(tmp_path: Path) -> None:
-    (tmp_path / "mine.py").write_text(TASK.format(body="[float('4' in text) for text in completions]"))
-    code, text = run(
-        "train",
-        MODEL,
-        "--task",
-        f"{tmp_path / 'mine.py'}:mine",
-        "--method",
-        "plain",
-        "--out",
-        str(tmp_path / "r"),
-        *SMALL,
-    )
+    code, text = run(*on_a_task_of(tmp_path, TASK.format(body="[float('4' in text) for text in completions]")), *SMALL)
     assert code == 0, text
     code, text = run("eval", str(tmp_path / "r"))
     assert code == 2
@@ -514,18 +510,7 @@ def test_training_and_evaluation_see_the_rows_as_the_task_has_them(tmp_path: Pat
     ],
 )
 def test_a_reward_that_fails_stops_the_run(body: str, words: list[str], tmp_path: Path) -> None:
-    (tmp_path / "mine.py").write_text(TASK.format(body=body))
-    code, text = run(
-        "train",
-        MODEL,
-        "--task",
-        f"{tmp_path / 'mine.py'}:mine",
-        "--method",
-        "plain",
-        "--out",
-        str(tmp_path / "r"),
-        *SMALL,
-    )
+    code, text = run(*on_a_task_of(tmp_path, TASK.format(body=body)), *SMALL)
     assert code == 2
     assert all(word in text for word in words), text
     assert "Traceback" not in text
@@ -538,18 +523,7 @@ def test_a_run_that_fails_before_its_first_line_of_metrics_can_be_continued(tmp_
     fails.touch()
     body = f"[1 / (not Path({str(fails)!r}).exists() or len(seen) < 3) for _ in completions]"
     seen = "from pathlib import Path\nseen = []\n"
-    source = seen + TASK.format(body=f"seen.append(0) or {body}")
-    (tmp_path / "mine.py").write_text(source)
-    words = [
-        "train",
-        MODEL,
-        "--task",
-        f"{tmp_path / 'mine.py'}:mine",
-        "--method",
-        "plain",
-        "--out",
-        str(tmp_path / "r"),
-    ]
+    words = on_a_task_of(tmp_path, seen + TASK.format(body=f"seen.append(0) or {body}"))
     code, text = run(*words, *SMALL[:4], "--steps", "4", "--save-every", "1", "--trainer.logging_steps", "4")
     assert code == 2, text
     assert (tmp_path / "r" / "checkpoint-2").exists()
@@ -646,7 +620,8 @@ def test_wrong_words_cost_a_line_and_exit_code_2(arguments: list[str], message: 
 )
 def test_a_config_that_does_not_fit(text: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text(text)
-    code, said = run("train", MODEL, "--task", "addition", "--config", str(tmp_path / "run.yaml"))
+    out = ["--out", str(tmp_path / "run")]  # the default one has the time in its name, to the second
+    code, said = run("train", MODEL, "--task", "addition", "--config", str(tmp_path / "run.yaml"), *out)
     assert code == 2
     assert message in " ".join(said.replace("│", " ").split()), said
     assert "Traceback" not in said

@@ -103,7 +103,7 @@ class AntiPastoExperts(AntiPastoLinear):
         value, differentiable = theta.detach(), torch.is_grad_enabled() and theta.requires_grad
         weight = W
         if value.any():
-            hold = self.hold_weights and not differentiable
+            hold = self.may_hold and not differentiable
             weight = self.choice.held.get(value, W, W.dtype, lambda: merged_weight(W, U, Vh, value), hold=hold)
         if differentiable:
             weight = with_gradient(weight, theta, U, Vh)

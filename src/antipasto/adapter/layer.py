@@ -266,6 +266,16 @@ class AntiPastoLinear(nn.Module, BaseTunerLayer):
         """U, S, Vh of the knobs, up to the largest rank of any adapter; None before the first adapter."""
         return self._basis if self._carrier is None else cast(CarriedBasis, self.delta_s_basis[self._carrier]).basis
 
+    @property
+    def is_sharded(self) -> bool:
+        """Whether FSDP2 has divided the layer among processes."""
+        return any(knob.is_sharded for knob in self.delta_s.values())
+
+    @property
+    def may_hold(self) -> bool:
+        """Whether a W_θ may be kept: not in a sharded layer, since the whole W_θ of every layer is what sharding avoids."""
+        return self.hold_weights and not self.is_sharded
+
     def current_fingerprint(self) -> Fingerprint:
         """Fingerprint of the basis and of the present base weight, which is hashed again."""
         assert self.fingerprint is not None
@@ -437,11 +447,9 @@ class AntiPastoLinear(nn.Module, BaseTunerLayer):
         execution, merged = Execution.FACTORED, None
         may_merge = self.plan != "factored" and not args and not kwargs
         dtype = matmul_dtype(base_layer, x, theta, self.basis) if may_merge else None
-        sharded = any(knob.is_sharded for knob in self.delta_s.values())
-        hold = self.hold_weights and not sharded  # the whole W_θ of every layer would be what sharding is to avoid
         if dtype is not None:
             weight = cast(Tensor, base_layer.weight)
-            asked = Asked(self.plan, hold, by_sequence=spread is not None, sharded=sharded)
+            asked = Asked(self.plan, self.may_hold, by_sequence=spread is not None, sharded=self.is_sharded)
             has_bias = base_layer.bias is not None
             execution, merged = self.choice.make(
                 asked, x, theta, weight, self.basis, self.rows, dtype, has_bias=has_bias
@@ -457,7 +465,7 @@ class AntiPastoLinear(nn.Module, BaseTunerLayer):
             y = spectral_delta(x, U, Vh, S + theta, x.dtype)
             return y if bias is None else y + bias
         if merged is not None:
-            if seen is not None and self.fixed is not None and hold:
+            if seen is not None and self.fixed is not None and self.may_hold:
                 # an offset is of one context and does not come again: a sweep of dials must not pile up weights
                 self.fixed[:] = [one for one in self.fixed if one.offset is None]
                 self.fixed.append(Fixed(seen, self.offset, merged.weights[0], bias))

@@ -23,7 +23,7 @@ from jinja2 import TemplateError
 from torch import Tensor, nn
 
 from antipasto.adapter import AntiPastoExperts, AntiPastoLinear
-from antipasto.adapter.rows import batch_shape, per_token
+from antipasto.adapter.rows import batch_shape, in_backward, per_token
 from antipasto.adapter.views import adapted_layers, unwrap
 
 
@@ -94,10 +94,10 @@ class RolloutGrads(Mapping[str, Tensor]):
             raise ValueError(
                 f"{name} was called directly inside rollout_grads: call the model passed to rollout_grads."
             )
-        in_backward = torch._C._current_graph_task_id() != -1  # checkpointing runs the layer again there
+        recomputes = in_backward()
         # reentrant checkpointing has run it without gradient before; otherwise the rows of the first run get the gradient
-        again = in_backward and name in self._seen
-        if in_backward and not again and self._forward - self._finished > 1:
+        again = recomputes and name in self._seen
+        if recomputes and not again and self._forward - self._finished > 1:
             raise ValueError(
                 "Several forwards before one backward, under reentrant gradient checkpointing: it is not known which of them "
                 "is run again. Call backward after each, or use gradient_checkpointing_kwargs={'use_reentrant': False}."
@@ -110,7 +110,7 @@ class RolloutGrads(Mapping[str, Tensor]):
         index, tokens = self.sequence_index, self._tokens
         if again:
             index, tokens = self._seen[name].get(leading, (index, tokens))
-        elif not in_backward:
+        elif not recomputes:
             self._seen.setdefault(name, {})[leading] = index, tokens
         index = None if index is None else index.to(x.device)
         if index is None:

@@ -47,6 +47,11 @@ def per_token(theta: Tensor, x: Tensor, shape: tuple[int, ...]) -> Tensor:
     return theta.view(b, *[1] * (len(leading) - 1), theta.shape[1])
 
 
+def in_backward() -> bool:
+    """Whether autograd is running a backward: gradient checkpointing runs layers again there."""
+    return torch._C._current_graph_task_id() != -1
+
+
 class RowViews:
     """Which sequences of a batch see the quarantine; created by `antipasto.adapter.views.mixed`.
 
@@ -116,12 +121,12 @@ class RowViews:
 
     def _follow(self, theta: Tensor) -> None:
         """Remember what a layer saw until its backward has begun, and check that there it sees the same again."""
-        call, in_backward = self._calls, torch._C._current_graph_task_id() != -1
-        if self._needs_backward and not in_backward:
+        call, again = self._calls, in_backward()
+        if self._needs_backward and not again:
             self._waiting[call] = self._mask
         if theta.requires_grad:
             theta.register_hook(lambda _: self._begun.add(call))
-        if in_backward and any(mask != self._mask for mask in self._waiting.values()):
+        if again and any(mask != self._mask for mask in self._waiting.values()):
             raise ValueError(
                 "Gradient checkpointing runs a forward again, but its rows may see other knobs now: since then the mask was "
                 "set, or the model was called on other rows. Call backward after each forward, before either."
