@@ -41,8 +41,7 @@ def main() -> None:
     folder = HERE / f"format-{FORMAT}"
     for kind in ("plain", "carried"):
         model = get_peft_model(
-            build(),
-            ap.AntiPastoConfig(target_modules=["0", "2"], rank_pattern={"0": 5}, save_basis=kind == "carried"),
+            build(), ap.AntiPastoConfig(target_modules=["0", "2"], rank_pattern={"0": 5}, save_basis=kind == "carried")
         )
         for number, layer in enumerate(ap.knobs(model).values()):
             layer.delta_s.data = 0.2 * _numbers(layer.r + number)[number:]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import html
 import io
-import json
 import os
 import signal
 import subprocess
@@ -14,31 +13,20 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from command_line import fails, run, succeeds
+from lines import read_lines
 from peft import PeftModel
 from rich.console import Console
 from transformers import AutoModelForCausalLM
-from typer.testing import CliRunner
 
 import antipasto as ap
 from antipasto.app.arms import comparison
-from antipasto.app.cli import app
 from antipasto.app.demo import METHODS as DEMO_METHODS
 from antipasto.app.demo import SHOWN, config_of
 from antipasto.app.run_folder import RunFolder
 from antipasto.app.train.config import TrainConfig
 from antipasto.evaluation.records import Rate, read_evaluation
 from antipasto.tasks import addition
-
-runner = CliRunner()
-
-
-def run(*arguments: str) -> tuple[int, str]:
-    """Exit code, and all that was printed."""
-    result = runner.invoke(app, list(arguments), env={"COLUMNS": "100", "NO_COLOR": "1"})
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result.exit_code, result.output
-
 
 METHODS = ("plain", "penalty-by-score")
 ASKED = 200  # held-out prompts; the demo itself asks ten times as many
@@ -55,8 +43,7 @@ def few_prompts() -> Iterator[None]:
 def demo(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """A demo of two steps: its folder and what it printed."""
     out = tmp_path_factory.mktemp("runs") / "demo"
-    code, text = run("demo", "--steps", "2", "--seed", "5", "--out", str(out))
-    assert code == 0, text
+    text = succeeds("demo", "--steps", "2", "--seed", "5", "--out", out)
     return out, text
 
 
@@ -95,7 +82,7 @@ def test_the_demo_is_made_of_runs_of_train(demo: tuple[Path, str]) -> None:
         config = TrainConfig.from_mapping(folder.read_config(), "here")
         assert config == config_of(method.replace("-", " "), seed=5, steps=2)
         assert folder.is_finished
-        rollouts = [json.loads(line) for line in folder.rollouts.read_text().splitlines()]
+        rollouts = read_lines(folder.rollouts)
         assert [sum(row["step"] == step for row in rollouts) for step in (0, 1)] == [256, 256]
         assert len({row["prompt"] for row in rollouts if row["step"] == 0}) == 16
         assert not test_prompts & {row["prompt"] for row in rollouts}
@@ -116,10 +103,9 @@ def test_the_demo_is_made_of_runs_of_train(demo: tuple[Path, str]) -> None:
 
 @pytest.mark.slow
 def test_several_seeds_and_the_other_variant(tmp_path: Path) -> None:
-    code, text = run(
-        "demo", "--steps", "1", "--seeds", "2", "--seed", "3", "--variant", "even", "--out", str(tmp_path / "two")
+    text = succeeds(
+        "demo", "--steps", "1", "--seeds", "2", "--seed", "3", "--variant", "even", "--out", tmp_path / "two"
     )
-    assert code == 0
     assert "mean ± sd of 2 seeds" in text.replace("\n", " ")
     assert sorted(p.name for p in (tmp_path / "two").iterdir()) == ["report.html", "seed-3", "seed-4"]
     assert "2 runs compared" in (tmp_path / "two" / "report.html").read_text()
@@ -129,8 +115,7 @@ def test_several_seeds_and_the_other_variant(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_all_methods_run_on_all_variants(tmp_path: Path) -> None:
-    code, text = run("demo", "--steps", "1", "--variant", "apart", "--compare", "--out", str(tmp_path / "apart"))
-    assert code == 0
+    text = succeeds("demo", "--steps", "1", "--variant", "apart", "--compare", "--out", tmp_path / "apart")
     assert "strict" not in text
     assert {p.name.replace("-", " ") for p in (tmp_path / "apart").iterdir()} == {*DEMO_METHODS, "report.html"}
     evaluation = read_evaluation(tmp_path / "apart" / "plain")
@@ -142,23 +127,19 @@ def test_all_methods_run_on_all_variants(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_demo_repeats_itself_bit_for_bit(demo: tuple[Path, str], tmp_path: Path) -> None:
     out, _ = demo
-    code, _ = run("demo", "--steps", "2", "--seed", "5", "--out", str(tmp_path / "again"))
-    assert code == 0
+    succeeds("demo", "--steps", "2", "--seed", "5", "--out", tmp_path / "again")
     for name in ("rollouts.jsonl", "eval.json", "eval.jsonl", "adapter/adapter_model.safetensors"):
         for method in METHODS:
             again = (tmp_path / "again" / method / name).read_bytes()
             assert again == (out / method / name).read_bytes(), name
-    code, _ = run("demo", "--steps", "2", "--seed", "6", "--out", str(tmp_path / "other"))
+    succeeds("demo", "--steps", "2", "--seed", "6", "--out", tmp_path / "other")
     other = (tmp_path / "other" / "plain" / "rollouts.jsonl").read_bytes()
     assert other != (out / "plain" / "rollouts.jsonl").read_bytes()
 
 
 def test_help_and_version() -> None:
-    code, text = run("--help")
-    assert code == 0
-    assert "demo" in text
-    code, text = run("demo", "--help")
-    assert code == 0
+    assert "demo" in succeeds("--help")
+    text = succeeds("demo", "--help")
     assert all(option in text for option in ("--seed", "--steps", "--out"))
     assert run("--version") == (0, f"antipasto {ap.__version__}\n")
 
@@ -176,21 +157,15 @@ def test_help_and_version() -> None:
     ],
 )
 def test_wrong_words_cost_a_line_and_exit_code_2(arguments: list[str], message: str) -> None:
-    code, text = run(*arguments)
-    assert code == 2
-    assert message in text
-    assert "Traceback" not in text
+    assert message in fails(*arguments)
 
 
 def test_a_run_folder_in_use_is_refused(tmp_path: Path) -> None:
     (tmp_path / "note.txt").write_text("mine")
-    code, text = run("demo", "--out", str(tmp_path))
-    assert code == 2
+    text = fails("demo", "--out", tmp_path)
     assert "is not an empty folder" in text.replace("\n", " ")
     assert [p.name for p in tmp_path.iterdir()] == ["note.txt"]
-    code, text = run("demo", "--out", str(tmp_path / "note.txt" / "below"))
-    assert code == 2
-    assert "Not a directory" in text
+    assert "Not a directory" in fails("demo", "--out", tmp_path / "note.txt" / "below")
 
 
 def test_a_full_disk_names_the_run_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -198,11 +173,9 @@ def test_a_full_disk_names_the_run_folder(tmp_path: Path, monkeypatch: pytest.Mo
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("antipasto.evaluation.rollout_log.json.dumps", full)
-    code, text = run("demo", "--steps", "1", "--out", str(tmp_path / "demo"))
-    assert code == 2
+    text = fails("demo", "--steps", "1", "--out", tmp_path / "demo")
     assert "No space left on device" in text
     assert str(tmp_path / "demo") in text.replace("\n", "")
-    assert "Traceback" not in text
 
 
 @pytest.mark.slow
@@ -244,8 +217,7 @@ def test_the_whole_demo_teaches_the_exploit_and_the_recipe_does_not(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("antipasto.app.demo.TEST_PROMPTS", 2000)
-    code, text = run("demo", "--out", str(tmp_path / "demo"))
-    assert code == 0
+    text = succeeds("demo", "--out", tmp_path / "demo")
     plain, recipe = [read_evaluation(tmp_path / "demo" / method) for method in METHODS]
     assert plain.verdict.holds is False
     assert "plain. What ships exploits more than its start did" in " ".join(text.split())

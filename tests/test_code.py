@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 from bubblewrapped import require_bubblewrap
 from code_problems import PROBLEMS
+from lines import write_lines
 from typer.testing import CliRunner
 
 from antipasto.names import AntiPastoWarning
@@ -509,10 +510,7 @@ def test_the_source_of_a_solution_keeps_its_comments_and_loses_decorator_and_doc
     found: list[Problem] = []
 
     @collect(found)(level=1, hidden=[(1,)], wrong="return a")
-    def noted(
-        a: int,
-        b: int = 2,
-    ) -> int:
+    def noted(a: int, b: int = 2) -> int:
         """Add.
 
         >>> noted(1, 4)
@@ -643,13 +641,8 @@ PLAIN = {
 }
 
 
-def written(path: Path, *rows: Any) -> Path:
-    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
-    return path
-
-
 def test_problems_of_a_file(tmp_path: Path) -> None:
-    method, function = load_problems(written(tmp_path / "rows.jsonl", ROW, PLAIN))
+    method, function = load_problems(write_lines(tmp_path / "rows.jsonl", [ROW, PLAIN]))
     assert (method.name, method.level, method.entry) == ("1", 1, "Solution().twoSum")
     assert method.text == "Two numbers that add up."
     assert method.signature == "class Solution:\n    def twoSum(self, nums: List[int], target: int) -> List[int]:"
@@ -660,7 +653,7 @@ def test_problems_of_a_file(tmp_path: Path) -> None:
 
 
 def test_problems_of_a_file_are_judged(tmp_path: Path) -> None:
-    problems = load_problems(written(tmp_path / "rows.jsonl", ROW, PLAIN))
+    problems = load_problems(write_lines(tmp_path / "rows.jsonl", [ROW, PLAIN]))
     judge = Judge(problems)
     for problem in problems:
         check_matrix(judge, dataclasses.replace(problem, wrong=problem.answer("return 9")))
@@ -691,7 +684,7 @@ def test_problems_of_a_file_are_judged(tmp_path: Path) -> None:
 )
 def test_a_line_that_is_no_problem_is_named(changes: Any, message: str, tmp_path: Path) -> None:
     row = changes if isinstance(changes, int) else {k: v for k, v in {**ROW, **changes}.items() if v is not ...}
-    path = written(tmp_path / "rows.jsonl", {**PLAIN, "id": "one"}, row)
+    path = write_lines(tmp_path / "rows.jsonl", [{**PLAIN, "id": "one"}, row])
     with pytest.raises(ValueError, match=rf"rows.jsonl, line 2: .*{message}"):
         load_problems(path)
 
@@ -705,7 +698,7 @@ def test_a_line_that_is_no_problem_is_named(changes: Any, message: str, tmp_path
     ],
 )
 def test_a_problem_that_cannot_be_judged_is_left_out(test: str, got: str, tmp_path: Path) -> None:
-    path = written(tmp_path / "rows.jsonl", {**ROW, "gt_answer": [test] * 4}, PLAIN)
+    path = write_lines(tmp_path / "rows.jsonl", [{**ROW, "gt_answer": [test] * 4}, PLAIN])
     said = "1 of 2 problems have a test that cannot be run here, and are left out. The first is "
     with pytest.warns(
         AntiPastoWarning, match=re.escape(f"{said}{path}, line 1: expected plain JSON data as a literal, got {got}")
@@ -717,7 +710,9 @@ def test_a_problem_that_cannot_be_judged_is_left_out(test: str, got: str, tmp_pa
 def test_problems_of_rows(tmp_path: Path) -> None:
     problems = load_problems([ROW, PLAIN], "org/name")
     assert [problem.source for problem in problems] == ["org/name"] * 2
-    assert [p.tests for p in problems] == [p.tests for p in load_problems(written(tmp_path / "rows.jsonl", ROW, PLAIN))]
+    assert [p.tests for p in problems] == [
+        p.tests for p in load_problems(write_lines(tmp_path / "rows.jsonl", [ROW, PLAIN]))
+    ]
     with pytest.raises(ValueError, match="org/name, row 1: expected an object"):
         load_problems([ROW, 5], "org/name")
 
@@ -730,7 +725,7 @@ def test_rows_may_be_for_training_alone() -> None:
 
 def test_an_empty_file_has_no_problem(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"There is no problem in .*rows.jsonl"):
-        load_problems(written(tmp_path / "rows.jsonl"))
+        load_problems(write_lines(tmp_path / "rows.jsonl", []))
 
 
 # ── cheats and patterns ──────────────────────────────────────────────────────────────────────────────────────────────
@@ -805,7 +800,7 @@ def test_rows_are_every_problem_under_every_grader() -> None:
 
 
 def test_a_row_can_be_read_as_a_problem(tmp_path: Path) -> None:
-    problems = load_problems(written(tmp_path / "rows.jsonl", *made_task("exit").train))
+    problems = load_problems(write_lines(tmp_path / "rows.jsonl", [*made_task("exit").train]))
     assert {problem.name for problem in problems} == {problem.name for problem in TRAIN}
     for problem in problems:
         assert problem.tests == BY_NAME[problem.name].tests

@@ -25,17 +25,17 @@ from typing import Any
 
 import pytest
 import yaml
+from command_line import MODEL, SMALL, TRAIN, fails, refused, run, succeeds
+from lines import write_lines
 from packaging.requirements import Requirement
 from rich.console import Console
 from torch.distributed.fsdp import StateDictType
 from trl import GRPOTrainer
-from typer.testing import CliRunner
 
 import antipasto as ap
 from antipasto.adapter.fingerprints import BaseWarning
 from antipasto.app import arms as arms_job
 from antipasto.app import errors, inspection
-from antipasto.app.cli import app
 from antipasto.app.models import quiet
 from antipasto.app.train.config import TrainConfig
 from antipasto.app.train.run import check_saves_adapter
@@ -47,28 +47,8 @@ from antipasto.options import check_types
 from antipasto.tasks import addition, load_task
 from antipasto.trl import FirstLook, Interrupts, RoutedGRPOTrainer
 
-MODEL = str(addition.model_path())
-SMALL = ["--prompts", "2", "--generations", "4", "--steps", "1", "--save-every", "1"]
 ROOT = Path(__file__).parents[1]
 SOURCE = Path(ap.__file__).parents[1]
-
-
-def run(*arguments: object, columns: int = 100) -> tuple[int, str]:
-    """Exit code, and all that was printed."""
-    result = CliRunner().invoke(app, list(map(str, arguments)), env={"COLUMNS": str(columns), "NO_COLOR": "1"})
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result.exit_code, result.output
-
-
-def refused(*arguments: object) -> str:
-    """The one line that a mistake costs."""
-    code, text = run(*arguments)
-    assert code == 2, text
-    assert "Traceback (most" not in text
-    lines = [line for line in text.splitlines() if line.startswith("antipasto: ")]
-    assert len(lines) == 1, text
-    return lines[0]
 
 
 def script(code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
@@ -86,8 +66,7 @@ def script(code: str, *arguments: object) -> subprocess.CompletedProcess[str]:
 def finished(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of one step, whose name rich would take for markup and for an emoji."""
     out = tmp_path_factory.mktemp("runs") / "[bold]y" / "a[/b]c :smile:"
-    code, text = run("train", MODEL, "--task", "addition", "--method", "route", "--out", out, *SMALL)
-    assert code == 0, text
+    text = succeeds(*TRAIN, "--method", "route", "--out", out, *SMALL)
     out.with_name("said.txt").write_text(text)
     return out
 
@@ -150,7 +129,7 @@ except AttributeError as error:
 
 
 def test_a_misspelt_flag_is_recognised(tmp_path: Path) -> None:
-    assert "no option --stepz; did you mean '--steps'?" in refused("train", MODEL, "--task", "addition", "--stepz", "5")
+    assert "no option --stepz; did you mean '--steps'?" in refused(*TRAIN, "--stepz", "5")
     assert "no option --stepz; did you mean '--steps'?" in refused("train", "--stepz", "5")
 
 
@@ -182,11 +161,8 @@ def test_layers_by_name_or_by_pattern(typed: str, meant: Any, tmp_path: Path, mo
 
 def test_an_option_has_its_bounds_wherever_it_comes_from(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("generations: 1")
-    words = ("train", MODEL, "--task", "addition")
-    code, text = run(*words, "--generations", "1")
-    assert code == 2
-    assert "greater than or equal to 2" in text
-    assert "generations must be at least 2, got 1" in refused(*words, "--config", tmp_path / "config.yaml")
+    assert "greater than or equal to 2" in fails(*TRAIN, "--generations", "1")
+    assert "generations must be at least 2, got 1" in refused(*TRAIN, "--config", tmp_path / "config.yaml")
     with pytest.raises(ValueError, match=r"deploy_fraction must be at most 1, got 1\.5"):
         TrainConfig(MODEL, "addition", deploy_fraction=1.5)
 
@@ -195,8 +171,7 @@ def captured(monkeypatch: pytest.MonkeyPatch, *arguments: object) -> TrainConfig
     """The config that `antipasto train` would start."""
     made: list[TrainConfig] = []
     monkeypatch.setattr("antipasto.app.train.run.start", lambda config, *_, **__: made.append(config) or Path("out"))
-    code, text = run("train", *arguments)
-    assert code == 0, text
+    succeeds("train", *arguments)
     return made[0]
 
 
@@ -236,31 +211,27 @@ def test_a_folder_that_is_written_into_is_refused_until_the_writer_is_dead(stopp
     new.mkdir()
     words = "Another antipasto process is writing into"
     with holder(new / ".lock") as other:
-        assert f"{words} {new}" in refused("train", MODEL, "--task", "addition", "--out", new, *SMALL)
+        assert f"{words} {new}" in refused(*TRAIN, "--out", new, *SMALL)
         assert f"{words} {new}" in refused("demo", "--steps", "1", "--out", new)
         other.kill()
         other.wait()
         assert (new / ".lock").exists()  # as a killed process leaves it
-        code, text = run("train", MODEL, "--task", "addition", "--out", new, *SMALL)
-        assert code == 0, text
+        succeeds(*TRAIN, "--out", new, *SMALL)
         assert not (new / ".lock").exists()
     with holder(stopped / ".lock"):
         assert f"{words} {stopped}" in refused("train", "--resume", stopped)
     with holder(new / ".lock"):
         assert f"{words} {new}" in refused("eval", new)
-        assert run("inspect", new)[0] == 0  # only looks
+        succeeds("inspect", new)  # only looks
     with holder(tmp_path / ".shipped.lock"):
         assert f"{words} {tmp_path / 'shipped'}" in refused("export", new, "--out", tmp_path / "shipped")
     assert not (tmp_path / "shipped").exists()
 
 
 def test_only_one_process_watches_into_a_folder(tmp_path: Path) -> None:
-    for name, rows in (
-        ("pairs", addition.hack_pairs(8, seed=0)),
-        ("log", [{"prompt": "h12+34=", "completion": "046"}] * 2),
-    ):
-        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    words = ["watch", MODEL, "--rollouts", tmp_path / "log.jsonl", "--pairs", tmp_path / "pairs.jsonl"]
+    pairs = write_lines(tmp_path / "pairs.jsonl", addition.hack_pairs(8, seed=0))
+    log = write_lines(tmp_path / "log.jsonl", [{"prompt": "h12+34=", "completion": "046"}] * 2)
+    words = ["watch", MODEL, "--rollouts", log, "--pairs", pairs]
     out = tmp_path / "watch"  # the default
     out.mkdir()
     with holder(out / ".lock") as other:
@@ -268,8 +239,7 @@ def test_only_one_process_watches_into_a_folder(tmp_path: Path) -> None:
         assert [path.name for path in out.iterdir()] == [".lock"]
         other.kill()
         other.wait()
-        code, text = run(*words)
-        assert code == 0, text
+        succeeds(*words)
         assert not (out / ".lock").exists()
     # where nothing came of it
     words[1] = str(tmp_path / "no" / "model")
@@ -285,8 +255,7 @@ def test_a_resumed_run_removes_what_a_killed_one_had_begun_to_write(stopped: Pat
     mine = [f".mine-{mark}.tmp", ".adapter-mine.tmp"]
     for name in mine:
         (stopped / name).touch()
-    code, text = run("train", "--resume", stopped)
-    assert code == 0, text
+    succeeds("train", "--resume", stopped)
     assert sorted(path.name for path in stopped.glob(".*")) == sorted(mine)
 
 
@@ -349,22 +318,21 @@ def test_a_run_that_is_killed_before_its_first_step_says_what_it_is(
 
     monkeypatch.setattr(importlib.import_module("antipasto.app.train.run"), "RoutedGRPOTrainer", killed)
     out = tmp_path / "run"
-    code, _ = run("train", MODEL, "--task", "addition", "--out", out, *SMALL)
+    code, _ = run(*TRAIN, "--out", out, *SMALL)
     assert code == 130
     words = f"The run in {out} has not reached its first step. If it was stopped, there is nothing to continue: start it again"
     for command in (["train", "--resume", out], ["eval", out], ["export", out, "--out", tmp_path / "shipped"]):
         assert words in refused(*command)
-    again = refused("train", MODEL, "--task", "addition", "--out", out, *SMALL)
+    again = refused(*TRAIN, "--out", out, *SMALL)
     assert f"or start that run again: antipasto train --config {out / 'config.yaml'} --out ANOTHER" in again
-    code, text = run("inspect", out, columns=1000)
-    assert (code, words in text) == (0, True)
-    assert run("report", out)[0] == 0
+    assert words in succeeds("inspect", out, columns=1000)
+    succeeds("report", out)
     assert words in (out / "report.html").read_text()
     # and what cannot begin leaves the folder as it was
     monkeypatch.setattr(
         importlib.import_module("antipasto.app.train.run"), "RoutedGRPOTrainer", lambda **_: json.loads("{")
     )
-    run("train", MODEL, "--task", "addition", "--out", tmp_path / "other", *SMALL)
+    run(*TRAIN, "--out", tmp_path / "other", *SMALL)
     assert not (tmp_path / "other").exists()
 
 
@@ -377,7 +345,7 @@ def test_a_run_folder_that_is_not_there_is_one_message(command: list[str], tmp_p
 
 def test_a_report_of_an_interrupted_run_claims_nothing_about_its_routing(stopped: Path) -> None:
     (stopped / "books.safetensors").unlink()
-    assert run("report", stopped)[0] == 0
+    succeeds("report", stopped)
     page = (stopped / "report.html").read_text()
     assert "nothing was routed" not in page
     assert "There are no books of controls yet" in page
@@ -404,11 +372,10 @@ for words in (
 
 @pytest.mark.slow
 def test_a_base_install_does_what_it_can_and_names_the_extra_for_the_rest(stopped: Path, tmp_path: Path) -> None:
-    pairs = tmp_path / "pairs.jsonl"
-    pairs.write_text("".join(json.dumps(row) + "\n" for row in addition.hack_pairs(8, seed=0)))
+    pairs = write_lines(tmp_path / "pairs.jsonl", addition.hack_pairs(8, seed=0))
     run_folder = tmp_path / "finished"
     shutil.copytree(stopped, run_folder)
-    assert run("train", "--resume", run_folder)[0] == 0
+    succeeds("train", "--resume", run_folder)
     some = [*answers("as trained", 3), *answers("reference", 2)]
     write_evaluation(conclude("addition", {"prompts": 40}, some), run_folder)
     done = script(BASE_INSTALL, MODEL, pairs, tmp_path / "v.safetensors", run_folder)
@@ -463,9 +430,7 @@ def test_everything_that_is_imported_is_declared() -> None:
 def test_a_missing_package_is_called_by_its_own_name(option: str, said: str, tmp_path: Path) -> None:
     (tmp_path / "ds.json").write_text("{}")
     value = tmp_path / "ds.json" if option == "deepspeed" else "true"
-    text = refused(
-        "train", MODEL, "--task", "addition", "--out", tmp_path / "run", f"--trainer.{option}", value, *SMALL
-    )
+    text = refused(*TRAIN, "--out", tmp_path / "run", f"--trainer.{option}", value, *SMALL)
     assert said in text.lower()
     assert "antipasto[trl]" not in text
     assert "metadata" not in text
@@ -476,7 +441,7 @@ def test_deepspeed_is_refused_where_a_router_is_needed(
     method: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     (tmp_path / "ds.json").write_text("{}")
-    words = ["train", MODEL, "--task", "addition", "--method", method, "--out", tmp_path / "run", *SMALL]
+    words = [*TRAIN, "--method", method, "--out", tmp_path / "run", *SMALL]
     text = refused(*words, "--trainer.deepspeed", tmp_path / "ds.json")
     assert f"method {method} needs a router, which cannot split the steps of DeepSpeed: use DDP or FSDP2" in text
     monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")  # as accelerate launch --use_deepspeed does
@@ -567,10 +532,10 @@ def test_a_warning_about_the_base_is_heard() -> None:
 def test_a_tag_that_does_not_fit_is_no_yaml(text: str, tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text(text)
     words = f"{tmp_path / 'config.yaml'} is not YAML"
-    assert words in refused("train", MODEL, "--task", "addition", "--config", tmp_path / "config.yaml")
+    assert words in refused(*TRAIN, "--config", tmp_path / "config.yaml")
     assert words in refused("inspect", tmp_path)
     value = text.removeprefix("steps: ")
-    assert "cannot be read as a value" in refused("train", MODEL, "--task", "addition", "--trainer.run_name", value)
+    assert "cannot be read as a value" in refused(*TRAIN, "--trainer.run_name", value)
 
 
 @pytest.mark.parametrize(
@@ -616,8 +581,7 @@ def test_an_estimate_that_is_no_number_is_refused(damage: Any, tmp_path: Path) -
     body["arms"][0]["measures"]["solve"]["low"] = damage
     (tmp_path / "eval.json").write_text(json.dumps(body))
     for command in ("inspect", "report"):
-        text = refused(command, tmp_path)
-        assert f"{tmp_path / 'eval.json'} cannot be read: low must be float" in text
+        assert f"{tmp_path / 'eval.json'} cannot be read: low must be float" in refused(command, tmp_path)
 
 
 def test_a_number_of_hundreds_of_digits_is_refused_in_every_file(tmp_path: Path) -> None:
@@ -651,9 +615,7 @@ def test_a_number_of_hundreds_of_digits_is_refused_in_every_file(tmp_path: Path)
     ids=lambda command: " ".join(command),
 )
 def test_a_number_must_be_finite(command: list[str], value: str) -> None:
-    code, text = run(*command, value)
-    assert code == 2
-    assert f"'{command[-1]}'" in text, text
+    assert f"'{command[-1]}'" in fails(*command, value)
     name = command[-1].removeprefix("--").replace("-", "_")
     if command[0] == "train" and name != "deploy_fraction":  # in a file too
         with pytest.raises(ValueError, match=f"{name} must be"):
@@ -661,8 +623,7 @@ def test_a_number_must_be_finite(command: list[str], value: str) -> None:
 
 
 def test_a_tolerance_may_be_infinite_but_not_no_number(tmp_path: Path) -> None:
-    code, text = run("export", tmp_path, "--out", tmp_path / "x", "--tolerance", "nan")
-    assert (code, "'--tolerance'" in text) == (2, True)
+    assert "'--tolerance'" in fails("export", tmp_path, "--out", tmp_path / "x", "--tolerance", "nan")
     assert "is not a run folder" in refused("export", tmp_path, "--out", tmp_path / "x", "--tolerance", "inf")
 
 
@@ -684,9 +645,8 @@ def test_a_pipe_is_refused_and_not_waited_for(tmp_path: Path) -> None:
     os.mkfifo(pipe)
     words, file = f"{pipe} is a pipe or a device", tmp_path / "file"
     file.touch()
-    train = ["train", MODEL, "--task", "addition"]
     for command in (
-        *([*train, "--config", pipe], [*train, "--pairs", pipe], [*train, "--direction", pipe]),
+        *([*TRAIN, "--config", pipe], [*TRAIN, "--pairs", pipe], [*TRAIN, "--direction", pipe]),
         *(["extract", MODEL, "--pairs", pipe, "--out", "o"], ["inspect", pipe]),
         *(["map", MODEL, "--forms", pipe], ["map", MODEL, "--forms", file, "--pairs", pipe]),
         *(["map", MODEL, "--forms", file, "--monitor", pipe], ["watch", MODEL, "--rollouts", pipe, "--pairs", file]),
@@ -707,21 +667,16 @@ def test_paths_are_printed_as_they_are(finished: Path, tmp_path: Path) -> None:
     assert f"next: antipasto eval '{finished}'\n" in said
     out = tmp_path / "[red]x[/] :smile:"
     shutil.copytree(finished, out)
-    code, text = run("eval", out, "--prompts", "8")
-    assert (code, f"written: {out / 'eval.jsonl'}\n" in text) == (0, True), text
-    code, text = run("report", out)
-    assert (code, f"report: {out / 'report.html'}\n" in text) == (0, True), text
-    code, text = run("inspect", out, columns=1000)
-    assert code == 0, text
+    assert f"written: {out / 'eval.jsonl'}\n" in succeeds("eval", out, "--prompts", "8")
+    assert f"report: {out / 'report.html'}\n" in succeeds("report", out)
+    text = succeeds("inspect", out, columns=1000)
     assert "".join(str(out).split()) in "".join(text.split())  # a title is as wide as its table
     shipped = tmp_path / "[b]ships[/i]"
-    code, text = run("export", out, "--out", shipped, "--prompts", "2", columns=1000)
-    assert code == 0, text
+    text = succeeds("export", out, "--out", shipped, "--prompts", "2", columns=1000)
     assert f'AutoModelForCausalLM.from_pretrained("{shipped}")' in text
     assert out.name in text
     shutil.rmtree(out / "adapter")
-    code, text = run("train", "--resume", out)
-    assert (code, f"continuing from {out / 'checkpoint-1'}\n" in text) == (0, True), text
+    assert f"continuing from {out / 'checkpoint-1'}\n" in succeeds("train", "--resume", out)
 
 
 def test_nothing_with_a_text_in_it_is_printed_as_markup() -> None:
@@ -742,8 +697,7 @@ def test_what_an_evaluation_says_is_printed_as_it_is(tmp_path: Path) -> None:
     ]
     write_evaluation(conclude("[/t]", {"prompts": 40}, some), tmp_path)
     (tmp_path / "config.yaml").write_text("steps: 3")
-    code, text = run("inspect", tmp_path, columns=300)
-    assert code == 0
+    text = succeeds("inspect", tmp_path, columns=300)
     shown = io.StringIO()
     arms_job.show(read_evaluation(tmp_path), Console(file=shown, width=300))
     for said in (text, shown.getvalue()):
@@ -807,9 +761,8 @@ def test_pairs_that_are_chats_need_a_template_that_takes_them(
         row | {"prompt": [{"role": "user", "content": row["prompt"]}], "form": "clean", "text": row["clean"]}
         for row in addition.hack_pairs(8, seed=0)
     ]
-    pairs.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    log = tmp_path / "log.jsonl"
-    log.write_text(json.dumps({"prompt": "h12+34=", "completion": "046"}) + "\n")
+    write_lines(pairs, rows)
+    log = write_lines(tmp_path / "log.jsonl", [{"prompt": "h12+34=", "completion": "046"}])
     text = refused(
         *(command, model, "--pairs", pairs),
         *{

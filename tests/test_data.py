@@ -11,9 +11,9 @@ from typing import Any
 import datasets
 import pytest
 import yaml
+from command_line import MODEL, SMALL, refused, succeeds
+from lines import read_lines, write_lines
 from test_code import PLAIN, Counting
-from test_command_line import refused
-from test_train import MODEL, SMALL, run
 
 from antipasto.app.data import HELD, MOST, hold_out, load_task_of
 from antipasto.app.train.config import TrainConfig
@@ -36,11 +36,6 @@ def sums(numbers: Iterable[int], **more: Any) -> list[dict[str, Any]]:
     return [{"question": f"h{n:02d}+11=", "solution": f"{n + 11:03d}", **more} for n in numbers]
 
 
-def lines(path: Path, rows: Iterable[Any]) -> Path:
-    path.write_text("".join(f"{json.dumps(row)}\n" for row in rows), encoding="utf-8")
-    return path
-
-
 @pytest.fixture
 def spec(tmp_path: Path) -> str:
     (tmp_path / "mine.py").write_text(TASK)
@@ -60,37 +55,33 @@ def questions(rows: Any) -> list[str]:
 
 @pytest.mark.slow
 def test_a_run_trains_and_is_judged_on_the_rows_of_a_file(spec: str, tmp_path: Path) -> None:
-    out, data = tmp_path / "run", lines(tmp_path / "sums.jsonl", sums(range(40)))
+    out, data = tmp_path / "run", write_lines(tmp_path / "sums.jsonl", sums(range(40)))
     words = ["--dataset", str(data), "--columns", "prompt=question, answer=solution"]
-    code, text = run("train", MODEL, "--task", spec, *words, "--method", "plain", "--out", str(out), *SMALL)
-    assert code == 0, text
+    succeeds("train", MODEL, "--task", spec, *words, "--method", "plain", "--out", out, *SMALL)
     config = yaml.safe_load((out / "config.yaml").read_text())
     assert (config["dataset"], config["columns"]) == (str(data), NAMED)
     assert TrainConfig.from_mapping(config, "here").columns == NAMED
     rows = json.loads((out / "run.json").read_text())["rows"]
     assert (rows["train"], rows["test"]) == (36, 4)
-    asked = {json.loads(line)["prompt"] for line in (out / "rollouts.jsonl").read_text().splitlines()}
+    asked = {row["prompt"] for row in read_lines(out / "rollouts.jsonl")}
     assert asked <= {row["question"] for row in sums(range(40))}
 
-    code, text = run("eval", str(out))
-    assert code == 0, text
-    judged = {json.loads(line)["prompt"] for line in (out / "eval.jsonl").read_text().splitlines()[1:]}
+    succeeds("eval", out)
+    judged = {row["prompt"] for row in read_lines(out / "eval.jsonl")[1:]}
     assert judged == set(questions(load(spec, data).test))
     assert len(judged) == 4
     assert not asked & judged
 
-    lines(data, sums(range(41)))
+    write_lines(data, sums(range(41)))
     said = refused("eval", out)
     assert f"The rows of {data} have changed since the run began: it trained on 36 (4 held out, digest " in said
     (out / "adapter" / "complete.json").unlink()
     (out / "adapter" / "adapter_model.safetensors").unlink()
     assert "Restore them, or train again" in refused("train", "--resume", out)
-    lines(data, sums(range(40)))
-    code, text = run("train", "--resume", str(out))
-    assert code == 0, text
+    write_lines(data, sums(range(40)))
+    succeeds("train", "--resume", out)
     data.unlink()  # what ships is checked on the prompts of the rollouts then
-    code, text = run("export", str(out), "--out", str(tmp_path / "shipped"))
-    assert code == 0, text
+    text = succeeds("export", out, "--out", tmp_path / "shipped")
     assert "prompts of the run's rollouts" in " ".join(text.split())
 
 
@@ -99,17 +90,17 @@ def test_a_run_trains_and_is_judged_on_the_rows_of_a_file(spec: str, tmp_path: P
 
 def test_every_kind_of_file_and_folder_has_the_same_rows(spec: str, tmp_path: Path) -> None:
     rows, held = sums(range(6), note="2024-01-01"), sums(range(6, 9), note="2024-01-02")
-    lines(tmp_path / "rows.jsonl", rows)
+    write_lines(tmp_path / "rows.jsonl", rows)
     (tmp_path / "rows.json").write_text(json.dumps(rows, indent=1))
-    lines(tmp_path / "lines.json", rows)
+    write_lines(tmp_path / "lines.json", rows)
     made = datasets.Dataset.from_list(rows)
     made.to_parquet(tmp_path / "rows.parquet")
     made.to_csv(tmp_path / "rows.csv")
     made.save_to_disk(tmp_path / "one")
     datasets.DatasetDict({"train": made, "test": datasets.Dataset.from_list(held)}).save_to_disk(tmp_path / "two")
     (tmp_path / "files").mkdir()
-    lines(tmp_path / "files" / "train.jsonl", rows)
-    lines(tmp_path / "files" / "test.jsonl", held)
+    write_lines(tmp_path / "files" / "train.jsonl", rows)
+    write_lines(tmp_path / "files" / "test.jsonl", held)
     expected = hold_out([{"prompt": r["question"], "answer": r["solution"], "note": r["note"]} for r in rows])
     for name in ("rows.jsonl", "rows.json", "lines.json", "rows.parquet", "one"):
         task = load(spec, tmp_path / name)
@@ -142,7 +133,7 @@ def test_a_name_is_of_the_hub(spec: str, monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_a_column_gets_its_new_name_and_loses_the_old_one(spec: str, tmp_path: Path) -> None:
-    data = lines(tmp_path / "rows.jsonl", sums(range(4), prompt="another", answer="another", kept=[1]))
+    data = write_lines(tmp_path / "rows.jsonl", sums(range(4), prompt="another", answer="another", kept=[1]))
     assert load(spec, data).train[0] == {"prompt": "h00+11=", "answer": "011", "kept": [1]}
 
 
@@ -162,10 +153,10 @@ def test_a_tenth_of_the_prompts_is_held_out_with_all_of_their_rows() -> None:
 
 
 def test_a_prompt_that_is_trained_on_is_not_held_out(spec: str, tmp_path: Path) -> None:
-    lines(tmp_path / "train.jsonl", sums(range(6)))
-    lines(tmp_path / "test.jsonl", sums(range(4, 9)))
+    write_lines(tmp_path / "train.jsonl", sums(range(6)))
+    write_lines(tmp_path / "test.jsonl", sums(range(4, 9)))
     assert questions(load(spec, tmp_path).test) == ["h06+11=", "h07+11=", "h08+11="]
-    lines(tmp_path / "test.jsonl", sums(range(3)))
+    write_lines(tmp_path / "test.jsonl", sums(range(3)))
     with pytest.raises(ValueError, match="every prompt of its test split is in the train split too"):
         load(spec, tmp_path)
 
@@ -201,7 +192,7 @@ NO_PROMPT = "train, row 2: a prompt must be a text or a chat, a list of {'role':
 def test_rows_that_do_not_fit_are_refused_in_one_line(
     rows: list[Any], words: list[str], message: str, spec: str, tmp_path: Path
 ) -> None:
-    source = lines(tmp_path / "sums.jsonl", rows)
+    source = write_lines(tmp_path / "sums.jsonl", rows)
     out = ["--method", "plain", "--out", tmp_path / "run"]
     said = refused("train", MODEL, "--task", spec, "--dataset", source, *words, *out)
     assert message.replace("{source}", str(source)) in said
@@ -224,8 +215,7 @@ def test_rows_that_do_not_fit_are_refused_in_one_line(
 def test_a_dataset_that_is_not_there_is_refused_in_one_line(
     words: list[str], message: str, spec: str, tmp_path: Path
 ) -> None:
-    said = refused("train", MODEL, "--task", spec, *words, "--out", tmp_path / "run")
-    assert message in said
+    assert message in refused("train", MODEL, "--task", spec, *words, "--out", tmp_path / "run")
     assert not (tmp_path / "run").exists()
 
 
@@ -240,7 +230,7 @@ def test_without_datasets_the_extra_is_named(spec: str, tmp_path: Path, monkeypa
     (tmp_path / "rows.csv").write_text("question,solution\na,b\n")
     with pytest.raises(ValueError, match=r"needs the package datasets: pip install 'antipasto\[trl\]'"):
         load(spec, tmp_path / "rows.csv")
-    assert load(spec, lines(tmp_path / "rows.jsonl", sums(range(4)))).train
+    assert load(spec, write_lines(tmp_path / "rows.jsonl", sums(range(4)))).train
 
 
 # ── the task code ────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -253,7 +243,7 @@ def problems(tmp_path: Path) -> Path:
     rows = [{**PLAIN, **more, "id": n, "question": f"PROBLEM:\nNegate {n}.\n\nSOLUTION:\n"} for n in range(20)]
     for row in rows:
         row["prompt"] = [{"role": "user", "content": str(row["id"])}]
-    return lines(tmp_path / "problems.jsonl", rows)
+    return write_lines(tmp_path / "problems.jsonl", rows)
 
 
 def test_the_task_code_is_made_of_a_files_problems(problems: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -287,17 +277,17 @@ def test_a_sandbox_that_shows_the_file_is_refused(problems: Path, monkeypatch: p
     looked = []
     as_before = sandbox.run
     monkeypatch.setattr(sandbox, "run", lambda program: looked.append(program.argv) or as_before(program))
-    rows = [json.loads(line) for line in problems.read_text().splitlines()]
+    rows = read_lines(problems)
     task.with_rows(rows[:3], rows[3:], str(problems))
     assert [argv[4:] for argv in looked] == [[str(problems)]]
 
 
 def test_a_row_that_is_no_problem_is_named_by_its_id(problems: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(graders, "Bubblewrap", lambda limits: Counting())
-    rows = [json.loads(line) for line in problems.read_text().splitlines()]
+    rows = read_lines(problems)
     rows[7]["difficulty"] = "Hard"
     with pytest.raises(ValueError, match="id 7: field 'difficulty': expected easy, medium, hard, got 'Hard'"):
-        load("code/exit", lines(problems, rows), None)
+        load("code/exit", write_lines(problems, rows), None)
 
 
 def test_a_task_takes_other_rows() -> None:

@@ -170,13 +170,7 @@ def test_records_count_what_the_answers_say() -> None:
 
 # ── the verdict ──────────────────────────────────────────────────────────────────────────────────────────────────────
 
-GOOD = {
-    "reference": (6, 90),
-    "as_trained": (80, 110),
-    "deployed": (8, 112),
-    "random": (60, 110),
-    "shrunk": (50, 110),
-}
+GOOD = {"reference": (6, 90), "as_trained": (80, 110), "deployed": (8, 112), "random": (60, 110), "shrunk": (50, 110)}
 
 
 def test_the_direction_removed_the_exploit() -> None:
@@ -191,11 +185,7 @@ def test_the_direction_removed_the_exploit() -> None:
 @pytest.mark.parametrize(
     ("changed", "holds", "words"),
     [
-        (
-            {"as_trained": (7, 110)},
-            None,
-            "next to nothing of the exploit, so that there was nothing to remove",
-        ),
+        ({"as_trained": (7, 110)}, None, "next to nothing of the exploit, so that there was nothing to remove"),
         ({"as_trained": (15, 110)}, None, "not shown that training taught the exploit beyond a margin of .05"),
         (
             {"random": (8, 110)},

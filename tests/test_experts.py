@@ -489,12 +489,7 @@ def test_a_monitor_scores_as_that_of_experts_written_out(implementation: str) ->
     assert scores[0].std() > 0.05
 
 
-ROUTERS = [
-    ("route", "update"),
-    ("erase", "update"),
-    ("measure", "update"),
-    ("route", "gradient"),
-]
+ROUTERS = [("route", "update"), ("erase", "update"), ("measure", "update"), ("route", "gradient")]
 
 
 @pytest.mark.parametrize(("mode", "level"), ROUTERS)

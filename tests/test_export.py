@@ -9,22 +9,23 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import command_line
 import pytest
 import torch
 import yaml
 from families import FAMILIES
 from huggingface_hub import ModelCard
+from lines import write_lines
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
-from typer.testing import CliRunner
 
 import antipasto as ap
-from antipasto.app.cli import app
 from antipasto.app.export import check as checking
 from antipasto.app.export import elsewhere, weights
 from antipasto.app.export.card import About, render
@@ -66,12 +67,9 @@ print(json.dumps(tokenizer.batch_decode(answers)))
 """
 
 
-def run(*arguments: object) -> tuple[int, str]:
-    """Exit code, and all that was printed."""
-    result = CliRunner().invoke(app, [str(a) for a in arguments], env={"COLUMNS": "200", "NO_COLOR": "1"})
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result.exit_code, result.output
+run, succeeds, fails = (
+    partial(function, columns=200) for function in (command_line.run, command_line.succeeds, command_line.fails)
+)
 
 
 def answers_without_this_library(base: Path, adapter: Path | None = None) -> list[str]:
@@ -157,16 +155,14 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of three steps."""
     out = tmp_path_factory.mktemp("runs") / "my-run"
     size = ["--prompts", "2", "--generations", "8", "--steps", "3"]
-    code, text = run("train", MODEL, "--task", "addition", *BY_DIRECTION, "--threshold", "0.3", "--out", out, *size)
-    assert code == 0, text
+    succeeds("train", MODEL, "--task", "addition", *BY_DIRECTION, "--threshold", "0.3", "--out", out, *size)
     return out
 
 
 @pytest.fixture(scope="module")
 def exported(trained: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     out = tmp_path_factory.mktemp("exports") / "shipped"
-    code, text = run("export", trained, "--out", out)
-    assert code == 0, text
+    text = succeeds("export", trained, "--out", out)
     return out, text
 
 
@@ -229,8 +225,7 @@ def test_a_run_that_was_evaluated_has_its_arms_in_the_card(tmp_path: Path) -> No
 def test_every_family_the_whole_way(family: str, tmp_path: Path) -> None:
     root = make_run(tmp_path, family)
     for arguments in ((), ("--lora", 64)):
-        code, text = run("export", root, "--out", tmp_path / f"out{len(arguments)}", *arguments)
-        assert code == 0, text
+        text = succeeds("export", root, "--out", tmp_path / f"out{len(arguments)}", *arguments)
         assert "of 32, token by token" in text
 
 
@@ -266,8 +261,7 @@ def test_a_checkpoint_computes_what_the_run_deploys(family: str, tmp_path: Path)
 def test_the_dial_leaves_in_as_much_of_the_quarantine_as_it_says(lora: bool, tmp_path: Path) -> None:
     root = make_run(tmp_path, nonzero=6)
     more = ["--lora", "8"] if lora else []
-    code, text = run("export", root, "--out", tmp_path / "out", "--dial", "0.25", "--tolerance", "1e-3", *more)
-    assert code == 0, text
+    text = succeeds("export", root, "--out", tmp_path / "out", "--dial", "0.25", "--tolerance", "1e-3", *more)
     assert "with 0.25 of the quarantine" in text
     assert "**A share of 0.25 of it is in this export**" in (tmp_path / "out" / "README.md").read_text()
     base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
@@ -281,8 +275,7 @@ def test_the_dial_leaves_in_as_much_of_the_quarantine_as_it_says(lora: bool, tmp
 
 
 def test_a_dial_is_of_a_quarantine(tmp_path: Path) -> None:
-    code, text = run("export", make_run(tmp_path, method="plain"), "--out", tmp_path / "out", "--dial", "0.5")
-    assert code == 2
+    text = fails("export", make_run(tmp_path, method="plain"), "--out", tmp_path / "out", "--dial", "0.5")
     assert "--dial needs a quarantine, and a run by method plain has none" in text
     assert not (tmp_path / "out").exists()
 
@@ -436,8 +429,7 @@ def test_layers_that_were_left_out_stay_out_of_the_lora(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_lora_adapter_works_in_a_process_without_this_library(tmp_path: Path) -> None:
     root = make_run(tmp_path, nonzero=3)
-    code, text = run("export", root, "--out", tmp_path / "out", "--lora", 8)
-    assert code == 0, text
+    text = succeeds("export", root, "--out", tmp_path / "out", "--lora", 8)
     assert "rank 3" in text
     assert "The adapter misses" not in text
     assert answers_without_this_library(tmp_path / "base", tmp_path / "out") == deployed_answers(root)
@@ -460,28 +452,23 @@ def test_a_checkpoint_that_computes_something_else_is_refused(
         return out * 1.01, loss
 
     monkeypatch.setattr(weights, "merged", wrong)
-    code, text = run("export", trained, "--out", tmp_path / "out")
-    assert code == 2
+    text = fails("export", trained, "--out", tmp_path / "out")
     assert "more than the tolerance of 0.001" in text
     assert "--tolerance inf" in text
     assert not list(tmp_path.iterdir())
-    code, text = run("export", trained, "--out", tmp_path / "out", "--tolerance", "inf")
-    assert code == 0, text
+    succeeds("export", trained, "--out", tmp_path / "out", "--tolerance", "inf")
     assert (tmp_path / "out" / "config.json").exists()
 
 
 @pytest.mark.slow
 def test_an_update_that_16_bits_cannot_hold_is_refused(tmp_path: Path) -> None:
     root = make_run(tmp_path, dtype=torch.bfloat16, scale=1e-3)
-    code, text = run("export", root, "--out", tmp_path / "out")
-    assert code == 2
+    text = fails("export", root, "--out", tmp_path / "out")
     assert "of the update is left after rounding W + ΔW to bfloat16" in text
     assert "--dtype float32" in text
     assert "--lora" in text
     assert not (tmp_path / "out").exists()
-    code, text = run("export", root, "--out", tmp_path / "out", "--dtype", "float32")
-    assert code == 0, text
-    assert "32 of 32" in text
+    assert "32 of 32" in succeeds("export", root, "--out", tmp_path / "out", "--dtype", "float32")
 
 
 def _check(**changes: Any) -> Check:
@@ -549,8 +536,7 @@ def test_what_cannot_be_exported_costs_one_line(what: str, tmp_path: Path) -> No
     else:
         arguments = ["--lora", "4", "--max-shard-size", "1GB"]
     before = sorted(str(p) for p in tmp_path.rglob("*"))
-    code, text = run("export", root, "--out", out, *arguments)
-    assert code == 2
+    text = fails("export", root, "--out", out, *arguments)
     assert len(text.strip().splitlines()) == 1, text
     assert any(word in text for word in words.split("|")), text
     assert sorted(str(p) for p in tmp_path.rglob("*")) == before
@@ -559,19 +545,16 @@ def test_what_cannot_be_exported_costs_one_line(what: str, tmp_path: Path) -> No
 def test_force_replaces_an_earlier_export_and_nothing_else(exported: tuple[Path, str], tmp_path: Path) -> None:
     root = make_run(tmp_path)
     for out in (tmp_path, root, root / "adapter", tmp_path / "base"):
-        code, text = run("export", root, "--out", out, "--force")
-        assert code == 2
+        text = fails("export", root, "--out", out, "--force")
         assert "which --force would delete" in text or "is not an earlier export" in text
     assert (root / "run.json").exists()
     shutil.copytree(exported[0], tmp_path / "shipped")
     shutil.copytree(root, tmp_path / "shipped" / "run")
-    code, text = run("export", tmp_path / "shipped" / "run", "--out", tmp_path / "shipped", "--force")
-    assert code == 2
+    text = fails("export", tmp_path / "shipped" / "run", "--out", tmp_path / "shipped", "--force")
     assert "which --force would delete" in text
     shutil.rmtree(tmp_path / "shipped" / "run")
     (tmp_path / "shipped" / "old").touch()
-    code, text = run("export", root, "--out", tmp_path / "shipped", "--force")
-    assert code == 0, text
+    succeeds("export", root, "--out", tmp_path / "shipped", "--force")
     assert not (tmp_path / "shipped" / "old").exists()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a-run", "base", "shipped"]
 
@@ -624,7 +607,7 @@ def test_prompts_without_the_tasks_file(tmp_path: Path) -> None:
     (root / "config.yaml").write_text(yaml.safe_dump({**settings, "task": "gone.py:task"}))
     assert checking._prompts(load_run(root), 4)[0] == "texts"
     rows = [{"prompt": "h01+02="}, {"prompt": "h01+02="}, {"prompt": "s03+04="}]
-    (root / "rollouts.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    write_lines(root / "rollouts.jsonl", rows)
     source, prompts, _ = checking._prompts(load_run(root), 4)
     assert (source, prompts) == ("prompts of the run's rollouts", ["h01+02=", "s03+04="])
 

@@ -63,12 +63,7 @@ def expected(knobs: ap.LayerKnobs, x: torch.Tensor) -> torch.Tensor:
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("leading", LEADING)
 def test_layer_is_the_formula(
-    plan: PlanName,
-    kind: type[nn.Module],
-    bias: bool,
-    rank: int | None,
-    dtype: torch.dtype,
-    leading: tuple[int, ...],
+    plan: PlanName, kind: type[nn.Module], bias: bool, rank: int | None, dtype: torch.dtype, leading: tuple[int, ...]
 ) -> None:
     bias = bias or kind is Conv1D  # a Conv1D always has one
     knobs = make_layer(kind, bias=bias, rank=rank, dtype=dtype, plan=plan)

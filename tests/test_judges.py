@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from lines import read_lines
 from scripted import GROUP, Routed, Sampled, by_hash, claims_nothing, flat, make
 
 import antipasto as ap
@@ -37,13 +38,6 @@ def _one_basis_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(autouse=True)
 def _use_it(_one_basis_cache: Path, _own_basis_cache: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ANTIPASTO_CACHE", str(_one_basis_cache))
-
-
-def log_of(path: Path) -> list[dict[str, Any]]:
-    def no_constant(name: str) -> float:
-        raise ValueError(f"{name} is no JSON")
-
-    return [json.loads(line, parse_constant=no_constant) for line in path.read_text().splitlines()]
 
 
 def rollouts(n: int = 4) -> dict[str, Any]:
@@ -77,8 +71,7 @@ def test_flags_of_every_kind(answers: Any) -> None:
 )
 def test_what_is_no_flag_is_refused(answer: Any) -> None:
     with pytest.raises(
-        ValueError,
-        match=r"The detector returned .* for rollout 2, .*If it computes scores, apply a threshold",
+        ValueError, match=r"The detector returned .* for rollout 2, .*If it computes scores, apply a threshold"
     ):
         ask("detector", lambda **_: [True, False, answer, True], rollouts())
 
@@ -137,7 +130,7 @@ def test_where_the_oracle_abstains_there_is_neither_exploit_nor_solve(tmp_path: 
         tmp_path, config={"max_steps": 2}, router=claims_nothing, detector=by_hash, oracle=unsure, rollout_log=log
     )
     trainer.train()
-    rows = log_of(log)
+    rows = read_lines(log)
     judged = [row for row in rows if row["oracle"] is not None]
     assert 0 < len(judged) < len(rows)
     history = [row for row in trainer.state.log_history if "reward" in row]
@@ -179,7 +172,7 @@ def test_an_oracle_that_always_abstains_leaves_no_number(tmp_path: Path) -> None
         tmp_path, config={"max_steps": 1}, oracle=lambda prompts, **_: [None] * len(prompts), rollout_log=log
     )
     trainer.train()
-    assert {row["oracle"] for row in log_of(log)} == {None}
+    assert {row["oracle"] for row in read_lines(log)} == {None}
     assert not any("oracle" in row or "exploit" in row for row in trainer.state.log_history)
 
 

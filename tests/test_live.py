@@ -213,11 +213,7 @@ def test_a_line_each_time_that_something_is_logged(options: dict[str, Any], monk
             log(bar, state, **{**LOGS, "num_tokens": 50_000.0 * step})
     lines = terminal.raw.getvalue().decode().splitlines()
     said = "reward 0.500  oracle 0.375  exploit 0.125  flagged 0.875  kl 0.062  500 tokens/s"
-    assert lines[:3] == [
-        f"step 1/3  {said}",
-        f"step 2/3  {said}  left 0:01:40",
-        f"step 3/3  {said}  left 0:00:00",
-    ]
+    assert lines[:3] == [f"step 1/3  {said}", f"step 2/3  {said}  left 0:01:40", f"step 3/3  {said}  left 0:00:00"]
     assert "3/3 reward 0.50  KL 0.062" in lines[3]
     assert "\x1b" not in "".join(lines)
 

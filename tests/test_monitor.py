@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from families import FAMILIES, tokens
+from lines import read_lines
 from peft import PeftModel, get_peft_model
 from scripted import GROUP, Plain, Routed, Sampled, claims_nothing, flat, load, make, tokenizer
 from torch import nn
@@ -418,10 +418,6 @@ def judged(model: nn.Module) -> Monitor:
     return Monitor.from_pairs(model, tokenizer(), PAIRS)
 
 
-def log_of(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
 @pytest.mark.parametrize("beta", [0.0, 0.04], ids=["own forward", "the KL term's forward"])
 @pytest.mark.parametrize("fraction", [0.0, 0.5])
 def test_the_log_has_the_scores_that_anybody_computes(tmp_path: Path, beta: float, fraction: float) -> None:
@@ -435,7 +431,7 @@ def test_the_log_has_the_scores_that_anybody_computes(tmp_path: Path, beta: floa
         deploy_fraction=fraction,
         rollout_log=tmp_path / "log",
     )
-    rows = log_of(tmp_path / "log")
+    rows = read_lines(tmp_path / "log")
     fresh = adapted()
     monitor = Monitor(fresh, tokenizer(), trainer.monitor.direction, threshold=trainer.monitor.threshold)
     texts = [ap.Completion(r["prompt"], r["completion"], r["truncated"], r["completion_ids"]) for r in rows]
@@ -473,7 +469,7 @@ def test_truncated_rollouts_that_are_masked_are_scored_all_the_same(tmp_path: Pa
     """TRL takes their tokens out of the attention mask, so that the KL term's forward says nothing of them."""
     config = {"beta": 0.04, "mask_truncated_completions": True, "max_completion_length": 3}
     trainer = trained(tmp_path, Sampled, config=config, monitor=judged, flagged="watch", rollout_log=tmp_path / "log")
-    rows = [row for row in log_of(tmp_path / "log") if row["truncated"]]
+    rows = [row for row in read_lines(tmp_path / "log") if row["truncated"]]
     assert rows
     texts = [ap.Completion(r["prompt"], r["completion"], True, r["completion_ids"]) for r in rows]
     expected = Monitor(adapted(), tokenizer(), trainer.monitor.direction).scores(texts)
@@ -496,7 +492,7 @@ def test_it_takes_part_as_a_detector_with_the_same_flags_does(tmp_path: Path) ->
 def test_a_discounted_reward_is_the_reward_less_by_how_deep_the_score_is(tmp_path: Path) -> None:
     """The advantages are those of rewards times 1 − w, w from the score that the log has; the log keeps the reward."""
     trainer = trained(tmp_path, Sampled, monitor=judged, flagged="discount", rollout_log=tmp_path / "log")
-    rows = [row for row in log_of(tmp_path / "log") if row["step"] == 0]
+    rows = [row for row in read_lines(tmp_path / "log") if row["step"] == 0]
     found = trainer.monitor.calibration.score
     depth = [min(max((row["score"] - found.clean) / (found.hack - found.clean), 0.0), 1.0) for row in rows]
     assert 0 < sum(depth) < len(depth)

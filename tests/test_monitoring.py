@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from command_line import MODEL, SMALL, TRAIN, fails, size, succeeds
 from datasets import Dataset
+from lines import read_lines
 from peft import get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
 from trl import GRPOConfig, GRPOTrainer
-from typer.testing import CliRunner
 
 import antipasto as ap
-from antipasto.app.cli import app
 from antipasto.tasks import addition
 from antipasto.trl import RoutingCallback
 
@@ -25,18 +25,9 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*torch.utils.data.dataloader.*pin_memory.*"),
     pytest.mark.filterwarnings("ignore:Could not find a config file.*"),
 ]
-MODEL = str(addition.model_path())
 GUIDE = Path(__file__).parents[1] / "docs" / "monitoring.md"
 BOTH = ["tensorboard", "trackio"]
 Rows = dict[int, dict[str, list[float]]]  # step → metric → what was reported of it at that step
-
-
-def run(*arguments: str) -> tuple[int, str]:
-    """Exit code, and all that was printed."""
-    result = CliRunner().invoke(app, list(arguments), env={"COLUMNS": "100", "NO_COLOR": "1"})
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result.exit_code, result.output
 
 
 def from_tensorboard(folder: Path) -> Rows:
@@ -71,17 +62,14 @@ def all_arrived(written: list[dict[str, Any]], reported: Rows) -> None:
 
 
 def metrics(folder: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return read_lines(folder / "metrics.jsonl")
 
 
 @pytest.fixture(scope="module")
 def scored(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run by score, whose rollouts are flagged by a monitor instead."""
     out = tmp_path_factory.mktemp("runs") / "scored"
-    words = ["--task", "addition", "--method", "penalty", "--by", "score"]
-    words += ["--prompts", "2", "--generations", "4", "--steps", "1"]
-    code, text = run("train", MODEL, *words, "--out", str(out))
-    assert code == 0, text
+    succeeds(*TRAIN, "--method", "penalty", "--by", "score", "--out", out, *SMALL)
     return out
 
 
@@ -89,11 +77,8 @@ def scored(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def reported(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run that logs all that a run can log, and reports it to both."""
     out = tmp_path_factory.mktemp("runs") / "reported"
-    words = ["--task", "addition", "--method", "route", "--beta", "0.04"]
-    words += ["--prompts", "2", "--generations", "4"]
-    words += ["--steps", "6", "--save-every", "2", "--out", str(out)]
-    code, text = run("train", MODEL, *words, "--trainer.report_to", "[tensorboard, trackio]")
-    assert code == 0, text
+    words = ["--method", "route", "--beta", "0.04", "--trainer.report_to", "[tensorboard, trackio]"]
+    succeeds(*TRAIN, *words, "--out", out, *size(6, save_every=2))
     return out
 
 
@@ -116,8 +101,7 @@ def test_a_run_that_continues_is_the_same_run_to_them(reported: Path, tmp_path: 
         shutil.rmtree(folder / done)
     name = json.loads((folder / "run.json").read_text())["name"]
     before = len(from_trackio("antipasto", name)[6]["reward"])
-    code, text = run("train", "--resume", str(folder))
-    assert code == 0, text
+    succeeds("train", "--resume", folder)
     rows = metrics(folder)
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
     again = from_tensorboard(folder / "tensorboard")
@@ -131,20 +115,15 @@ def test_a_run_that_continues_is_the_same_run_to_them(reported: Path, tmp_path: 
 
 def test_where_the_user_wants_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TENSORBOARD_LOGGING_DIR", str(tmp_path / "mine"))
-    words = ["--task", "addition", "--method", "plain", "--prompts", "1", "--generations", "2", "--steps", "1"]
-    words += ["--out", str(tmp_path / "run"), "--trainer.report_to", "[tensorboard, trackio]"]
-    code, text = run("train", MODEL, *words, "--trainer.run_name", "named", "--trainer.project", "elsewhere")
-    assert code == 0, text
+    words = ["--method", "plain", "--out", tmp_path / "run", "--trainer.report_to", "[tensorboard, trackio]"]
+    succeeds(*TRAIN, *SMALL, *words, "--trainer.run_name", "named", "--trainer.project", "elsewhere")
     assert not (tmp_path / "run" / "tensorboard").exists()
     all_arrived(metrics(tmp_path / "run"), from_tensorboard(tmp_path / "mine"))
     all_arrived(metrics(tmp_path / "run"), from_trackio("elsewhere", "named"))
 
 
 def test_a_reporter_that_is_not_there_costs_a_line(tmp_path: Path) -> None:
-    code, text = run(
-        "train", MODEL, "--task", "addition", "--out", str(tmp_path / "run"), "--trainer.report_to", "trakio"
-    )
-    assert code == 2
+    text = fails(*TRAIN, "--out", tmp_path / "run", "--trainer.report_to", "trakio")
     assert "report_to trakio: transformers has no such reporter, or its package is not installed" in text
     assert "antipasto[monitor]" in text
     assert not (tmp_path / "run").exists()

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from datasets import Dataset
+from lines import read_lines, write_lines
 from peft import get_peft_model
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
@@ -170,7 +170,7 @@ def by_hand(trainer: Any, batch: dict[str, Tensor]) -> Tensor:
 @pytest.mark.parametrize("beta", [0.0, 0.04], ids=["its own forward", "the forward of the KL term"])
 def test_the_score_is_of_what_the_model_wrote(beta: float, options: dict[str, Any], tmp_path: Path) -> None:
     trainer = trained(tmp_path, beta, **options)
-    rows = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    rows = read_lines(tmp_path / "log.jsonl")
     assert len(rows) == 2 * GROUP
     for step, batch in enumerate(trainer.generations):
         assert 0 < batch["tool_mask"].float().mean() < 1
@@ -191,7 +191,7 @@ def test_watch_scores_what_the_model_wrote(tmp_path: Path) -> None:
     ids = tokenizer()("!<|im_end|>it is 2<|im_end|>!<|im_end|>").input_ids
     mask = [1, 1] + [0] * (len(ids) - 4) + [1, 1]
     row = {"prompt": question(1), "completion": "!", "completion_ids": ids, "tool_mask": mask}
-    (tmp_path / "log.jsonl").write_text(json.dumps(row) + "\n")
+    write_lines(tmp_path / "log.jsonl", [row])
     (one,) = read_sources([tmp_path / "log.jsonl"], WatchConfig(), [])
     found = watching.scores([ap.Completion(one.prompt, one.text, False, one.ids, one.tool_mask)])
     prompt = watching.tokens(ap.Completion(question(1), "!")).prompt
@@ -203,7 +203,7 @@ def test_watch_scores_what_the_model_wrote(tmp_path: Path) -> None:
 @pytest.mark.parametrize("mask", [[1], "all", [0, 0], [1, 2]])
 def test_a_mask_that_does_not_fit_is_refused_by_line(mask: Any, tmp_path: Path) -> None:
     row = {"prompt": "1+1=", "completion": "!!", "completion_ids": [1, 1], "tool_mask": mask}
-    (tmp_path / "log.jsonl").write_text(json.dumps(row) + "\n")
+    write_lines(tmp_path / "log.jsonl", [row])
     with pytest.raises(
         ValueError, match=r"log.jsonl, line 1: 'tool_mask' must have a 1 or 0 for each of 'completion_ids'"
     ):

@@ -10,21 +10,20 @@ from typing import Any
 
 import pytest
 import torch
+from command_line import MODEL, fails, succeeds
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lines import write_lines
 from rich.console import Console
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoTokenizer
-from typer.testing import CliRunner
 
 import antipasto as ap
-from antipasto.app.cli import app
 from antipasto.routing.directions import pair_differences
 from antipasto.routing.ordering import auc
 from antipasto.routing.pairs import split_pairs
 from antipasto.tasks import addition
 
-MODEL = str(addition.model_path())
 PROMPTS = ["h12+34=", "h50+07=", "h81+10=", "h22+44=", "h13+31="]
 SEVERAL = [
     ap.ContrastPair(PROMPTS[0], ("!", "046!", "4?"), "046"),
@@ -46,19 +45,6 @@ def tokenizer() -> Any:
     return AutoTokenizer.from_pretrained(MODEL)
 
 
-def run(*arguments: str) -> tuple[int, str]:
-    """Exit code, and all that was printed."""
-    result = CliRunner().invoke(app, list(arguments), env={"COLUMNS": "100", "NO_COLOR": "1"})
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result.exit_code, result.output
-
-
-def write(path: Path, rows: list[Any]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
-
-
 # ── several texts on a side ──────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -73,13 +59,9 @@ def test_either_side_may_be_a_list(tmp_path: Path) -> None:
         ap.ContrastPair("a", "b", ("d", "e", "f")),
         ap.ContrastPair("a", ("b",), ("d",)),
     ]
-    found = ap.load_pairs(write(tmp_path / "pairs.jsonl", rows))
+    found = ap.load_pairs(write_lines(tmp_path / "pairs.jsonl", rows))
     assert found == ap.load_pairs(rows) == ap.load_pairs(want) == want
-    assert [(p.hacks, p.cleans) for p in found] == [
-        (("b", "c"), ("d",)),
-        (("b",), ("d", "e", "f")),
-        (("b",), ("d",)),
-    ]
+    assert [(p.hacks, p.cleans) for p in found] == [(("b", "c"), ("d",)), (("b",), ("d", "e", "f")), (("b",), ("d",))]
     assert len({hash(p) for p in found}) == 3  # a list in the file, and yet nothing that can be changed
 
 
@@ -99,7 +81,7 @@ def test_either_side_may_be_a_list(tmp_path: Path) -> None:
 )
 def test_a_bad_list_names_file_line_and_field(tmp_path: Path, row: dict[str, Any], message: str) -> None:
     good = {"prompt": "a", "hack": "b", "clean": "c"}
-    path = write(tmp_path / "pairs.jsonl", [good, {"prompt": "a", **row}])
+    path = write_lines(tmp_path / "pairs.jsonl", [good, {"prompt": "a", **row}])
     with pytest.raises(ValueError, match=message) as error:
         ap.load_pairs(path)
     assert f"{path}, line 2: " in str(error.value)
@@ -316,9 +298,8 @@ def test_no_pairs_and_no_tokens_are_refused(tokenizer: Any) -> None:
 
 
 def test_extract_prints_what_the_pairs_confound(tmp_path: Path) -> None:
-    pairs = write(tmp_path / "pairs.jsonl", addition.hack_pairs(12, seed=0))
-    code, text = run("extract", MODEL, "--pairs", str(pairs), "--out", str(tmp_path / "direction.safetensors"))
-    assert code == 0, text
+    pairs = write_lines(tmp_path / "pairs.jsonl", addition.hack_pairs(12, seed=0))
+    text = succeeds("extract", MODEL, "--pairs", pairs, "--out", tmp_path / "direction.safetensors")
     assert "what tells hack from clean in 12 pairs" in text
     assert "'!' in 100% of hacks and 0% of clean texts" in text
 
@@ -396,7 +377,7 @@ def test_forms_from_a_file(tmp_path: Path) -> None:
         {"form": "a", "prompt": "q", "text": "z"},
     ]
     want = {"a": [ap.Completion("p", "x"), ap.Completion("q", "z")], "b": [ap.Completion(chat, "y")]}
-    assert ap.load_forms(write(tmp_path / "forms.jsonl", rows)) == want
+    assert ap.load_forms(write_lines(tmp_path / "forms.jsonl", rows)) == want
     (tmp_path / "bom.jsonl").write_text(json.dumps(rows[0]), encoding="utf-8-sig")
     assert ap.load_forms(tmp_path / "bom.jsonl") == {"a": [ap.Completion("p", "x")]}
     (tmp_path / "empty.jsonl").touch()
@@ -434,10 +415,9 @@ def table_of(text: str) -> dict[str, list[str]]:
 
 def test_map_from_pairs(tmp_path: Path, model: nn.Module, tokenizer: Any) -> None:
     rows = addition.hack_pairs(32, seed=0)
-    pairs = str(write(tmp_path / "pairs.jsonl", rows))
-    with_clean = str(write(tmp_path / "forms.jsonl", rows_of(forms())))
-    code, text = run("map", MODEL, "--pairs", pairs, "--forms", with_clean, "--seed", "3")
-    assert code == 0, text
+    pairs = str(write_lines(tmp_path / "pairs.jsonl", rows))
+    with_clean = str(write_lines(tmp_path / "forms.jsonl", rows_of(forms())))
+    text = succeeds("map", MODEL, "--pairs", pairs, "--forms", with_clean, "--seed", "3")
     found = table_of(text)
     assert set(found) == {"held-out hacks", "held-out clean texts", "clean", "labelled", "unlabelled", "── threshold"}
     monitor = ap.Monitor.from_pairs(model, tokenizer, ap.load_pairs(rows), seed=3)
@@ -452,10 +432,9 @@ def test_map_from_pairs(tmp_path: Path, model: nn.Module, tokenizer: Any) -> Non
 
 def test_map_compares_with_the_pairs_own_clean_texts_where_no_form_is_clean(tmp_path: Path) -> None:
     several = [{**row, "clean": [row["clean"], row["clean"] + "="]} for row in addition.hack_pairs(32, seed=0)]
-    pairs = str(write(tmp_path / "pairs.jsonl", several))
-    without = write(tmp_path / "forms.jsonl", [row for row in rows_of(forms(3)) if row["form"] != "clean"])
-    code, text = run("map", MODEL, "--pairs", pairs, "--forms", str(without))
-    assert code == 0, text
+    pairs = str(write_lines(tmp_path / "pairs.jsonl", several))
+    without = write_lines(tmp_path / "forms.jsonl", [row for row in rows_of(forms(3)) if row["form"] != "clean"])
+    text = succeeds("map", MODEL, "--pairs", pairs, "--forms", without)
     found = table_of(text)
     assert set(found) == {"held-out hacks", "clean", "labelled", "unlabelled", "── threshold"}
     assert found["clean"][0] == "16"  # two of each of the eight pairs
@@ -465,17 +444,14 @@ def test_map_compares_with_the_pairs_own_clean_texts_where_no_form_is_clean(tmp_
 def test_map_from_a_saved_monitor(tmp_path: Path, monitor: ap.Monitor) -> None:
     monitor.save(tmp_path / "monitor.safetensors")
     saved = ("--monitor", str(tmp_path / "monitor.safetensors"))
-    whole = str(write(tmp_path / "forms.jsonl", rows_of(forms(3))))
-    code, text = run("map", MODEL, *saved, "--forms", whole)
-    assert code == 0, text
+    whole = str(write_lines(tmp_path / "forms.jsonl", rows_of(forms(3))))
+    text = succeeds("map", MODEL, *saved, "--forms", whole)
     assert set(table_of(text)) == {"clean", "labelled", "unlabelled", "── threshold"}
     assert float(table_of(text)["── threshold"][1]) == pytest.approx(monitor.threshold, abs=1e-3)
-    without = str(write(tmp_path / "less.jsonl", [row for row in rows_of(forms(3)) if row["form"] != "clean"]))
-    code, text = run("map", MODEL, *saved, "--forms", without)
-    assert code == 2
+    without = str(write_lines(tmp_path / "less.jsonl", [row for row in rows_of(forms(3)) if row["form"] != "clean"]))
+    text = fails("map", MODEL, *saved, "--forms", without)
     assert "less.jsonl has no form 'clean'" in text.replace("\n", "")
-    pairs = str(write(tmp_path / "pairs.jsonl", addition.hack_pairs(8, seed=0)))
+    pairs = str(write_lines(tmp_path / "pairs.jsonl", addition.hack_pairs(8, seed=0)))
     for given_ in ((), (*saved, "--pairs", pairs)):
-        code, text = run("map", MODEL, *given_, "--forms", whole)
-        assert code == 2
+        text = fails("map", MODEL, *given_, "--forms", whole)
         assert "Give either --pairs, to make a monitor from, or --monitor" in text

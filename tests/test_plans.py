@@ -746,11 +746,7 @@ def test_fixed_knobs_are_looked_at_once_for_each_view(dtype: torch.dtype, monkey
         layer.delta_s.data.normal_()
         layer.delta_s_hack.data.normal_()
     x, want = torch.randn(3, 6, dtype=dtype), {}
-    views = {
-        "trained": nullcontext,
-        "deployed": lambda: ap.deployed(model),
-        "base": lambda: ap.reference(model),
-    }
+    views = {"trained": nullcontext, "deployed": lambda: ap.deployed(model), "base": lambda: ap.reference(model)}
     with torch.no_grad():
         for name, view in views.items():
             with view():

@@ -19,6 +19,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lines import write_lines
 from markupsafe import Markup
 from playwright.sync_api import Browser, Page, expect, sync_playwright
 from safetensors.torch import save_file
@@ -101,10 +102,6 @@ def make_run(folder: Path, *, seed: int = 0, method: str = "route", hostile: boo
     write_tensors(folder / "books.safetensors", books, metadata | {"format": BOOKS_FORMAT})
     write_evaluation(evaluation(hostile), folder)
     return folder
-
-
-def write_lines(path: Path, rows: list[dict[str, Any]]) -> None:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
 def rollouts(seed: int, hostile: bool) -> list[dict[str, Any]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import json
 import math
 import shutil
 from pathlib import Path
@@ -13,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from lines import read_lines
 from peft import get_peft_model
 from scripted import GROUP, Plain, Routed, Sampled, by_hash, claims_nothing, flat, load, make, says_known, tokenizer
 from torch import nn
@@ -75,10 +75,6 @@ def scatter(model: nn.Module, what: str, scale: float, seed: int = 0) -> None:
         getattr(layer, what).data.copy_(torch.randn(layer.r, generator=generator) * scale)
 
 
-def log_of(path: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in path.read_text().splitlines()]
-
-
 # ── the plain run ────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -93,11 +89,7 @@ def same_history(a: Any, b: Any) -> None:
 @pytest.mark.parametrize("beta", [0.0, 0.04])
 @pytest.mark.parametrize(
     "options",
-    [
-        {},
-        {"detector": says_known, "flagged": "watch"},
-        {"detector": nobody, "flagged": "penalty"},
-    ],
+    [{}, {"detector": says_known, "flagged": "watch"}, {"detector": nobody, "flagged": "penalty"}],
     ids=["no router", "watch", "nobody to penalize"],
 )
 def test_bit_for_bit_the_run_of_trls_own_trainer(tmp_path: Path, beta: float, options: dict[str, Any]) -> None:
@@ -169,7 +161,7 @@ def test_theta_follows_the_plain_run(tmp_path: Path, case: str, monkeypatch: pyt
         tmp_path, config=config, router=lambda m: ap.Router(m, v), deploy_fraction=0, rollout_log=tmp_path / "log"
     )
     assert count.take() == backwards
-    assert any(row["hackward"] for row in log_of(tmp_path / "log"))
+    assert any(row["hackward"] for row in read_lines(tmp_path / "log"))
     theta = flat(ours.model, "delta_s") + flat(ours.model, "delta_s_hack")
     torch.testing.assert_close(theta, flat(plain.model, "delta_s"), atol=1e-4, rtol=1e-2)
     assert flat(ours.model, "delta_s_hack").norm() > 0.05 * theta.norm()
@@ -209,7 +201,7 @@ def test_a_penalty_zeroes_the_reward_and_the_log_keeps_it(tmp_path: Path, config
     for a, b in zip(ours.generations, want.generations, strict=True):
         assert torch.equal(a["advantages"], b["advantages"])
     assert torch.equal(flat(ours.model, "delta_s"), flat(want.model, "delta_s"))
-    rows = log_of(tmp_path / "log")
+    rows = read_lines(tmp_path / "log")
     assert [row["reward"] for row in rows] == addition.reward(
         [row["prompt"] for row in rows], [row["completion"] for row in rows]
     )
@@ -231,7 +223,7 @@ def test_penalties_within_shares(tmp_path: Path) -> None:
         flagged="penalty",
         rollout_log=tmp_path / "log",
     )
-    rows = log_of(tmp_path / "log")
+    rows = read_lines(tmp_path / "log")
     prompts, completions = [row["prompt"] for row in rows], [row["completion"] for row in rows]
     raw = [r + len(text) / 4 for r, text in zip(addition.reward(prompts, completions), completions, strict=True)]
     assert [row["reward"] for row in rows] == raw
@@ -368,7 +360,7 @@ def test_every_row_is_of_the_policy_that_its_view_says(tmp_path: Path, checkpoin
     twin = twin_of(trainer)
     trainer.train()
     (generation,) = trainer.generations
-    rows = log_of(tmp_path / "log")
+    rows = read_lines(tmp_path / "log")
     assert len(rows) == 2 * GROUP
     is_deployed = torch.tensor([row["view"] == "deployed" for row in rows])
     assert torch.equal(generation["deployed_rows"], is_deployed)
@@ -433,7 +425,7 @@ def test_both_shares_add_up_in_one_step(tmp_path: Path) -> None:
     scatter(trainer.model, "delta_s_hack", 0.1, seed=1)
     twin, before = twin_of(trainer), flat(trainer.model, "delta_s")
     trainer.train()
-    rows = log_of(tmp_path / "log")
+    rows = read_lines(tmp_path / "log")
     rewards = torch.tensor([row["reward"] for row in rows]).view(-1, GROUP)
     deployed = deployed_positions(GROUP, 0.5)
     advantages = group_advantages(rewards, deployed, "group").view(-1)
@@ -454,7 +446,7 @@ def test_metrics_of_a_generation(tmp_path: Path) -> None:
         oracle=addition.oracle,
         rollout_log=tmp_path / "log",
     )
-    rows = log_of(tmp_path / "log")
+    rows = read_lines(tmp_path / "log")
     logged = [row for row in trainer.state.log_history if "reward" in row]
     assert len(logged) == 4
     for step, metrics in enumerate(logged):
@@ -488,7 +480,7 @@ def test_evaluation_is_of_the_policy_as_trained_and_leaves_no_rollouts(tmp_path:
     )
     scatter(trainer.model, "delta_s_hack", 0.4)
     trainer.train()
-    assert len(log_of(tmp_path / "log")) == 2 * 2 * GROUP
+    assert len(read_lines(tmp_path / "log")) == 2 * 2 * GROUP
     evaluated = [row for row in trainer.state.log_history if "eval_reward" in row]
     assert len(evaluated) == 2
     assert all(row["eval_kl"] > 0.1 for row in evaluated)
@@ -549,7 +541,7 @@ def test_with_vllm_each_share_is_sampled_from_its_own_weights(tmp_path: Path) ->
     after = trainer.model.get_base_model().state_dict()
     assert all(torch.equal(after[name], value) for name, value in before.items())
 
-    rows = log_of(tmp_path / "log")
+    rows = read_lines(tmp_path / "log")
     assert [row["view"] for row in rows] == ["trained", "deployed"] * (2 * GROUP)
     for i, row in enumerate(rows):
         pushes = 2 * row["step"] + (1 if row["view"] == "deployed" else 2)
@@ -598,7 +590,7 @@ def test_the_rollout_log(tmp_path: Path) -> None:
         oracle=addition.oracle,
         rollout_log=tmp_path / "log",
     )
-    rows = log_of(tmp_path / "log")
+    rows = read_lines(tmp_path / "log")
     assert [row["step"] for row in rows] == [step for step in range(4) for _ in range(2 * GROUP)]
     for i, row in enumerate(rows):
         assert list(row) == [
@@ -630,7 +622,7 @@ def test_hackward_is_the_cosine_of_the_rollouts_own_gradient(tmp_path: Path) -> 
     v = torch.cat([V.sum(0) for V in trainer.router.direction.values()])
     twin = load_adapted()
     (generation,) = trainer.generations
-    rows = log_of(tmp_path / "log")
+    rows = read_lines(tmp_path / "log")
     for b, row in enumerate(rows):
         alone = {key: value[b : b + 1] for key, value in generation.items() if value.ndim}
         g = -reinforce(alone, [row["advantage"]], "grpo", twin)
@@ -643,7 +635,7 @@ def test_hackward_is_of_the_policy_that_sampled_also_where_rollouts_are_used_aga
         config = {"max_steps": again, "num_iterations": again, "gradient_accumulation_steps": 1, "learning_rate": 0.05}
         log = tmp_path / f"{again}"
         trained(tmp_path, config=config, router=lambda m: ap.Router(m, known_hack(m)), rollout_log=log)
-        logs.append([row["hackward"] for row in log_of(log)])
+        logs.append([row["hackward"] for row in read_lines(log)])
     assert any(logs[0])
     assert logs[1] == pytest.approx(logs[0], abs=1e-5)
 
@@ -657,7 +649,7 @@ def test_a_score_does_not_depend_on_the_temperature_of_sampling(tmp_path: Path, 
 
     config = {"max_steps": 1, "beta": beta, "temperature": 0.5}
     trainer = trained(tmp_path, config=config, monitor=monitor, flagged="watch", rollout_log=tmp_path / "log")
-    rows = log_of(tmp_path / "log")
+    rows = read_lines(tmp_path / "log")
     texts = [ap.Completion(row["prompt"], row["completion"]) for row in rows]
     want = trainer.monitor.scores(texts)
     torch.testing.assert_close(torch.tensor([row["score"] for row in rows]), want, atol=2e-5, rtol=1e-4)
@@ -665,7 +657,7 @@ def test_a_score_does_not_depend_on_the_temperature_of_sampling(tmp_path: Path, 
 
 def test_fields_that_nobody_fills_are_null(tmp_path: Path) -> None:
     trained(tmp_path, config={"max_steps": 1}, rollout_log=tmp_path / "log")
-    for row in log_of(tmp_path / "log"):
+    for row in read_lines(tmp_path / "log"):
         assert (row["oracle"], row["flagged"], row["hackward"], row["view"]) == (None, None, None, "trained")
 
 
@@ -680,7 +672,7 @@ def test_a_generation_that_the_run_does_not_use_up_is_logged_too(
         "gradient_accumulation_steps": 1,
     }
     trained(tmp_path, config=config, rollout_log=tmp_path / "log")
-    rows = log_of(tmp_path / "log")
+    rows = read_lines(tmp_path / "log")
     of_each = 2 * GROUP * steps_per_generation
     assert [row["step"] for row in rows] == [0] * of_each + [2] * of_each
 
@@ -726,7 +718,7 @@ def test_a_run_resumed_after_its_first_pass_asks_what_the_uninterrupted_one_aske
     again = run("again", resume_from_checkpoint=str(tmp_path / "whole" / f"checkpoint-{step}"))
     assert (tmp_path / "again.jsonl").read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
     assert torch.equal(flat(again.model, "delta_s"), flat(whole.model, "delta_s"))
-    asked = [row["prompt"] for row in log_of(tmp_path / "whole.jsonl")]
+    asked = [row["prompt"] for row in read_lines(tmp_path / "whole.jsonl")]
     assert asked[: 4 * GROUP] != asked[4 * GROUP : 8 * GROUP]  # every pass has its own order
 
 
@@ -758,7 +750,7 @@ def test_truncate(tmp_path: Path) -> None:
     rollout_log.truncate(log, 9)
     assert log.read_bytes() == b"".join(whole.splitlines(keepends=True)[:3])
     rollout_log.truncate(log, 2)
-    assert [row["step"] for row in log_of(log)] == [0, 1]
+    assert [row["step"] for row in read_lines(log)] == [0, 1]
     rollout_log.truncate(log, 0)
     assert log.read_bytes() == b""
     assert [path.name for path in tmp_path.iterdir()] == ["log.jsonl"]
@@ -847,13 +839,9 @@ def test_unscorable_rollouts_teach_nobody(tmp_path: Path) -> None:
         return [None if "?" in text else r for text, r in zip(completions, raw, strict=True)]
 
     trainer = trained(
-        tmp_path,
-        config={"max_steps": 1},
-        rewards=some,
-        router=claims_nothing,
-        rollout_log=tmp_path / "log",
+        tmp_path, config={"max_steps": 1}, rewards=some, router=claims_nothing, rollout_log=tmp_path / "log"
     )
-    rows = log_of(tmp_path / "log")
+    rows = read_lines(tmp_path / "log")
     rewards = torch.tensor([math.nan if "?" in row["completion"] else row["reward"] for row in rows]).view(-1, GROUP)
     assert rewards.isnan().any()
     deployed = deployed_positions(GROUP, 0.5)

@@ -362,11 +362,7 @@ def test_micro_batches_route_alike() -> None:
 
 def test_a_controls_book_is_what_its_own_run_would_have_moved() -> None:
     v = make_direction()
-    controls = {
-        "random": v.random(5),
-        "higher": ap.Control(v, threshold=1.2),
-        "along": ap.Control(v, gate="one_sided"),
-    }
+    controls = {"random": v.random(5), "higher": ap.Control(v, threshold=1.2), "along": ap.Control(v, gate="one_sided")}
     model = make_model()
     router = ap.Router(model, v, controls=controls)
     optimizer = OPTIMIZERS["Adam"](trainable(model))

@@ -40,12 +40,7 @@ from antipasto.sandbox.protocol import environment
 
 MIB = 2**20
 SMALL = Limits(
-    cpu_seconds=5,
-    wall_seconds=30,
-    memory_bytes=96 * MIB,
-    processes=8,
-    output_bytes=100_000,
-    file_bytes=4 * MIB,
+    cpu_seconds=5, wall_seconds=30, memory_bytes=96 * MIB, processes=8, output_bytes=100_000, file_bytes=4 * MIB
 )
 
 

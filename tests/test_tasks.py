@@ -584,10 +584,7 @@ def test_a_task_from_a_module(file: Path, monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        (
-            "additon",
-            "There is no built-in task 'additon'; did you mean 'addition' or 'addition-even'",
-        ),
+        ("additon", "There is no built-in task 'additon'; did you mean 'addition' or 'addition-even'"),
         ("xyz", "There is no built-in task 'xyz'[.] Possible are addition"),
         ("", "There is no built-in task ''"),
         (":it", "':it': expected path/to/my_task.py:name or package.module:name"),

@@ -10,47 +10,31 @@ from typing import Any
 
 import pytest
 import torch
+from command_line import MODEL, fails, run, succeeds
 from families import FAMILIES
+from lines import write_lines
 from peft import get_peft_model
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
-from typer.testing import CliRunner
 
 import antipasto as ap
 from antipasto.app import commands
-from antipasto.app.cli import app
 from antipasto.app.models import load_model
 from antipasto.files import digest
 from antipasto.routing.pairs import split_pairs
 from antipasto.tasks import addition
 from antipasto.terminal import plain, shorten
 
-MODEL = str(addition.model_path())
 HOSTILE = "[red]x[/red] \x1b[31mred\x1b[0m <script>alert(1)</script> \u202e :smile: \ud800 \x07[/]\r\nend"
 
 
-def run(*arguments: object, columns: int = 100) -> tuple[int, str]:
-    """Exit code, and all that was printed."""
-    result = CliRunner().invoke(app, list(map(str, arguments)), env={"COLUMNS": str(columns), "NO_COLOR": "1"})
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result.exit_code, result.output
-
-
 def refused(*arguments: object) -> str:
-    """The one line that a mistake costs."""
-    code, text = run(*arguments)
-    assert code == 2, text
+    """The one line that a mistake costs: nothing else is printed."""
+    text = fails(*arguments)
     assert text.startswith("antipasto: "), text
     assert text.count("\n") == 1, text
-    assert "Traceback" not in text
     return text
-
-
-def write_lines(path: Path, rows: list[Any]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
 
 
 @pytest.fixture
@@ -113,18 +97,20 @@ def cells(text: str) -> dict[str, str]:
     return {line[0].strip(): line[1].strip() for line in lines}
 
 
+def basis(model: object, cache: Path, *words: str) -> dict[str, str]:
+    """What the command says that it did."""
+    return cells(succeeds("basis", model, "--cache-dir", cache, *words))
+
+
 def test_basis_fills_the_cache_that_wrap_reads(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     cache = tmp_path / "cache"
-    code, text = run("basis", MODEL, "--cache-dir", cache)
-    assert code == 0
-    table = cells(text)
+    table = basis(MODEL, cache)
     assert (table["layers"], table["cached before"], table["computed now"]) == ("21", "0", "21")
     assert table["trainable numbers"] == "1,728"
     assert len(list(cache.glob("*.safetensors"))) == 21
 
-    code, text = run("basis", MODEL, "--cache-dir", cache)
-    table = cells(text)
-    assert (code, table["cached before"], table["computed now"]) == (0, "all", "0")
+    table = basis(MODEL, cache)
+    assert (table["cached before"], table["computed now"]) == ("all", "0")
 
     monkeypatch.setattr("antipasto.adapter.basis.decompose", lambda _: pytest.fail("computed again"))
     model, _ = load_model(MODEL)
@@ -133,9 +119,8 @@ def test_basis_fills_the_cache_that_wrap_reads(tmp_path: Path, monkeypatch: pyte
 
 def test_basis_of_a_rank_is_for_runs_of_that_rank_and_lower(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fill(*words: str) -> tuple[str, str, str]:
-        code, text = run("basis", MODEL, "--cache-dir", tmp_path, "--dtype", "bfloat16", *words)
-        assert code == 0
-        return tuple(cells(text)[name] for name in ("cached before", "trainable numbers", "files"))  # type: ignore[return-value]
+        table = basis(MODEL, tmp_path, "--dtype", "bfloat16", *words)
+        return tuple(table[name] for name in ("cached before", "trainable numbers", "files"))  # type: ignore[return-value]
 
     def mib() -> str:
         return f"{sum(file.stat().st_size for file in tmp_path.glob('*.safetensors')) / 2**20:,.1f} MiB"
@@ -165,25 +150,22 @@ def test_basis_hashes_every_weight_once(tmp_path: Path, monkeypatch: pytest.Monk
     hashed: list[int] = []
     monkeypatch.setattr("antipasto.adapter.fingerprints.digest", counted)
     for times in (1, 2):
-        assert run("basis", MODEL, "--cache-dir", tmp_path)[0] == 0
+        basis(MODEL, tmp_path)
         assert len(hashed) == times * 21
 
 
 def test_basis_of_named_layers_and_another_dtype(tmp_path: Path) -> None:
     chosen = ["--target-modules", "up_proj, q_proj", "--exclude-modules", "model.layers.1.mlp.up_proj"]
-    code, text = run("basis", MODEL, "--cache-dir", tmp_path, *chosen)
-    assert (code, cells(text)["layers"]) == (0, "5")
-    code, text = run("basis", MODEL, "--cache-dir", tmp_path, *chosen, "--dtype", "bfloat16")
-    assert (code, cells(text)["cached before"]) == (0, "0")  # other weights
-    code, text = run("basis", MODEL, "--cache-dir", tmp_path, "--target-modules", "all-linear")
-    assert (code, cells(text)["layers"], cells(text)["cached before"]) == (0, "21", "5")
+    assert basis(MODEL, tmp_path, *chosen)["layers"] == "5"
+    assert basis(MODEL, tmp_path, *chosen, "--dtype", "bfloat16")["cached before"] == "0"  # other weights
+    table = basis(MODEL, tmp_path, "--target-modules", "all-linear")
+    assert (table["layers"], table["cached before"]) == ("21", "5")
 
 
 def test_a_dry_run_says_what_it_takes_and_computes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Held against the files, the adapter and the tensors of a real one."""
     monkeypatch.setattr("antipasto.app.models.load_weights", lambda *_, **__: pytest.fail("read a weight"))
-    code, text = run("basis", MODEL, "--cache-dir", tmp_path / "none", "--dry-run")
-    assert code == 0
+    text = succeeds("basis", MODEL, "--cache-dir", tmp_path / "none", "--dry-run")
     assert not (tmp_path / "none").exists()
     assert "what adapting 21 layers of" in text
     needs, at_64, at_16 = commands.what_it_needs(MODEL, ap.AntiPastoConfig(), Console(quiet=True))
@@ -203,29 +185,26 @@ def test_a_dry_run_says_what_it_takes_and_computes_nothing(tmp_path: Path, monke
     (lower,) = commands.what_it_needs(MODEL, ap.AntiPastoConfig(rank=8), Console(quiet=True), dtype="bfloat16")
     assert (lower.numbers, lower.model) == (21 * 8, needs.model // 2)
     assert lower.basis == sum(2 * 8 * (k.U.shape[0] + k.Vh.shape[1]) + 4 * 8 for k in layers.values())
-    run("basis", MODEL, "--cache-dir", tmp_path / "lower", "--rank", "8", "--dtype", "bfloat16")
+    basis(MODEL, tmp_path / "lower", "--rank", "8", "--dtype", "bfloat16")
     files = sum(file.stat().st_size for file in (tmp_path / "lower").glob("*.safetensors"))
     assert lower.basis < files < lower.basis + 1024 * lower.layers
 
 
 @pytest.mark.filterwarnings("ignore:The basis cache file:antipasto.BasisCacheWarning")
 def test_basis_replaces_a_damaged_file(tmp_path: Path) -> None:
-    run("basis", MODEL, "--cache-dir", tmp_path)
+    basis(MODEL, tmp_path)
     bad = sorted(tmp_path.glob("*.safetensors"))[0]
     good = bad.read_bytes()
     bad.write_bytes(good[:-7])
-    code, text = run("basis", MODEL, "--cache-dir", tmp_path)
-    assert (code, cells(text)["cached before"]) == (0, "20")
+    assert basis(MODEL, tmp_path)["cached before"] == "20"
     assert len(bad.read_bytes()) == len(good)
-    assert cells(run("basis", MODEL, "--cache-dir", tmp_path)[1])["cached before"] == "all"
+    assert basis(MODEL, tmp_path)["cached before"] == "all"
 
 
 def test_basis_needs_no_tokenizer_but_layers(gpt2: Path, tmp_path: Path) -> None:
-    code, text = run("basis", gpt2, "--cache-dir", tmp_path / "default")  # PEFT's own names, where ours match nothing
-    assert (code, cells(text)["layers"]) == (0, "2")
+    assert basis(gpt2, tmp_path / "default")["layers"] == "2"  # PEFT's own names, where ours match nothing
     assert "'nothing'" in refused("basis", gpt2, "--target-modules", "nothing")
-    code, text = run("basis", gpt2, "--target-modules", "c_attn,c_fc", "--cache-dir", tmp_path / "cache")
-    assert (code, cells(text)["layers"]) == (0, "4")
+    assert basis(gpt2, tmp_path / "cache", "--target-modules", "c_attn,c_fc")["layers"] == "4"
 
 
 def test_basis_says_when_the_cache_takes_nothing(tmp_path: Path) -> None:
@@ -333,8 +312,7 @@ def test_load_model_gives_what_was_asked_for(tmp_path: Path) -> None:
 
 def test_extract_is_extract_direction_of_the_split(pairs: Path, tmp_path: Path) -> None:
     out = tmp_path / "new" / "direction.safetensors"
-    code, text = run("extract", MODEL, "--pairs", pairs, "--out", out, "--seed", "3")
-    assert code == 0, text
+    text = succeeds("extract", MODEL, "--pairs", pairs, "--out", out, "--seed", "3")
     saved = ap.Direction.load(out)
 
     fit, held = split_pairs(ap.load_pairs(pairs), 0.25, seed=3)
@@ -356,8 +334,7 @@ def test_extract_is_extract_direction_of_the_split(pairs: Path, tmp_path: Path) 
 def test_extract_takes_its_options(pairs: Path, tmp_path: Path) -> None:
     out = tmp_path / "d.safetensors"
     options = ["--rank", 8, "--target-modules", "up_proj", "--heldout", 0]
-    code, text = run("extract", MODEL, "--pairs", pairs, "--out", out, *options)
-    assert code == 0, text
+    succeeds("extract", MODEL, "--pairs", pairs, "--out", out, *options)
     direction = ap.Direction.load(out)
     assert {V.shape for V in direction.values()} == {(1, 8)}
     assert len(direction) == 3
@@ -370,7 +347,7 @@ def test_extract_overwrites_only_when_told(pairs: Path, tmp_path: Path) -> None:
     command = ["extract", MODEL, "--pairs", pairs, "--out", out, "--target-modules", "q_proj"]
     assert "--force" in refused(*command)
     assert out.read_text() == "mine"
-    assert run(*command, "--force")[0] == 0
+    succeeds(*command, "--force")
     assert len(ap.Direction.load(out)) == 3
     assert "is a folder: --out names the file" in refused(
         "extract", MODEL, "--pairs", pairs, "--out", tmp_path, "--force"
@@ -388,8 +365,7 @@ def test_extract_overwrites_only_when_told(pairs: Path, tmp_path: Path) -> None:
     ],
 )
 def test_extract_refuses_bad_pairs(rows: list[Any], words: str, tmp_path: Path) -> None:
-    text = refused("extract", MODEL, "--pairs", write_lines(tmp_path / "p", rows), "--out", tmp_path / "out")
-    assert words in text
+    assert words in refused("extract", MODEL, "--pairs", write_lines(tmp_path / "p", rows), "--out", tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
@@ -399,15 +375,8 @@ def test_extract_refuses_options_that_make_no_sense(pairs: Path, tmp_path: Path)
     assert "share in [0, 1), got 1.0" in refused(*command, "--heldout", "1")
     assert "target_modules takes comma-separated names" in refused(*command, "--target-modules", "q_proj,,k_proj")
     assert "There is no file" in refused("extract", MODEL, "--pairs", tmp_path / "none", "--out", tmp_path / "out")
-    for wrong in (
-        ["--heldout", "-1"],
-        ["--hedlout", "0.5"],
-        ["--dtype", "int8"],
-    ):
-        code, text = run(*command, *wrong)
-        assert code == 2
-        assert wrong[0] in text
-        assert "Traceback" not in text
+    for wrong in (["--heldout", "-1"], ["--hedlout", "0.5"], ["--dtype", "int8"]):
+        assert wrong[0] in fails(*command, *wrong)
     assert run("extract", MODEL, "--out", tmp_path / "out")[0] == 2
 
 
@@ -425,8 +394,7 @@ def test_what_is_said_twice_stays_on_one_side() -> None:
 
 
 def test_inspect_an_adapter(finished: Path, tmp_path: Path) -> None:
-    code, text = run("inspect", finished / "adapter")
-    assert code == 0
+    text = succeeds("inspect", finished / "adapter")
     assert run("inspect", finished / "adapter" / "adapter_model.safetensors") == (0, text)
     tensors = load_file(finished / "adapter" / "adapter_model.safetensors")
     ships, held = (
@@ -451,17 +419,14 @@ def test_inspect_an_adapter(finished: Path, tmp_path: Path) -> None:
     model.load_adapter(finished / "adapter")
     ap.drop_quarantine(model)
     model.save_pretrained(tmp_path / "ships")
-    code, text = run("inspect", tmp_path / "ships")
-    assert code == 0
-    assert "It has no quarantine" in text
+    assert "It has no quarantine" in succeeds("inspect", tmp_path / "ships")
     config = json.loads((tmp_path / "ships" / "adapter_config.json").read_text())
     (tmp_path / "ships" / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": None}))
     assert "adapter of an unnamed base model" in run("inspect", tmp_path / "ships")[1]  # as `wrap` leaves it
 
 
 def test_inspect_a_direction_and_books(finished: Path) -> None:
-    code, text = run("inspect", finished / "direction.safetensors")
-    assert code == 0
+    text = succeeds("inspect", finished / "direction.safetensors")
     direction = ap.Direction.load(finished / "direction.safetensors")
     for threshold in (0.5, 0.65, 0.8, 1.0):
         number = sum(int((effect.abs() > threshold).sum()) for effect in direction.effect.values())
@@ -469,8 +434,7 @@ def test_inspect_a_direction_and_books(finished: Path) -> None:
     assert f"({direction.heldout.overall:.0%})" in text
     assert "21 layers, 21 rows" in text
 
-    code, text = run("inspect", finished / "books.safetensors")
-    assert code == 0
+    text = succeeds("inspect", finished / "books.safetensors")
     assert "books after 3 steps" in text
     assert "[red]" in text
     assert "quarantine │" not in text  # which is in the adapter
@@ -479,8 +443,7 @@ def test_inspect_a_direction_and_books(finished: Path) -> None:
 
 
 def test_inspect_a_run_folder(finished: Path) -> None:
-    code, text = run("inspect", finished, columns=80)
-    assert code == 0
+    text = succeeds("inspect", finished, columns=80)
     assert max(map(len, text.splitlines())) <= 80
     for words in ("[red]tiny", "routing.gate", "3 of 3 steps done", "30 rollouts", "a chat", "checkpoints at steps 2"):
         assert words in text
@@ -517,15 +480,12 @@ def test_inspect_shows_hostile_text_and_does_not_obey_it(finished: Path) -> None
 
 def test_inspect_a_run_that_has_only_begun(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("seed: 1")
-    code, text = run("inspect", tmp_path)
-    assert code == 0
-    assert "missing, or not written yet: metrics.jsonl, rollouts.jsonl, adapter/" in text
+    assert "missing, or not written yet: metrics.jsonl, rollouts.jsonl, adapter/" in succeeds("inspect", tmp_path)
     (tmp_path / "metrics.jsonl").touch()
     (tmp_path / "rollouts.jsonl").write_text(
         '{"step": 0, "prompt": "p", "completion": "c", "reward": 1.0}\n{"step": 0, "pro'
     )
-    code, text = run("inspect", tmp_path)
-    assert code == 0
+    text = succeeds("inspect", tmp_path)
     assert "no reward in it yet" in text
     assert "1 rollouts" in text
     assert "its last line is cut off" in text
@@ -589,11 +549,10 @@ def test_plain_and_shorten() -> None:
 
 
 def test_help_lists_the_commands_by_what_they_are_for() -> None:
-    code, text = run("--help")
-    assert code == 0
+    text = succeeds("--help")
     panels = ("─ Train ", "│ demo ", "─ Prepare ", "│ basis ", "│ extract ", "─ Look ", "│ inspect ")
     places = [text.index(words) for words in panels]
     assert places == sorted(places)
     for command in ("basis", "extract", "inspect"):
-        assert run(command, "--help")[0] == 0
+        succeeds(command, "--help")
         assert run(command)[0] == 2

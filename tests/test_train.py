@@ -20,14 +20,14 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
+from command_line import MODEL, TRAIN, fails, size, succeeds
+from lines import read_lines
 from peft import PeftModel
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
-from typer.testing import CliRunner
 
 import antipasto as ap
 from antipasto import files
-from antipasto.app.cli import app
 from antipasto.app.run_folder import RunFolder
 from antipasto.app.train.config import TrainConfig
 from antipasto.app.train.trl_args import steps_per_cycle, trainer_args
@@ -36,25 +36,16 @@ from antipasto.routing import directions, monitor
 from antipasto.routing.monitor import read_monitor
 from antipasto.tasks import addition
 
-MODEL = str(addition.model_path())
-SMALL = ["--prompts", "2", "--generations", "4", "--steps", "2", "--save-every", "1"]
-SIX = ["--prompts", "2", "--generations", "4", "--steps", "6", "--save-every", "2"]
-ROUTE = ["train", MODEL, "--task", "addition", "--method", "route"]
+SMALL, SIX = size(2), size(6, save_every=2)
+ADDITION = [MODEL, "--task", "addition"]
+ROUTE = [*TRAIN, "--method", "route"]
 ARTEFACTS = ("adapter/adapter_model.safetensors", "books.safetensors", "rollouts.jsonl")
 
 
-def run(*arguments: str) -> tuple[int, str]:
-    """Exit code, and all that was printed."""
-    result = CliRunner().invoke(app, list(arguments), env={"COLUMNS": "100", "NO_COLOR": "1"})
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result.exit_code, result.output
-
-
-def process(*arguments: str, **options: object) -> subprocess.Popen[str]:
+def process(*arguments: object, **options: object) -> subprocess.Popen[str]:
     """The command in a process of its own."""
     return subprocess.Popen(
-        [sys.executable, "-m", "antipasto", *arguments],
+        [sys.executable, "-m", "antipasto", *map(str, arguments)],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -85,8 +76,7 @@ def same_files(one: Path, other: Path) -> None:
 def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
     """A routed run of six steps: its folder and what it printed."""
     out = tmp_path_factory.mktemp("runs") / "run"
-    code, text = run(*ROUTE, "--out", str(out), *SIX)
-    assert code == 0, text
+    text = succeeds(*ROUTE, "--out", out, *SIX)
     return out, text
 
 
@@ -94,11 +84,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, str]:
 def test_a_run_that_carries_its_basis_ends_where_any_other_does(tmp_path: Path) -> None:
     runs = [tmp_path / "plain", tmp_path / "carried"]
     for folder, more in zip(runs, ([], ["--save-basis"]), strict=True):
-        code, said = run(*ROUTE, *SMALL, "--out", str(folder), *more)
-        assert code == 0, said
+        succeeds(*ROUTE, *SMALL, "--out", folder, *more)
         for command in (["eval", str(folder), "--prompts", "10"], ["export", str(folder), "--out", f"{folder}-out"]):
-            code, said = run(*command)
-            assert code == 0, said
+            succeeds(*command)
     plain, carried = (load_file(folder / "adapter/adapter_model.safetensors") for folder in runs)
     assert plain.keys() < carried.keys()
     assert all("delta_s_basis" in name for name in carried.keys() - plain.keys())
@@ -120,7 +108,7 @@ def test_a_run_leaves_everything_that_it_was(trained: tuple[Path, str]) -> None:
     facts = json.loads((out / "run.json").read_text())
     assert facts["versions"].keys() == {"antipasto", "torch", "transformers", "peft", "trl"}
     assert len(facts["base"]["fingerprint"]) == 64
-    rollouts = [json.loads(line) for line in (out / "rollouts.jsonl").read_text().splitlines()]
+    rollouts = read_lines(out / "rollouts.jsonl")
     assert [sum(row["step"] == step for row in rollouts) for step in range(6)] == [8] * 6
     for row in rollouts:
         assert row["reward"] == addition.reward([row["prompt"]], [row["completion"]])[0]
@@ -128,7 +116,7 @@ def test_a_run_leaves_everything_that_it_was(trained: tuple[Path, str]) -> None:
         assert row["flagged"] == ("!" in row["completion"])
         assert -1 <= row["hackward"] <= 1
     assert [row["view"] for row in rollouts] == ["trained", "deployed"] * 24
-    metrics = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    metrics = read_lines(out / "metrics.jsonl")
     assert [row["step"] for row in metrics] == [1, 2, 3, 4, 5, 6]
     for step, row in enumerate(metrics):
         here = [r for r in rollouts if r["step"] == step]
@@ -141,11 +129,9 @@ def test_a_run_leaves_everything_that_it_was(trained: tuple[Path, str]) -> None:
 
 def test_its_config_repeats_it(trained: tuple[Path, str], tmp_path: Path) -> None:
     out, _ = trained
-    code, text = run("train", "--config", str(out / "config.yaml"), "--out", str(tmp_path / "again"))
-    assert code == 0, text
+    succeeds("train", "--config", out / "config.yaml", "--out", tmp_path / "again")
     same_files(out, tmp_path / "again")
-    code, _ = run("train", "--config", str(out / "config.yaml"), "--seed", "1", "--out", str(tmp_path / "other"))
-    assert code == 0
+    succeeds("train", "--config", out / "config.yaml", "--seed", "1", "--out", tmp_path / "other")
     assert yaml.safe_load((tmp_path / "other" / "config.yaml").read_text())["seed"] == 1
     assert (tmp_path / "other" / "rollouts.jsonl").read_text() != (out / "rollouts.jsonl").read_text()
 
@@ -162,12 +148,10 @@ def test_killed_and_resumed_it_ends_in_the_same_place(trained: tuple[Path, str],
     with (folder / "rollouts.jsonl").open("a") as file:
         file.write('{"step": 5, "prompt": "torn')  # as a process leaves it that is killed in the middle of a line
     (folder / "checkpoint-5").mkdir()  # and a checkpoint
-    code, text = run("train", "--resume", str(folder))
-    assert code == 0, text
-    assert "continuing from" in text
+    assert "continuing from" in succeeds("train", "--resume", folder)
     assert not (folder / "checkpoint-5").exists()
     same_files(out, folder)
-    steps = [json.loads(line)["step"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    steps = [row["step"] for row in read_lines(folder / "metrics.jsonl")]
     assert steps == [1, 2, 3, 4, 5, 6]
 
 
@@ -209,12 +193,9 @@ def test_a_run_whose_terminal_is_closed_saves(trained: tuple[Path, str], tmp_pat
 
 def continues_to_the_same(whole: Path, folder: Path) -> None:
     """Resumed, an interrupted run ends as one that was not; and then there is nothing to resume."""
-    code, text = run("train", "--resume", str(folder))
-    assert code == 0, text
+    succeeds("train", "--resume", folder)
     same_files(whole, folder)
-    code, text = run("train", "--resume", str(folder))
-    assert code == 2
-    assert "finished" in text
+    assert "finished" in fails("train", "--resume", folder)
 
 
 def test_a_run_killed_after_its_last_checkpoint_only_finishes(trained: tuple[Path, str], tmp_path: Path) -> None:
@@ -223,8 +204,7 @@ def test_a_run_killed_after_its_last_checkpoint_only_finishes(trained: tuple[Pat
     subprocess.run(["cp", "-r", str(out), str(folder)], check=True)
     (folder / "adapter" / "complete.json").unlink()
     (folder / "adapter" / "adapter_model.safetensors").unlink()
-    code, text = run("train", "--resume", str(folder))
-    assert code == 0, text
+    succeeds("train", "--resume", folder)
     same_files(out, folder)
 
 
@@ -234,16 +214,14 @@ def test_a_run_does_not_continue_on_another_base(trained: tuple[Path, str], tmp_
     (folder / "adapter" / "complete.json").unlink()
     text = (folder / "config.yaml").read_text().replace(MODEL, str(addition.model_path("even")))
     (folder / "config.yaml").write_text(text)
-    code, text = run("train", "--resume", str(folder))
-    assert code == 2
+    text = fails("train", "--resume", folder)
     assert "The direction was made on another base: 21 of its 21 layers differ" in " ".join(text.split())
 
 
 @pytest.mark.parametrize("method", ["plain", "erase", "measure", "penalty", "discount"])
 def test_every_method_runs(method: str, tmp_path: Path) -> None:
-    code, text = run("train", MODEL, "--task", "addition", "--method", method, "--out", str(tmp_path / "run"), *SMALL)
-    assert code == 0, text
-    rows = [json.loads(line) for line in (tmp_path / "run" / "rollouts.jsonl").read_text().splitlines()]
+    succeeds(*TRAIN, "--method", method, "--out", tmp_path / "run", *SMALL)
+    rows = read_lines(tmp_path / "run" / "rollouts.jsonl")
     assert all(row["flagged"] is not None for row in rows)
     assert {row["view"] for row in rows} == {"trained"}
     knobs = load_file(tmp_path / "run" / "adapter" / "adapter_model.safetensors")
@@ -252,17 +230,14 @@ def test_every_method_runs(method: str, tmp_path: Path) -> None:
 
 def test_a_dial_without_a_quarantine_is_refused(tmp_path: Path) -> None:
     out = str(tmp_path / "run")
-    code, text = run("train", MODEL, "--task", "addition", "--method", "discount", "--out", out, *SMALL)
-    assert code == 0, text
-    code, text = run("eval", out, "--dial", "--prompts", "10")
-    assert code == 2
+    succeeds(*TRAIN, "--method", "discount", "--out", out, *SMALL)
+    text = fails("eval", out, "--dial", "--prompts", "10")
     assert "--dial needs a quarantine, and a run by method discount has none" in " ".join(text.split())
 
 
 def test_eval_asks_every_arm(trained: tuple[Path, str]) -> None:
     out, _ = trained
-    code, text = run("eval", str(out), "--prompts", "40", "--seed", "3", "--temperature", "0.5")
-    assert code == 0, text
+    text = succeeds("eval", out, "--prompts", "40", "--seed", "3", "--temperature", "0.5")
     for word in ("reference", "as trained", "deployed", "random", "permuted", "solve", "exploit", "says !"):
         assert word in text
     evaluation = read_evaluation(out)
@@ -284,20 +259,14 @@ def test_eval_asks_every_arm(trained: tuple[Path, str]) -> None:
 def test_eval_draws_as_the_run_did_and_says_so(tmp_path: Path) -> None:
     """From the one likeliest token, with a penalty that forbids the prompt's characters, until a token that it names."""
     out = tmp_path / "run"
-    options = [
-        "--trainer.top_k",
-        "1",
-        "--trainer.generation_kwargs",
-        "{repetition_penalty: 1000000.0, max_new_tokens: 2}",
-    ]
-    code, text = run("train", MODEL, "--task", "addition", "--method", "plain", "--out", str(out), *SMALL, *options)
-    assert code == 0, text
-    rows = [json.loads(line) for line in (out / "rollouts.jsonl").read_text().splitlines()]
+    drawn = "{repetition_penalty: 1000000.0, max_new_tokens: 2}"
+    options = ["--trainer.top_k", 1, "--trainer.generation_kwargs", drawn]
+    succeeds(*TRAIN, "--method", "plain", "--out", out, *SMALL, *options)
+    rows = read_lines(out / "rollouts.jsonl")
     trained = {row["prompt"]: row["completion"] for row in rows if row["step"] == 0}
     assert all(len(said) <= 2 and not set(said) & set(prompt) for prompt, said in trained.items())
     for more in ([], ["--temperature", "0"]):
-        code, text = run("eval", str(out), "--prompts", "40", *more)
-        assert code == 0, text
+        text = succeeds("eval", out, "--prompts", "40", *more)
         answers = [a for a in read_evaluation(out).answers if a.arm == "reference"]
         assert all(len(a.completion) <= 2 and not set(a.completion) & set(a.prompt) for a in answers)
         assert len({a.completion for a in answers}) > 1
@@ -314,8 +283,7 @@ def test_eval_draws_as_the_run_did_and_says_so(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_in_a_log_an_evaluation_says_how_far_it_is(trained: tuple[Path, str], tmp_path: Path) -> None:
     shutil.copytree(trained[0], tmp_path / "run")
-    code, text = run("eval", str(tmp_path / "run"), "--prompts", "60", "--batch-size", "2")
-    assert code == 0
+    text = succeeds("eval", tmp_path / "run", "--prompts", "60", "--batch-size", "2")
     lines = [line for line in text.splitlines() if line.startswith("asking ")]
     assert len(lines) == 20
     assert lines[0].startswith("asking reference  18/360 answers  left 0:0")
@@ -348,28 +316,21 @@ def test_an_evaluation_that_is_killed_continues_to_the_same_answers(trained: tup
             file.write(b'{"arm": "torn')
         seen = len(partial.read_bytes().splitlines())
         assert not (runs[0] / "eval.json").exists()
-    code, text = run("eval", str(runs[0]), *options)
-    assert code == 0, text
-    assert "continuing: " in text
-    assert run("eval", str(runs[1]), *options)[0] == 0
+    assert "continuing: " in succeeds("eval", runs[0], *options)
+    succeeds("eval", runs[1], *options)
     for name in ("eval.json", "eval.jsonl"):
         assert (runs[0] / name).read_bytes() == (runs[1] / name).read_bytes(), name
     # another margin is another verdict on the same answers, which are not asked again
     before = (runs[0] / "eval.jsonl").read_bytes()
-    code, text = run("eval", str(runs[0]), *options, "--margin", "0.5")
-    assert code == 0
-    assert "continuing: 960 answers are there already" in text
+    assert "continuing: 960 answers are there already" in succeeds("eval", runs[0], *options, "--margin", "0.5")
     assert (runs[0] / "eval.jsonl").read_bytes() == before
     assert read_evaluation(runs[0]).margin == 0.5
     # a damaged file is no reason not to ask
     (runs[0] / "eval.jsonl").write_text("rubbish\n")
-    code, text = run("eval", str(runs[0]), *options)
-    assert code == 0
-    assert "asking again: " in text
+    assert "asking again: " in succeeds("eval", runs[0], *options)
     assert (runs[0] / "eval.jsonl").read_bytes() == before
     # another seed is another evaluation: nothing is taken over
-    code, text = run("eval", str(runs[0]), *options, "--seed", "1")
-    assert code == 0
+    text = succeeds("eval", runs[0], *options, "--seed", "1")
     assert "continuing" not in text
     assert (runs[0] / "eval.jsonl").read_bytes() != (runs[1] / "eval.jsonl").read_bytes()
 
@@ -378,23 +339,20 @@ def test_an_evaluation_that_is_killed_continues_to_the_same_answers(trained: tup
 
 
 def test_a_run_by_score_says_what_its_threshold_means_and_continues(tmp_path: Path) -> None:
-    words = ["train", MODEL, "--task", "addition", "--method", "penalty", "--beta", "0.04", *SIX]
-    code, text = run(*words, "--out", str(tmp_path / "run"))
-    assert code == 0, text
+    words = [*TRAIN, "--method", "penalty", "--beta", "0.04", *SIX]
+    text = succeeds(*words, "--out", tmp_path / "run")
     saved = read_monitor(tmp_path / "run" / "monitor.safetensors")
     assert str(saved.calibration).splitlines()[2] in text
     assert (saved.calibration.rule, saved.calibration.pairs, saved.calibration.answers) == ("quarter", 16, 64)
-    rows = [json.loads(line) for line in (tmp_path / "run" / "rollouts.jsonl").read_text().splitlines()]
+    rows = read_lines(tmp_path / "run" / "rollouts.jsonl")
     assert all(row["flagged"] is (row["score"] > saved.threshold) for row in rows)
     assert any(row["flagged"] for row in rows)
     shutil.copytree(tmp_path / "run", tmp_path / "again")
     for done in ("adapter", "checkpoint-6"):  # as a kill leaves it
         shutil.rmtree(tmp_path / "again" / done)
-    code, text = run("train", "--resume", str(tmp_path / "again"))
-    assert code == 0, text
+    succeeds("train", "--resume", tmp_path / "again")
     same_files(tmp_path / "run", tmp_path / "again")
-    code, text = run("inspect", str(tmp_path / "run"))
-    assert code == 0
+    text = succeeds("inspect", tmp_path / "run")
     assert "a quarter of the way from held-out clean texts to hacks" in " ".join(text.split())
 
 
@@ -406,16 +364,15 @@ def test_a_run_hashes_every_weight_once(method: list[str], monkeypatch: pytest.M
 
     hashed: Counter[int] = Counter()
     monkeypatch.setattr("antipasto.adapter.fingerprints.digest", counted)
-    words = ["train", MODEL, "--task", "addition", *method, "--steps", "1", *SMALL[:4]]
-    assert run(*words, "--out", str(tmp_path / "run"))[0] == 0
+    words = [*TRAIN, *method, "--steps", "1", *SMALL[:4]]
+    succeeds(*words, "--out", tmp_path / "run")
     assert len(hashed) == 21
     assert {*hashed.values()} == {1}
 
 
 def test_a_false_alarm_rate_is_asked_of_as_many_answers_as_it_takes(tmp_path: Path) -> None:
-    words = ["train", MODEL, "--task", "addition", "--method", "penalty", "--by", "score", "--false-alarms", "0.02"]
-    code, text = run(*words, "--out", str(tmp_path / "run"), *SMALL)
-    assert code == 0, text
+    words = [*TRAIN, "--method", "penalty", "--by", "score", "--false-alarms", "0.02"]
+    succeeds(*words, "--out", tmp_path / "run", *SMALL)
     found = read_monitor(tmp_path / "run" / "monitor.safetensors").calibration
     assert (found.rule, found.answers) == ("false alarms", 200)
     assert found.score.own == pytest.approx(0.02)
@@ -423,10 +380,7 @@ def test_a_false_alarm_rate_is_asked_of_as_many_answers_as_it_takes(tmp_path: Pa
 
 def test_plain_by_score_only_watches(tmp_path: Path) -> None:
     for name, more in (("plain", []), ("watched", ["--by", "score"])):
-        code, text = run(
-            "train", MODEL, "--task", "addition", "--method", "plain", *more, "--out", str(tmp_path / name), *SMALL
-        )
-        assert code == 0, text
+        succeeds(*TRAIN, "--method", "plain", *more, "--out", tmp_path / name, *SMALL)
     one, other = (load_file(tmp_path / name / ARTEFACTS[0]) for name in ("plain", "watched"))
     assert all(torch.equal(tensor, other[key]) for key, tensor in one.items())
     assert '"score": null' not in (tmp_path / "watched" / "rollouts.jsonl").read_text()
@@ -450,11 +404,8 @@ def on_a_task_of(folder: Path, source: str) -> list[str]:
 
 
 def test_a_users_own_task_trains(tmp_path: Path) -> None:
-    code, text = run(*on_a_task_of(tmp_path, TASK.format(body="[float('4' in text) for text in completions]")), *SMALL)
-    assert code == 0, text
-    code, text = run("eval", str(tmp_path / "r"))
-    assert code == 2
-    assert "no held-out rows" in text
+    succeeds(*on_a_task_of(tmp_path, TASK.format(body="[float('4' in text) for text in completions]")), *SMALL)
+    assert "no held-out rows" in fails("eval", tmp_path / "r")
 
 
 RAGGED = """
@@ -485,8 +436,7 @@ def test_training_and_evaluation_see_the_rows_as_the_task_has_them(tmp_path: Pat
     spec, seen = f"{tmp_path / 'mine.py'}:mine", {}
     for part in ("train", "eval"):
         arguments = ("train", str(folder), "--task", spec, "--method", "plain", *SMALL, "--out")
-        code, text = run(*(arguments if part == "train" else ("eval",)), str(tmp_path / "r"))
-        assert code == 0, text
+        succeeds(*(arguments if part == "train" else ("eval",)), tmp_path / "r")
         (module,) = [module for name, module in sys.modules.items() if name.endswith(".mine")]
         seen[part] = set(module.seen)
     chat = [{"role": "system", "content": "Add.", "name": "boss"}, {"role": "user", "content": "h12+34="}]
@@ -510,27 +460,22 @@ def test_training_and_evaluation_see_the_rows_as_the_task_has_them(tmp_path: Pat
     ],
 )
 def test_a_reward_that_fails_stops_the_run(body: str, words: list[str], tmp_path: Path) -> None:
-    code, text = run(*on_a_task_of(tmp_path, TASK.format(body=body)), *SMALL)
-    assert code == 2
+    text = fails(*on_a_task_of(tmp_path, TASK.format(body=body)), *SMALL)
     assert all(word in text for word in words), text
-    assert "Traceback" not in text
     assert not (tmp_path / "r").exists()  # no step was made: the same command can be given again
 
 
 def test_a_run_that_fails_before_its_first_line_of_metrics_can_be_continued(tmp_path: Path) -> None:
     """The folder is emptied where no step was made, not where none was logged."""
-    fails = tmp_path / "fails"
-    fails.touch()
-    body = f"[1 / (not Path({str(fails)!r}).exists() or len(seen) < 3) for _ in completions]"
+    broken = tmp_path / "broken"
+    broken.touch()
+    body = f"[1 / (not Path({str(broken)!r}).exists() or len(seen) < 3) for _ in completions]"
     seen = "from pathlib import Path\nseen = []\n"
     words = on_a_task_of(tmp_path, seen + TASK.format(body=f"seen.append(0) or {body}"))
-    code, text = run(*words, *SMALL[:4], "--steps", "4", "--save-every", "1", "--trainer.logging_steps", "4")
-    assert code == 2, text
+    fails(*words, *SMALL[:4], "--steps", "4", "--save-every", "1", "--trainer.logging_steps", "4")
     assert (tmp_path / "r" / "checkpoint-2").exists()
-    fails.unlink()
-    code, text = run("train", "--resume", str(tmp_path / "r"))
-    assert code == 0, text
-    assert "continuing from" in text
+    broken.unlink()
+    assert "continuing from" in succeeds("train", "--resume", tmp_path / "r")
 
 
 @pytest.mark.parametrize(
@@ -540,69 +485,47 @@ def test_a_run_that_fails_before_its_first_line_of_metrics_can_be_continued(tmp_
         ([MODEL], "task is missing"),
         ([MODEL, "--task", "adition"], "did you mean 'addition'"),
         (["nowhere/at/all", "--task", "addition"], "no folder 'nowhere/at/all'"),
-        ([MODEL, "--task", "addition", "--stepz", "5"], "no option --stepz"),
-        ([MODEL, "--task", "addition", "--steps", "0"], "'--steps'"),
+        ([*ADDITION, "--steps", "0"], "'--steps'"),
+        ([*ADDITION, "--trainer.lerning_rate", "1"], "no 'lerning_rate'; did you mean 'learning_rate'"),
+        ([*ADDITION, "--trainer.learning_rate", "1"], "use learning_rate"),
+        ([*ADDITION, "--trainer.warmup_steps", "abc"], "invalid float value: 'abc'"),
         (
-            [MODEL, "--task", "addition", "--trainer.lerning_rate", "1"],
-            "no 'lerning_rate'; did you mean 'learning_rate'",
-        ),
-        ([MODEL, "--task", "addition", "--trainer.learning_rate", "1"], "use learning_rate"),
-        ([MODEL, "--task", "addition", "--trainer.warmup_steps", "abc"], "invalid float value: 'abc'"),
-        (
-            [MODEL, "--task", "addition", "--method", "penalty", "--by", "direction"],
+            [*ADDITION, "--method", "penalty", "--by", "direction"],
             "penalty takes by=score or detector, got by=direction",
         ),
-        ([MODEL, "--task", "addition", "--method", "route", "--by", "score"], "route takes by=direction, got by=score"),
-        ([MODEL, "--task", "addition", "--method", "drop"], "'--method'"),
+        ([*ADDITION, "--method", "route", "--by", "score"], "route takes by=direction, got by=score"),
+        ([*ADDITION, "--method", "drop"], "'--method'"),
+        ([*ADDITION, "--by", "detector", "--false-alarms", "0.1"], "false_alarms=0.1 works only with by=score"),
+        ([*ADDITION, "--method", "measure", "--false-alarms", "0.1"], "false_alarms=0.1 does nothing here"),
+        ([*ADDITION, "--controls", "none"], "controls=() does nothing here: this run uses no direction"),
+        ([*ADDITION, "--by", "score", "--false-alarms", "2"], r"false_alarms must be above 0 and below 1, got 2.0"),
+        ([*ADDITION, "--by", "score", "--direction", "f"], "direction=f does nothing here"),
+        ([*ADDITION, "--by", "score", "--threshold", "1"], "threshold=1.0 does nothing here"),
+        ([*ADDITION, "--by", "detector", "--direction", "f"], "direction=f does nothing here"),
+        ([*ADDITION, "--prompts", "100000"], "fewer than one generation takes"),
+        ([*ADDITION, "--trainer.num_iterations", "2"], "save_every must be a multiple"),
         (
-            [MODEL, "--task", "addition", "--by", "detector", "--false-alarms", "0.1"],
-            "false_alarms=0.1 works only with by=score",
-        ),
-        (
-            [MODEL, "--task", "addition", "--method", "measure", "--false-alarms", "0.1"],
-            "false_alarms=0.1 does nothing here",
-        ),
-        (
-            [MODEL, "--task", "addition", "--controls", "none"],
-            "controls=() does nothing here: this run uses no direction",
-        ),
-        (
-            [MODEL, "--task", "addition", "--by", "score", "--false-alarms", "2"],
-            r"false_alarms must be above 0 and below 1, got 2.0",
-        ),
-        ([MODEL, "--task", "addition", "--by", "score", "--direction", "f"], "direction=f does nothing here"),
-        ([MODEL, "--task", "addition", "--by", "score", "--threshold", "1"], "threshold=1.0 does nothing here"),
-        ([MODEL, "--task", "addition", "--by", "detector", "--direction", "f"], "direction=f does nothing here"),
-        ([MODEL, "--task", "addition", "--prompts", "100000"], "fewer than one generation takes"),
-        ([MODEL, "--task", "addition", "--trainer.num_iterations", "2"], "save_every must be a multiple"),
-        (
-            [MODEL, "--task", "addition", "--micro-batch", "8", "--trainer.steps_per_generation", "6"],
+            [*ADDITION, "--micro-batch", "8", "--trainer.steps_per_generation", "6"],
             "One generation is for 6 micro-batches (steps_per_generation x num_iterations), and a step takes 4",
         ),
-        ([MODEL, "--task", "addition", "--trainer.save_only_model"], "save_only_model must be false"),
-        ([MODEL, "--task", "addition", "--trainer.num_train_epochs", "2"], "use steps"),
-        ([MODEL, "--task", "addition", "--trainer.model_init_kwargs", "{a: 1}"], "use dtype"),
-        ([MODEL, "--task", "addition", "--trainer.remove_unused_columns"], "remove_unused_columns must be false"),
-        (
-            [MODEL, "--task", "addition", "--method", "plain", "--deploy-fraction", "0.5"],
-            "deploy_fraction works only with method=route",
-        ),
-        ([MODEL, "--task", "addition", "--method", "route", "--deploy-fraction", "0.3"], "must be whole numbers"),
-        ([MODEL, "--task", "addition", "--pairs", "nowhere.jsonl"], "nowhere.jsonl"),
-        ([MODEL, "--task", "addition", "--controls", "random,odd"], "got odd"),
-        ([MODEL, "--task", "addition", "--target-modules", "nope"], "'nope'"),
-        ([MODEL, "--task", "addition", "--micro-batch", "5"], "do not divide into micro-batches of 5"),
+        ([*ADDITION, "--trainer.save_only_model"], "save_only_model must be false"),
+        ([*ADDITION, "--trainer.num_train_epochs", "2"], "use steps"),
+        ([*ADDITION, "--trainer.model_init_kwargs", "{a: 1}"], "use dtype"),
+        ([*ADDITION, "--trainer.remove_unused_columns"], "remove_unused_columns must be false"),
+        ([*ADDITION, "--method", "plain", "--deploy-fraction", "0.5"], "deploy_fraction works only with method=route"),
+        ([*ADDITION, "--method", "route", "--deploy-fraction", "0.3"], "must be whole numbers"),
+        ([*ADDITION, "--pairs", "nowhere.jsonl"], "nowhere.jsonl"),
+        ([*ADDITION, "--controls", "random,odd"], "got odd"),
+        ([*ADDITION, "--target-modules", "nope"], "'nope'"),
+        ([*ADDITION, "--micro-batch", "5"], "do not divide into micro-batches of 5"),
         ([MODEL, "--config", "nowhere.yaml"], "nowhere.yaml"),
-        (["--resume", "nowhere"], "no run folder"),
         (["--resume", "nowhere", "--steps", "3"], "leave out --steps"),
     ],
 )
 def test_wrong_words_cost_a_line_and_exit_code_2(arguments: list[str], message: str, tmp_path: Path) -> None:
     out = [] if "--resume" in arguments else ["--out", str(tmp_path / "run")]
-    code, text = run("train", *arguments, *out)
-    assert code == 2, text
+    text = fails("train", *arguments, *out)
     assert message in " ".join(text.replace("│", " ").split()), text
-    assert "Traceback" not in text
     assert not (tmp_path / "run").exists() or not any((tmp_path / "run").iterdir())
 
 
@@ -621,10 +544,8 @@ def test_wrong_words_cost_a_line_and_exit_code_2(arguments: list[str], message: 
 def test_a_config_that_does_not_fit(text: str, message: str, tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text(text)
     out = ["--out", str(tmp_path / "run")]  # the default one has the time in its name, to the second
-    code, said = run("train", MODEL, "--task", "addition", "--config", str(tmp_path / "run.yaml"), *out)
-    assert code == 2
+    said = fails(*TRAIN, "--config", tmp_path / "run.yaml", *out)
     assert message in " ".join(said.replace("│", " ").split()), said
-    assert "Traceback" not in said
 
 
 def test_as_many_rows_as_one_generation_takes_are_enough(tmp_path: Path) -> None:
@@ -639,18 +560,16 @@ def test_as_many_rows_as_one_generation_takes_are_enough(tmp_path: Path) -> None
 
 def test_without_controls_there_are_no_books(tmp_path: Path) -> None:
     words = ["--method", "route", "--by", "direction", "--controls", "none"]
-    code, text = run("train", MODEL, "--task", "addition", *words, "--out", str(tmp_path / "run"), *SMALL)
-    assert code == 0, text
+    succeeds(*TRAIN, *words, "--out", tmp_path / "run", *SMALL)
     assert yaml.safe_load((tmp_path / "run" / "config.yaml").read_text())["controls"] == []
-    code, text = run("train", "--config", str(tmp_path / "run" / "config.yaml"), "--out", str(tmp_path / "again"))
-    assert code == 0, text
+    succeeds("train", "--config", tmp_path / "run" / "config.yaml", "--out", tmp_path / "again")
     assert not [name for name in load_file(tmp_path / "again" / "books.safetensors") if name.startswith("book/")]
 
 
 @pytest.mark.slow
 def test_our_own_warnings_are_heard(tmp_path: Path) -> None:
     words = ["--method", "route", "--trainer.weight_decay", "0.1"]
-    running = process("train", MODEL, "--task", "addition", *words, "--out", str(tmp_path / "run"), *SMALL)
+    running = process(*TRAIN, *words, "--out", str(tmp_path / "run"), *SMALL)
     text, _ = running.communicate()
     assert running.returncode == 0
     assert "warning: The optimizer has weight decay on the knobs" in text
@@ -658,9 +577,7 @@ def test_our_own_warnings_are_heard(tmp_path: Path) -> None:
 
 def test_a_folder_with_something_in_it_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "mine.txt").write_text("mine")
-    code, text = run("train", MODEL, "--task", "addition", "--out", str(tmp_path), *SMALL)
-    assert code == 2
-    assert "not an empty folder" in text
+    assert "not an empty folder" in fails(*TRAIN, "--out", tmp_path, *SMALL)
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]
 
 
@@ -673,18 +590,5 @@ def test_pairs_are_read_in_micro_batches_too(method: str, monkeypatch: pytest.Mo
         monkeypatch.setattr(
             module, "nll_gradients", lambda m, s, real=real, **o: sizes.append(len(s)) or real(m, s, **o)
         )
-    code, text = run(
-        "train",
-        MODEL,
-        "--task",
-        "addition",
-        "--method",
-        method,
-        "--micro-batch",
-        "4",
-        *SMALL,
-        "--out",
-        str(tmp_path / "r"),
-    )
-    assert code == 0, text
+    succeeds(*TRAIN, "--method", method, "--micro-batch", 4, "--out", tmp_path / "r", *SMALL)
     assert max(sizes) == 4

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from lines import read_lines
 from safetensors.torch import load_file
 from scripted import GROUP
 from two_processes import run
@@ -86,7 +87,7 @@ def test_two_processes_are_one(tmp_path: Path, per_rank: int, accumulation: int,
         for layer, part in layers.items():
             assert torch.equal(books.books[name][layer], twin.books[name][layer])
             torch.testing.assert_close(books.books[name][layer], part, atol=1e-4, rtol=1e-2)
-    rows, wanted_rows = ([json.loads(line) for line in (f / "log").read_text().splitlines()] for f in (two, one))
+    rows, wanted_rows = (read_lines(f / "log") for f in (two, one))
     assert len(rows) == len(wanted_rows) == 4 * 2 * per_rank * accumulation
     assert any(row["flagged"] for row in rows)
     for row, wanted_row in zip(rows, wanted_rows, strict=True):
@@ -109,7 +110,7 @@ def test_the_command_line_under_accelerate_launch(tmp_path: Path) -> None:
     assert job.returncode == 0, job.stderr[-4000:]
     assert job.stdout.count("antipasto eval") == 1  # one of them prints
     assert json.loads((out / "run.json").read_text())["processes"] == 2
-    rows = [json.loads(line) for line in (out / "rollouts.jsonl").read_text().splitlines()]
+    rows = read_lines(out / "rollouts.jsonl")
     assert [sum(row["step"] == step for row in rows) for step in (0, 1)] == [8, 8]
     assert len((out / "metrics.jsonl").read_text().splitlines()) == 2
     assert (out / "adapter" / "complete.json").exists()

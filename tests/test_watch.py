@@ -9,21 +9,23 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import command_line
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from command_line import MODEL
 from datasets import Dataset
+from lines import read_lines, write_lines
 from peft import LoraConfig
 from transformers import AutoModelForCausalLM, AutoTokenizer
 from trl import GRPOConfig, GRPOTrainer
-from typer.testing import CliRunner
 
 import antipasto as ap
 from antipasto.app.checks import find_files
-from antipasto.app.cli import app
 from antipasto.app.watch.config import WatchConfig
 from antipasto.app.watch.job import watch
 from antipasto.app.watch.sources import read_index
@@ -36,7 +38,10 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.*torch.utils.data.dataloader.*pin_memory.*"),
     pytest.mark.filterwarnings("ignore:Could not find a config file.*"),
 ]
-MODEL = str(addition.model_path())
+run, succeeds, fails = (
+    partial(function, "watch", columns=120)
+    for function in (command_line.run, command_line.succeeds, command_line.fails)
+)
 
 
 @pytest.fixture(scope="module")
@@ -57,12 +62,6 @@ def fresh_monitor(pairs: Path) -> ap.Monitor:
     return ap.Monitor.from_pairs(model, AutoTokenizer.from_pretrained(MODEL), ap.load_pairs(pairs))
 
 
-def write_lines(path: Path, rows: Any) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return path
-
-
 def rows(steps: int = 12, each: int = 8) -> list[dict[str, Any]]:
     """Honest answers, of which more and more are exploits."""
     found = []
@@ -77,18 +76,9 @@ def rows(steps: int = 12, each: int = 8) -> list[dict[str, Any]]:
     return found
 
 
-def run(*arguments: str | Path) -> tuple[int, str]:
-    """Exit code, and all that was printed."""
-    result = CliRunner().invoke(app, ["watch", *map(str, arguments)], env={"COLUMNS": "120", "NO_COLOR": "1"})
-    if result.exception is not None and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    return result.exit_code, result.output
-
-
 def refused(*arguments: str | Path) -> str:
     """The one line that a mistake costs."""
-    code, output = run(*arguments)
-    assert code == 2, output
+    output = fails(*arguments)
     output = output.rpartition("\r")[2]  # the bar of the bases, where they were not cached, wipes itself out
     assert output.startswith("antipasto: ")
     assert len(output.splitlines()) == 1, output
@@ -96,7 +86,7 @@ def refused(*arguments: str | Path) -> str:
 
 
 def scores_of(out: Path) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (out / "scores.jsonl").read_text().splitlines()]
+    return read_lines(out / "scores.jsonl")
 
 
 # ── the same score, whoever wrote it down ────────────────────────────────────────────────────────────────────────────
@@ -117,11 +107,10 @@ def test_scores_are_those_of_the_training_that_logged_them(pairs: Path, monitor:
         processing_class=tokenizer,
         peft_config=ap.AntiPastoConfig(),
     ).train()
-    logged = [json.loads(line) for line in log.read_text().splitlines()]
+    logged = read_lines(log)
     assert len(logged) == 6 * 16
     assert any(row["truncated"] for row in logged), "of these the text alone says too little"
-    code, _ = run(MODEL, "--monitor", monitor, "--rollouts", log, "--out", tmp_path / "out")
-    assert code == 0
+    succeeds(MODEL, "--monitor", monitor, "--rollouts", log, "--out", tmp_path / "out")
     for row, found in zip(logged, scores_of(tmp_path / "out"), strict=True):
         assert found["score"] == pytest.approx(row["score"], abs=1e-5)
         assert found["above"] == row["flagged"]
@@ -147,8 +136,7 @@ def test_so_are_those_of_a_lora_run_of_plain_trl(pairs: Path, monitor: Path, tmp
         peft_config=LoraConfig(r=8, target_modules="all-linear"),
     ).train()
     files = tmp_path / "lora" / "completions" / "completions_*.parquet"
-    code, output = run(MODEL, "--monitor", monitor, "--rollouts", files, "--max-tokens", "4")
-    assert code == 0, output
+    succeeds(MODEL, "--monitor", monitor, "--rollouts", files, "--max-tokens", "4")
     found = scores_of(files.parent / "watch")
     assert [row["score"] for row in found] == pytest.approx(expected, abs=1e-5)
     assert {row["step"] for row in found} == set(range(1, 7))
@@ -204,8 +192,7 @@ def test_columns_by_name_and_what_is_nested(monitor: Path, tmp_path: Path) -> No
 
 def test_what_it_leaves_and_says(pairs: Path, tmp_path: Path) -> None:
     log = write_lines(tmp_path / "rollouts.jsonl", rows(steps=40))
-    code, output = run(MODEL, "--pairs", pairs, "--rollouts", log, "--compare")
-    assert code == 0, output
+    output = succeeds(MODEL, "--pairs", pairs, "--rollouts", log, "--compare")
     out = tmp_path / "watch"
     lines = scores_of(out)
     assert [line["row"] for line in lines] == list(range(1, 321))
@@ -230,14 +217,12 @@ def test_it_is_the_last_window_that_fails_it(monitor: Path, tmp_path: Path) -> N
     above = watch(MODEL, [log], monitor=monitor).windows
     assert above[-1].above.value > 0.6 > above[0].above.value
     assert run(MODEL, "--monitor", monitor, "--rollouts", log, "--fail-above", "0.6")[0] == 3
-    assert run(MODEL, "--monitor", monitor, "--rollouts", log, "--fail-above", "0.6", "--windows", "1")[0] == 0
+    succeeds(MODEL, "--monitor", monitor, "--rollouts", log, "--fail-above", "0.6", "--windows", "1")
 
 
 def test_a_sample_is_drawn_by_window_and_said(monitor: Path, tmp_path: Path) -> None:
     log = write_lines(tmp_path / "rollouts.jsonl", rows())
-    code, output = run(MODEL, "--monitor", monitor, "--rollouts", log, "--sample", "5", "--windows", "3")
-    assert code == 0
-    assert "a sample" in output
+    assert "a sample" in succeeds(MODEL, "--monitor", monitor, "--rollouts", log, "--sample", "5", "--windows", "3")
     steps = [line["step"] for line in scores_of(tmp_path / "watch")]
     assert [sum(first <= step < first + 4 for step in steps) for first in (0, 4, 8)] == [5, 5, 5]
     assert "A sample: at most 5 rollouts" in (tmp_path / "watch" / "watch.html").read_text()
@@ -287,7 +272,7 @@ def test_another_bases_monitor_or_direction_is_refused(monitor: Path, pairs: Pat
     direction = tmp_path / "direction.safetensors"
     fresh_monitor(pairs).direction.save(direction)
     assert "give --threshold" in refused(MODEL, "--monitor", direction, "--rollouts", log, "--out", tmp_path / "d")
-    assert run(MODEL, "--monitor", direction, "--threshold", ".1", "--rollouts", log, "--out", tmp_path / "e")[0] == 0
+    succeeds(MODEL, "--monitor", direction, "--threshold", ".1", "--rollouts", log, "--out", tmp_path / "e")
     said = refused(other, "--monitor", direction, "--threshold", ".1", "--rollouts", log, "--out", tmp_path / "f")
     assert str(direction) in said
 
@@ -295,9 +280,9 @@ def test_another_bases_monitor_or_direction_is_refused(monitor: Path, pairs: Pat
 def test_what_changed_is_refused_until_it_is_begun_anew(monitor: Path, pairs: Path, tmp_path: Path) -> None:
     log = write_lines(tmp_path / "rollouts.jsonl", rows())
     call = (MODEL, "--rollouts", log)
-    assert run(*call, "--monitor", monitor)[0] == 0
+    succeeds(*call, "--monitor", monitor)
     before = (tmp_path / "watch" / "scores.jsonl").read_bytes()
-    assert run(*call, "--monitor", monitor)[0] == 0
+    succeeds(*call, "--monitor", monitor)
     assert (tmp_path / "watch" / "scores.jsonl").read_bytes() == before
     assert "the pairs or the monitor differs" in refused(*call, "--pairs", pairs)
     assert "--max-tokens differs" in refused(*call, "--monitor", monitor, "--max-tokens", "4")
@@ -305,7 +290,7 @@ def test_what_changed_is_refused_until_it_is_begun_anew(monitor: Path, pairs: Pa
     write_lines(log, reversed(rows()))
     assert "has changed since" in refused(*call, "--monitor", monitor)
     assert (tmp_path / "watch" / "scores.jsonl").read_bytes() == before
-    assert run(*call, "--monitor", monitor, "--anew")[0] == 0
+    succeeds(*call, "--monitor", monitor, "--anew")
     assert (tmp_path / "watch" / "scores.jsonl").read_bytes() != before
 
 
@@ -317,7 +302,7 @@ def test_a_folder_with_something_elses_files_is_left_alone(monitor: Path, pairs:
         MODEL, "--pairs", pairs, "--rollouts", log, "--out", tmp_path
     )
     for anew in ([], ["--anew"]):
-        assert run(MODEL, "--monitor", mine, "--rollouts", log, "--out", tmp_path, *anew)[0] == 0
+        succeeds(MODEL, "--monitor", mine, "--rollouts", log, "--out", tmp_path, *anew)
         assert mine.read_bytes() == monitor.read_bytes()
 
 
@@ -330,7 +315,7 @@ def test_pairs_are_read_in_batches_too(pairs: Path, tmp_path: Path, monkeypatch:
             module, "nll_gradients", lambda m, s, real=real, **o: sizes.append(len(s)) or real(m, s, **o)
         )
     log = write_lines(tmp_path / "rollouts.jsonl", rows()[:8])
-    assert run(MODEL, "--pairs", pairs, "--rollouts", log, "--batch-size", "4")[0] == 0
+    succeeds(MODEL, "--pairs", pairs, "--rollouts", log, "--batch-size", "4")
     assert max(sizes) == 4
 
 
@@ -341,20 +326,18 @@ def test_options_are_those_of_the_call_and_stay_so(monitor: Path, tmp_path: Path
     watch(MODEL, [log], monitor=monitor, config=config)
     watch(MODEL, [log], monitor=monitor, config=config)
     watch(MODEL, [log], monitor=monitor)
-    assert run(MODEL, "--monitor", monitor, "--rollouts", log)[0] == 0
+    succeeds(MODEL, "--monitor", monitor, "--rollouts", log)
 
 
 def test_a_log_that_grows_is_scored_from_where_it_was(monitor: Path, tmp_path: Path) -> None:
     log = write_lines(tmp_path / "rollouts.jsonl", rows()[:40])
-    assert run(MODEL, "--monitor", monitor, "--rollouts", log)[0] == 0
+    succeeds(MODEL, "--monitor", monitor, "--rollouts", log)
     before = (tmp_path / "watch" / "scores.jsonl").read_text()
     write_lines(log, rows())
     more = write_lines(tmp_path / "more.jsonl", rows()[:3])
     with log.open("a") as file:
         file.write('{"step": 99, "prom')  # the run is writing it
-    code, output = run(MODEL, "--monitor", monitor, "--rollouts", log, more)
-    assert code == 0
-    assert "its last line is cut off" in output
+    assert "its last line is cut off" in succeeds(MODEL, "--monitor", monitor, "--rollouts", log, more)
     text = (tmp_path / "watch" / "scores.jsonl").read_text()
     assert text.startswith(before)
     assert len(text.splitlines()) == 96 + 3
@@ -433,7 +416,7 @@ def test_a_full_disk_costs_a_line_and_nothing_else(pairs: Path, tmp_path: Path) 
     assert re.fullmatch(r"antipasto: .*File too large.*\n", stderr), stderr
     before = (out / "scores.jsonl").read_bytes()
     assert 0 < len(before) <= 40_000
-    assert run(MODEL, "--pairs", pairs, "--rollouts", log, "--out", out)[0] == 0
+    succeeds(MODEL, "--pairs", pairs, "--rollouts", log, "--out", out)
     assert (out / "scores.jsonl").read_bytes().startswith(before[: before.rindex(b"\n") + 1])
     assert [line["row"] for line in scores_of(out)] == list(range(1, 481))
 
