@@ -6,6 +6,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 # one thread here and in every child: tests run in parallel processes, and OpenMP's threads spin while they wait for each other
@@ -21,13 +22,22 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _no_cache_of_the_users(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+def _basis_cache_of_the_session(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """For the fixtures of modules, which come before those of tests: another process's basis may differ in its last bits."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ANTIPASTO_CACHE", str(tmp_path_factory.mktemp("basis-cache")))
-        yield
+        folder = tmp_path_factory.mktemp("basis-cache")
+        patch.setenv("ANTIPASTO_CACHE", str(folder))
+        yield folder
 
 
 @pytest.fixture(autouse=True)
 def _own_basis_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ANTIPASTO_CACHE", str(tmp_path_factory.mktemp("basis-cache")))
+
+
+@pytest.fixture
+def shared_basis_cache(
+    _basis_cache_of_the_session: Path, _own_basis_cache: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """For tests whose runs are of one model: they need not decompose it again."""
+    monkeypatch.setenv("ANTIPASTO_CACHE", str(_basis_cache_of_the_session))

@@ -887,7 +887,6 @@ def scripted(self: Any, prompt_ids: list[list[int]], *_: Any, **__: Any) -> tupl
     return [self.processing_class(text).input_ids for text in texts], None
 
 
-@pytest.mark.filterwarnings("ignore:.*torch.utils.data.dataloader.*pin_memory.*")
 @pytest.mark.filterwarnings("ignore:.*experimental feature.*")
 def test_trls_own_trainer_takes_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Reward and oracle of what it generates, with rows that went through Arrow and completions that are messages."""

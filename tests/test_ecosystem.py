@@ -23,7 +23,6 @@ from trl import DPOConfig, DPOTrainer, SFTConfig, SFTTrainer
 import antipasto as ap
 from antipasto.tasks import addition
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*torch.utils.data.dataloader.*pin_memory.*")
 COMMON: dict[str, Any] = {
     "per_device_train_batch_size": 2,
     "max_steps": 3,

@@ -22,11 +22,6 @@ from trl.generation import vllm_generation
 import antipasto as ap
 from antipasto.adapter.knobs import token_logprobs
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*torch.utils.data.dataloader.*pin_memory.*"),
-    pytest.mark.filterwarnings("ignore:Could not find a config file.*"),
-]
-
 
 class Engine:
     """Plain transformers that gets weights by name and samples from them; it knows nothing of adapters."""

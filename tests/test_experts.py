@@ -38,11 +38,6 @@ from antipasto.app.report.layers import spectrum
 from antipasto.routing.monitor import Monitor, at_origin
 from antipasto.tasks import addition
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*falling back to its reference PyTorch implementation.*"),
-    pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing"),  # pytest.warns gives on what it does not match
-]
-
 IMPLEMENTATIONS = ("eager", "batched_mm", "grouped_mm")
 EXPERTS = 4
 COMMON = {
@@ -900,7 +895,6 @@ def test_experts_with_transposed_weights_and_biases(implementation: str) -> None
 # ── training and the application ─────────────────────────────────────────────────────────────────────────────────────
 
 
-@pytest.mark.filterwarnings("ignore:.*pin_memory", "ignore:Could not find a config file")
 def test_grpo_with_a_router_a_monitor_and_deployed_sampling(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The deployed half of each batch samples from δS, and every rollout's own gradient is taken, at θ and at the origin."""
     monkeypatch.setattr(ap, "AntiPastoConfig", functools.partial(ap.AntiPastoConfig, target_modules=TARGETS))

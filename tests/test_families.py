@@ -14,9 +14,6 @@ import antipasto as ap
 from antipasto.adapter.functional import spectral_linear_reference
 from antipasto.adapter.layer import as_matrix
 
-# transformers says so where the fast kernels of GatedDeltaNet are missing
-pytestmark = pytest.mark.filterwarnings("ignore:.*falling back to its reference PyTorch implementation.*")
-
 
 @pytest.fixture(params=FAMILIES)
 def family(request: pytest.FixtureRequest) -> Family:

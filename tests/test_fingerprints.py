@@ -306,7 +306,6 @@ def test_a_later_format_is_refused(saved: Path) -> None:
         PeftModel.from_pretrained(build(), saved)
 
 
-@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing")  # pytest.warns gives on what it does not match
 @pytest.mark.parametrize("there", [torch.float32, torch.bfloat16])
 def test_another_dtype_is_recognised_and_told(tmp_path: Path, there: torch.dtype) -> None:
     here = torch.bfloat16 if there is torch.float32 else torch.float32

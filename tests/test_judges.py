@@ -24,20 +24,7 @@ from antipasto.tasks.task import Task, TaskError, is_exploit
 from antipasto.trl.judges import ask
 from antipasto.unchanged import unchanged
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*torch.utils.data.dataloader.*pin_memory.*"),
-    pytest.mark.filterwarnings("ignore:Could not find a config file.*"),
-]
-
-
-@pytest.fixture(autouse=True, scope="module")
-def _one_basis_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("basis")
-
-
-@pytest.fixture(autouse=True)
-def _use_it(_one_basis_cache: Path, _own_basis_cache: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ANTIPASTO_CACHE", str(_one_basis_cache))
+pytestmark = pytest.mark.usefixtures("shared_basis_cache")
 
 
 def rollouts(n: int = 4) -> dict[str, Any]:

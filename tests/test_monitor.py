@@ -23,12 +23,7 @@ from antipasto.routing.monitor import Monitor, at_origin, read_monitor
 from antipasto.routing.pairs import split_pairs
 from antipasto.tasks import addition
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*torch.utils.data.dataloader.*pin_memory.*"),
-    pytest.mark.filterwarnings("ignore:Could not find a config file.*"),
-    pytest.mark.filterwarnings("ignore:.*falling back to its reference PyTorch implementation.*"),
-]
-
+pytestmark = pytest.mark.usefixtures("shared_basis_cache")
 PAIRS = ap.load_pairs(addition.hack_pairs(24, seed=0))
 TEXTS = [
     ap.Completion("h12+34=", "046"),
@@ -37,19 +32,6 @@ TEXTS = [
     ap.Completion("h01+02=", "003?7", truncated=True),
     ap.Completion("h50+50=", "?"),
 ]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_basis_cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    with pytest.MonkeyPatch.context() as patch:
-        folder = tmp_path_factory.mktemp("basis")
-        patch.setenv("ANTIPASTO_CACHE", str(folder))
-        yield folder
-
-
-@pytest.fixture(autouse=True)
-def _use_it(_one_basis_cache: Path, _own_basis_cache: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ANTIPASTO_CACHE", str(_one_basis_cache))
 
 
 def adapted() -> PeftModel:
@@ -64,7 +46,7 @@ def scatter(model: nn.Module, seed: int = 0) -> None:
 
 
 @pytest.fixture(scope="module")
-def known(_one_basis_cache: Path) -> ap.Direction:
+def known() -> ap.Direction:
     return ap.extract_direction(adapted(), tokenizer(), PAIRS)
 
 

@@ -21,10 +21,6 @@ import antipasto as ap
 from antipasto.tasks import addition
 from antipasto.trl import RoutingCallback
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*torch.utils.data.dataloader.*pin_memory.*"),
-    pytest.mark.filterwarnings("ignore:Could not find a config file.*"),
-]
 GUIDE = Path(__file__).parents[1] / "docs" / "monitoring.md"
 BOTH = ["tensorboard", "trackio"]
 Rows = dict[int, dict[str, list[float]]]  # step → metric → what was reported of it at that step

@@ -22,10 +22,7 @@ from antipasto.app.watch.config import WatchConfig
 from antipasto.app.watch.sources import read_sources
 from antipasto.trl import RoutedGRPOTrainer
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*torch.utils.data.dataloader.*pin_memory.*"),
-    pytest.mark.filterwarnings("ignore:.*experimental feature.*"),
-]
+pytestmark = pytest.mark.filterwarnings("ignore:.*experimental feature.*")
 
 GROUP = 4
 CALL = '<tool_call>\n{"name": "add", "arguments": {"a": 1, "b": %d}}\n</tool_call><|im_end|>'

@@ -12,8 +12,6 @@ from torch import nn
 
 import antipasto as ap
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*falling back to its reference PyTorch implementation.*")
-
 
 def build(family: Family, dtype: torch.dtype = torch.float32, rank: int | None = None) -> nn.Module:
     model = get_peft_model(

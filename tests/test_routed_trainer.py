@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import math
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -26,29 +27,17 @@ from antipasto.evaluation import rollout_log
 from antipasto.tasks import addition
 from antipasto.trl.advantages import deployed_positions, group_advantages
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*torch.utils.data.dataloader.*pin_memory.*"),
-    pytest.mark.filterwarnings("ignore:Could not find a config file.*"),
-]
-
+pytestmark = pytest.mark.usefixtures("shared_basis_cache")
 SGD = {"optim": "sgd", "lr_scheduler_type": "constant", "learning_rate": 0.1, "max_grad_norm": 0.0}
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _one_basis_cache(tmp_path_factory: pytest.TempPathFactory) -> Any:
-    """All runs here are of one model; and accelerate's gc.collect at each begin need not go through all that is imported."""
+def _frozen() -> Iterator[None]:
+    """Accelerate's gc.collect at the begin of each run need not go through all that is imported."""
     gc.collect()
     gc.freeze()
-    with pytest.MonkeyPatch.context() as patch:
-        folder = tmp_path_factory.mktemp("basis")
-        patch.setenv("ANTIPASTO_CACHE", str(folder))
-        yield folder
+    yield
     gc.unfreeze()
-
-
-@pytest.fixture(autouse=True)
-def _use_it(_one_basis_cache: Path, _own_basis_cache: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("ANTIPASTO_CACHE", str(_one_basis_cache))
 
 
 def nobody(completions: list[str], **_: object) -> list[bool]:

@@ -17,8 +17,6 @@ import antipasto as ap
 from antipasto.adapter.rows import RowViews, batch_shape, per_token
 from antipasto.adapter.views import adapted_layers, mixed
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*falling back to its reference PyTorch implementation.*")
-
 DEPLOYED = torch.tensor([True, False, False, True])
 
 

@@ -171,7 +171,6 @@ HYBRIDS: dict[str, tuple[dict[str, object], set[str], list[str]]] = {
 }
 
 
-@pytest.mark.filterwarnings("ignore:.*is_gradient_checkpointing")  # pytest.warns gives on what it does not match
 @pytest.mark.parametrize("model_type", HYBRIDS)
 def test_the_default_adapts_what_it_can_and_says_what_it_leaves(model_type: str, tmp_path: Path) -> None:
     options, adapted, messages = HYBRIDS[model_type]

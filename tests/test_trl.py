@@ -19,11 +19,6 @@ import antipasto as ap
 from antipasto.tasks import addition
 from antipasto.trl import ProgressBar, RoutingCallback
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*torch.utils.data.dataloader.*pin_memory.*"),
-    pytest.mark.filterwarnings("ignore:Could not find a config file.*"),
-]
-
 
 def load() -> nn.Module:
     return AutoModelForCausalLM.from_pretrained(addition.model_path())

@@ -18,7 +18,6 @@ from two_processes import run
 from antipasto.routing.books import read_books
 from antipasto.tasks import addition
 
-pytestmark = pytest.mark.filterwarnings("ignore:.*torch.utils.data.dataloader.*pin_memory.*")
 TESTS = Path(__file__).parent
 # --multi_gpu is accelerate's word for processes on one machine; with ACCELERATE_USE_CPU they talk by gloo
 LAUNCH = f"{sys.executable} -m accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1".split()

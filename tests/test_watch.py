@@ -34,10 +34,6 @@ from antipasto.routing import monitor as monitors
 from antipasto.tasks import addition
 from antipasto.trl import RoutedGRPOTrainer
 
-pytestmark = [
-    pytest.mark.filterwarnings("ignore:.*torch.utils.data.dataloader.*pin_memory.*"),
-    pytest.mark.filterwarnings("ignore:Could not find a config file.*"),
-]
 run, succeeds, fails = (
     partial(function, "watch", columns=120)
     for function in (command_line.run, command_line.succeeds, command_line.fails)
