@@ -18,6 +18,13 @@ from antipasto.tasks import addition
 from antipasto.trl import RoutedGRPOTrainer
 
 GROUP = 8
+ON_CPU: dict[str, Any] = {
+    "bf16": False,
+    "use_cpu": True,
+    "report_to": "none",
+    "disable_tqdm": True,
+    "dataloader_pin_memory": False,
+}
 
 
 def load() -> nn.Module:
@@ -69,7 +76,7 @@ class Plain(Script):
     """TRL's own, scripted."""
 
 
-class _Kept(RoutedGRPOTrainer):
+class Kept(RoutedGRPOTrainer):
     """Keeps the generations that it made, as they were before TRL shuffled them."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -82,56 +89,53 @@ class _Kept(RoutedGRPOTrainer):
         return output
 
 
-class Routed(_Kept, Script):
+class Routed(Kept, Script):
     """Ours, scripted."""
 
 
-class Sampled(_Kept):
+class Sampled(Kept):
     """Ours, which samples."""
+
+
+def config_of(out: Path, **options: Any) -> GRPOConfig:
+    """Four steps of 2 prompts x 8 rollouts, with TRL's and the Trainer's defaults wherever possible."""
+    sizes = {"max_steps": 4, "per_device_train_batch_size": 2 * GROUP, "num_generations": GROUP}
+    rest = {"max_completion_length": 5, "learning_rate": 1e-2, "logging_steps": 1, "save_strategy": "no"}
+    return GRPOConfig(**{"output_dir": str(out), **ON_CPU, **sizes, **rest, **options})
 
 
 def make(
     out: Path,
     kind: type[GRPOTrainer] = Routed,
     *,
-    model: nn.Module | None = None,
+    model: nn.Module | str | None = None,
     config: dict[str, Any] | None = None,
     rewards: Callable[..., Any] | list[Callable[..., Any]] = addition.reward,
-    **routing: Any,
+    **options: Any,
 ) -> Any:
-    """Four steps of 2 prompts x 8 rollouts, with TRL's and the Trainer's defaults wherever possible."""
-    args = GRPOConfig(
-        output_dir=str(out),
-        **{
-            "max_steps": 4,
-            "per_device_train_batch_size": 2 * GROUP,
-            "num_generations": GROUP,
-            "max_completion_length": 5,
-            "learning_rate": 1e-2,
-            "beta": 0.0,
-            "bf16": False,
-            "use_cpu": True,
-            "report_to": "none",
-            "logging_steps": 1,
-            "save_strategy": "no",
-            "disable_tqdm": True,
-            "dataloader_pin_memory": False,
-            **(config or {}),
-        },
-    )
     prompts = [addition.prompt(kind, pair) for pair in addition.split("train")[:32] for kind in "hs"]
     trainer = kind(
         model=load() if model is None else model,
-        args=args,
+        args=config_of(out, **(config or {})),
         reward_funcs=rewards,
         train_dataset=Dataset.from_dict({"prompt": prompts, "serial": list(range(len(prompts)))}),
         eval_dataset=Dataset.from_dict({"prompt": prompts[:2]}),
         processing_class=tokenizer(),
-        peft_config=ap.AntiPastoConfig(),
-        **routing,
+        **{"peft_config": ap.AntiPastoConfig(), **options},
     )
     trainer.remove_callback(PrinterCallback)
     return trainer
+
+
+def trained(out: Path, *args: Any, **options: Any) -> Any:
+    """Made and trained at once: a trainer seeds everything when it is made."""
+    trainer = make(out, *args, **options)
+    trainer.train()
+    return trainer
+
+
+def known_hack(model: nn.Module) -> ap.Direction:
+    return ap.extract_direction(model, tokenizer(), ap.load_pairs(addition.hack_pairs(24, seed=0)))
 
 
 def flat(model: nn.Module, what: str) -> torch.Tensor:

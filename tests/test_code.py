@@ -891,28 +891,16 @@ def scripted(self: Any, prompt_ids: list[list[int]], *_: Any, **__: Any) -> tupl
 def test_trls_own_trainer_takes_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Reward and oracle of what it generates, with rows that went through Arrow and completions that are messages."""
     from datasets import Dataset
+    from scripted import config_of
     from test_multi_turn import model, tokenizer
-    from trl import GRPOConfig, GRPOTrainer
+    from trl import GRPOTrainer
 
     task = code_task.task("exit", train=PROBLEMS[:2], test=PROBLEMS[2:])
     monkeypatch.setattr(GRPOTrainer, "_generate_single_turn", scripted)
-    args = GRPOConfig(
-        output_dir=str(tmp_path),
-        max_steps=2,
-        per_device_train_batch_size=4,
-        num_generations=4,
-        max_completion_length=2000,
-        bf16=False,
-        use_cpu=True,
-        report_to="none",
-        save_strategy="no",
-        disable_tqdm=True,
-        logging_steps=1,
-        dataloader_pin_memory=False,
-    )
+    sizes = {"per_device_train_batch_size": 4, "num_generations": 4, "max_completion_length": 2000}
     trainer = GRPOTrainer(
         model=model(),
-        args=args,
+        args=config_of(tmp_path, max_steps=2, **sizes),
         reward_funcs=[task.reward_func(), task.reward_func("oracle")],
         train_dataset=Dataset.from_list(list(task.train)),
         processing_class=tokenizer(),

@@ -14,6 +14,7 @@ import torch.multiprocessing as mp
 from datasets import Dataset
 from families import FAMILIES, tokens
 from peft import PeftModel, get_peft_model
+from scripted import ON_CPU
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.distributed.tensor import DTensor
@@ -27,13 +28,9 @@ COMMON: dict[str, Any] = {
     "per_device_train_batch_size": 2,
     "max_steps": 3,
     "learning_rate": 0.05,
-    "report_to": "none",
-    "use_cpu": True,
-    "bf16": False,
     "save_strategy": "steps",
     "save_steps": 3,
-    "disable_tqdm": True,
-    "dataloader_pin_memory": False,
+    **ON_CPU,
 }
 
 

@@ -12,7 +12,7 @@ import torch
 from families import FAMILIES, tokens
 from lines import read_lines
 from peft import PeftModel, get_peft_model
-from scripted import GROUP, Plain, Routed, Sampled, claims_nothing, flat, load, make, tokenizer
+from scripted import GROUP, Plain, Routed, Sampled, claims_nothing, flat, load, make, tokenizer, trained
 from torch import nn
 from trl import GRPOTrainer
 
@@ -387,13 +387,6 @@ def test_a_file_that_is_none_is_refused_by_name(known: ap.Direction, tmp_path: P
 
 
 # ── in training ──────────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def trained(out: Path, *args: Any, **options: Any) -> Any:
-    """Made and trained at once: a trainer seeds everything when it is made."""
-    trainer = make(out, *args, **options)
-    trainer.train()
-    return trainer
 
 
 def judged(model: nn.Module) -> Monitor:

@@ -11,11 +11,11 @@ from typing import Any
 
 import pytest
 from command_line import MODEL, SMALL, TRAIN, fails, size, succeeds
-from datasets import Dataset
 from lines import read_lines
 from peft import get_peft_model
-from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainingArguments
-from trl import GRPOConfig, GRPOTrainer
+from scripted import ON_CPU, load, make, tokenizer
+from transformers import Trainer, TrainingArguments
+from trl import GRPOTrainer
 
 import antipasto as ap
 from antipasto.tasks import addition
@@ -127,15 +127,12 @@ def test_a_reporter_that_is_not_there_costs_a_line(tmp_path: Path) -> None:
 
 def options(out: Path, project: str) -> dict[str, Any]:
     return {
+        **ON_CPU,
         "output_dir": str(out),
         "max_steps": 3,
         "learning_rate": 1e-2,
-        "bf16": False,
-        "use_cpu": True,
         "logging_steps": 1,
         "save_strategy": "no",
-        "disable_tqdm": True,
-        "dataloader_pin_memory": False,
         "report_to": BOTH,
         "project": project,
         "run_name": "run",
@@ -143,8 +140,7 @@ def options(out: Path, project: str) -> dict[str, Any]:
 
 
 def router_of(model: Any) -> ap.Router:
-    tokenizer = AutoTokenizer.from_pretrained(MODEL)
-    v = ap.extract_direction(model, tokenizer, ap.load_pairs(addition.hack_pairs(8, seed=0)))
+    v = ap.extract_direction(model, tokenizer(), ap.load_pairs(addition.hack_pairs(8, seed=0)))
     return ap.Router(model, v, controls={"random": v.random(0)})
 
 
@@ -161,25 +157,14 @@ def reported_all(trainer: Trainer, out: Path, project: str) -> None:
 
 
 def test_trls_own_trainer_reports_the_routing(tmp_path: Path) -> None:
-    args = GRPOConfig(
-        **options(tmp_path, "grpo"), per_device_train_batch_size=8, num_generations=4, max_completion_length=5
-    )
-    prompts = [addition.prompt("h", pair) for pair in addition.split("train")[:16]]
-    trainer = GRPOTrainer(
-        model=MODEL,
-        args=args,
-        reward_funcs=addition.reward,
-        train_dataset=Dataset.from_dict({"prompt": prompts}),
-        peft_config=ap.AntiPastoConfig(),
-    )
+    trainer = make(tmp_path, GRPOTrainer, model=MODEL, config=options(tmp_path, "grpo"))
     reported_all(trainer, tmp_path, "grpo")
 
 
 def test_a_plain_trainer_reports_the_routing(tmp_path: Path) -> None:
-    tokenizer = AutoTokenizer.from_pretrained(MODEL)
-    rows = [tokenizer(addition.prompt("h", pair) + "!").input_ids for pair in addition.split("train")[:16]]
+    rows = [tokenizer()(addition.prompt("h", pair) + "!").input_ids for pair in addition.split("train")[:16]]
     trainer = Trainer(
-        model=get_peft_model(AutoModelForCausalLM.from_pretrained(MODEL), ap.AntiPastoConfig()),
+        model=get_peft_model(load(), ap.AntiPastoConfig()),
         args=TrainingArguments(**options(tmp_path, "plain")),
         train_dataset=[{"input_ids": row, "labels": row} for row in rows],
     )

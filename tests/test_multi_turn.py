@@ -10,17 +10,16 @@ import torch
 from datasets import Dataset
 from lines import read_lines, write_lines
 from peft import get_peft_model
+from scripted import Kept, config_of
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, PrinterCallback
-from trl import GRPOConfig
 from trl.chat_template_utils import qwen3_chat_template
 
 import antipasto as ap
 from antipasto.adapter.rollouts import TokenIds
 from antipasto.app.watch.config import WatchConfig
 from antipasto.app.watch.sources import read_sources
-from antipasto.trl import RoutedGRPOTrainer
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*experimental feature.*")
 
@@ -82,12 +81,8 @@ class Calculator:
         return add(a, b)
 
 
-class Scripted(RoutedGRPOTrainer):
-    """Does not sample: half of the rollouts call a tool first. Keeps what it generated, before TRL shuffles it."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.generations: list[dict[str, Tensor]] = []
+class Scripted(Kept):
+    """Does not sample: half of the rollouts call a tool first."""
 
     def _generate_single_turn(self, prompt_ids: list[list[int]], *_: Any, **__: Any) -> tuple[list[list[int]], None]:
         texts = []
@@ -95,11 +90,6 @@ class Scripted(RoutedGRPOTrainer):
             answered = "<tool_response>" in self.processing_class.decode(ids)
             texts.append("!<|im_end|>" if answered else CALL % place if place % 2 else "3<|im_end|>")
         return [self.processing_class(text).input_ids for text in texts], None
-
-    def _generate_and_score_completions(self, inputs: list[dict[str, Any]]) -> dict[str, Any]:
-        output = super()._generate_and_score_completions(inputs)
-        self.generations.append({key: v.clone() for key, v in output.items() if isinstance(v, Tensor)})
-        return output
 
 
 def monitor(of: nn.Module) -> ap.Monitor:
@@ -112,25 +102,11 @@ def question(b: int) -> list[dict[str, str]]:
 
 
 def trained(out: Path, beta: float, **options: Any) -> Any:
-    args = GRPOConfig(
-        output_dir=str(out),
-        max_steps=2,
-        per_device_train_batch_size=GROUP,
-        num_generations=GROUP,
-        max_completion_length=200,
-        learning_rate=1e-2,
-        beta=beta,
-        bf16=False,
-        use_cpu=True,
-        report_to="none",
-        save_strategy="no",
-        disable_tqdm=True,
-        dataloader_pin_memory=False,
-    )
+    sizes = {"per_device_train_batch_size": GROUP, "num_generations": GROUP, "max_completion_length": 200}
     trainer = Scripted(
         model=model(),
         peft_config=ap.AntiPastoConfig(cache_dir=None),
-        args=args,
+        args=config_of(out, max_steps=2, beta=beta, **sizes),
         reward_funcs=lambda completions, **_: [float(len(said) % 2) for said in completions],
         train_dataset=Dataset.from_list([{"prompt": question(b)} for b in range(8)]),
         processing_class=tokenizer(),

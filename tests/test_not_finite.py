@@ -7,15 +7,13 @@ from typing import Any
 
 import pytest
 import torch
-from datasets import Dataset
 from families import FAMILIES, tokens
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from scripted import make
 
 import antipasto as ap
-from antipasto.tasks import addition
-from antipasto.trl import GRPOConfig, RoutedGRPOTrainer
+from antipasto.trl import RoutedGRPOTrainer
 
 BAD = "model.layers.1.mlp.up_proj"
 
@@ -82,26 +80,10 @@ def test_a_scaler_that_skips_the_step_is_let_do_so() -> None:
 @pytest.mark.parametrize("routed", [True, False])
 def test_the_trainer_stops_before_the_step(tmp_path: Path, routed: bool) -> None:
     """Also where there is no router."""
-    path = addition.model_path()
-    trainer = RoutedGRPOTrainer(
-        model=AutoModelForCausalLM.from_pretrained(path),
-        args=GRPOConfig(
-            output_dir=str(tmp_path),
-            max_steps=3,
-            per_device_train_batch_size=4,
-            num_generations=4,
-            max_completion_length=3,
-            bf16=False,
-            use_cpu=True,
-            gradient_checkpointing=False,
-            dataloader_pin_memory=False,
-            report_to="none",
-            save_strategy="no",
-        ),
-        reward_funcs=lambda completions, **_: [float(number % 2) for number in range(len(completions))],
-        train_dataset=Dataset.from_list([{"prompt": addition.prompt("h", p)} for p in addition.split("train")[:8]]),
-        processing_class=AutoTokenizer.from_pretrained(path),
-        peft_config=ap.AntiPastoConfig(),
+    trainer = make(
+        tmp_path,
+        RoutedGRPOTrainer,
+        rewards=lambda completions, **_: [float(number % 2) for number in range(len(completions))],
         router=(lambda model: ap.Router(model, direction(model))) if routed else None,
     )
     ap.knobs(trainer.model)[BAD].delta_s.register_hook(lambda g: g * torch.nan)

@@ -15,7 +15,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from lines import read_lines
 from peft import get_peft_model
-from scripted import GROUP, Plain, Routed, Sampled, by_hash, claims_nothing, flat, load, make, says_known, tokenizer
+from scripted import (
+    GROUP,
+    Plain,
+    Routed,
+    Sampled,
+    by_hash,
+    claims_nothing,
+    flat,
+    known_hack,
+    load,
+    make,
+    says_known,
+    tokenizer,
+    trained,
+)
 from torch import nn
 from trl import GRPOTrainer
 
@@ -42,16 +56,6 @@ def _frozen() -> Iterator[None]:
 
 def nobody(completions: list[str], **_: object) -> list[bool]:
     return [False] * len(completions)
-
-
-def trained(out: Path, *args: Any, **options: Any) -> Any:
-    trainer = make(out, *args, **options)
-    trainer.train()
-    return trainer
-
-
-def known_hack(model: nn.Module) -> ap.Direction:
-    return ap.extract_direction(model, tokenizer(), ap.load_pairs(addition.hack_pairs(24, seed=0)))
 
 
 def load_adapted() -> nn.Module:

@@ -8,24 +8,16 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from datasets import Dataset
 from peft import PeftModel, get_peft_model
 from rich.console import Console
+from scripted import ON_CPU, known_hack, load, make, tokenizer
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer, Trainer, TrainerCallback, TrainingArguments
-from trl import GRPOConfig, GRPOTrainer
+from transformers import Trainer, TrainerCallback, TrainingArguments
+from trl import GRPOTrainer
 
 import antipasto as ap
 from antipasto.tasks import addition
 from antipasto.trl import ProgressBar, RoutingCallback
-
-
-def load() -> nn.Module:
-    return AutoModelForCausalLM.from_pretrained(addition.model_path())
-
-
-def tokenizer() -> object:
-    return AutoTokenizer.from_pretrained(addition.model_path())
 
 
 def logits(model: nn.Module) -> torch.Tensor:
@@ -34,42 +26,16 @@ def logits(model: nn.Module) -> torch.Tensor:
         return model(**ids).logits
 
 
-def grpo(out: Path, model: nn.Module, *, peft_config: ap.AntiPastoConfig | None, **options: object) -> GRPOTrainer:
-    """Four steps of 2 prompts x 8 rollouts, with TRL's and the Trainer's defaults wherever possible."""
-    args = GRPOConfig(
-        output_dir=str(out),
-        **{
-            "max_steps": 4,
-            "per_device_train_batch_size": 16,
-            "num_generations": 8,
-            "max_completion_length": 5,
-            "learning_rate": 1e-2,
-            "beta": 0.04,
-            "bf16": False,
-            "use_cpu": True,
-            "report_to": "none",
-            "logging_steps": 1,
-            "disable_tqdm": True,
-            "dataloader_pin_memory": False,
-            **options,
-        },
-    )
-    prompts = [addition.prompt("h", pair) for pair in addition.split("train")[:64]]
-    return GRPOTrainer(
-        model=model,
-        args=args,
-        reward_funcs=addition.reward,
-        train_dataset=Dataset.from_dict({"prompt": prompts}),
-        processing_class=tokenizer(),
-        peft_config=peft_config,
-    )
+def grpo(out: Path, **options: object) -> GRPOTrainer:
+    """TRL's own, with a KL term."""
+    return make(out, GRPOTrainer, config={"beta": 0.04, **options})
 
 
 @pytest.mark.parametrize("gradient_checkpointing", [True, False])
 def test_grpo_with_the_default_optimizer_changes_the_policy(tmp_path: Path, gradient_checkpointing: bool) -> None:
     """With W_θ kept while the fused AdamW writes, the knobs would move and the policy would not."""
     base = load()
-    trainer = grpo(tmp_path, load(), peft_config=ap.AntiPastoConfig(), gradient_checkpointing=gradient_checkpointing)
+    trainer = grpo(tmp_path, gradient_checkpointing=gradient_checkpointing)
     model = trainer.model
     assert trainer.args.optim == "adamw_torch_fused"
     assert torch.equal(logits(model), logits(base))
@@ -94,12 +60,12 @@ def test_grpo_with_the_default_optimizer_changes_the_policy(tmp_path: Path, grad
 
 
 def test_grpo_saves_checkpoints_that_load_and_continue(tmp_path: Path) -> None:
-    trainer = grpo(tmp_path, load(), peft_config=ap.AntiPastoConfig(), save_strategy="steps", save_steps=2)
+    trainer = grpo(tmp_path, save_strategy="steps", save_steps=2)
     trainer.train()
     loaded = PeftModel.from_pretrained(load(), tmp_path / "checkpoint-4")
     assert torch.equal(logits(loaded), logits(trainer.model))
 
-    again = grpo(tmp_path / "again", load(), peft_config=ap.AntiPastoConfig())
+    again = grpo(tmp_path / "again")
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-2"))
     assert again.state.global_step == 4
     assert torch.equal(logits(again.model), logits(trainer.model))
@@ -111,7 +77,7 @@ def test_grpo_from_a_trained_adapter_takes_that_adapter_as_its_reference(tmp_pat
     for layer in ap.knobs(model).values():
         layer.delta_s.data.normal_(std=0.05)
     before = logits(model)
-    trainer = grpo(tmp_path, model, peft_config=None)
+    trainer = make(tmp_path, GRPOTrainer, model=model, config={"beta": 0.04}, peft_config=None)
     assert set(model.peft_config) == {"default", "ref"}
     trainer.train()
     assert trainer.state.log_history[0]["kl"] == 0
@@ -132,14 +98,10 @@ def test_progress_bar_gives_the_terminal_back_after_an_exception() -> None:
 # ── routing ──────────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def known_hack(model: nn.Module) -> ap.Direction:
-    return ap.extract_direction(model, tokenizer(), ap.load_pairs(addition.hack_pairs(24, seed=0)))
-
-
 def routed(
     out: Path, *, resume_from: Path | None = None, reporter: TrainerCallback | None = None, **options: object
 ) -> tuple[GRPOTrainer, ap.Router]:
-    trainer = grpo(out, load(), peft_config=ap.AntiPastoConfig(), **options)
+    trainer = grpo(out, **options)
     if reporter is not None:
         trainer.add_callback(reporter)  # as report_to's are: there before the router is
     v = known_hack(trainer.model)
@@ -159,7 +121,7 @@ class Reporter(TrainerCallback):
 
 
 def test_routing_a_grpo_run(tmp_path: Path) -> None:
-    plain = grpo(tmp_path / "plain", load(), peft_config=ap.AntiPastoConfig())
+    plain = grpo(tmp_path / "plain")
     plain.train()
     reporter = Reporter()
     trainer, router = routed(tmp_path / "routed", reporter=reporter)
@@ -217,9 +179,8 @@ def test_going_back_to_the_best_checkpoint_is_no_write_that_is_warned_about(tmp_
     rows = [tokenizer()(addition.prompt("h", pair) + "!").input_ids for pair in addition.split("train")[:8]]
     best = {"load_best_model_at_end": True, "metric_for_best_model": "loss", "greater_is_better": True}
     every = {"eval_strategy": "steps", "eval_steps": 1, "save_strategy": "steps", "save_steps": 1}
-    rest = {"use_cpu": True, "report_to": "none", "disable_tqdm": True, "dataloader_pin_memory": False}
     data = [{"input_ids": row, "labels": row} for row in rows]
-    args = TrainingArguments(str(tmp_path), max_steps=3, learning_rate=1e-2, **best, **every, **rest)
+    args = TrainingArguments(str(tmp_path), max_steps=3, learning_rate=1e-2, **best, **every, **ON_CPU)
     trainer = Trainer(model=model, args=args, train_dataset=data, eval_dataset=data)
     RoutingCallback(router).install(trainer)
     trainer.train()
@@ -241,12 +202,9 @@ def test_routing_in_a_plain_trainer_with_accumulation(tmp_path: Path, level: str
                 gradient_accumulation_steps=accumulation,
                 max_steps=3,
                 learning_rate=1e-2,
-                use_cpu=True,
-                report_to="none",
-                disable_tqdm=True,
-                dataloader_pin_memory=False,
                 save_strategy="no",
                 data_seed=0,
+                **ON_CPU,
             ),
             train_dataset=[{"input_ids": row, "labels": row} for row in rows],
         )

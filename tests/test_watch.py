@@ -18,11 +18,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from command_line import MODEL
-from datasets import Dataset
 from lines import read_lines, write_lines
 from peft import LoraConfig
-from transformers import AutoModelForCausalLM, AutoTokenizer
-from trl import GRPOConfig, GRPOTrainer
+from scripted import Sampled, load, tokenizer, trained
+from trl import GRPOTrainer
 
 import antipasto as ap
 from antipasto.app.checks import find_files
@@ -32,7 +31,6 @@ from antipasto.app.watch.sources import read_index
 from antipasto.routing import directions
 from antipasto.routing import monitor as monitors
 from antipasto.tasks import addition
-from antipasto.trl import RoutedGRPOTrainer
 
 run, succeeds, fails = (
     partial(function, "watch", columns=120)
@@ -53,9 +51,9 @@ def monitor(pairs: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def fresh_monitor(pairs: Path) -> ap.Monitor:
-    model = AutoModelForCausalLM.from_pretrained(MODEL)
+    model = load()
     ap.wrap(model)
-    return ap.Monitor.from_pairs(model, AutoTokenizer.from_pretrained(MODEL), ap.load_pairs(pairs))
+    return ap.Monitor.from_pairs(model, tokenizer(), ap.load_pairs(pairs))
 
 
 def rows(steps: int = 12, each: int = 8) -> list[dict[str, Any]]:
@@ -81,6 +79,9 @@ def refused(*arguments: str | Path) -> str:
     return output
 
 
+SIX = {"max_steps": 6, "max_completion_length": 4, "temperature": 1.5}  # some are cut off
+
+
 def scores_of(out: Path) -> list[dict[str, Any]]:
     return read_lines(out / "scores.jsonl")
 
@@ -90,19 +91,11 @@ def scores_of(out: Path) -> list[dict[str, Any]]:
 
 def test_scores_are_those_of_the_training_that_logged_them(pairs: Path, monitor: Path, tmp_path: Path) -> None:
     log = tmp_path / "rollouts.jsonl"
-    tokenizer = AutoTokenizer.from_pretrained(MODEL)
-    RoutedGRPOTrainer(
-        monitor=lambda model: ap.Monitor.load(monitor, model, tokenizer),
-        flagged="penalty",
-        oracle=addition.oracle,
-        rollout_log=log,
-        model=AutoModelForCausalLM.from_pretrained(MODEL),
-        args=config(tmp_path / "routed"),
-        reward_funcs=addition.reward,
-        train_dataset=dataset(),
-        processing_class=tokenizer,
-        peft_config=ap.AntiPastoConfig(),
-    ).train()
+    options: dict[str, Any] = {
+        "monitor": lambda model: ap.Monitor.load(monitor, model, tokenizer()),
+        "flagged": "penalty",
+    }
+    trained(tmp_path / "routed", Sampled, config=SIX, oracle=addition.oracle, rollout_log=log, **options)
     logged = read_lines(log)
     assert len(logged) == 6 * 16
     assert any(row["truncated"] for row in logged), "of these the text alone says too little"
@@ -124,40 +117,18 @@ def test_so_are_those_of_a_lora_run_of_plain_trl(pairs: Path, monitor: Path, tmp
         expected.extend(scores.tolist())
         return addition.reward(prompts=prompts, completions=completions)
 
-    GRPOTrainer(
-        model=MODEL,
-        args=config(tmp_path / "lora", log_completions=True, learning_rate=3e-3),
-        reward_funcs=reward,
-        train_dataset=dataset(),
+    trained(
+        tmp_path / "lora",
+        GRPOTrainer,
+        config={**SIX, "log_completions": True, "learning_rate": 3e-3},
+        rewards=reward,
         peft_config=LoraConfig(r=8, target_modules="all-linear"),
-    ).train()
+    )
     files = tmp_path / "lora" / "completions" / "completions_*.parquet"
     succeeds(MODEL, "--monitor", monitor, "--rollouts", files, "--max-tokens", "4")
     found = scores_of(files.parent / "watch")
     assert [row["score"] for row in found] == pytest.approx(expected, abs=1e-5)
     assert {row["step"] for row in found} == set(range(1, 7))
-
-
-def config(folder: Path, **more: Any) -> GRPOConfig:
-    options = {"learning_rate": 1e-2, **more}
-    return GRPOConfig(
-        str(folder),
-        max_steps=6,
-        logging_steps=1,
-        per_device_train_batch_size=16,
-        num_generations=8,
-        max_completion_length=4,  # some are cut off
-        bf16=False,
-        report_to="none",
-        save_strategy="no",
-        use_cpu=True,
-        temperature=1.5,
-        **options,
-    )
-
-
-def dataset() -> Dataset:
-    return Dataset.from_dict({"prompt": [addition.prompt("h", pair) for pair in addition.split("train")[:64]]})
 
 
 def test_columns_by_name_and_what_is_nested(monitor: Path, tmp_path: Path) -> None:
@@ -419,8 +390,7 @@ def test_a_full_disk_costs_a_line_and_nothing_else(pairs: Path, tmp_path: Path) 
 
 def test_texts_of_a_model_stay_text(monitor: Path, tmp_path: Path) -> None:
     hostile = '<script>alert(1)</script><img src=x onerror="alert(1)">\u202e'
-    tokenizer = AutoTokenizer.from_pretrained(MODEL)
-    ids = tokenizer("12", add_special_tokens=False)["input_ids"]
+    ids = tokenizer()("12", add_special_tokens=False)["input_ids"]
     row = {"prompt": "h12+34=", "completion": hostile, "completion_ids": ids, "step": 0}
     log = write_lines(tmp_path / "<b>.jsonl", [row])
     page = watch(MODEL, [log], monitor=monitor).page.read_text()
