@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
+from two_layers import flat, loss_of, make_direction, make_model, step, theta, trainable
 
 import antipasto as ap
 from antipasto.routing.probing import RoutingWarning, reads_values
 
-SIZES = (6, 5)  # r of the two layers
 Make = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 
 OPTIMIZERS: dict[str, Make] = {
@@ -25,58 +25,13 @@ OPTIMIZERS: dict[str, Make] = {
 }
 
 
-def make_model() -> nn.Module:
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, 5))
-    ap.wrap(model, ap.AntiPastoConfig(target_modules=["0", "2"], cache_dir=None))
-    return model
-
-
-def make_direction(seed: int = 0) -> ap.Direction:
-    generator = torch.Generator().manual_seed(seed)
-    effect = {name: torch.randn(r, generator=generator) for name, r in zip("02", SIZES, strict=True)}
-    return ap.Direction({name: t / t.norm() for name, t in effect.items()}, effect=effect)
-
-
-def trainable(model: nn.Module) -> list[nn.Parameter]:
-    return [p for p in model.parameters() if p.requires_grad]
-
-
-def flat(model: nn.Module, what: str) -> torch.Tensor:
-    return torch.cat([getattr(layer, what).detach().clone() for layer in ap.knobs(model).values()])
-
-
-def theta(model: nn.Module) -> torch.Tensor:
-    return flat(model, "delta_s") + flat(model, "delta_s_hack")
-
-
-def loss_of(model: nn.Module, seed: int) -> torch.Tensor:
-    generator = torch.Generator().manual_seed(seed)
-    x, y = torch.randn(8, 8, generator=generator), torch.randn(8, 5, generator=generator)
-    return (model(x) - y).square().sum() / 8
-
-
-def backward(router: ap.Router, seed: int, scale: Callable[[torch.Tensor], torch.Tensor] = lambda loss: loss) -> None:
-    scale(loss_of(router.model, seed)).backward()
-
-
 def make_router(model: nn.Module) -> ap.Router:
     return ap.Router(model, make_direction(), threshold=0.3)
 
 
-@pytest.fixture(params=OPTIMIZERS)
-def routed(request: pytest.FixtureRequest) -> Iterator[tuple[ap.Router, torch.optim.Optimizer]]:
-    model = make_model()
-    optimizer, router = OPTIMIZERS[request.param](trainable(model)), make_router(model)
-    with router.attach(optimizer):
-        yield router, optimizer
-
-
 def routed_steps(router: ap.Router, optimizer: torch.optim.Optimizer, seeds: Iterable[int]) -> None:
     for seed in seeds:
-        optimizer.zero_grad()
-        backward(router, seed)
-        optimizer.step()
+        step(router.model, optimizer, seed)
 
 
 def knobs_after(name: str, seeds: Iterable[int]) -> torch.Tensor:
@@ -109,7 +64,7 @@ def test_under_a_scaler_the_run_is_the_one_without_and_a_skipped_step_was_never_
         for i in range(5):
             optimizer.zero_grad(set_to_none=set_to_none)
             too_much = torch.inf if i == overflow_at else 1.0
-            backward(router, i, lambda loss, c=too_much: scaler.scale(loss) * c)
+            (scaler.scale(loss_of(model, i)) * too_much).backward()
             if unscaled_before:
                 scaler.unscale_(optimizer)
             before = both(model)
@@ -147,53 +102,48 @@ def test_at_gradient_level_a_scaler_changes_nothing(fused: bool) -> None:
 # ── after errors ─────────────────────────────────────────────────────────────────────────────────────────────────────
 
 
-def test_a_refused_step_moves_nothing_also_at_the_end(request: pytest.FixtureRequest) -> None:
-    for name in OPTIMIZERS:
-        model = make_model()
-        optimizer, router = OPTIMIZERS[name](trainable(model)), make_router(model)
-        with router.attach(optimizer):
-            routed_steps(router, optimizer, range(3))
-            before = both(model)
-            optimizer.zero_grad()
-            backward(router, 3)
-            ap.knobs(model)["2"].delta_s.grad[1] = torch.nan
-            with pytest.raises(ValueError, match="the gradient of 2 has a NaN or Inf in it"):
-                optimizer.step()
-            assert torch.equal(both(model), before)
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_refused_step_moves_nothing_also_at_the_end(name: str) -> None:
+    model = make_model()
+    optimizer, router = OPTIMIZERS[name](trainable(model)), make_router(model)
+    with router.attach(optimizer):
+        routed_steps(router, optimizer, range(3))
+        before = both(model)
+        optimizer.zero_grad()
+        loss_of(model, 3).backward()
+        ap.knobs(model)["2"].delta_s.grad[1] = torch.nan
+        with pytest.raises(ValueError, match="the gradient of 2 has a NaN or Inf in it"):
+            optimizer.step()
         assert torch.equal(both(model), before)
-        assert router.steps == 3
-        with router.attach(optimizer):  # and the run goes on as if it had not been
-            routed_steps(router, optimizer, [3])
-        torch.testing.assert_close(both(model), knobs_after(name, range(4)), atol=1e-6, rtol=1e-3)
+    assert torch.equal(both(model), before)
+    assert router.steps == 3
+    with router.attach(optimizer):  # and the run goes on as if it had not been
+        routed_steps(router, optimizer, [3])
+    torch.testing.assert_close(both(model), knobs_after(name, range(4)), atol=1e-6, rtol=1e-3)
 
 
-def test_a_step_that_fails_before_it_moved_anything_moves_nothing(
-    routed: tuple[ap.Router, torch.optim.Optimizer],
-) -> None:
-    router, optimizer = routed
-    routed_steps(router, optimizer, range(2))
-    before = both(router.model)
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_a_step_that_fails_before_it_moved_anything_moves_nothing(name: str) -> None:
+    model = make_model()
+    optimizer, router = OPTIMIZERS[name](trainable(model)), make_router(model)
 
     def fail() -> float:
         raise KeyboardInterrupt
 
-    optimizer.zero_grad()
-    backward(router, 2)
-    with pytest.raises(KeyboardInterrupt):
-        optimizer.step(fail)
-    failing = optimizer.register_step_pre_hook(lambda *_: fail())  # somebody else's, after the router's own
-    with pytest.raises(KeyboardInterrupt):
+    with router.attach(optimizer):
+        routed_steps(router, optimizer, range(2))
+        before = both(model)
+        optimizer.zero_grad()
+        loss_of(model, 2).backward()
+        with pytest.raises(KeyboardInterrupt):
+            optimizer.step(fail)
+        failing = optimizer.register_step_pre_hook(lambda *_: fail())  # somebody else's, after the router's own
+        with pytest.raises(KeyboardInterrupt):
+            optimizer.step()
+        failing.remove()
         optimizer.step()
-    failing.remove()
-    optimizer.step()
-    name = next(name for name, make in OPTIMIZERS.items() if _same(make, optimizer))
-    torch.testing.assert_close(both(router.model), knobs_after(name, range(3)), atol=1e-6, rtol=1e-3)
-    assert not torch.equal(both(router.model), before)
-
-
-def _same(make: Make, optimizer: torch.optim.Optimizer) -> bool:
-    other = make(trainable(make_model()))
-    return type(other) is type(optimizer) and other.defaults == optimizer.defaults
+        torch.testing.assert_close(both(model), knobs_after(name, range(3)), atol=1e-6, rtol=1e-3)
+        assert not torch.equal(both(model), before)
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
@@ -259,7 +209,7 @@ def test_what_a_closures_gradient_says_is_what_is_measured() -> None:
     measured = []
     for closed in (False, True):
         model = make_model()
-        optimizer, router = OPTIMIZERS["SGD"](trainable(model)), ap.Router(model, make_direction(2))
+        optimizer, router = OPTIMIZERS["SGD"](trainable(model)), ap.Router(model, make_direction(seed=1))
 
         def closure(model: nn.Module = model, optimizer: Any = optimizer) -> torch.Tensor:
             optimizer.zero_grad()
@@ -379,9 +329,7 @@ def plain_and_routed(make: Make, steps: int = 20) -> tuple[torch.Tensor, torch.T
     with router.attach(ours):
         for i in range(steps):
             for each, optimizer in ((model, ours), (plain, theirs)):
-                optimizer.zero_grad()
-                loss_of(each, i).backward()
-                optimizer.step()
+                step(each, optimizer, i)
     assert flat(model, "delta_s_hack").any()
     return theta(model), flat(plain, "delta_s")
 
@@ -420,9 +368,7 @@ def test_where_theta_is_not_to_be_the_plain_runs_nothing_is_said(options: dict[s
     optimizer = torch.optim.Adafactor(trainable(model), lr=0.1)
     with ap.Router(model, make_direction(), **options).attach(optimizer):
         for i in range(4):
-            optimizer.zero_grad()
-            loss_of(model, i).backward()
-            optimizer.step()
+            step(model, optimizer, i)
 
 
 def test_trying_it_out_leaves_no_trace() -> None:
@@ -438,9 +384,7 @@ def test_trying_it_out_leaves_no_trace() -> None:
     optimizer = Noisy(trainable(model), lr=0.1, momentum=0.9)
     torch.optim.lr_scheduler.ConstantLR(optimizer)  # replaces the optimizer's step
     for i in range(3):
-        optimizer.zero_grad()
-        loss_of(model, i).backward()
-        optimizer.step()
+        step(model, optimizer, i)
     kept = [p.detach().clone() for p in trainable(model)], [p.grad.clone() for p in trainable(model)]
     momenta = [optimizer.state[p]["momentum_buffer"].clone() for p in trainable(model)]
     draws = torch.get_rng_state()
@@ -486,9 +430,7 @@ def test_a_step_that_calls_its_base_classs_has_quarantine_once() -> None:
     with router.attach(optimizer):
         for i in range(5):
             before = flat(model, "delta_s")
-            optimizer.zero_grad()
-            loss_of(model, i).backward()
-            optimizer.step()
+            step(model, optimizer, i)
             moved = flat(model, "delta_s") - before
             assert moved.any()
             assert not ((t.abs() > 0.1) & (t * moved < 0)).any()
@@ -505,9 +447,7 @@ def test_knobs_written_to_outside_of_a_step_are_warned_about_once(mode: Any) -> 
         warnings.simplefilter("always")
         for i in range(13):
             assert len(said) == (i > 5)
-            optimizer.zero_grad()
-            loss_of(model, i).backward()
-            optimizer.step()
+            step(model, optimizer, i)
     assert "its delta_s was written to outside of a step, by up to" in str(said[0].message)
     assert "(optimizer SGD)" in str(said[0].message)
 
@@ -524,9 +464,7 @@ def test_knobs_written_to_after_the_last_step_are_warned_about(mode: Any, kind: 
         warnings.simplefilter("always")
         with ap.Router(model, make_direction(), mode=mode).attach(optimizer):
             for i in range(4):
-                optimizer.zero_grad()
-                loss_of(model, i).backward()
-                optimizer.step()
+                step(model, optimizer, i)
             if kind != "sync":
                 optimizer.eval()
             if kind == "stop":
@@ -541,9 +479,7 @@ def test_a_swap_that_is_taken_back_is_no_write() -> None:
     optimizer = OPTIMIZERS["SGD"](trainable(model))
     with ap.Router(model, make_direction()).attach(optimizer):
         for i in range(4):
-            optimizer.zero_grad()
-            loss_of(model, i).backward()
-            optimizer.step()
+            step(model, optimizer, i)
             for p in trainable(model):  # weights for an evaluation, and back, up to rounding
                 p.data.add_(0.1)
                 p.data.sub_(0.1)

@@ -12,28 +12,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from two_layers import SIZES, flat, make_direction, make_model, step, theta, trainable
 
 import antipasto as ap
 from antipasto.routing.books import OWN_BOOK
 
-SIZES = (6, 5)  # r of the two layers
 GATES = ["coordinate", "one_sided"]
-
-
-def make_model(seed: int = 0) -> nn.Module:
-    torch.manual_seed(seed)
-    model = nn.Sequential(nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, 5))
-    ap.wrap(model, ap.AntiPastoConfig(target_modules=["0", "2"], cache_dir=None))
-    return model
-
-
-def make_direction(k: int = 1, seed: int = 0) -> ap.Direction:
-    generator = torch.Generator().manual_seed(seed)
-    rows = {
-        name: torch.linalg.qr(torch.randn(r, k, generator=generator)).Q.T for name, r in zip("02", SIZES, strict=True)
-    }
-    effect = {name: torch.randn(r, generator=generator) for name, r in zip("02", SIZES, strict=True)}
-    return ap.Direction(rows, effect=effect)
 
 
 class SignStep(torch.optim.Optimizer):
@@ -62,31 +46,6 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     "RMSprop": lambda p, lr=0.02, m=0.5: torch.optim.RMSprop(p, lr=lr, momentum=m),
     "sign": lambda p, lr=0.02, m=0.9: SignStep(p, lr=lr, beta=m),
 }
-
-
-def trainable(model: nn.Module) -> list[nn.Parameter]:
-    return [p for p in model.parameters() if p.requires_grad]
-
-
-def step(
-    model: nn.Module, optimizer: torch.optim.Optimizer, seed: int, micro: int = 1, clip: float | None = None
-) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    x, y = torch.randn(8, 8, generator=generator), torch.randn(8, 5, generator=generator)
-    optimizer.zero_grad()
-    for part_x, part_y in zip(x.chunk(micro), y.chunk(micro), strict=True):
-        ((model(part_x) - part_y).square().sum() / 8).backward()
-    if clip is not None:
-        nn.utils.clip_grad_norm_(trainable(model), clip)
-    optimizer.step()
-
-
-def flat(model: nn.Module, what: str) -> torch.Tensor:
-    return torch.cat([getattr(layer, what).detach() for layer in ap.knobs(model).values()])
-
-
-def theta(model: nn.Module) -> torch.Tensor:
-    return flat(model, "delta_s") + flat(model, "delta_s_hack")
 
 
 def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int = 12, **options: object) -> None:
