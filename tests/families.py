@@ -9,9 +9,18 @@ import torch
 import transformers
 from torch import nn
 
+import antipasto as ap
+
 VOCABULARY = 32
-_COMMON = {"vocab_size": VOCABULARY, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
-_HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 4}
+SIZES = {"vocab_size": VOCABULARY, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2}
+HEADS = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 4}
+LINEAR_ATTENTION = {
+    "layer_types": ["linear_attention", "full_attention"],
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 2,
+    "linear_key_head_dim": 4,
+    "linear_value_head_dim": 4,
+}
 
 
 @dataclass(frozen=True)
@@ -33,24 +42,16 @@ class Family:
 _ATTENTION_MLP = frozenset(["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "gate_proj", "down_proj"])
 
 FAMILIES = {
-    "llama": Family("LlamaForCausalLM", "LlamaConfig", {**_COMMON, **_HEADS}, _ATTENTION_MLP),
-    "qwen3": Family("Qwen3ForCausalLM", "Qwen3Config", {**_COMMON, **_HEADS}, _ATTENTION_MLP),
+    "llama": Family("LlamaForCausalLM", "LlamaConfig", {**SIZES, **HEADS}, _ATTENTION_MLP),
+    "qwen3": Family("Qwen3ForCausalLM", "Qwen3Config", {**SIZES, **HEADS}, _ATTENTION_MLP),
     "qwen3_5": Family(
         "Qwen3_5ForCausalLM",
         "Qwen3_5TextConfig",
-        {
-            **_COMMON,
-            **_HEADS,
-            "layer_types": ["linear_attention", "full_attention"],
-            "linear_num_key_heads": 2,
-            "linear_num_value_heads": 2,
-            "linear_key_head_dim": 4,
-            "linear_value_head_dim": 4,
-        },
+        {**SIZES, **HEADS, **LINEAR_ATTENTION},
         _ATTENTION_MLP | {"in_proj_qkv", "in_proj_z", "in_proj_a", "in_proj_b", "out_proj"},
     ),
     "gemma": Family(
-        "Gemma3ForCausalLM", "Gemma3TextConfig", {**_COMMON, **_HEADS, "query_pre_attn_scalar": 4}, _ATTENTION_MLP
+        "Gemma3ForCausalLM", "Gemma3TextConfig", {**SIZES, **HEADS, "query_pre_attn_scalar": 4}, _ATTENTION_MLP
     ),
     "gpt2": Family(
         "GPT2LMHeadModel",
@@ -65,3 +66,23 @@ FAMILIES = {
 def tokens(batch: int = 3, length: int = 7, seed: int = 1) -> torch.Tensor:
     """Random ids (batch, length)."""
     return torch.randint(0, VOCABULARY, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+def randomise(model: nn.Module, std: float = 0.1, seed: int = 0, adapter_name: str | None = None) -> None:
+    """Numbers in both knobs of every layer."""
+    generator = torch.Generator().manual_seed(seed)
+    for layer in ap.knobs(model, adapter_name=adapter_name).values():
+        for knob in (layer.delta_s, layer.delta_s_hack):
+            if knob is not None:
+                knob.data.copy_(torch.randn(knob.shape, generator=generator) * std)
+
+
+def logits(model: nn.Module, ids: torch.Tensor | None = None) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=tokens() if ids is None else ids).logits
+
+
+def losses(model: nn.Module, ids: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
+    """Minus the log-probability of every sequence, (b,)."""
+    logprobs = ap.token_logprobs(model(input_ids=ids, attention_mask=mask, use_cache=False).logits, ids)
+    return -(logprobs if mask is None else logprobs * mask[:, 1:]).sum(-1)

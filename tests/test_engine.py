@@ -14,9 +14,10 @@ from typing import Any
 
 import pytest
 import torch
+from families import randomise
 from peft import get_peft_model
 from scripted import GROUP, Sampled, claims_nothing, load, make, tokenizer
-from torch import Tensor, nn
+from torch import Tensor
 from trl.generation import vllm_generation
 
 import antipasto as ap
@@ -107,13 +108,6 @@ def connected(trainer: Any, mode: str, monkeypatch: pytest.MonkeyPatch) -> Engin
     return engine
 
 
-def scatter(model: nn.Module) -> None:
-    generator = torch.Generator().manual_seed(0)
-    for layer in ap.knobs(model).values():
-        layer.delta_s.data.copy_(torch.randn(layer.r, generator=generator) * 0.1)
-        layer.delta_s_hack.data.copy_(torch.randn(layer.r, generator=generator) * 0.2)
-
-
 @pytest.mark.parametrize("mode", ["server", "colocate"])
 @pytest.mark.parametrize("fraction", [0.0, 0.5], ids=["one policy", "two policies"])
 def test_what_the_engine_samples_is_what_is_trained(
@@ -123,7 +117,7 @@ def test_what_the_engine_samples_is_what_is_trained(
     steps = 2
     config = {"max_steps": steps, "beta": 0.04}  # with a KL term, TRL computes the policy's own log-probabilities
     trainer = make(tmp_path, Sampled, config=config, router=claims_nothing, deploy_fraction=fraction)
-    scatter(trainer.model)
+    randomise(trainer.model)
     base = {n: p.clone() for n, p in trainer.model.named_parameters() if "delta" not in n}
     engine = connected(trainer, mode, monkeypatch)
     trainer.train()
@@ -146,7 +140,7 @@ def test_the_engine_gets_every_weight_once_by_its_own_name(
 ) -> None:
     """In bf16 too, where a sum and a difference would drift: 50 times merged, sent and unmerged."""
     model = get_peft_model(load().to(torch.bfloat16), ap.AntiPastoConfig()).eval()
-    scatter(model)
+    randomise(model)
     before = copy.deepcopy(model.state_dict())
     monkeypatch.setattr(vllm_generation.VLLMGeneration, "_init_vllm", lambda self: None)
     trainer = make(tmp_path, Sampled, router=claims_nothing)

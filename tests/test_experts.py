@@ -13,11 +13,14 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import families
 import peft
 import pytest
 import torch
 import transformers
 from accelerate.hooks import ModelHook, add_hook_to_module
+from families import HEADS, LINEAR_ATTENTION, SIZES, logits, losses
+from families import tokens as ids
 from peft import PeftModel, get_peft_model
 from rich.console import Console
 from safetensors.torch import load_file
@@ -40,23 +43,7 @@ from antipasto.tasks import addition
 
 IMPLEMENTATIONS = ("eager", "batched_mm", "grouped_mm")
 EXPERTS = 4
-COMMON = {
-    "vocab_size": 32,
-    "hidden_size": 16,
-    "intermediate_size": 24,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 4,
-    "num_experts_per_tok": 2,
-}
-LINEAR_ATTENTION = {
-    "layer_types": ["linear_attention", "full_attention"],
-    "linear_num_key_heads": 2,
-    "linear_num_value_heads": 2,
-    "linear_key_head_dim": 4,
-    "linear_value_head_dim": 4,
-}
+COMMON = {**SIZES, **HEADS, "num_experts_per_tok": 2}
 FAMILIES: dict[str, dict[str, Any]] = {
     "mixtral": {"num_local_experts": EXPERTS},
     "qwen3_moe": {"num_experts": EXPERTS, "moe_intermediate_size": 24},
@@ -72,6 +59,7 @@ WRITTEN_TARGETS = r".*\.q_proj|.*\.experts\.(gate_up|down)_proj\.\d+"
 UP, DOWN = (f"model.layers.1.mlp.experts.{leaf}_proj" for leaf in ("gate_up", "down"))
 PAIRS = ap.load_pairs(addition.hack_pairs(6, seed=0))
 STD = 0.2
+randomise = functools.partial(families.randomise, std=STD)
 
 
 def build(family: str = "mixtral", implementation: str = "grouped_mm", dtype: torch.dtype = torch.float32) -> nn.Module:
@@ -127,13 +115,6 @@ def written(family: str = "mixtral", **options: Any) -> nn.Module:
     return model
 
 
-def randomise(model: nn.Module, seed: int = 0, std: float = STD) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    for layer in ap.knobs(model).values():
-        for knob in (layer.delta_s, layer.delta_s_hack):
-            knob.data.copy_(torch.randn(knob.shape, generator=generator) * std)
-
-
 def pair(family: str = "mixtral", implementation: str = "grouped_mm", **options: Any) -> tuple[nn.Module, nn.Module]:
     """A model with fused experts, and the same with Linears, with the same numbers in their knobs."""
     model, reference = fused(family, implementation, **options), written(family, **options)
@@ -171,19 +152,6 @@ def assert_same(got: dict[str, torch.Tensor], want: dict[str, torch.Tensor], tol
             got[name], one, rtol=tolerance, atol=tolerance * scale, msg=lambda m, name=name: f"{name}: {m}"
         )
         assert scale > 0, f"{name} does not take part"
-
-
-def ids(batch: int = 3, length: int = 7, seed: int = 1) -> torch.Tensor:
-    return torch.randint(0, 32, (batch, length), generator=torch.Generator().manual_seed(seed))
-
-
-def logits(model: nn.Module, tokens: torch.Tensor | None = None) -> torch.Tensor:
-    with torch.no_grad():
-        return model(input_ids=ids() if tokens is None else tokens).logits
-
-
-def losses(model: nn.Module, tokens: torch.Tensor) -> torch.Tensor:
-    return -ap.token_logprobs(model(input_ids=tokens, use_cache=False).logits, tokens).sum(-1)
 
 
 def gradients(model: nn.Module, tokens: torch.Tensor | None = None) -> dict[str, torch.Tensor]:
@@ -539,7 +507,7 @@ def test_a_one_sided_gate_routes_along_the_stacks_row() -> None:
 
 def adapted(family: str = "mixtral", seed: int = 0, **options: Any) -> PeftModel:
     model = get_peft_model(build(family), ap.AntiPastoConfig(target_modules=TARGETS, **options))
-    randomise(model, seed)
+    randomise(model, seed=seed)
     return model
 
 

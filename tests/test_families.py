@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from families import FAMILIES, Family, tokens
+from families import FAMILIES, Family, randomise, tokens
 from peft import get_peft_model
 from torch import nn
 
@@ -22,14 +22,6 @@ def family(request: pytest.FixtureRequest) -> Family:
 
 def config(family: Family, **options: object) -> ap.AntiPastoConfig:
     return ap.AntiPastoConfig(target_modules=family.target_modules, **options)  # type: ignore[arg-type]
-
-
-def randomise(knobs: dict[str, ap.LayerKnobs], std: float = 0.05, seed: int = 0) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for layer in knobs.values():
-            for knob in (layer.delta_s, layer.delta_s_hack):
-                knob.copy_(torch.randn(layer.r, generator=generator) * std)
 
 
 def with_weights_written_out(base: nn.Module, knobs: dict[str, ap.LayerKnobs]) -> dict[str, torch.Tensor]:
@@ -54,7 +46,7 @@ def test_zero_is_the_base_model(family: Family) -> None:
 def test_model_and_its_gradient_are_the_formulas(family: Family, rank: int | None) -> None:
     model, base = family.build(dtype=torch.float64), family.build(dtype=torch.float64)
     knobs = ap.wrap(model, config(family, rank=rank))
-    randomise(knobs)
+    randomise(model, 0.05)
     ids = tokens()
     logits = model(input_ids=ids).logits
     reference = torch.func.functional_call(
@@ -76,7 +68,7 @@ def test_model_and_its_gradient_are_the_formulas(family: Family, rank: int | Non
 def test_gradcheck_of_every_kind_of_layer_on_its_own_inputs(family: Family) -> None:
     model = family.build(dtype=torch.float64)
     knobs = ap.wrap(model, config(family))
-    randomise(knobs)
+    randomise(model, 0.05)
     one_of_each = {name.rpartition(".")[2]: layer for name, layer in knobs.items()}
     inputs = {}
     handles = [
@@ -149,8 +141,8 @@ def test_trainable_parameters_are_exactly_the_delta_s_of_the_targets(family: Fam
 
 def test_generation_with_a_cache_uses_the_knobs(family: Family) -> None:
     model = family.build()
-    knobs = ap.wrap(model, config(family))
-    randomise(knobs, std=1.0)
+    ap.wrap(model, config(family))
+    randomise(model, 1.0)
     ids = tokens(2, 4)
     options = {"max_new_tokens": 6, "do_sample": False, "pad_token_id": 0, "eos_token_id": None}
     out = model.generate(ids, **options)
@@ -165,7 +157,7 @@ def test_generation_with_a_cache_uses_the_knobs(family: Family) -> None:
 def test_gradient_checkpointing(family: Family, use_reentrant: bool) -> None:
     def gradients(checkpointing: bool) -> dict[str, torch.Tensor]:
         model = get_peft_model(family.build(), config(family))
-        randomise(ap.knobs(model))
+        randomise(model, 0.05)
         model.train()
         if checkpointing:
             model.enable_input_require_grads()

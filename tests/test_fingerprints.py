@@ -9,10 +9,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import families
 import frozen
 import pytest
 import torch
-from families import FAMILIES, tokens
+from families import FAMILIES
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import PeftModel, get_peft_model
@@ -199,8 +200,7 @@ def trained(model: nn.Module, **options: Any) -> PeftModel:
 
 
 def logits(model: nn.Module) -> Tensor:
-    with torch.no_grad():
-        return model(tokens()).logits.float()
+    return families.logits(model).float()
 
 
 def tune(model: nn.Module) -> nn.Module:

@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from families import FAMILIES, tokens
+from families import FAMILIES, logits, randomise, tokens
 from peft import get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from torch import nn
 
@@ -21,16 +21,8 @@ def build(*, wrapped_by: str = "wrap") -> nn.Module:
         ap.wrap(model)
     else:
         model = get_peft_model(model, ap.AntiPastoConfig())
-    generator = torch.Generator().manual_seed(0)
-    for layer in ap.knobs(model).values():
-        layer.delta_s.data.copy_(torch.randn(layer.r, generator=generator) * 0.1)
-        layer.delta_s_hack.data.copy_(torch.randn(layer.r, generator=generator) * 0.1)
+    randomise(model)
     return model
-
-
-def logits(model: nn.Module) -> torch.Tensor:
-    with torch.no_grad():
-        return model(input_ids=tokens()).logits
 
 
 def snapshot(model: nn.Module) -> dict[str, tuple[torch.Tensor, int, int]]:

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from families import FAMILIES, tokens
+from families import FAMILIES, randomise, tokens
 from lines import read_lines
 from peft import PeftModel, get_peft_model
 from scripted import GROUP, Plain, Routed, Sampled, claims_nothing, flat, load, make, tokenizer, trained
@@ -36,13 +36,6 @@ TEXTS = [
 
 def adapted() -> PeftModel:
     return get_peft_model(load(), ap.AntiPastoConfig()).eval()
-
-
-def scatter(model: nn.Module, seed: int = 0) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    for layer in ap.knobs(model).values():
-        for knob in (layer.delta_s, layer.delta_s_hack):
-            knob.data.copy_(torch.randn(layer.r, generator=generator) * 0.3)
 
 
 @pytest.fixture(scope="module")
@@ -88,7 +81,7 @@ def test_every_familys_gradient_is_that_at_knobs_of_zero(family: str) -> None:
         for rows, gradients, _ in monitor.gradients(sequences, batch_size=3)
         for i, n in zip(rows, gradients, strict=True)
     }
-    scatter(model)
+    randomise(model, 0.3)
     again = {
         i: n
         for rows, gradients, _ in monitor.gradients(sequences, batch_size=3)
@@ -111,7 +104,7 @@ class Turned:
 
     def __init__(self) -> None:
         self.model = adapted()
-        scatter(self.model)
+        randomise(self.model, 0.3)
 
     def off(self) -> AbstractContextManager[None]:
         return self.model.disable_adapter()
@@ -123,7 +116,7 @@ class Turned:
     def other_active(self) -> AbstractContextManager[None]:
         self.model.add_adapter("other", ap.AntiPastoConfig(rank=4))
         self.model.set_adapter("other")
-        scatter(self.model, 1)
+        randomise(self.model, 0.3, seed=1)
         return nullcontext()
 
     def merged(self) -> AbstractContextManager[None]:
@@ -297,7 +290,7 @@ def test_between_held_out_clean_texts_and_hacks(rule: Rule, share: float, said: 
 def test_the_direction_is_the_references_whatever_the_knobs_are() -> None:
     model = adapted()
     expected = Monitor.from_pairs(model, tokenizer(), PAIRS)
-    scatter(model)
+    randomise(model, 0.3)
     found = Monitor.from_pairs(model.train(), tokenizer(), PAIRS)
     assert all(torch.equal(t, expected.direction.effect[name]) for name, t in found.direction.effect.items())
     assert found.threshold == expected.threshold
@@ -322,7 +315,7 @@ def test_a_false_alarm_rate_on_the_starts_own_answers() -> None:
     model = adapted()
     prompts = [addition.prompt("h", pair) for pair in addition.split("train")[:200]]
     own = own_answers(model, tokenizer(), prompts, Sampling(5, seed=1))
-    scatter(model)
+    randomise(model, 0.3)
     monitor = Monitor.from_pairs(model, tokenizer(), PAIRS, own=own, false_alarms=0.05)
     flagged = monitor.flags(own).float().mean()
     assert monitor.calibration is not None
@@ -337,7 +330,7 @@ def test_the_starts_own_answers_are_the_references_with_their_tokens() -> None:
     model = adapted()
     prompts = [addition.prompt("s", pair) for pair in addition.split("train")[:40]]
     expected = own_answers(model, tokenizer(), prompts, Sampling(3, seed=1))
-    scatter(model)
+    randomise(model, 0.3)
     found = own_answers(model, tokenizer(), prompts, Sampling(3, seed=1))
     assert found == expected
     eos = tokenizer().eos_token_id
@@ -368,7 +361,7 @@ def test_saved_and_loaded_it_is_the_same(tmp_path: Path) -> None:
     model = adapted()
     monitor = Monitor.from_pairs(model, tokenizer(), PAIRS, own=TEXTS)
     monitor.save(tmp_path / "monitor")
-    scatter(model)
+    randomise(model, 0.3)
     again = Monitor.load(tmp_path / "monitor", model, tokenizer())
     assert (again.threshold, again.calibration) == (monitor.threshold, monitor.calibration)
     assert torch.equal(again.scores(TEXTS), monitor.scores(TEXTS))
@@ -510,7 +503,7 @@ def test_options_that_make_no_sense_together(tmp_path: Path, options: dict[str, 
 
 def test_in_the_reference_the_context_leaves_nothing_behind() -> None:
     model = adapted()
-    scatter(model)
+    randomise(model, 0.3)
     model.train()
     before = model(input_ids=torch.tensor([[3, 4, 5]])).logits
     with pytest.raises(RuntimeError, match="inside"), at_origin(model):

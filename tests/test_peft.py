@@ -13,7 +13,7 @@ from pathlib import Path
 import peft
 import pytest
 import torch
-from families import FAMILIES, tokens
+from families import FAMILIES, logits, randomise, tokens
 from peft import PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from torch import nn
@@ -32,19 +32,6 @@ def build(seed: int = 0, dtype: torch.dtype = torch.float32, **options: object) 
     model = get_peft_model(FAMILIES["llama"].build(seed, dtype), ap.AntiPastoConfig(**options))  # type: ignore[arg-type]
     randomise(model)
     return model
-
-
-def randomise(model: nn.Module, adapter_name: str | None = None, seed: int = 0) -> None:
-    generator = torch.Generator().manual_seed(seed)
-    for layer in ap.knobs(model, adapter_name=adapter_name).values():
-        for knob in (layer.delta_s, layer.delta_s_hack):
-            if knob is not None:
-                knob.data.copy_(torch.randn(layer.r, generator=generator) * 0.1)
-
-
-def logits(model: nn.Module) -> torch.Tensor:
-    with torch.no_grad():
-        return model(input_ids=tokens()).logits
 
 
 BASE = FAMILIES["llama"].build()
@@ -148,7 +135,7 @@ def test_without_autocast_the_adapter_is_of_its_layers_dtype(tmp_path: Path, low
     assert {k.dtype for layer in _layers(model).values() for k in layer.knobs("second")} == {torch.float32}
     model(input_ids=tokens()).logits.float().logsumexp(-1).mean().backward()
     assert all(layer.knobs("default")[0].grad.isfinite().all() for layer in _layers(model).values())
-    randomise(model, "default")
+    randomise(model, adapter_name="default")
     for layer in _layers(model).values():  # the sum is not of bf16 terms
         assert layer.get_delta_weight("default").dtype == torch.float32
     model.save_pretrained(tmp_path)
@@ -184,7 +171,7 @@ def test_adapters_come_and_go_and_share_one_basis(monkeypatch: pytest.MonkeyPatc
     trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
     assert trainable == {f"base_model.model.{name}.delta_s.second.weight" for name in ap.knobs(model)}
 
-    randomise(model, "second", seed=1)
+    randomise(model, seed=1, adapter_name="second")
     second = logits(model)
     model.base_model.set_adapter(["default", "second"])
     both = logits(model)
@@ -210,7 +197,7 @@ def test_a_larger_rank_second_keeps_the_first(tmp_path: Path) -> None:
     model.add_adapter("second", ap.AntiPastoConfig())
     torch.testing.assert_close(logits(model), first)
     model.set_adapter("second")
-    randomise(model, "second", seed=1)
+    randomise(model, seed=1, adapter_name="second")
     fresh = get_peft_model(FAMILIES["llama"].build(), ap.AntiPastoConfig())
     randomise(fresh, seed=1)
     assert torch.equal(logits(model), logits(fresh))
@@ -219,7 +206,7 @@ def test_a_larger_rank_second_keeps_the_first(tmp_path: Path) -> None:
 def test_two_active_adapters_are_the_sum_of_their_thetas() -> None:
     model = build(rank=3)
     model.add_adapter("second", ap.AntiPastoConfig(target_modules=["q_proj"], rank=5))
-    randomise(model, "second", seed=1)
+    randomise(model, seed=1, adapter_name="second")
     model.base_model.set_adapter(["default", "second"])
     layer = _layers(model)["model.layers.0.self_attn.q_proj"]
     x = torch.randn(2, 16)
@@ -264,7 +251,7 @@ def test_the_config_is_the_callers_own() -> None:
 def test_a_weighted_sum_of_adapters_is_exact(tmp_path: Path) -> None:
     model = build(rank=3)
     model.add_adapter("second", ap.AntiPastoConfig(target_modules=["q_proj", "up_proj"], rank=5, quarantine=False))
-    randomise(model, "second", seed=1)
+    randomise(model, seed=1, adapter_name="second")
     model.add_weighted_adapter(["default", "second"], [0.5, -2.0], "sum")
     assert not any(p.requires_grad for n, p in model.named_parameters() if ".sum." in n)
     for layer in _layers(model).values():
@@ -389,7 +376,7 @@ def test_peft_lora_drifts_where_this_does_not() -> None:
 def test_merging_and_unmerging_in_any_order_gives_back_the_weights() -> None:
     model = build(dtype=torch.bfloat16)
     model.add_adapter("second", ap.AntiPastoConfig(rank=4))
-    randomise(model, "second", seed=1)
+    randomise(model, seed=1, adapter_name="second")
     bases = {name: weight_digest(layer.base_layer.weight) for name, layer in _layers(model).items()}
     rng = random.Random(0)
     for _ in range(60):

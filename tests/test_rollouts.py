@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from families import FAMILIES, Family, tokens
+from families import FAMILIES, Family, losses, tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import get_peft_model
@@ -21,12 +21,6 @@ def build(family: Family, dtype: torch.dtype = torch.float32, rank: int | None =
     for layer in ap.knobs(model).values():
         layer.delta_s.data.copy_(torch.randn(layer.r, generator=generator) * 0.05)
     return model
-
-
-def losses(model: nn.Module, ids: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
-    """One number per sequence, (b,)."""
-    logprobs = ap.token_logprobs(model(input_ids=ids, attention_mask=mask, use_cache=False).logits, ids)
-    return -(logprobs if mask is None else logprobs * mask[:, 1:]).sum(-1)
 
 
 def one_by_one(model: nn.Module, ids: torch.Tensor, mask: torch.Tensor | None = None) -> dict[str, torch.Tensor]:

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from families import FAMILIES, tokens
+from families import FAMILIES, losses, randomise, tokens
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import get_peft_model
@@ -20,20 +20,10 @@ from antipasto.adapter.views import adapted_layers, mixed
 DEPLOYED = torch.tensor([True, False, False, True])
 
 
-def scatter(model: nn.Module, seed: int = 0, scale: float = 0.3) -> None:
-    """Numbers in both knobs of every adapter."""
-    generator = torch.Generator().manual_seed(seed)
-    for layer in adapted_layers(model).values():
-        for name in layer.r:
-            for knob in layer.knobs(name):
-                assert knob is not None
-                knob.data.copy_(torch.randn(len(knob), generator=generator) * scale)
-
-
 def build(family: str = "llama", rank: int | None = None) -> nn.Module:
     shape = FAMILIES[family]
     model = get_peft_model(shape.build(), ap.AntiPastoConfig(target_modules=shape.target_modules, rank=rank))
-    scatter(model)
+    randomise(model, 0.3)
     return model
 
 
@@ -46,11 +36,6 @@ def left_padded(batch: int = 4, length: int = 6) -> tuple[torch.Tensor, torch.Te
 
 def logits(model: nn.Module, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     return model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-
-
-def losses(model: nn.Module, ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
-    """One number per sequence, (b,)."""
-    return -(ap.token_logprobs(logits(model, ids, mask), ids) * mask[:, 1:]).sum(-1)
 
 
 @contextmanager
@@ -109,7 +94,8 @@ def test_two_adapters_of_different_rank(ranks: tuple[int, int]) -> None:
     model, (ids, mask) = build(rank=ranks[0]), left_padded()
     model.add_adapter("second", ap.AntiPastoConfig(rank=ranks[1]))
     model.base_model.set_adapter(["default", "second"])
-    scatter(model)
+    for name in ("default", "second"):
+        randomise(model, 0.3, adapter_name=name)
     want = separately(model, ids, mask)
     with torch.no_grad(), rows_of(model, DEPLOYED):
         assert_real_tokens(logits(model, ids, mask), want, mask)
@@ -176,7 +162,7 @@ def test_part_by_part_and_then_from_the_start(parts: list[int], deployed: list[b
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 3))
     ap.wrap(model, ap.AntiPastoConfig(target_modules=["0"], cache_dir=None))
-    scatter(model)
+    randomise(model, 0.3)
     x, who = torch.randn(n, 4), torch.tensor(deployed[:n])
     trained = model(x)
     with ap.deployed(model):
@@ -190,7 +176,7 @@ def test_part_by_part_and_then_from_the_start(parts: list[int], deployed: list[b
 
 def test_generate_gives_every_row_its_own_policys_tokens() -> None:
     model, (ids, mask) = build(), left_padded()
-    scatter(model, seed=3, scale=1.5)  # far enough from the base model that the policies disagree
+    randomise(model, 1.5, seed=3)  # far enough from the base model that the policies disagree
     options = {"max_new_tokens": 8, "do_sample": False, "use_cache": True, "pad_token_id": 0, "eos_token_id": None}
 
     def sample() -> torch.Tensor:
@@ -219,7 +205,7 @@ class Flattening(nn.Module):
 def test_flattened_tokens_know_their_row() -> None:
     model = Flattening()
     ap.wrap(model, ap.AntiPastoConfig(target_modules=["inner"], cache_dir=None))
-    scatter(model)
+    randomise(model, 0.3)
     x = torch.randn(4, 5, 4)
     trained = model(x)
     with ap.deployed(model):

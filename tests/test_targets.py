@@ -9,7 +9,7 @@ import peft
 import pytest
 import torch
 import transformers
-from families import FAMILIES
+from families import FAMILIES, HEADS, LINEAR_ATTENTION, SIZES
 from torch import nn
 
 import antipasto as ap
@@ -109,38 +109,26 @@ def test_stacked_experts() -> None:
         ap.wrap(model, ap.AntiPastoConfig(target_modules=["good_proj", "down_proj"]))
 
 
-SMALL = {
-    "vocab_size": 32,
-    "hidden_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-}
+SMALL: dict[str, object] = {**SIZES, **HEADS}
 MAMBA = {"mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 8, "mamba_n_groups": 1, "mamba_chunk_size": 8}
 ATTENTION = {"q_proj", "k_proj", "v_proj", "o_proj"}
 MLP = {"gate_proj", "up_proj", "down_proj"}
 # model type → options, what the default adapts, what its warning says
 HYBRIDS: dict[str, tuple[dict[str, object], set[str], list[str]]] = {
     "falcon_h1": (
-        SMALL | MAMBA | {"intermediate_size": 24, "mamba_d_ssm": 32},
+        SMALL | MAMBA | {"mamba_d_ssm": 32},
         ATTENTION | MLP,
         [r"2 × out_proj \(the fused kernels of falcon_h1 models"],
     ),
     "bamba": (
-        SMALL | MAMBA | {"intermediate_size": 24, "attn_layer_indices": [1]},
+        SMALL | MAMBA | {"attn_layer_indices": [1]},
         ATTENTION | MLP,
         [r"1 × out_proj \(the fused kernels of bamba models"],
     ),
     "qwen3_next": (
         SMALL
+        | LINEAR_ATTENTION
         | {
-            "intermediate_size": 24,
-            "head_dim": 4,
-            "layer_types": ["linear_attention", "full_attention"],
-            "linear_num_key_heads": 2,
-            "linear_num_value_heads": 2,
-            "linear_key_head_dim": 4,
-            "linear_value_head_dim": 4,
             "num_experts": 4,
             "num_experts_per_tok": 2,
             "moe_intermediate_size": 8,
@@ -154,8 +142,6 @@ HYBRIDS: dict[str, tuple[dict[str, object], set[str], list[str]]] = {
         | {
             "layers_block_type": ["mamba", "attention", "moe", "mlp"],
             "num_hidden_layers": 4,
-            "intermediate_size": 24,
-            "head_dim": 4,
             "ssm_state_size": 8,
             "mamba_num_heads": 4,
             "mamba_head_dim": 8,
