@@ -63,28 +63,6 @@ def test_pairs_from_a_file_a_list_and_a_dataset(tmp_path: Path) -> None:
     assert ap.load_pairs([{"prompt": chat, "hack": "b", "clean": "c"}])[0].prompt == chat
 
 
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ("{", "line 2: not JSON"),
-        ('"text"', "line 2: expected an object.*got str"),
-        ('{"prompt": "a", "hack": "b"}', r"line 2: no field 'clean'; there are \['hack', 'prompt'\]"),
-        ('{"prompt": "a", "hack": 3, "clean": "c"}', "line 2: field 'hack' must be a text or a list of texts, got int"),
-        ('{"prompt": "a", "hack": "", "clean": "c"}', "line 2: field 'hack' is empty"),
-        ('{"prompt": "a", "hack": "c", "clean": "c"}', "line 2: fields 'hack' and 'clean' are the same"),
-        ('{"prompt": ["a"], "hack": "b", "clean": "c"}', "line 2: a chat in 'prompt' must be"),
-        ('{"prompt": [], "hack": "b", "clean": "c"}', "line 2: a chat in 'prompt' must be"),
-        ('{"prompt": null, "hack": "b", "clean": "c"}', "line 2: field 'prompt' must be a text, got NoneType"),
-    ],
-)
-def test_a_bad_row_names_file_line_and_field(tmp_path: Path, line: str, message: str) -> None:
-    path = tmp_path / "pairs.jsonl"
-    path.write_text('{"prompt": "a", "hack": "b", "clean": "c"}\n' + line)
-    with pytest.raises(ValueError, match=message) as error:
-        ap.load_pairs(path)
-    assert str(path) in str(error.value)
-
-
 def test_line_separators_inside_texts_are_no_new_lines(tmp_path: Path) -> None:
     row = {"prompt": "a\u2028b", "hack": "c\u0085d", "clean": "e"}
     (tmp_path / "pairs.jsonl").write_text(json.dumps(row, ensure_ascii=False) + "\r\n", encoding="utf-8")
@@ -107,21 +85,6 @@ def nll(model: nn.Module, tokenizer: object, prompt: str, completion: str, *, me
     ids = torch.tensor([ids])
     logprobs = ap.token_logprobs(model(ids).logits, ids)[0, len(prompt_ids) - 1 :]
     return -(logprobs.mean() if mean else logprobs.sum())
-
-
-@pytest.mark.parametrize("length_normalise", [True, False])
-def test_differences_are_those_of_the_definition(model: nn.Module, tokenizer: object, length_normalise: bool) -> None:
-    pairs = PAIRS[:5]
-    got = pair_differences(model, tokenizer, pairs, length_normalise=length_normalise, batch_size=3)
-    knobs = ap.knobs(model)
-    deltas = [layer.delta_s for layer in knobs.values()]
-    for n, pair in enumerate(pairs):
-        hack, clean = (
-            torch.autograd.grad(nll(model, tokenizer, pair.prompt, text, mean=length_normalise), deltas)
-            for text in (pair.hack, pair.clean)
-        )
-        for name, h, c in zip(knobs, hack, clean, strict=True):
-            torch.testing.assert_close(got[name][n], h - c, atol=1e-5, rtol=1e-3)
 
 
 def test_extraction_leaves_the_model_alone(model: nn.Module, tokenizer: object) -> None:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import faulthandler
 from collections.abc import Iterator
 from pathlib import Path
@@ -117,16 +116,6 @@ def test_device_map_puts_the_knobs_where_their_layer_is(tmp_path: Path) -> None:
     )
     with pytest.raises(ValueError, match=r"model\.layers\.1\..* is a target, but cannot be adapted: .*offloaded"):
         ap.wrap(offloaded)
-
-
-def test_torch_save_of_a_whole_model(tmp_path: Path) -> None:
-    model = get_peft_model(FAMILIES["llama"].build(), ap.AntiPastoConfig())
-    for layer in ap.knobs(model).values():
-        layer.delta_s.data.fill_(0.1)
-    torch.save(model, tmp_path / "model.pt")
-    loaded = torch.load(tmp_path / "model.pt", weights_only=False)
-    assert torch.equal(loaded(tokens()).logits, model(tokens()).logits)
-    assert torch.equal(copy.deepcopy(model)(tokens()).logits, model(tokens()).logits)
 
 
 # ── FSDP2 ────────────────────────────────────────────────────────────────────────────────────────────────────────────

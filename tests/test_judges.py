@@ -16,7 +16,6 @@ import torch
 from lines import read_lines
 from scripted import GROUP, Routed, Sampled, by_hash, claims_nothing, flat, make
 
-import antipasto as ap
 from antipasto.app.inspection import rollouts_parts
 from antipasto.app.report.rollouts import read_rollouts
 from antipasto.tasks import addition
@@ -395,18 +394,3 @@ def test_a_penalty_is_on_the_weighted_total(
     half = (total + 2.0) / 2
     want = torch.tensor([half] * (GROUP // 2) + [-half] * (GROUP // 2)).repeat(2)
     torch.testing.assert_close(generation["advantages"], want)
-
-
-# ── and the run's end ────────────────────────────────────────────────────────────────────────────────────────────────
-
-
-def test_a_run_that_fails_lets_go_of_the_optimizer(tmp_path: Path) -> None:
-    def broken(completions: list[str], **_: object) -> list[bool]:
-        raise KeyboardInterrupt
-
-    trainer = make(tmp_path, router=claims_nothing, detector=broken)
-    with pytest.raises(KeyboardInterrupt):
-        trainer.train()
-    optimizer = torch.optim.SGD([layer.delta_s for layer in ap.knobs(trainer.model).values()], lr=0.1)
-    with trainer.router.attach(optimizer):
-        pass

@@ -489,7 +489,6 @@ def test_the_depth_of_a_score_is_between_clean_and_hack() -> None:
             "needs a monitor calibrated on pairs",
         ),
         ({"monitor": judged, "detector": lambda **_: []}, "by a detector or by a monitor: give only one"),
-        ({"flagged": "penalty"}, "needs a detector or a monitor"),
         (
             {"monitor": lambda m: Monitor(m, tokenizer(), judged(m).direction), "flagged": "watch"},
             "This monitor has no threshold yet",

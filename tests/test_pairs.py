@@ -68,23 +68,32 @@ def test_either_side_may_be_a_list(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"hack": [], "clean": "c"}, "field 'hack' is empty"),
-        ({"hack": "b", "clean": []}, "field 'clean' is empty"),
-        ({"hack": "b", "clean": ["c", ""]}, "field 'clean' is empty"),
-        ({"hack": ["b", 3], "clean": "c"}, "field 'hack' must be a text or a list of texts, got int"),
-        ({"hack": "b", "clean": [["c"]]}, "field 'clean' must be a text or a list of texts, got list"),
-        ({"hack": "b", "clean": {"c": 1}}, "field 'clean' must be a text or a list of texts, got dict"),
-        ({"hack": None, "clean": "c"}, "field 'hack' must be a text or a list of texts, got NoneType"),
-        ({"hack": ["b", "c"], "clean": "c"}, "fields 'hack' and 'clean' are the same text, 'c'"),
+        ("text", "expected an object.*got str"),
+        ({"clean": ...}, r"no field 'clean'; there are \['hack', 'prompt'\]"),
+        ({"prompt": ["a"]}, "a chat in 'prompt' must be"),
+        ({"prompt": []}, "a chat in 'prompt' must be"),
+        ({"prompt": None}, "field 'prompt' must be a text, got NoneType"),
+        ({"hack": 3}, "field 'hack' must be a text or a list of texts, got int"),
+        ({"hack": None}, "field 'hack' must be a text or a list of texts, got NoneType"),
+        ({"hack": ["b", 3]}, "field 'hack' must be a text or a list of texts, got int"),
+        ({"clean": [["c"]]}, "field 'clean' must be a text or a list of texts, got list"),
+        ({"clean": {"c": 1}}, "field 'clean' must be a text or a list of texts, got dict"),
+        ({"hack": ""}, "field 'hack' is empty"),
+        ({"hack": []}, "field 'hack' is empty"),
+        ({"clean": []}, "field 'clean' is empty"),
+        ({"clean": ["c", ""]}, "field 'clean' is empty"),
+        ({"hack": "c"}, "fields 'hack' and 'clean' are the same text, 'c'"),
+        ({"hack": ["b", "c"]}, "fields 'hack' and 'clean' are the same text, 'c'"),
         ({"hack": ["b", "c"], "clean": ["d", "b"]}, "fields 'hack' and 'clean' are the same text, 'b'"),
     ],
 )
-def test_a_bad_list_names_file_line_and_field(tmp_path: Path, row: dict[str, Any], message: str) -> None:
+def test_a_bad_row_names_file_line_and_field(tmp_path: Path, row: Any, message: str) -> None:
     good = {"prompt": "a", "hack": "b", "clean": "c"}
-    path = write_lines(tmp_path / "pairs.jsonl", [good, {"prompt": "a", **row}])
-    with pytest.raises(ValueError, match=message) as error:
+    bad = {k: v for k, v in {**good, **row}.items() if v is not ...} if isinstance(row, dict) else row
+    path = write_lines(tmp_path / "pairs.jsonl", [good, bad])
+    with pytest.raises(ValueError, match=f"line 2: {message}") as error:
         ap.load_pairs(path)
-    assert f"{path}, line 2: " in str(error.value)
+    assert str(path) in str(error.value)
 
 
 def test_a_byte_order_mark_is_no_part_of_the_first_line(tmp_path: Path) -> None:

@@ -23,7 +23,6 @@ import antipasto as ap
 from antipasto.adapter import AntiPastoLinear
 from antipasto.adapter.basis import decompose
 from antipasto.adapter.fingerprints import weight_digest
-from antipasto.adapter.functional import spectral_linear_reference
 from antipasto.adapter.layer import as_matrix
 
 
@@ -203,21 +202,6 @@ def test_a_larger_rank_second_keeps_the_first(tmp_path: Path) -> None:
     assert torch.equal(logits(model), logits(fresh))
 
 
-def test_two_active_adapters_are_the_sum_of_their_thetas() -> None:
-    model = build(rank=3)
-    model.add_adapter("second", ap.AntiPastoConfig(target_modules=["q_proj"], rank=5))
-    randomise(model, seed=1, adapter_name="second")
-    model.base_model.set_adapter(["default", "second"])
-    layer = _layers(model)["model.layers.0.self_attn.q_proj"]
-    x = torch.randn(2, 16)
-    theta = torch.zeros(5)
-    for name in ("default", "second"):
-        delta_s, hack = layer.knobs(name)
-        theta[: len(delta_s)] += delta_s.detach() + hack.detach()
-    U, _, Vh = layer.basis
-    torch.testing.assert_close(layer(x), spectral_linear_reference(x, layer.base_layer.weight, None, U, Vh, theta))
-
-
 UNMERGES = "Adapter cannot be set when the model is merged. Unmerging"  # PEFT's words, and what LoRA does
 
 
@@ -308,17 +292,6 @@ def _layers(model: nn.Module) -> dict[str, AntiPastoLinear]:
 
 
 # ── disabling, merging, unloading ────────────────────────────────────────────────────────────────────────────────────
-
-
-def test_disable_adapter_is_the_base_model() -> None:
-    model = build()
-    trained = logits(model)
-    with model.disable_adapter():
-        assert torch.equal(logits(model), logits(BASE))
-    assert torch.equal(logits(model), trained)
-    model.merge_adapter()
-    with model.disable_adapter():
-        assert torch.equal(logits(model), logits(BASE))
 
 
 @pytest.mark.parametrize("family", ["llama", "gpt2"])
@@ -430,13 +403,6 @@ def test_merge_and_unload_leaves_a_plain_model(family: str) -> None:
     assert not any(isinstance(module, AntiPastoLinear) for module in plain.modules())
     assert set(plain.state_dict()) == set(FAMILIES[family].build().state_dict())
     torch.testing.assert_close(logits(plain), adapted, atol=1e-5, rtol=1e-5)
-
-
-def test_unload_gives_back_the_base_model() -> None:
-    model = build()
-    base = model.unload()
-    assert not any(isinstance(module, AntiPastoLinear) for module in base.modules())
-    assert torch.equal(logits(base), logits(BASE))
 
 
 def test_delta_weight_is_what_merging_adds_and_becomes_an_exact_lora() -> None:
