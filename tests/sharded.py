@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import faulthandler
 import warnings
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock, patch
 
 import torch
+from processes import process_group
 from scripted import load, tokenizer
 from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule, fully_shard
@@ -189,11 +189,5 @@ def everything(rank: int | None, folder: Path) -> dict[str, Any]:
 
 
 def child(rank: int, folder: str) -> None:
-    faulthandler.dump_traceback_later(150, exit=True)
-    torch.set_num_threads(1)
-    store = torch.distributed.FileStore(f"{folder}/rendezvous", 2)
-    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
-    torch.save(everything(rank, Path(folder)), f"{folder}/{rank}.pt")
-    torch.distributed.barrier()
-    torch.distributed.destroy_process_group()
-    faulthandler.cancel_dump_traceback_later()
+    with process_group(rank, folder):
+        torch.save(everything(rank, Path(folder)), f"{folder}/{rank}.pt")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import multiprocessing
 import os
 import shutil
 import warnings
@@ -15,6 +14,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from processes import at_once
 from safetensors.torch import load_file, save_file
 
 from antipasto.adapter import basis as module
@@ -391,30 +391,6 @@ def test_a_file_appears_under_its_name_only_when_it_is_whole_and_on_disk(
     assert seen == [(False, path.stat().st_size)]
 
 
-def _load_when_told(folder: str, start: object, results: object) -> None:
-    original = module.decompose
-    calls = []
-    module.decompose = lambda weight: (calls.append(1), original(weight))[1]
-    start.wait()  # type: ignore[attr-defined]
-    basis = load_basis(random_weight(300, 200), cache_dir=folder)
-    results.put((len(calls), basis.S.sum().item()))  # type: ignore[attr-defined]
-
-
-@pytest.mark.slow
-def test_processes_that_want_the_same_weight_end_with_one_good_file(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("spawn")
-    start, results = context.Barrier(4), context.Queue()
-    workers = [context.Process(target=_load_when_told, args=(str(tmp_path), start, results)) for _ in range(4)]
-    for worker in workers:
-        worker.start()
-    answers = [results.get(timeout=120) for _ in workers]
-    for worker in workers:
-        worker.join()
-    assert sorted(calls for calls, _ in answers) == [0, 0, 0, 1]  # one computed, the others waited for its file
-    assert len({total for _, total in answers}) == 1
-    assert [p.name for p in tmp_path.iterdir()] == [f"{weight_digest(random_weight(300, 200))}.safetensors"]
-
-
 # ── what a file holds ────────────────────────────────────────────────────────────────────────────────────────────────
 
 
@@ -598,17 +574,8 @@ def _load_part_when_told(folder: str, rank: int | None, start: Any, results: Any
 
 @pytest.mark.slow
 def test_processes_that_want_different_parts_of_one_weight_at_once(tmp_path: Path) -> None:
-    weight, context = random_weight(300, 200), multiprocessing.get_context("spawn")
-    start, results = context.Barrier(4), context.Queue()
-    workers = [
-        context.Process(target=_load_part_when_told, args=(str(tmp_path), rank, start, results))
-        for rank in (64, None, 64, None)
-    ]
-    for worker in workers:
-        worker.start()
-    answers = [results.get(timeout=120) for _ in workers]
-    for worker in workers:
-        worker.join()
+    weight = random_weight(300, 200)
+    answers = at_once(_load_part_when_told, [(str(tmp_path), rank) for rank in (64, None, 64, None)])
     _, fingerprint = load_identified_basis(weight, cache_dir=None)
     for rank, found, basis in answers:
         assert found == str(fingerprint)

@@ -14,6 +14,7 @@ import torch
 from crashing import SIZE, leftovers
 from families import FAMILIES
 from peft import PeftModel, get_peft_model
+from processes import at_once
 from torch import nn
 
 import antipasto as ap
@@ -78,18 +79,12 @@ def _wrap_when_told(folder: str, start: object, results: object) -> None:
 
 @pytest.mark.slow
 def test_eight_processes_decompose_each_weight_once(tmp_path: Path) -> None:
-    context = multiprocessing.get_context("spawn")
-    start, results = context.Barrier(8), context.Queue()
-    workers = [context.Process(target=_wrap_when_told, args=(str(tmp_path), start, results)) for _ in range(8)]
-    for worker in workers:
-        worker.start()
-    answers = [results.get(timeout=240) for _ in workers]
-    for worker in workers:
-        worker.join()
-    calls, layers, sums = zip(*answers, strict=True)
+    calls, layers, sums = zip(*at_once(_wrap_when_told, [(str(tmp_path),)] * 8), strict=True)
     assert set(layers) == {14}
     assert sum(calls) == 14
     assert len(set(sums)) == 1
+    assert {path.suffix for path in tmp_path.iterdir()} == {".safetensors"}
+    assert len(list(tmp_path.iterdir())) == 14
     assert not leftovers(tmp_path)
 
 

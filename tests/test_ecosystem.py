@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import faulthandler
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ import torch.multiprocessing as mp
 from datasets import Dataset
 from families import FAMILIES, tokens
 from peft import PeftModel, get_peft_model
+from processes import process_group
 from scripted import ON_CPU
 from torch import Tensor, nn
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
@@ -148,25 +148,20 @@ def whole(tensor: Tensor) -> Tensor:
 
 
 def _shard(rank: int, folder: str) -> None:
-    faulthandler.dump_traceback_later(200, exit=True)
-    torch.set_num_threads(1)
-    store = torch.distributed.FileStore(f"{folder}/rendezvous", 2)
-    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
-    model = build_sharded(shard=True)
-    losses = steps(model, tokens()[rank : rank + 1])
-    layers = ap.knobs(model)
-    knobs = {name: whole(layer.delta_s) for name, layer in layers.items()}
-    with torch.no_grad(), ap.reference(model):
-        reference = model(tokens()).logits
-    base = sum(p.to_local().numel() for n, p in model.named_parameters() if "base_layer.weight" in n)  # type: ignore[attr-defined]
-    basis = sum(layer.U.numel() + layer.Vh.numel() for layer in layers.values())
-    torch.save(
-        {"knobs": knobs, "losses": losses, "reference": reference, "base": base, "basis": basis}, f"{folder}/{rank}.pt"
-    )
-    torch.distributed.barrier()
-    del model, layers
-    torch.distributed.destroy_process_group()
-    faulthandler.cancel_dump_traceback_later()
+    with process_group(rank, folder):
+        model = build_sharded(shard=True)
+        losses = steps(model, tokens()[rank : rank + 1])
+        layers = ap.knobs(model)
+        knobs = {name: whole(layer.delta_s) for name, layer in layers.items()}
+        with torch.no_grad(), ap.reference(model):
+            reference = model(tokens()).logits
+        base = sum(p.to_local().numel() for n, p in model.named_parameters() if "base_layer.weight" in n)  # type: ignore[attr-defined]
+        basis = sum(layer.U.numel() + layer.Vh.numel() for layer in layers.values())
+        torch.save(
+            {"knobs": knobs, "losses": losses, "reference": reference, "base": base, "basis": basis},
+            f"{folder}/{rank}.pt",
+        )
+        del model, layers
 
 
 @pytest.mark.slow

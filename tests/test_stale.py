@@ -9,7 +9,6 @@ AdamW, ``.data`` and numpy fail, as they must.)
 from __future__ import annotations
 
 import copy
-import faulthandler
 import io
 import pickle
 from collections.abc import Callable
@@ -20,6 +19,7 @@ import torch
 import torch.multiprocessing as mp
 from families import FAMILIES, tokens
 from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
+from processes import process_group
 from torch import nn
 
 import antipasto as ap
@@ -301,24 +301,20 @@ def test_adapters_change_places(tmp_path: Path) -> None:
 
 
 def _receive(rank: int, folder: str) -> None:
-    faulthandler.dump_traceback_later(120, exit=True)  # where it stands, if one process waits for ever
-    store = torch.distributed.FileStore(f"{folder}/rendezvous", 2)  # a file: a free port may be taken until it is used
-    torch.distributed.init_process_group("gloo", store=store, rank=rank, world_size=2)
-    model, knobs, x = make()
-    knobs.delta_s.data.fill_(float(rank))
-    model(x)
-    torch.distributed.broadcast(knobs.delta_s.data, src=1)
-    assert knobs.delta_s.tolist() == [1.0] * R
-    assert_fresh(model, knobs, x)
-    replica = nn.parallel.DistributedDataParallel(model)  # broadcasts from rank 0, and averages gradients
-    knobs.delta_s.grad = None
-    replica(x * (rank + 1)).sum().backward()
-    torch.optim.AdamW([knobs.delta_s], lr=0.1, fused=True).step()
-    assert_fresh(model, knobs, x)
-    torch.save(knobs.delta_s.detach(), f"{folder}/{rank}.pt")
-    del replica  # while the group lives: were it the last to hold the group, joining gloo's threads may never return
-    torch.distributed.destroy_process_group()
-    faulthandler.cancel_dump_traceback_later()
+    with process_group(rank, folder):
+        model, knobs, x = make()
+        knobs.delta_s.data.fill_(float(rank))
+        model(x)
+        torch.distributed.broadcast(knobs.delta_s.data, src=1)
+        assert knobs.delta_s.tolist() == [1.0] * R
+        assert_fresh(model, knobs, x)
+        replica = nn.parallel.DistributedDataParallel(model)  # broadcasts from rank 0, and averages gradients
+        knobs.delta_s.grad = None
+        replica(x * (rank + 1)).sum().backward()
+        torch.optim.AdamW([knobs.delta_s], lr=0.1, fused=True).step()
+        assert_fresh(model, knobs, x)
+        torch.save(knobs.delta_s.detach(), f"{folder}/{rank}.pt")
+        del replica
 
 
 @pytest.mark.slow
