@@ -39,6 +39,7 @@ from antipasto.sandbox.leftovers import read_left
 from antipasto.sandbox.protocol import environment
 
 MIB = 2**20
+Kind = Callable[[Limits], Sandbox]
 SMALL = Limits(
     cpu_seconds=5, wall_seconds=30, memory_bytes=96 * MIB, processes=8, output_bytes=100_000, file_bytes=4 * MIB
 )
@@ -64,16 +65,21 @@ def plain(limits: Limits) -> RlimitsOnly:
         return RlimitsOnly(limits)
 
 
-KINDS: dict[str, Callable[[Limits], Sandbox]] = {"bubblewrap": Bubblewrap, "rlimits": plain}
+KINDS: dict[str, Kind] = {"bubblewrap": Bubblewrap, "rlimits": plain}
 
 
 @pytest.fixture(params=KINDS)
-def kind(request: pytest.FixtureRequest) -> Callable[[Limits], Sandbox]:
+def kind(request: pytest.FixtureRequest) -> Kind:
     return KINDS[request.param]
 
 
 def python(code: str, *words: str, **rest: object) -> Program:
     return Program(["python3", "-c", code, *words], **rest)  # type: ignore[arg-type]
+
+
+def run(kind: Kind, program: Program, **limits: float) -> Result:
+    with kind(limited(**limits)) as sandbox:
+        return sandbox.run(program)
 
 
 def said(result: Result) -> str:
@@ -121,7 +127,7 @@ def eventually(condition: Callable[[], object], seconds: float = 30.0) -> None:
 # ── what it does for programs that behave ────────────────────────────────────────────────────────────────────────────
 
 
-def test_what_a_program_says_and_leaves(kind: Callable[[Limits], Sandbox]) -> None:
+def test_what_a_program_says_and_leaves(kind: Kind) -> None:
     program = Program(
         ["python3", "main.py", "two words", ""],
         files={
@@ -136,8 +142,7 @@ def test_what_a_program_says_and_leaves(kind: Callable[[Limits], Sandbox]) -> No
         stdin="käse",
         keep=["new/out", "data", "nothing", "no/thing"],
     )
-    with kind(SMALL) as sandbox:
-        result = sandbox.run(program)
+    result = run(kind, program)
     assert result.stdout.decode() == "['two words', ''] ü käse\n"
     assert result.stderr == b"b'\\x00\\xfe'\n"
     assert (result.exit_code, result.limit, result.ok, result.signal) == (3, None, False, None)
@@ -146,7 +151,7 @@ def test_what_a_program_says_and_leaves(kind: Callable[[Limits], Sandbox]) -> No
     assert 0 < result.wall_seconds < SMALL.wall_seconds
 
 
-def test_a_signal_and_a_command_that_is_not_there(kind: Callable[[Limits], Sandbox]) -> None:
+def test_a_signal_and_a_command_that_is_not_there(kind: Kind) -> None:
     with kind(SMALL) as sandbox:
         ended = sandbox.run(python("import os; os.kill(os.getpid(), 11)"))
         assert (ended.exit_code, ended.signal, ended.limit, ended.stderr) == (139, signal.SIGSEGV, None, b"")
@@ -157,18 +162,15 @@ def test_a_signal_and_a_command_that_is_not_there(kind: Callable[[Limits], Sandb
         assert sandbox.run(Program(["/usr"])).exit_code == 126
 
 
-def test_output_may_be_any_bytes_and_streams_may_be_closed(kind: Callable[[Limits], Sandbox]) -> None:
+def test_output_may_be_any_bytes_and_streams_may_be_closed(kind: Kind) -> None:
     with kind(SMALL) as sandbox:
-        assert (
-            sandbox.run(python(r"import os; os.write(1, b'\xff\0\xc3'); os.write(2, b'\x80')")).stdout == b"\xff\0\xc3"
-        )
+        bytes_of = python(r"import os; os.write(1, b'\xff\0\xc3'); os.write(2, b'\x80')")
+        assert sandbox.run(bytes_of).stdout == b"\xff\0\xc3"
         assert sandbox.run(python("import os; os.closerange(0, 3); os._exit(7)")).exit_code == 7
         assert said(sandbox.run(python("import sys; print(repr(sys.stdin.read()))"))) == "''"
 
 
-def test_the_environment_is_the_same_everywhere(
-    kind: Callable[[Limits], Sandbox], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_environment_is_the_same_everywhere(kind: Kind, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("SECRET", "token")
     monkeypatch.setenv("LC_ALL", "C")
     code = "import os, sys; print(sorted(set(os.environ) - {'PWD'}), os.environ['LC_ALL'], os.umask(0), hash('a'))"
@@ -178,14 +180,12 @@ def test_the_environment_is_the_same_everywhere(
     assert one.startswith(f"{sorted(environment('', ''))} C.UTF-8 ")
 
 
-def test_no_descriptor_but_three_comes_along(kind: Callable[[Limits], Sandbox]) -> None:
-    with kind(SMALL) as sandbox:
-        assert (
-            said(sandbox.run(python("import os; print(sorted(os.listdir('/proc/self/fd')))"))) == "['0', '1', '2', '3']"
-        )
+def test_no_descriptor_but_three_comes_along(kind: Kind) -> None:
+    code = "import os; print(sorted(os.listdir('/proc/self/fd')))"
+    assert said(run(kind, python(code))) == "['0', '1', '2', '3']"
 
 
-def test_what_ordinary_programs_need(kind: Callable[[Limits], Sandbox]) -> None:
+def test_what_ordinary_programs_need(kind: Kind) -> None:
     code = """
 import asyncio, multiprocessing, os, random, sqlite3, subprocess, sys, tempfile
 with multiprocessing.Pool(2) as pool: assert pool.map(abs, [-1, -2]) == [1, 2]
@@ -199,7 +199,7 @@ print(open('/dev/stdin').read(), file=open('/dev/null', 'w')); print('well')
         assert said(sandbox.run(python(code, stdin="a"))) == "well"
 
 
-def test_results_are_in_order_and_folders_are_each_programs_own(kind: Callable[[Limits], Sandbox]) -> None:
+def test_results_are_in_order_and_folders_are_each_programs_own(kind: Kind) -> None:
     code = "import os, sys, time; open('x', 'x').close(); time.sleep(.2 / (1 + int(sys.argv[1]))); print(sys.argv[1])"
     with kind(SMALL) as sandbox:
         results = sandbox.run_many((python(code, str(i)) for i in range(5)), workers=2)
@@ -233,15 +233,14 @@ HOLD = "import time; time.sleep(60)"
 
 
 @pytest.mark.parametrize("stream", ["stdout", "stderr"])
-def test_endless_output(kind: Callable[[Limits], Sandbox], stream: str, mark: str) -> None:
-    with kind(SMALL) as sandbox:
-        result = sandbox.run(python(f"import sys\nwhile True: sys.{stream}.write('x' * 5000)", mark))
+def test_endless_output(kind: Kind, stream: str, mark: str) -> None:
+    result = run(kind, python(f"import sys\nwhile True: sys.{stream}.write('x' * 5000)", mark))
     assert (result.limit, result.exit_code, result.ok) == ("output", 137, False)
     assert getattr(result, stream) == b"x" * SMALL.output_bytes
     assert (result.stdout_truncated, result.stderr_truncated) == (stream == "stdout", stream == "stderr")
 
 
-def test_output_of_just_the_limit_is_all_there(kind: Callable[[Limits], Sandbox]) -> None:
+def test_output_of_just_the_limit_is_all_there(kind: Kind) -> None:
     with kind(SMALL) as sandbox:
         full = sandbox.run(python(f"print('x' * {SMALL.output_bytes}, end='')"))
         assert (full.ok, len(full.stdout), full.stdout_truncated) == (True, SMALL.output_bytes, False)
@@ -249,51 +248,59 @@ def test_output_of_just_the_limit_is_all_there(kind: Callable[[Limits], Sandbox]
     assert (more.limit, len(more.stdout), more.stdout_truncated) == ("output", SMALL.output_bytes, True)
 
 
-def test_an_endless_loop_that_ignores_every_signal(kind: Callable[[Limits], Sandbox], mark: str) -> None:
+def test_an_endless_loop_that_ignores_every_signal(kind: Kind, mark: str) -> None:
     code = "import signal\nfor s in {*range(1, 32)} - {9, 19}: signal.signal(s, signal.SIG_IGN)\n"
-    with kind(limited(cpu_seconds=0.3)) as sandbox:
-        assert sandbox.run(python(code + "while True: pass", mark)).limit == "cpu"
-    with kind(limited(wall_seconds=0.5)) as sandbox:
-        result = sandbox.run(python(code + HOLD, mark))
+    assert run(kind, python(code + "while True: pass", mark), cpu_seconds=0.3).limit == "cpu"
+    result = run(kind, python(code + HOLD, mark), wall_seconds=0.5)
     assert (result.limit, result.exit_code) == ("wall", 137)
     assert 0.5 < result.wall_seconds < 20
 
 
-def test_time_of_children_counts(kind: Callable[[Limits], Sandbox], mark: str) -> None:
-    """Each by itself is short: no limit on one process sees it."""
-    code = "import os, time\nwhile True:\n if not os.fork():\n  while time.process_time() < .1: pass\n  os._exit(0)\n"
-    code += " os.wait()"
-    with kind(limited(cpu_seconds=0.5)) as sandbox:
-        assert sandbox.run(python(code, mark)).limit == "cpu"
-
-
 def test_the_kernel_ends_a_loop_that_the_watch_overlooks(
-    kind: Callable[[Limits], Sandbox], monkeypatch: pytest.MonkeyPatch, mark: str
+    kind: Kind, monkeypatch: pytest.MonkeyPatch, mark: str
 ) -> None:
     monkeypatch.setattr(watching, "use", lambda *_, **__: watching.Usage())
     monkeypatch.setattr(bubblewrap, "use", lambda *_, **__: watching.Usage())
-    with kind(limited(cpu_seconds=0.1)) as sandbox:
-        result = sandbox.run(python("while True: pass", mark))
+    result = run(kind, python("while True: pass", mark), cpu_seconds=0.1)
     assert result.exit_code in (128 + signal.SIGXCPU, 137)
     assert result.wall_seconds < 25
 
 
-def test_a_memory_bomb(kind: Callable[[Limits], Sandbox], mark: str) -> None:
-    code = "import time\nheld = []\nwhile len(held) < 60: held.append(bytearray(b'x') * 2**22); time.sleep(.02)"
-    with kind(SMALL) as sandbox:
-        result = sandbox.run(python(code, mark))
-    assert (result.limit, result.exit_code) == ("memory", 137)
+# code, the limits that it has instead of the small ones, and the one that it goes over
+OVER: dict[str, tuple[str, dict[str, float], str]] = {
+    "time of children, each of which is short": (
+        "import os, time\nwhile True:\n if not os.fork():\n  while time.process_time() < .1: pass\n  os._exit(0)\n os.wait()",
+        {"cpu_seconds": 0.5},
+        "cpu",
+    ),
+    "a memory bomb": (
+        "import time\nheld = []\nwhile len(held) < 60: held.append(bytearray(b'x') * 2**22); time.sleep(.02)",
+        {},
+        "memory",
+    ),
+    "memory of all processes": (
+        f"import os, time\nfor _ in range(4): os.fork()\nx = bytearray(b'x') * {12 * MIB}\n{HOLD}",
+        {"processes": 20},
+        "memory",
+    ),
+    "a fork bomb of 64 processes": (f"import os\nfor _ in range(6): os.fork()\n{HOLD}", {}, "processes"),
+    "threads": (
+        "import threading, time\nfor _ in range(12): threading.Thread(target=time.sleep, args=(60,)).start()",
+        {"memory_bytes": 512 * MIB},
+        "processes",
+    ),
+}
 
 
-def test_memory_is_counted_over_all_processes(kind: Callable[[Limits], Sandbox], mark: str) -> None:
-    code = f"import os, time\nfor _ in range(4): os.fork()\nx = bytearray(b'x') * {12 * MIB}\n{HOLD}"
-    with kind(limited(processes=20)) as sandbox:
-        assert sandbox.run(python(code, mark)).limit == "memory"
+@pytest.mark.parametrize("what", OVER)
+def test_a_limit_is_for_all_processes_together(kind: Kind, what: str, mark: str) -> None:
+    code, limits, limit = OVER[what]
+    result = run(kind, python(code, mark), **limits)
+    assert (result.limit, result.exit_code) == (limit, 137)
 
 
-def test_address_space_is_refused_by_the_kernel(kind: Callable[[Limits], Sandbox]) -> None:
-    with kind(SMALL) as sandbox:
-        result = sandbox.run(python(f"bytearray({3 * SMALL.memory_bytes})"))
+def test_address_space_is_refused_by_the_kernel(kind: Kind) -> None:
+    result = run(kind, python(f"bytearray({3 * SMALL.memory_bytes})"))
     assert (result.exit_code, result.limit) == (1, None)
     assert b"MemoryError" in result.stderr
 
@@ -313,47 +320,28 @@ def test_no_memory_is_held_where_it_does_not_count(box: Bubblewrap) -> None:
     assert said(box.run(python(HIDDEN))).splitlines() == [f"{name} EPERM" for name in names]
 
 
-BOMB = "import os, time\nmade = 0\ntry:\n for _ in range(6): made += os.fork() > 0\nfinally: print(made, flush=True)\n"
-"""64 processes, if nobody says no."""
-
-
-def test_a_fork_bomb(kind: Callable[[Limits], Sandbox], mark: str) -> None:
-    with kind(SMALL) as sandbox:
-        result = sandbox.run(python(BOMB + HOLD, mark))
-    assert (result.limit, result.exit_code) == ("processes", 137)
-
-
 def test_a_fork_bomb_that_the_watch_overlooks(monkeypatch: pytest.MonkeyPatch, mark: str) -> None:
     monkeypatch.setattr(bubblewrap, "use", lambda *_, **__: watching.Usage())
     code = "import os, time\nmade = 0\ntry:\n for _ in range(64):\n  if not os.fork(): time.sleep(60)\n  made += 1\n"
     code += "except BlockingIOError: print(made)"
     with Bubblewrap(SMALL) as sandbox:
         made = [int(said(result)) for result in sandbox.run_many([python(code, mark)] * 2, workers=2)]
-    assert (
-        made == [SMALL.processes + bubblewrap._ABOVE - 2] * 2
-    )  # without the shell and itself; of each sandbox by itself
+    # without the shell and itself; of each sandbox by itself
+    assert made == [SMALL.processes + bubblewrap._ABOVE - 2] * 2
 
 
-def test_threads_count_as_processes(kind: Callable[[Limits], Sandbox], mark: str) -> None:
-    code = "import threading, time\nfor _ in range(12): threading.Thread(target=time.sleep, args=(60,)).start()"
-    with kind(limited(memory_bytes=512 * MIB)) as sandbox:
-        assert sandbox.run(python(code, mark)).limit == "processes"
-
-
-def test_a_huge_file(kind: Callable[[Limits], Sandbox]) -> None:
+def test_a_huge_file(kind: Kind) -> None:
     code = "import signal; signal.signal(signal.SIGXFSZ, signal.SIG_DFL)\nwith open('out', 'wb', 0) as file:\n"
     code += " for _ in range(64): file.write(bytes(2**18))"  # 16 MiB
-    with kind(SMALL) as sandbox:
-        result = sandbox.run(python(code, keep=["out"]))
+    result = run(kind, python(code, keep=["out"]))
     assert result.limit == "files"
     assert result.files == {}
     assert result.refused == {"out": "larger than 100000 bytes"}
 
 
-def test_a_file_as_large_as_may_be_handed_back(kind: Callable[[Limits], Sandbox]) -> None:
+def test_a_file_as_large_as_may_be_handed_back(kind: Kind) -> None:
     code = "open('a', 'w').write('x' * 100_000); open('b', 'w').write('x' * 100_001); open('c', 'w').truncate(2**21)"
-    with kind(SMALL) as sandbox:
-        result = sandbox.run(python(code, keep=["a", "b", "c"]))
+    result = run(kind, python(code, keep=["a", "b", "c"]))
     assert (result.ok, list(result.files)) == (True, ["a"])
     assert result.refused == dict.fromkeys("bc", "larger than 100000 bytes")
 
@@ -390,9 +378,8 @@ def test_files_of_the_machine_are_not_there(box: Bubblewrap, tmp_path: Path) -> 
         __file__,
     ]
     places += ["/sys", "/var", "/proc/1/cwd/../etc/passwd", "/.dockerenv", "/boot", "/etc/hostname"]
-    assert (
-        said(box.run(python("import os, sys; print([p for p in sys.argv[1:] if os.path.lexists(p)])", *places))) == "[]"
-    )
+    code = "import os, sys; print([p for p in sys.argv[1:] if os.path.lexists(p)])"
+    assert said(box.run(python(code, *places))) == "[]"
 
 
 def test_nothing_outside_is_written(box: Bubblewrap, tmp_path: Path) -> None:
@@ -431,7 +418,7 @@ def test_a_folder_to_be_shown_can_be_read_and_not_written(tmp_path: Path) -> Non
         assert sandbox.run(Program(["sh", "-c", f"echo x > {tmp_path}/bin/tool"])).exit_code != 0
 
 
-def test_links_and_other_kinds_are_not_handed_back(kind: Callable[[Limits], Sandbox], tmp_path: Path) -> None:
+def test_links_and_other_kinds_are_not_handed_back(kind: Kind, tmp_path: Path) -> None:
     mine = tmp_path / "secret"
     mine.write_text("secret")
     code = """
@@ -442,8 +429,7 @@ os.mkfifo('fifo'); os.mkdir('inner'); socket.socket(socket.AF_UNIX).bind('socket
 os.mkdir('shut'); open('shut/x', 'w').close(); os.chmod('shut', 0)
 """
     keep = ["link", "folder/secret", "loop", "two", "fifo", "inner", "socket", "one/x"]
-    with kind(SMALL) as sandbox:
-        result = sandbox.run(python(code, str(mine), keep=[*keep, "shut/x"]))
+    result = run(kind, python(code, str(mine), keep=[*keep, "shut/x"]))
     assert result.ok, result
     assert set(result.files) <= {"shut/x"}
     assert {name: why for name, why in result.refused.items() if name != "shut/x"} == {
@@ -592,10 +578,9 @@ def test_a_background_child_dies_without_a_sandbox_too(mark: str) -> None:
     eventually(lambda: processes(mark) == [])
 
 
-def test_a_child_that_is_stopped(kind: Callable[[Limits], Sandbox], mark: str) -> None:
+def test_a_child_that_is_stopped(kind: Kind, mark: str) -> None:
     code = "import os, signal\nif not os.fork(): os.kill(os.getpid(), signal.SIGSTOP)\nos.wait()"
-    with kind(limited(wall_seconds=0.5)) as sandbox:
-        assert sandbox.run(python(code, mark)).limit == "wall"
+    assert run(kind, python(code, mark), wall_seconds=0.5).limit == "wall"
     eventually(lambda: processes(mark) == [])
 
 
@@ -606,7 +591,7 @@ def traces() -> tuple[int, int, list[str]]:
     return len([*Path("/proc/self/fd").iterdir()]), len(" ".join(children).split()), ours
 
 
-def many(kind: Callable[[Limits], Sandbox], number: int) -> None:
+def many(kind: Kind, number: int) -> None:
     with kind(SMALL) as sandbox:
         sandbox.run(Program(["true"]))
         before = traces()
@@ -616,12 +601,12 @@ def many(kind: Callable[[Limits], Sandbox], number: int) -> None:
     assert traces() == before
 
 
-def test_two_hundred_in_a_row(kind: Callable[[Limits], Sandbox]) -> None:
+def test_two_hundred_in_a_row(kind: Kind) -> None:
     many(kind, 200)
 
 
 @pytest.mark.thorough
-def test_a_thousand_in_a_row(kind: Callable[[Limits], Sandbox]) -> None:
+def test_a_thousand_in_a_row(kind: Kind) -> None:
     many(kind, 1000)
 
 
@@ -637,7 +622,7 @@ def when_it_runs(mark: str, do: Callable[[], None]) -> threading.Thread:
     return thread
 
 
-def test_ctrl_c_ends_what_runs_and_what_waits(kind: Callable[[Limits], Sandbox], mark: str) -> None:
+def test_ctrl_c_ends_what_runs_and_what_waits(kind: Kind, mark: str) -> None:
     with kind(limited(wall_seconds=60)) as sandbox:
         before = traces()
         for run in (lambda: sandbox.run(python(HOLD, mark)), lambda: sandbox.run_many([python(HOLD, mark)] * 5, 2)):
@@ -650,7 +635,7 @@ def test_ctrl_c_ends_what_runs_and_what_waits(kind: Callable[[Limits], Sandbox],
         assert sandbox.run(Program(["true"])).ok
 
 
-def test_closing_ends_what_runs(kind: Callable[[Limits], Sandbox], mark: str) -> None:
+def test_closing_ends_what_runs(kind: Kind, mark: str) -> None:
     sandbox = kind(limited(wall_seconds=60))
     thread = when_it_runs(mark, sandbox.close)
     with pytest.raises(SandboxError, match="closed while a program ran"):
@@ -660,7 +645,7 @@ def test_closing_ends_what_runs(kind: Callable[[Limits], Sandbox], mark: str) ->
         sandbox.run(Program(["true"]))
 
 
-def test_a_machine_that_cannot_start_it(kind: Callable[[Limits], Sandbox], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_machine_that_cannot_start_it(kind: Kind, monkeypatch: pytest.MonkeyPatch) -> None:
     def none_left(*_: object, **__: object) -> object:
         raise OSError(24, "Too many open files")
 
@@ -771,7 +756,7 @@ def test_what_is_no_limit(name: str, value: float) -> None:
         limited(**{name: value})
 
 
-def test_what_is_too_large_or_not_a_program(kind: Callable[[Limits], Sandbox]) -> None:
+def test_what_is_too_large_or_not_a_program(kind: Kind) -> None:
     with kind(SMALL) as sandbox:
         with pytest.raises(ValueError, match="of which file_bytes allows 4194304"):
             sandbox.run(Program(["true"], files={"a": bytes(5 * MIB)}))
