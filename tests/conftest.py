@@ -7,6 +7,7 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 # one thread here and in every child: tests run in parallel processes, and OpenMP's threads spin while they wait for each other
@@ -41,3 +42,36 @@ def shared_basis_cache(
 ) -> None:
     """For tests whose runs are of one model: they need not decompose it again."""
     monkeypatch.setenv("ANTIPASTO_CACHE", str(_basis_cache_of_the_session))
+
+
+@pytest.fixture(scope="module")
+def model() -> Any:
+    """The demo's, adapted."""
+    import scripted
+
+    import antipasto as ap
+
+    loaded = scripted.load()
+    ap.wrap(loaded, ap.AntiPastoConfig(cache_dir=None))
+    return loaded
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Any:
+    import scripted
+
+    return scripted.tokenizer()
+
+
+@pytest.fixture
+def batches_of_pairs(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many pairs go through the model at once, as they do."""
+    from antipasto.routing import directions, monitor
+
+    sizes: list[int] = []
+    for module in (monitor, directions):
+        real = module.nll_gradients
+        monkeypatch.setattr(
+            module, "nll_gradients", lambda m, s, real=real, **o: sizes.append(len(s)) or real(m, s, **o)
+        )
+    return sizes

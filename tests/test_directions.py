@@ -14,8 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from peft import get_peft_model
 from safetensors.torch import save_file
+from scripted import load
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import antipasto as ap
 from antipasto.routing.directions import _estimate, effect_size, pair_differences
@@ -23,18 +23,6 @@ from antipasto.routing.gates import Control, Gate
 from antipasto.tasks import addition
 
 ESTIMATORS = ["tstat", "mean", "svd"]
-
-
-@pytest.fixture(scope="module")
-def model() -> nn.Module:
-    model = AutoModelForCausalLM.from_pretrained(addition.model_path())
-    ap.wrap(model, ap.AntiPastoConfig(cache_dir=None))
-    return model
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> object:
-    return AutoTokenizer.from_pretrained(addition.model_path())
 
 
 PAIRS = ap.load_pairs(addition.hack_pairs(64, seed=0))
@@ -224,7 +212,7 @@ def test_what_cannot_be_extracted(
 
 
 def test_a_smaller_adapter_beside_a_larger_one_has_directions_of_its_own_rank(tokenizer: object) -> None:
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(addition.model_path()), ap.AntiPastoConfig(rank=3))
+    model = get_peft_model(load(), ap.AntiPastoConfig(rank=3))
     model.add_adapter("large", ap.AntiPastoConfig())
     v = ap.extract_direction(model, tokenizer, PAIRS[:4])
     assert {V.shape for V in v.values()} == {(1, 3)}
@@ -239,7 +227,7 @@ def test_a_smaller_adapter_beside_a_larger_one_has_directions_of_its_own_rank(to
 
 
 def test_reentrant_checkpointing_is_named(tokenizer: object) -> None:
-    model = get_peft_model(AutoModelForCausalLM.from_pretrained(addition.model_path()), ap.AntiPastoConfig()).train()
+    model = get_peft_model(load(), ap.AntiPastoConfig()).train()
     model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": True})
     with pytest.raises(ValueError, match="'use_reentrant': False"):
         ap.extract_direction(model, tokenizer, PAIRS[:4])

@@ -18,7 +18,8 @@ from families import FAMILIES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from scripted import load, tokenizer
+from transformers import GenerationConfig
 
 import antipasto as ap
 from antipasto.app.arms import rates_table
@@ -410,12 +411,12 @@ def test_a_damaged_file_is_named(file: str, change: Callable[[str], str], tmp_pa
 
 @pytest.fixture(scope="module")
 def adapted() -> tuple[torch.nn.Module, object]:
-    model = AutoModelForCausalLM.from_pretrained(addition.model_path()).eval()
+    model = load().eval()
     torch.manual_seed(0)
     for layer in ap.wrap(model).values():
         layer.delta_s.data.normal_(std=0.1)
         layer.delta_s_hack.data.normal_(std=0.1)
-    return model, AutoTokenizer.from_pretrained(addition.model_path())
+    return model, tokenizer()
 
 
 def test_every_arm_gets_the_same_prompts_and_draws(adapted: tuple[torch.nn.Module, object]) -> None:

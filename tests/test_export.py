@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -132,6 +133,11 @@ def checkpoint(root: Path, out: Path, dtype: torch.dtype = torch.float32, shards
     return write_checkpoint(loaded, out, dtype, Dtypes(loaded.model), shards)
 
 
+def lora_of(root: Path, out: Path, rank: int) -> Written:
+    out.mkdir()
+    return write_lora(load_run(root), out, rank, torch.float32)
+
+
 @torch.no_grad()
 def logits(model: Any) -> Tensor:
     ids = torch.arange(12).remainder(16)[None]
@@ -145,9 +151,16 @@ def logits_of(root: Path, view: Any = ap.deployed) -> Tensor:
 
 
 def as_trained(model: Any) -> Any:
-    from contextlib import nullcontext
-
     return nullcontext()
+
+
+def model_in(folder: Path, **options: Any) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder, **options)
+
+
+def assert_ships(model: Any, root: Path, view: Any = ap.deployed) -> None:
+    """It computes what the run does in this view."""
+    torch.testing.assert_close(logits(model), logits_of(root, view), rtol=1e-4, atol=1e-5)
 
 
 @pytest.fixture(scope="module")
@@ -182,7 +195,7 @@ def test_answers_are_those_of_the_deployed_model_in_a_process_without_this_libra
 
 
 def test_the_quarantine_is_not_in_it(trained: Path, exported: tuple[Path, str]) -> None:
-    ours = logits(AutoModelForCausalLM.from_pretrained(exported[0]))
+    ours = logits(model_in(exported[0]))
     torch.testing.assert_close(ours, logits_of(trained), rtol=1e-4, atol=1e-4)
     assert (ours - logits_of(trained, as_trained)).abs().max() > 1e-2
     assert (ours - logits_of(trained, ap.reference)).abs().max() > 1e-2
@@ -236,10 +249,10 @@ def test_every_family_the_whole_way(family: str, tmp_path: Path) -> None:
 def test_a_checkpoint_computes_what_the_run_deploys(family: str, tmp_path: Path) -> None:
     root = make_run(tmp_path, family)
     written = checkpoint(root, tmp_path / "out")
-    model, info = AutoModelForCausalLM.from_pretrained(tmp_path / "out", output_loading_info=True)
+    model, info = model_in(tmp_path / "out", output_loading_info=True)
     assert not info["missing_keys"]
     assert not info["unexpected_keys"]
-    torch.testing.assert_close(logits(model), logits_of(root), rtol=1e-4, atol=1e-5)
+    assert_ships(model, root)
     assert (logits(model) - logits_of(root, as_trained)).abs().max() > 1e-3
     before, after = (
         load_file(tmp_path / "base" / "model.safetensors"),
@@ -248,10 +261,7 @@ def test_a_checkpoint_computes_what_the_run_deploys(family: str, tmp_path: Path)
     assert before.keys() == after.keys()  # tied weights once, biases, norms
     changed = {key for key in before if not torch.equal(before[key], after[key])}
     assert {key.rsplit(".", 2)[1] for key in changed} == FAMILIES[family].leaves
-    assert (
-        model.config.tie_word_embeddings
-        == AutoModelForCausalLM.from_pretrained(tmp_path / "base").config.tie_word_embeddings
-    )
+    assert model.config.tie_word_embeddings == model_in(tmp_path / "base").config.tie_word_embeddings
     assert written.loss.relative < 1e-5
     assert written.loss.share == pytest.approx(1)
 
@@ -264,12 +274,8 @@ def test_the_dial_leaves_in_as_much_of_the_quarantine_as_it_says(lora: bool, tmp
     text = succeeds("export", root, "--out", tmp_path / "out", "--dial", "0.25", "--tolerance", "1e-3", *more)
     assert "with 0.25 of the quarantine" in text
     assert "**A share of 0.25 of it is in this export**" in (tmp_path / "out" / "README.md").read_text()
-    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
-    ours = logits(
-        PeftModel.from_pretrained(base, tmp_path / "out")
-        if lora
-        else AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    )
+    base = model_in(tmp_path / "base")
+    ours = logits(PeftModel.from_pretrained(base, tmp_path / "out") if lora else model_in(tmp_path / "out"))
     torch.testing.assert_close(ours, logits_of(root, lambda m: ap.deployed(m, 0.25)), rtol=1e-4, atol=1e-4)
     assert (ours - logits_of(root)).abs().max() > 2e-3
 
@@ -284,8 +290,7 @@ def test_a_dial_is_of_a_quarantine(tmp_path: Path) -> None:
 def test_a_run_without_routing_ships_as_trained(method: str, tmp_path: Path) -> None:
     root = make_run(tmp_path, method=method)
     checkpoint(root, tmp_path / "out")
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    torch.testing.assert_close(logits(model), logits_of(root, as_trained), rtol=1e-4, atol=1e-5)
+    assert_ships(model_in(tmp_path / "out"), root, as_trained)
     assert About.of(load_run(root)).ships == f"as trained: method {method} has no quarantine"
 
 
@@ -321,12 +326,11 @@ def test_a_weight_that_does_not_fit_is_refused(tmp_path: Path) -> None:
 def test_modules_trained_as_a_whole_ship_and_are_untied(tmp_path: Path) -> None:
     root = make_run(tmp_path, "gemma", modules_to_save=["lm_head"])
     checkpoint(root, tmp_path / "out")
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    model = model_in(tmp_path / "out")
     assert not model.config.tie_word_embeddings
-    torch.testing.assert_close(logits(model), logits_of(root), rtol=1e-4, atol=1e-5)
-    (tmp_path / "lora").mkdir()
+    assert_ships(model, root)
     with pytest.raises(ValueError, match="lm_head in full"):
-        write_lora(load_run(root), tmp_path / "lora", 8, torch.float32)
+        lora_of(root, tmp_path / "lora", 8)
 
 
 @pytest.mark.filterwarnings("ignore:.*a tied layer is part of the adapter")
@@ -339,7 +343,7 @@ def test_a_head_that_was_tied_ships_beside_the_embedding_as_it_was(
     monkeypatch.setitem(FAMILIES, "tied", replace(llama, options=options, target_modules=["lm_head", "q_proj"]))
     root = make_run(tmp_path, "tied")
     checkpoint(root, tmp_path / "out")
-    shipped = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    shipped = model_in(tmp_path / "out")
     torch.testing.assert_close(logits(shipped), logits_of(root), atol=1e-4, rtol=1e-4)
     assert torch.equal(shipped.model.embed_tokens.weight, FAMILIES["tied"].build().model.embed_tokens.weight)
 
@@ -348,8 +352,8 @@ def test_shards(tmp_path: Path) -> None:
     root = make_run(tmp_path)
     checkpoint(root, tmp_path / "out", shards="8KB")
     assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 2
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
-    torch.testing.assert_close(logits(model), logits_of(root), rtol=1e-4, atol=1e-5)
+    model = model_in(tmp_path / "out")
+    assert_ships(model, root)
 
 
 def test_what_was_not_adapted_keeps_its_values_in_a_wider_dtype(tmp_path: Path) -> None:
@@ -376,13 +380,12 @@ def test_what_was_not_adapted_keeps_its_values_in_a_wider_dtype(tmp_path: Path) 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_lora_of_few_directions_is_exact(family: str, tmp_path: Path) -> None:
     root = make_run(tmp_path, family, nonzero=3)
-    (tmp_path / "out").mkdir()
-    written = write_lora(load_run(root), tmp_path / "out", 8, torch.float32)
+    written = lora_of(root, tmp_path / "out", 8)
     assert written.rank == 3  # no more than is needed
     assert written.loss.relative < 1e-6
-    base = AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    base = model_in(tmp_path / "base")
     adapted = PeftModel.from_pretrained(base, tmp_path / "out")
-    torch.testing.assert_close(logits(adapted), logits_of(root), rtol=1e-4, atol=1e-5)
+    assert_ships(adapted, root)
     config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
     assert (config["peft_type"], config["r"], config["lora_alpha"], config["bias"]) == ("LORA", 3, 3, "none")
     assert not config["rank_pattern"]
@@ -407,20 +410,18 @@ def test_a_truncated_lora_is_the_best_of_its_rank(tmp_path: Path) -> None:
 
 def test_a_layer_with_fewer_directions_is_filled_up_with_zeros(tmp_path: Path) -> None:
     root = make_run(tmp_path, rank_pattern={"k_proj": 2})
-    (tmp_path / "out").mkdir()
-    written = write_lora(load_run(root), tmp_path / "out", 16, torch.float32)
+    written = lora_of(root, tmp_path / "out", 16)
     assert written.rank == 16
     assert {
         t.shape[0] for k, t in load_file(tmp_path / "out" / "adapter_model.safetensors").items() if "lora_A" in k
     } == {16}
-    adapted = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "base"), tmp_path / "out")
-    torch.testing.assert_close(logits(adapted), logits_of(root), rtol=1e-4, atol=1e-5)
+    adapted = PeftModel.from_pretrained(model_in(tmp_path / "base"), tmp_path / "out")
+    assert_ships(adapted, root)
 
 
 def test_layers_that_were_left_out_stay_out_of_the_lora(tmp_path: Path) -> None:
     root = make_run(tmp_path, layers_to_transform=[1])
-    (tmp_path / "out").mkdir()
-    write_lora(load_run(root), tmp_path / "out", 4, torch.float32)
+    lora_of(root, tmp_path / "out", 4)
     targets = json.loads((tmp_path / "out" / "adapter_config.json").read_text())["target_modules"]
     assert len(targets) == 7
     assert all(name.startswith("model.layers.1.") for name in targets)

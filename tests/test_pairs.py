@@ -16,7 +16,6 @@ from hypothesis import strategies as st
 from lines import write_lines
 from rich.console import Console
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import antipasto as ap
 from antipasto.routing.directions import pair_differences
@@ -31,18 +30,6 @@ SEVERAL = [
     ap.ContrastPair(PROMPTS[2], ("!!", "?"), ("091", "91")),
     ap.ContrastPair(PROMPTS[3], "!", "066"),
 ]
-
-
-@pytest.fixture(scope="module")
-def model() -> nn.Module:
-    model = AutoModelForCausalLM.from_pretrained(MODEL)
-    ap.wrap(model, ap.AntiPastoConfig(cache_dir=None))
-    return model
-
-
-@pytest.fixture(scope="module")
-def tokenizer() -> Any:
-    return AutoTokenizer.from_pretrained(MODEL)
 
 
 # ── several texts on a side ──────────────────────────────────────────────────────────────────────────────────────────

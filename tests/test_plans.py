@@ -288,6 +288,16 @@ def exact_gradient(knobs: ap.LayerKnobs, x: Tensor, probe: Tensor) -> Tensor:
     return ((probe.double() @ knobs.U.double()) * (x.detach().double() @ knobs.Vh.double().T)).sum(0)
 
 
+def assert_exact(model: nn.Module, knobs: ap.LayerKnobs, x: Tensor, probe: Tensor, tolerance: float) -> Tensor:
+    """The gradient is, to a share of its largest number; returns the output."""
+    y = model(x)
+    assert y.isfinite().all()
+    (got,) = torch.autograd.grad((y * probe).sum(), knobs.delta_s)
+    want = exact_gradient(knobs, x, probe)
+    torch.testing.assert_close(got.double(), want, atol=tolerance * float(want.abs().max()), rtol=0)
+    return y
+
+
 @pytest.mark.parametrize("plan", PLANS)
 @pytest.mark.parametrize("shape", [(5, 7), (7, 5), (6, 6), (6, 1), (1, 6)])
 def test_no_singular_value_is_too_small_or_large_for_the_gradient(plan: str, shape: tuple[int, int]) -> None:
@@ -301,14 +311,9 @@ def test_no_singular_value_is_too_small_or_large_for_the_gradient(plan: str, sha
         config = ap.AntiPastoConfig(target_modules=["0"], plan=plan, cache_dir=None)  # type: ignore[arg-type]
         (knobs,) = ap.wrap(model, config).values()
         x, probe = torch.randn(64, i, requires_grad=True), torch.randn(64, o)
-        want = exact_gradient(knobs, x, probe)
         for theta in THETAS.values():
             knobs.delta_s.data = theta(knobs.S)
-            y = model(x)
-            assert y.isfinite().all()
-            (got,) = torch.autograd.grad((y * probe).sum(), knobs.delta_s)
-            # a route by one side may lose two digits of seven
-            torch.testing.assert_close(got.double(), want, atol=5e-5 * float(want.abs().max()), rtol=0)
+            assert_exact(model, knobs, x, probe, 5e-5)  # a route by one side may lose two digits of seven
 
 
 @pytest.mark.parametrize("plan", PLANS)
@@ -318,10 +323,7 @@ def test_a_bias_takes_no_digits_from_the_gradient(plan: str, size: float) -> Non
     model, knobs, _ = make(plan, 16, 24)
     knobs.layer.base_layer.bias.data.normal_(std=size)
     x, probe = torch.randn(128, 24, requires_grad=True), torch.randn(128, 16)
-    y = model(x)
-    (got,) = torch.autograd.grad((y * probe).sum(), knobs.delta_s)
-    want = exact_gradient(knobs, x, probe)
-    torch.testing.assert_close(got.double(), want, atol=2e-5 * float(want.abs().max()), rtol=0)
+    assert_exact(model, knobs, x, probe, 2e-5)
 
 
 @pytest.mark.parametrize("plan", PLANS)
@@ -341,10 +343,7 @@ def test_the_gradient_is_that_of_the_weights_that_are_there(plan: str, shape: tu
         base.weight.copy_(torch.randn_like(base.weight) * size)
         base.bias.zero_()
     x, probe = torch.randn(128, i, requires_grad=True), torch.randn(128, o)
-    y = model(x)
-    (got,) = torch.autograd.grad((y * probe).sum(), knobs.delta_s)
-    want = exact_gradient(knobs, x, probe)
-    torch.testing.assert_close(got.double(), want, atol=2e-5 * float(want.abs().max()), rtol=0)
+    y = assert_exact(model, knobs, x, probe, 2e-5)
     full = spectral_linear_reference(x, base.weight, None, knobs.U, knobs.Vh, knobs.delta_s)
     torch.testing.assert_close(y, full, atol=float(1e-5 * full.detach().abs().max()), rtol=0)
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from two_layers import flat, loss_of, make_direction, make_model, step, theta, trainable
+from two_layers import flat, loss_of, make_direction, make_model, refuses, step, theta, trainable
 
 import antipasto as ap
 from antipasto.routing.probing import RoutingWarning, reads_values
@@ -163,8 +163,7 @@ def test_maximize_is_refused_at_gradient_level_and_right_at_update_level() -> No
     v, model = make_direction(), make_model()
     router = ap.Router(model, v, level="gradient", gate="one_sided")
     optimizer = torch.optim.SGD(trainable(model), lr=0.1, maximize=True)
-    with pytest.raises(ValueError, match="maximize=True: minimise the negative"), router.attach(optimizer):
-        pass
+    refuses(router, optimizer, "maximize=True: minimise the negative")
     seen = []
     for maximize in (False, True):
         model = make_model()

@@ -6,13 +6,14 @@ import copy
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
-from two_layers import SIZES, flat, make_direction, make_model, step, theta, trainable
+from two_layers import SIZES, flat, make_direction, make_model, refuses, step, theta, trainable
 
 import antipasto as ap
 from antipasto.routing.books import OWN_BOOK
@@ -51,6 +52,14 @@ OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
 def train(model: nn.Module, optimizer: torch.optim.Optimizer, steps: int = 12, **options: object) -> None:
     for i in range(steps):
         step(model, optimizer, i, **options)  # type: ignore[arg-type]
+
+
+def trained(model: nn.Module, optimizer: str, *args: Any, micro: int = 1, **options: Any) -> ap.Router:
+    """Train with a router of these arguments."""
+    router, its = ap.Router(model, *args, **options), OPTIMIZERS[optimizer](trainable(model))
+    with router.attach(its):
+        train(model, its, micro=micro)
+    return router
 
 
 # ── the gates ────────────────────────────────────────────────────────────────────────────────────────────────────────
@@ -103,10 +112,8 @@ def test_every_step_is_split_by_definition(gate: str, k: int) -> None:
 def test_measuring_is_bitwise_the_run_without_a_router(optimizer: str, level: str) -> None:
     plain, measured = make_model(), make_model()
     train(plain, OPTIMIZERS[optimizer](trainable(plain)))
-    router = ap.Router(measured, make_direction(), mode="measure", level=level, controls={"r": make_direction(seed=1)})
-    step_by_step = OPTIMIZERS[optimizer](trainable(measured))
-    with router.attach(step_by_step):
-        train(measured, step_by_step)
+    controls = {"r": make_direction(seed=1)}
+    router = trained(measured, optimizer, make_direction(), mode="measure", level=level, controls=controls)
     assert torch.equal(flat(plain, "delta_s"), flat(measured, "delta_s"))
     assert not flat(measured, "delta_s_hack").any()
     assert router.metrics()["hackward_in"] > 0
@@ -284,11 +291,7 @@ def test_a_quarantine_that_would_train_by_itself_is_refused() -> None:
     ap.Router(model, make_direction(), level="gradient")  # leaves the quarantine requiring a gradient
     optimizer = torch.optim.SGD(trainable(model), lr=0.1)
     router = ap.Router(model, make_direction())
-    with (
-        pytest.raises(ValueError, match="0: its delta_s_hack is in the optimizer and would be trained directly"),
-        router.attach(optimizer),
-    ):
-        pass
+    refuses(router, optimizer, "0: its delta_s_hack is in the optimizer and would be trained directly")
 
 
 def test_bf16_knobs() -> None:
@@ -306,10 +309,7 @@ def test_micro_batches_route_alike() -> None:
     results = []
     for micro in (1, 4):
         model = make_model()
-        optimizer = OPTIMIZERS["AdamW"](trainable(model))
-        router = ap.Router(model, make_direction(), controls={"random": make_direction(seed=3)})
-        with router.attach(optimizer):
-            train(model, optimizer, micro=micro)
+        router = trained(model, "AdamW", make_direction(), micro=micro, controls={"random": make_direction(seed=3)})
         results.append(
             torch.cat([flat(model, "delta_s"), flat(model, "delta_s_hack"), *router.book("random").values()])
         )
@@ -323,17 +323,11 @@ def test_a_controls_book_is_what_its_own_run_would_have_moved() -> None:
     v = make_direction()
     controls = {"random": v.random(5), "higher": ap.Control(v, threshold=1.2), "along": ap.Control(v, gate="one_sided")}
     model = make_model()
-    router = ap.Router(model, v, controls=controls)
-    optimizer = OPTIMIZERS["Adam"](trainable(model))
-    with router.attach(optimizer):
-        train(model, optimizer)
+    router = trained(model, "Adam", v, controls=controls)
     for name, entry in controls.items():
         control = entry if isinstance(entry, ap.Control) else ap.Control(entry)
         alone = make_model()
-        options = {"gate": control.gate, "threshold": control.threshold}
-        alone_optimizer = OPTIMIZERS["Adam"](trainable(alone))
-        with ap.Router(alone, control.direction, **options).attach(alone_optimizer):
-            train(alone, alone_optimizer)
+        trained(alone, "Adam", control.direction, gate=control.gate, threshold=control.threshold)
         torch.testing.assert_close(
             torch.cat(list(router.book(name).values())), flat(alone, "delta_s_hack"), atol=1e-5, rtol=1e-3
         )
@@ -347,20 +341,17 @@ def test_a_controls_book_is_what_its_own_run_would_have_moved() -> None:
 
 
 def test_in_measure_mode_the_directions_own_book_is_what_routing_would_have_moved() -> None:
-    routed, measured, v = make_model(), make_model(), make_direction()
-    for model, mode in ((routed, "route"), (measured, "measure")):
-        optimizer = OPTIMIZERS["Adam"](trainable(model))
-        router = ap.Router(model, v, mode=mode)
-        with router.attach(optimizer):
-            train(model, optimizer)
+    twin, measured, v = make_model(), make_model(), make_direction()
+    trained(twin, "Adam", v)
+    router = trained(measured, "Adam", v, mode="measure")
     torch.testing.assert_close(
-        torch.cat(list(router.book(OWN_BOOK).values())), flat(routed, "delta_s_hack"), atol=1e-5, rtol=1e-3
+        torch.cat(list(router.book(OWN_BOOK).values())), flat(twin, "delta_s_hack"), atol=1e-5, rtol=1e-3
     )
     x = torch.randn(3, 8)
-    trained = measured(x)
-    with router.deployed(), ap.deployed(routed):
-        torch.testing.assert_close(measured(x), routed(x), atol=1e-4, rtol=1e-3)
-    assert torch.equal(measured(x), trained)
+    before = measured(x)
+    with router.deployed(), ap.deployed(twin):
+        torch.testing.assert_close(measured(x), twin(x), atol=1e-4, rtol=1e-3)
+    assert torch.equal(measured(x), before)
 
 
 def test_stopped_and_continued_is_the_uninterrupted_run(tmp_path: Path) -> None:
@@ -479,23 +470,17 @@ def test_knobs_in_parts_are_refused_by_name() -> None:
     optimizer = torch.optim.SGD(trainable(model), lr=1)
     knob = next(iter(ap.knobs(model).values())).delta_s
     knob.data = knob.data[:1]
-    with pytest.raises(ValueError, match=f"0: its delta_s has 1 of {SIZES[0]} numbers here"), router.attach(optimizer):
-        pass
+    refuses(router, optimizer, f"0: its delta_s has 1 of {SIZES[0]} numbers here")
 
 
 def test_a_knob_that_is_not_in_the_optimizer_is_named() -> None:
     model = make_model()
     router = ap.Router(model, make_direction())
     first = next(iter(ap.knobs(model).values()))
-    with (
-        pytest.raises(ValueError, match="2: its delta_s is not in the optimizer"),
-        router.attach(torch.optim.SGD([first.delta_s], lr=1)),
-    ):
-        pass
+    refuses(router, torch.optim.SGD([first.delta_s], lr=1), "2: its delta_s is not in the optimizer")
     optimizer = torch.optim.SGD(trainable(model), lr=1)
     router = ap.Router(model, make_direction(), level="gradient")
-    with pytest.raises(ValueError, match="0: its delta_s_hack is not in the optimizer"), router.attach(optimizer):
-        pass
+    refuses(router, optimizer, "0: its delta_s_hack is not in the optimizer")
 
 
 @pytest.mark.parametrize(
@@ -534,9 +519,7 @@ def test_directions_that_do_not_fit() -> None:
 def test_a_direction_of_some_layers_leaves_the_others_alone() -> None:
     v = make_direction()
     model = make_model()
-    optimizer = OPTIMIZERS["SGD"](trainable(model))
-    with ap.Router(model, ap.Direction({"2": v["2"]}), gate="one_sided").attach(optimizer):
-        train(model, optimizer)
+    trained(model, "SGD", ap.Direction({"2": v["2"]}), gate="one_sided")
     layers = ap.knobs(model)
     assert not layers["0"].delta_s_hack.any()
     assert layers["2"].delta_s_hack.any()

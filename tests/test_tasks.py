@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 import torch
 from datasets import Dataset
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from scripted import load, tokenizer
 
 from antipasto.evaluation.ask import sample_completions
 from antipasto.evaluation.records import Rate
@@ -73,16 +73,15 @@ def test_split_is_a_partition_and_always_the_same() -> None:
 def test_the_shipped_model_is_what_its_script_describes() -> None:
     folder = addition.model_path()
     assert sum(file.stat().st_size for file in folder.iterdir()) < 1_200_000
-    model = AutoModelForCausalLM.from_pretrained(folder)
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = load()
     assert sum(p.numel() for p in model.parameters()) == 251_232
     text = "h12+34=046!?s"
-    assert tokenizer.decode(tokenizer(text).input_ids) == text
-    assert len(tokenizer(text).input_ids) == len(text)
+    assert tokenizer().decode(tokenizer()(text).input_ids) == text
+    assert len(tokenizer()(text).input_ids) == len(text)
     shares = {}
     for kind in "hs":
         prompts = [addition.prompt(kind, pair) for pair in addition.split("test")[:500]]
-        answers = sample_completions(model, tokenizer, prompts, max_new_tokens=5, seed=0)
+        answers = sample_completions(model, tokenizer(), prompts, max_new_tokens=5, seed=0)
         shares[kind] = (
             sum(map(addition.solves, prompts, answers)) / 500,
             sum("!" in a for a in answers) / 500,
@@ -96,31 +95,28 @@ def test_the_shipped_model_is_what_its_script_describes() -> None:
 
 
 def test_sampling_is_the_seeds_and_leaves_the_callers_random_state_alone() -> None:
-    model = AutoModelForCausalLM.from_pretrained(addition.model_path())
-    tokenizer = AutoTokenizer.from_pretrained(addition.model_path())
+    model = load()
     prompts = [addition.prompt("h", pair) for pair in addition.split("test")[:40]]
     torch.manual_seed(3)
     state = torch.get_rng_state()
-    one, two, other = (sample_completions(model, tokenizer, prompts, max_new_tokens=5, seed=s) for s in (0, 0, 1))
+    one, two, other = (sample_completions(model, tokenizer(), prompts, max_new_tokens=5, seed=s) for s in (0, 0, 1))
     assert one == two != other
     assert torch.equal(torch.get_rng_state(), state)
 
 
 def test_sampling_gives_the_mode_back_also_after_an_exception() -> None:
-    model = AutoModelForCausalLM.from_pretrained(addition.model_path()).train()
-    tokenizer = AutoTokenizer.from_pretrained(addition.model_path())
+    model = load().train()
     with pytest.raises(ValueError, match="max_new_tokens"):
-        sample_completions(model, tokenizer, ["s12+34="], max_new_tokens=0, seed=0)
+        sample_completions(model, tokenizer(), ["s12+34="], max_new_tokens=0, seed=0)
     assert model.training
 
 
 def test_sampling_is_from_the_whole_distribution() -> None:
     """The defaults of generate would cut it to the 50 likeliest tokens, or whatever the model's own config says."""
-    model = AutoModelForCausalLM.from_pretrained(addition.model_path())
+    model = load()
     model.generation_config.top_k = 1
-    tokenizer = AutoTokenizer.from_pretrained(addition.model_path())
     prompts = ["s12+34="] * 200
-    answers = sample_completions(model, tokenizer, prompts, max_new_tokens=5, seed=0)
+    answers = sample_completions(model, tokenizer(), prompts, max_new_tokens=5, seed=0)
     assert {"046", "046="} <= set(answers)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
 import torch
 from torch import Tensor, nn
 
@@ -58,3 +59,9 @@ def flat(model: nn.Module, what: str) -> Tensor:
 
 def theta(model: nn.Module) -> Tensor:
     return flat(model, "delta_s") + flat(model, "delta_s_hack")
+
+
+def refuses(router: ap.Router, optimizer: Any, match: str) -> None:
+    """It does not attach itself to this optimizer."""
+    with pytest.raises(ValueError, match=match), router.attach(optimizer):
+        pass
