@@ -96,8 +96,7 @@ def test_signs_are_fixed() -> None:
     assert (Vh.gather(1, Vh.abs().argmax(1, keepdim=True)) > 0).all()
     # LAPACK's vectors of the same weight, sign-fixed alike, are ours
     U, S, W_Vh = torch.linalg.svd(weight.double(), full_matrices=False)
-    assert_same_up_to_rounding = torch.testing.assert_close
-    assert_same_up_to_rounding(Vh.double(), module._fix_signs(Basis(U, S, W_Vh)).Vh, atol=1e-6, rtol=0)
+    torch.testing.assert_close(Vh.double(), module._fix_signs(Basis(U, S, W_Vh)).Vh, atol=1e-6, rtol=0)
 
 
 def test_decompose_is_deterministic() -> None:
@@ -205,22 +204,6 @@ def test_files_are_readable_by_others_as_the_umask_allows(tmp_path: Path) -> Non
     assert path.stat().st_mode & 0o777 == 0o644
 
 
-def _truncate(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[:-9])
-
-
-def _cut_in_half(path: Path) -> None:
-    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
-
-
-def _empty(path: Path) -> None:
-    path.write_bytes(b"")
-
-
-def _garbage(path: Path) -> None:
-    path.write_bytes(b"not a safetensors file at all")
-
-
 def _flip_the_last_bit(path: Path) -> None:
     data = bytearray(path.read_bytes())
     data[-1] ^= 1
@@ -244,14 +227,6 @@ def _right_header_wrong_shape(path: Path) -> None:
     save_file(tensors, path, metadata=signed(tensors, module._FORMAT, path))
 
 
-def _tensor_missing(path: Path) -> None:
-    save_file({"U": torch.zeros(1)}, path, metadata={"format": module._FORMAT, "weight": path.name[:64]})
-
-
-def _without_metadata(path: Path) -> None:
-    save_file(load_file(path), path)
-
-
 def _of_another_format(path: Path) -> None:
     tensors = {name: load_file(path)[name] for name in Basis._fields}
     save_file(tensors, path, metadata=signed(tensors, "other", path))
@@ -268,19 +243,21 @@ def _of_another_dtype(path: Path) -> None:
     save_file(tensors, path, metadata=signed(tensors, module._FORMAT, path))
 
 
-BAD = [
-    _truncate,
-    _cut_in_half,
-    _empty,
-    _garbage,
-    _flip_the_last_bit,
-    _another_weights_file,
-    _right_header_wrong_shape,
-    _tensor_missing,
-    _without_metadata,
-    _of_another_format,
-    _of_another_dtype,
-]
+BAD: dict[str, Callable[[Path], object]] = {
+    "its end is gone": lambda path: path.write_bytes(path.read_bytes()[:-9]),
+    "half of it is gone": lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
+    "empty": lambda path: path.write_bytes(b""),
+    "garbage": lambda path: path.write_bytes(b"not a safetensors file at all"),
+    "the last bit is another": _flip_the_last_bit,
+    "another weight's": _another_weights_file,
+    "another shape": _right_header_wrong_shape,
+    "a tensor is gone": lambda path: save_file(
+        {"U": torch.zeros(1)}, path, metadata={"format": module._FORMAT, "weight": path.name[:64]}
+    ),
+    "no metadata": lambda path: save_file(load_file(path), path),
+    "another format": _of_another_format,
+    "another dtype": _of_another_dtype,
+}
 WHOLE: dict[str, Any] = {"rank": None, "dtype": None}
 PART: dict[str, Any] = {"rank": 2, "dtype": torch.bfloat16}
 
@@ -288,12 +265,12 @@ PART: dict[str, Any] = {"rank": 2, "dtype": torch.bfloat16}
 @pytest.mark.parametrize("asked", [WHOLE, PART], ids=["whole", "part"])
 @pytest.mark.parametrize("damage", BAD)
 def test_a_bad_file_is_replaced_with_a_warning_that_names_it(
-    tmp_path: Path, count_decompositions: list[int], damage: Callable[[Path], None], asked: dict[str, Any]
+    tmp_path: Path, count_decompositions: list[int], damage: str, asked: dict[str, Any]
 ) -> None:
     weight = random_weight()
     good = load_basis(weight, **asked, cache_dir=tmp_path)
     (path,) = tmp_path.glob("*.safetensors")
-    damage(path)
+    BAD[damage](path)
     count_decompositions.clear()
     with pytest.warns(BasisCacheWarning, match=str(path)):
         assert_same(load_basis(weight, **asked, cache_dir=tmp_path), good)
@@ -303,13 +280,13 @@ def test_a_bad_file_is_replaced_with_a_warning_that_names_it(
 
 @pytest.mark.parametrize("damage", BAD)
 def test_a_bad_file_is_removed_if_a_larger_one_serves(
-    tmp_path: Path, count_decompositions: list[int], damage: Callable[[Path], None]
+    tmp_path: Path, count_decompositions: list[int], damage: str
 ) -> None:
     weight = random_weight()
     good = load_basis(weight, **PART, cache_dir=tmp_path)
     load_basis(weight, cache_dir=tmp_path)
     path = cache_file(weight, tmp_path, **PART)
-    damage(path)
+    BAD[damage](path)
     count_decompositions.clear()
     with pytest.warns(BasisCacheWarning, match=str(path)):
         assert_same(load_basis(weight, **PART, cache_dir=tmp_path), good)

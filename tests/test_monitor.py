@@ -76,17 +76,14 @@ def test_every_familys_gradient_is_that_at_knobs_of_zero(family: str) -> None:
         effect={name: torch.ones(layer.r) for name, layer in layers.items()},
     )
     monitor, sequences = Monitor(model, None, v), [(row[:3].tolist(), row[3:].tolist()) for row in tokens(4, 8)]
-    found = {
-        i: n
-        for rows, gradients, _ in monitor.gradients(sequences, batch_size=3)
-        for i, n in zip(rows, gradients, strict=True)
-    }
+
+    def gradients() -> dict[int, torch.Tensor]:
+        batches = monitor.gradients(sequences, batch_size=3)
+        return {i: n for rows, gradients, _ in batches for i, n in zip(rows, gradients, strict=True)}
+
+    found = gradients()
     randomise(model, 0.3)
-    again = {
-        i: n
-        for rows, gradients, _ in monitor.gradients(sequences, batch_size=3)
-        for i, n in zip(rows, gradients, strict=True)
-    }
+    again = gradients()
     for layer in layers.values():
         layer.delta_s.data.zero_()
         layer.delta_s_hack.data.zero_()
@@ -99,66 +96,36 @@ def test_every_familys_gradient_is_that_at_knobs_of_zero(family: str) -> None:
         torch.testing.assert_close(found[i], plain, atol=1e-4 * float(plain.norm()), rtol=1e-4)
 
 
-class Turned:
-    """A model, turned in many ways."""
-
-    def __init__(self) -> None:
-        self.model = adapted()
-        randomise(self.model, 0.3)
-
-    def off(self) -> AbstractContextManager[None]:
-        return self.model.disable_adapter()
-
-    def training(self) -> AbstractContextManager[None]:
-        self.model.train()
-        return nullcontext()
-
-    def other_active(self) -> AbstractContextManager[None]:
-        self.model.add_adapter("other", ap.AntiPastoConfig(rank=4))
-        self.model.set_adapter("other")
-        randomise(self.model, 0.3, seed=1)
-        return nullcontext()
-
-    def merged(self) -> AbstractContextManager[None]:
-        self.model.merge_adapter()
-        return nullcontext()
-
-    def deployed(self) -> AbstractContextManager[None]:
-        return ap.deployed(self.model)
-
-    def without_gradient(self) -> AbstractContextManager[None]:
-        return torch.no_grad()
-
-    def dropped(self) -> AbstractContextManager[None]:
-        ap.drop_quarantine(self.model)
-        return nullcontext()
+def other_active(model: PeftModel) -> None:
+    model.add_adapter("other", ap.AntiPastoConfig(rank=4))
+    model.set_adapter("other")
+    randomise(model, 0.3, seed=1)
 
 
-@pytest.mark.parametrize(
-    "how",
-    [
-        Turned.off,
-        Turned.training,
-        Turned.other_active,
-        Turned.merged,
-        Turned.deployed,
-        Turned.without_gradient,
-        Turned.dropped,
-    ],
-)
-def test_nothing_that_the_model_is_now_makes_a_difference(
-    known: ap.Direction, how: Callable[[Turned], AbstractContextManager[None]]
-) -> None:
+TURNED: dict[str, Callable[[PeftModel], AbstractContextManager[Any]]] = {
+    "off": lambda model: model.disable_adapter(),
+    "training": lambda model: nullcontext(model.train()),
+    "another adapter is active": lambda model: nullcontext(other_active(model)),
+    "merged": lambda model: nullcontext(model.merge_adapter()),
+    "deployed": ap.deployed,
+    "without gradient": lambda _: torch.no_grad(),
+    "without quarantine": lambda model: nullcontext(ap.drop_quarantine(model)),
+}
+
+
+@pytest.mark.parametrize("how", TURNED)
+def test_nothing_that_the_model_is_now_makes_a_difference(known: ap.Direction, how: str) -> None:
     expected = Monitor(adapted(), tokenizer(), known).scores(TEXTS)
-    turned = Turned()
-    monitor = Monitor(turned.model, tokenizer(), known)
-    with how(turned):
-        modes = [module.training for module in turned.model.modules()]
-        logits = turned.model(input_ids=torch.tensor([[3, 4, 5]])).logits
+    model = adapted()
+    randomise(model, 0.3)
+    monitor = Monitor(model, tokenizer(), known)
+    with TURNED[how](model):
+        modes = [module.training for module in model.modules()]
+        logits = model(input_ids=torch.tensor([[3, 4, 5]])).logits
         assert torch.equal(monitor.scores(TEXTS), expected)
-        assert torch.equal(turned.model(input_ids=torch.tensor([[3, 4, 5]])).logits, logits)
-        assert modes == [module.training for module in turned.model.modules()]
-        assert all(p.grad is None for p in turned.model.parameters())
+        assert torch.equal(model(input_ids=torch.tensor([[3, 4, 5]])).logits, logits)
+        assert modes == [module.training for module in model.modules()]
+        assert all(p.grad is None for p in model.parameters())
 
 
 def test_dropout_is_off_while_it_scores(known: ap.Direction) -> None:
