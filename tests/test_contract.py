@@ -71,6 +71,12 @@ def move(model: nn.Module, size: float = 0.3, adapter: str | None = None, seed: 
         layer.delta_s.data = size * torch.randn(layer.r, generator=generator).to(layer.delta_s)
 
 
+def moved(config: Config) -> PeftModel:
+    model = adapted(config)
+    move(model)
+    return model
+
+
 def output(model: nn.Module, **kwargs: Any) -> Tensor:
     with torch.no_grad():
         return model(IDS, **kwargs)
@@ -144,8 +150,7 @@ def test_a_fresh_adapter_is_the_base_model(config: Config) -> None:
 
 
 def test_disabling_restores_the_base_model_and_enabling_the_adapter(config: Config) -> None:
-    model = adapted(config)
-    move(model)
+    model = moved(config)
     before = output(model)
     with model.disable_adapter():
         assert torch.equal(output(model), output(Branching()))
@@ -155,8 +160,7 @@ def test_disabling_restores_the_base_model_and_enabling_the_adapter(config: Conf
 
 @pytest.mark.parametrize("safe", [True, False])
 def test_merging_is_the_same_function_and_unmerging_gives_back_the_bits(config: Config, safe: bool) -> None:
-    model = adapted(config)
-    move(model)
+    model = moved(config)
     before = output(model)
     model.merge_adapter(safe_merge=safe)
     torch.testing.assert_close(output(model), before)
@@ -169,8 +173,7 @@ def test_merging_is_the_same_function_and_unmerging_gives_back_the_bits(config: 
 
 
 def test_merge_and_unload_leaves_a_plain_model(config: Config) -> None:
-    model = adapted(config)
-    move(model)
+    model = moved(config)
     before = output(model)
     plain = model.merge_and_unload()
     assert not any(isinstance(module, BaseTunerLayer) for module in plain.modules())
@@ -179,8 +182,7 @@ def test_merge_and_unload_leaves_a_plain_model(config: Config) -> None:
 
 
 def test_unload_gives_back_the_base_model(config: Config) -> None:
-    model = adapted(config)
-    move(model)
+    model = moved(config)
     plain = model.unload()
     assert not any(isinstance(module, BaseTunerLayer) for module in plain.modules())
     assert type(plain.lin0) is nn.Linear
@@ -196,8 +198,7 @@ def test_get_base_model_is_the_model_inside(config: Config) -> None:
 
 
 def test_adapters_are_added_switched_and_deleted(config: Config) -> None:
-    model = adapted(config)
-    move(model)
+    model = moved(config)
     first = output(model)
     model.add_adapter("second", config(target_modules=["lin0"]))
     assert torch.equal(output(model), first)
@@ -252,8 +253,7 @@ def test_layer_and_model_status(config: Config) -> None:
 def test_saved_and_loaded_it_is_the_same(
     config: Config, tmp_path: Path, low_cpu_mem_usage: bool, trainable: bool
 ) -> None:
-    model = adapted(config)
-    move(model)
+    model = moved(config)
     model.save_pretrained(tmp_path)
     loaded = PeftModel.from_pretrained(
         Branching(), tmp_path, is_trainable=trainable, low_cpu_mem_usage=low_cpu_mem_usage
@@ -305,8 +305,7 @@ def test_a_config_goes_round(config: Config, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 def test_a_copy_is_independent(config: Config, duplicate: Callable[[nn.Module], nn.Module]) -> None:
-    model = adapted(config)
-    move(model)
+    model = moved(config)
     before = output(model)
     other = duplicate(model)
     assert torch.equal(output(other), before)
@@ -326,8 +325,7 @@ def test_low_precision_bases_train_fp32_knobs(config: Config, dtype: torch.dtype
 
 
 def test_autocast_computes_in_its_dtype(config: Config) -> None:
-    model = adapted(config)
-    move(model)
+    model = moved(config)
     with torch.autocast("cpu", torch.bfloat16):
         low = output(model)
     torch.testing.assert_close(low.float(), output(model), atol=0.1, rtol=0.1)
@@ -337,8 +335,7 @@ def test_autocast_computes_in_its_dtype(config: Config) -> None:
 
 
 def test_it_moves_and_casts_with_the_model(config: Config) -> None:
-    model = adapted(config)
-    move(model)
+    model = moved(config)
     before = output(model)
     torch.testing.assert_close(output(model.double()).float(), before)
     assert {layer.layer.basis.U.dtype for layer in ap.knobs(model).values()} == {torch.float64}  # type: ignore[union-attr]
@@ -356,8 +353,7 @@ def test_keyword_arguments_reach_the_model(config: Config) -> None:
 
 
 def test_empty_and_one_token_batches(config: Config) -> None:
-    model = adapted(config)
-    move(model)
+    model = moved(config)
     assert model(IDS[:0]).shape == (0, 11, 11)
     torch.testing.assert_close(model(IDS[:1, :1]), model(IDS)[:1, :1])
 
@@ -410,8 +406,7 @@ def test_adapter_names_by_row_are_refused(config: Config) -> None:
 
 
 def test_compile_breaks_no_graph(config: Config) -> None:
-    model = adapted(config)
-    move(model)
+    model = moved(config)
     graphs = []
 
     def backend(graph: torch.fx.GraphModule, _: Any) -> Any:

@@ -115,10 +115,16 @@ def written(family: str = "mixtral", **options: Any) -> nn.Module:
     return model
 
 
+def moved(family: str = "mixtral", implementation: str = "grouped_mm", **options: Any) -> nn.Module:
+    """Fused experts whose knobs are not zero."""
+    model = fused(family, implementation, **options)
+    randomise(model)
+    return model
+
+
 def pair(family: str = "mixtral", implementation: str = "grouped_mm", **options: Any) -> tuple[nn.Module, nn.Module]:
     """A model with fused experts, and the same with Linears, with the same numbers in their knobs."""
-    model, reference = fused(family, implementation, **options), written(family, **options)
-    randomise(model)
+    model, reference = moved(family, implementation, **options), written(family, **options)
     for name, layer in ap.knobs(reference).items():
         copy_into(layer, *of_expert(ap.knobs(model), name))
     return model, reference
@@ -211,8 +217,7 @@ def test_output_and_gradient_are_those_of_experts_written_out(
 
 
 def test_the_base_gets_no_gradient_and_theta_one_that_both_knobs_share() -> None:
-    model = fused()
-    randomise(model)
+    model = moved()
     layers = ap.knobs(model)
     for layer in layers.values():
         layer.delta_s_hack.requires_grad_(True)
@@ -271,8 +276,7 @@ def test_weights_are_held_between_forwards_without_gradient_unless_told_not_to()
 
 def test_a_sharded_layer_keeps_no_weight() -> None:
     """FSDP2 puts a DTensor where a knob's parameter is, and tells the knob so; here it is said."""
-    model = fused()
-    randomise(model)
+    model = moved()
     layer = adapted_layers(model)[UP]
     for sharded in (False, True):
         next(iter(layer.delta_s.values())).is_sharded = sharded
@@ -282,8 +286,7 @@ def test_a_sharded_layer_keeps_no_weight() -> None:
 
 
 def test_after_an_error_in_the_forward_the_module_is_as_it_was() -> None:
-    model = fused()
-    randomise(model)
+    model = moved()
     experts, want = model.model.layers[1].mlp.experts, logits(model)
     apply_gate, experts._apply_gate = experts._apply_gate, None
     with pytest.raises(TypeError):
@@ -317,8 +320,7 @@ def test_generation_with_a_cache_uses_the_knobs() -> None:
 
 
 def test_a_copy_is_independent() -> None:
-    model = fused()
-    randomise(model)
+    model = moved()
     want = logits(model)
     for other in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
         assert torch.equal(logits(other), want)
@@ -348,8 +350,7 @@ def test_the_gradient_of_every_sequence(family: str, implementation: str, view: 
 
 
 def test_each_sequence_alone_has_the_gradient_that_it_has_in_a_batch(implementation: str) -> None:
-    model = fused(implementation=implementation)
-    randomise(model)
+    model = moved(implementation=implementation)
     with ap.rollout_grads(model) as grads:
         for part in ids(5).split(2):  # as micro-batches
             losses(model, part).sum().backward()
@@ -361,8 +362,7 @@ def test_each_sequence_alone_has_the_gradient_that_it_has_in_a_batch(implementat
 
 
 def test_packed_sequences_by_an_index() -> None:
-    model = fused()
-    randomise(model)
+    model = moved()
     index = torch.tensor([0, 0, 0, 2, 2, 2, 2])  # none of them is sequence 1
     tokens = ids(1)
     with ap.rollout_grads(model, sequence_index=index) as grads:
@@ -707,8 +707,7 @@ def test_the_gradient_is_projected_in_its_own_precision_under_autocast() -> None
 
 
 def test_autocast() -> None:
-    model = fused(implementation="eager")
-    randomise(model)
+    model = moved(implementation="eager")
     with torch.autocast("cpu", torch.bfloat16):
         losses(model, ids(16, 20)).sum().backward()  # inside the region, where a careless backward would cast again
     want = gradients(model, ids(16, 20))
