@@ -1,6 +1,11 @@
-"""The command line as someone types it, in this process: how it ended, and what it printed."""
+"""The command line as someone types it: how it ended, and what it printed."""
 
 from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 from typer.testing import CliRunner
 
@@ -50,3 +55,16 @@ def refused(*arguments: object) -> str:
     lines = [line for line in text.splitlines() if line.startswith("antipasto: ")]
     assert len(lines) == 1, text
     return lines[0]
+
+
+def process(*arguments: object) -> subprocess.Popen[str]:
+    """The command in a process of its own."""
+    words = [sys.executable, "-m", "antipasto", *map(str, arguments)]
+    return subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def wait_for(path: Path, seconds: float = 90) -> None:
+    deadline = time.monotonic() + seconds
+    while not path.exists():
+        assert time.monotonic() < deadline, f"{path} did not appear"
+        time.sleep(0.02)

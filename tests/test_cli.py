@@ -8,12 +8,11 @@ import os
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from command_line import fails, run, succeeds
+from command_line import fails, process, run, succeeds, wait_for
 from lines import read_lines
 from peft import PeftModel
 from rich.console import Console
@@ -194,22 +193,14 @@ def test_a_cache_that_cannot_be_written_is_said_once(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_ctrl_c_saves_a_run_that_train_continues(tmp_path: Path) -> None:
     out = tmp_path / "demo"
-    process = subprocess.Popen(
-        [sys.executable, "-m", "antipasto", "demo", "--out", str(out)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
-    )
-    deadline = time.monotonic() + 120
-    while not (out / "plain" / "rollouts.jsonl").exists() and time.monotonic() < deadline:
-        time.sleep(0.2)
-    process.send_signal(signal.SIGINT)
-    said, errors = process.communicate(timeout=60)
-    assert process.returncode == 130, errors
-    assert f"antipasto train --resume {out / 'plain'}" in " ".join(said.split())
+    running = process("demo", "--out", out)
+    wait_for(out / "plain" / "rollouts.jsonl", 120)
+    running.send_signal(signal.SIGINT)
+    text, _ = running.communicate(timeout=60)
+    assert running.returncode == 130, text
+    assert f"antipasto train --resume {out / 'plain'}" in " ".join(text.split())
     assert RunFolder(out / "plain").last_checkpoint() is not None
-    assert "Traceback" not in errors
+    assert "Traceback" not in text
 
 
 @pytest.mark.thorough

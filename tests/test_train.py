@@ -20,7 +20,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from command_line import MODEL, TRAIN, fails, size, succeeds
+from command_line import MODEL, TRAIN, fails, process, size, succeeds, wait_for
 from lines import read_lines
 from peft import PeftModel
 from safetensors.torch import load_file
@@ -39,24 +39,6 @@ SMALL, SIX = size(2), size(6, save_every=2)
 ADDITION = [MODEL, "--task", "addition"]
 ROUTE = [*TRAIN, "--method", "route"]
 ARTEFACTS = ("adapter/adapter_model.safetensors", "books.safetensors", "rollouts.jsonl")
-
-
-def process(*arguments: object, **options: object) -> subprocess.Popen[str]:
-    """The command in a process of its own."""
-    return subprocess.Popen(
-        [sys.executable, "-m", "antipasto", *map(str, arguments)],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        **options,  # type: ignore[call-overload]
-    )
-
-
-def wait_for(path: Path, seconds: float = 90) -> None:
-    deadline = time.monotonic() + seconds
-    while not path.exists():
-        assert time.monotonic() < deadline, f"{path} did not appear"
-        time.sleep(0.02)
 
 
 def same_files(one: Path, other: Path) -> None:
