@@ -214,33 +214,37 @@ def report(folder: Path) -> Path:
     return write_report([folder])
 
 
-def test_it_opens_without_complaint_or_request(browser: Browser, report: Path) -> None:
-    with Opened(browser, report) as opened:
-        opened.check_quiet()
-        assert opened.page.title().startswith("mine")
-        for heading in ("What each arm does", "Answers side by side", "Training", "Where in the model", "Rollouts"):
-            assert opened.page.get_by_role("heading", name=heading, exact=True).count() == 1, heading
-        assert opened.page.inner_text(".verdict .state") == "It came and it went"
-        assert opened.shown("svg.plot") > 10
-        assert opened.page.locator("svg.plot:not([aria-label])").count() == 0
-        ids = opened.page.evaluate("[...document.querySelectorAll('[id]')].map(e => e.id)")
-        assert len(ids) == len(set(ids))
-        links = opened.page.evaluate("[...document.querySelectorAll('use, a')].map(e => e.getAttribute('href'))")
-        assert {link.removeprefix("#") for link in links} <= set(ids)
+@pytest.fixture
+def opened(browser: Browser, report: Path) -> Iterator[Opened]:
+    with Opened(browser, report) as found:
+        yield found
 
 
-def test_the_table_says_what_the_evaluation_says(browser: Browser, report: Path) -> None:
-    with Opened(browser, report) as opened:
-        rows = opened.page.locator("table.numbers").first.locator("tbody tr").all()
-        cells = {row.locator("th").inner_text(): row.locator("td").all_inner_texts() for row in rows}
-        assert list(cells) == list(ARMS)
-        record = evaluation().arm(DEPLOYED)
-        assert record is not None
-        for text, key in zip(cells[DEPLOYED], ("solve", "exploit", None, "reward", "kl", "length"), strict=True):
-            estimate = record.flags["shouts"] if key is None else record.measures[key]
-            assert text.split() == f"{number(estimate.value)} [{number(estimate.low)}, {number(estimate.high)}]".split()
-        colours = "[...document.querySelectorAll('.bar .point')].map(e => getComputedStyle(e).stroke)"
-        assert "none" not in opened.page.evaluate(colours)
+def test_it_opens_without_complaint_or_request(opened: Opened) -> None:
+    opened.check_quiet()
+    assert opened.page.title().startswith("mine")
+    for heading in ("What each arm does", "Answers side by side", "Training", "Where in the model", "Rollouts"):
+        assert opened.page.get_by_role("heading", name=heading, exact=True).count() == 1, heading
+    assert opened.page.inner_text(".verdict .state") == "It came and it went"
+    assert opened.shown("svg.plot") > 10
+    assert opened.page.locator("svg.plot:not([aria-label])").count() == 0
+    ids = opened.page.evaluate("[...document.querySelectorAll('[id]')].map(e => e.id)")
+    assert len(ids) == len(set(ids))
+    links = opened.page.evaluate("[...document.querySelectorAll('use, a')].map(e => e.getAttribute('href'))")
+    assert {link.removeprefix("#") for link in links} <= set(ids)
+
+
+def test_the_table_says_what_the_evaluation_says(opened: Opened) -> None:
+    rows = opened.page.locator("table.numbers").first.locator("tbody tr").all()
+    cells = {row.locator("th").inner_text(): row.locator("td").all_inner_texts() for row in rows}
+    assert list(cells) == list(ARMS)
+    record = evaluation().arm(DEPLOYED)
+    assert record is not None
+    for text, key in zip(cells[DEPLOYED], ("solve", "exploit", None, "reward", "kl", "length"), strict=True):
+        estimate = record.flags["shouts"] if key is None else record.measures[key]
+        assert text.split() == f"{number(estimate.value)} [{number(estimate.low)}, {number(estimate.high)}]".split()
+    colours = "[...document.querySelectorAll('.bar .point')].map(e => getComputedStyle(e).stroke)"
+    assert "none" not in opened.page.evaluate(colours)
 
 
 def test_differences_name_both_arms(report: Path) -> None:
@@ -382,77 +386,75 @@ def test_no_two_arms_look_alike(palette: int) -> None:
     assert distance.min() > 25
 
 
-def test_filters_count_and_show_what_matches(browser: Browser, report: Path) -> None:
-    with Opened(browser, report) as opened:
-        page, form = opened.page, opened.page.locator("[data-filters]")
-        output, visible = form.locator("output"), ".card"
-        total = page.locator(".card").count()
-        assert total == 3 * EACH
-        assert output.inner_text() == f"{total} of {total} rollouts match"
-        assert opened.shown(visible) == 3 * 20
-        page.get_by_role("button", name="Show 20 more of 180").first.click()
-        assert opened.shown(visible) == 4 * 20
+def test_filters_count_and_show_what_matches(opened: Opened) -> None:
+    page, form = opened.page, opened.page.locator("[data-filters]")
+    output, visible = form.locator("output"), ".card"
+    total = page.locator(".card").count()
+    assert total == 3 * EACH
+    assert output.inner_text() == f"{total} of {total} rollouts match"
+    assert opened.shown(visible) == 3 * 20
+    page.get_by_role("button", name="Show 20 more of 180").first.click()
+    assert opened.shown(visible) == 4 * 20
 
-        form.get_by_label("Search").fill("what is 17+1?")
-        hits = [card for card in page.locator(".card").all() if "What is 17+1?" in (card.text_content() or "")]
-        assert 0 < len(hits) == opened.shown(visible)
-        assert output.inner_text() == f"{len(hits)} of {total} rollouts match"
-        page.get_by_role("button", name="Clear").click()
-        expect(output).to_have_text(f"{total} of {total} rollouts match")
+    form.get_by_label("Search").fill("what is 17+1?")
+    hits = [card for card in page.locator(".card").all() if "What is 17+1?" in (card.text_content() or "")]
+    assert 0 < len(hits) == opened.shown(visible)
+    assert output.inner_text() == f"{len(hits)} of {total} rollouts match"
+    page.get_by_role("button", name="Clear").click()
+    expect(output).to_have_text(f"{total} of {total} rollouts match")
 
-        choices = {
-            "Outcome": ("exploited", "d.outcome === 'exploited'"),
-            "Sampled": ("deployed", "d.view === 'deployed'"),
-            "Detector": ("yes", "d.flagged === 'yes'"),
-            "Step from": ("10", "Number(d.step) >= 10"),
-            "to": ("19", "Number(d.step) <= 19"),
-            "Reward at least": ("1", "Number(d.reward) >= 1"),
-        }
-        count = "[...document.querySelectorAll('.card')].filter(({{dataset: d}}) => {}).length"
-        numbers = []
-        for together in (False, True):
-            for label, (value, condition) in choices.items():
-                field = form.get_by_label(label, exact=True)
-                (field.select_option if field.evaluate("f => f.tagName") == "SELECT" else field.fill)(value)
-                if not together:
-                    numbers.append(page.evaluate(count.format(condition)))
-                    expect(output).to_have_text(f"{numbers[-1]} of {total} rollouts match")
-                    page.get_by_role("button", name="Clear").click()
-        assert all(0 < number < total for number in numbers)
-        both = page.evaluate(count.format(" && ".join(condition for _, condition in choices.values())))
-        assert 0 < both < min(numbers)
-        expect(output).to_have_text(f"{both} of {total} rollouts match")
-        form.get_by_label("Search").fill("no rollout says this")
-        assert opened.shown(visible) == 0
-        assert output.inner_text() == f"0 of {total} rollouts match"
-        opened.check_quiet()
+    choices = {
+        "Outcome": ("exploited", "d.outcome === 'exploited'"),
+        "Sampled": ("deployed", "d.view === 'deployed'"),
+        "Detector": ("yes", "d.flagged === 'yes'"),
+        "Step from": ("10", "Number(d.step) >= 10"),
+        "to": ("19", "Number(d.step) <= 19"),
+        "Reward at least": ("1", "Number(d.reward) >= 1"),
+    }
+    count = "[...document.querySelectorAll('.card')].filter(({{dataset: d}}) => {}).length"
+    numbers = []
+    for together in (False, True):
+        for label, (value, condition) in choices.items():
+            field = form.get_by_label(label, exact=True)
+            (field.select_option if field.evaluate("f => f.tagName") == "SELECT" else field.fill)(value)
+            if not together:
+                numbers.append(page.evaluate(count.format(condition)))
+                expect(output).to_have_text(f"{numbers[-1]} of {total} rollouts match")
+                page.get_by_role("button", name="Clear").click()
+    assert all(0 < number < total for number in numbers)
+    both = page.evaluate(count.format(" && ".join(condition for _, condition in choices.values())))
+    assert 0 < both < min(numbers)
+    expect(output).to_have_text(f"{both} of {total} rollouts match")
+    form.get_by_label("Search").fill("no rollout says this")
+    assert opened.shown(visible) == 0
+    assert output.inner_text() == f"0 of {total} rollouts match"
+    opened.check_quiet()
 
 
-def test_answers_stand_side_by_side(browser: Browser, report: Path) -> None:
-    with Opened(browser, report) as opened:
-        page, form = opened.page, opened.page.locator("[data-picker]")
-        assert opened.shown("article.row") == 1
-        assert page.locator("article.row").filter(visible=True).locator("dt").count() == len(ARMS)
-        assert form.locator("output").inner_text() == f"prompt 1 of {ROWS}"
-        assert form.get_by_role("button", name="Previous").is_disabled()
-        form.get_by_role("button", name="Next").click()
-        assert form.locator("output").inner_text() == f"prompt 2 of {ROWS}"
-        form.get_by_label("Show").select_option(label="reference failed, as trained exploited, deployed solved")
-        assert form.locator("output").inner_text() == f"prompt 1 of {ROWS - ROWS // 10}"
-        form.get_by_label("Prompt", exact=True).select_option(label="12: prompt number 12")
-        row = page.locator("article.row").filter(visible=True)
-        assert f"{DEPLOYED} says 12" in row.inner_text()
-        assert [text.split()[-1] for text in row.locator("dt .outcome:first-of-type").all_inner_texts()]
-        form.get_by_label("Show").select_option(label="reference failed, as trained failed, deployed failed")
-        assert form.locator("output").inner_text() == f"prompt 1 of {ROWS // 10}"
-        counts = dict(
-            zip(
-                page.locator(".patterns tbody tr td:nth-child(2)").all_inner_texts(),
-                page.locator(".patterns tbody tr td:nth-child(4)").all_inner_texts(),
-                strict=True,
-            )
+def test_answers_stand_side_by_side(opened: Opened) -> None:
+    page, form = opened.page, opened.page.locator("[data-picker]")
+    assert opened.shown("article.row") == 1
+    assert page.locator("article.row").filter(visible=True).locator("dt").count() == len(ARMS)
+    assert form.locator("output").inner_text() == f"prompt 1 of {ROWS}"
+    assert form.get_by_role("button", name="Previous").is_disabled()
+    form.get_by_role("button", name="Next").click()
+    assert form.locator("output").inner_text() == f"prompt 2 of {ROWS}"
+    form.get_by_label("Show").select_option(label="reference failed, as trained exploited, deployed solved")
+    assert form.locator("output").inner_text() == f"prompt 1 of {ROWS - ROWS // 10}"
+    form.get_by_label("Prompt", exact=True).select_option(label="12: prompt number 12")
+    row = page.locator("article.row").filter(visible=True)
+    assert f"{DEPLOYED} says 12" in row.inner_text()
+    assert [text.split()[-1] for text in row.locator("dt .outcome:first-of-type").all_inner_texts()]
+    form.get_by_label("Show").select_option(label="reference failed, as trained failed, deployed failed")
+    assert form.locator("output").inner_text() == f"prompt 1 of {ROWS // 10}"
+    counts = dict(
+        zip(
+            page.locator(".patterns tbody tr td:nth-child(2)").all_inner_texts(),
+            page.locator(".patterns tbody tr td:nth-child(4)").all_inner_texts(),
+            strict=True,
         )
-        assert counts == {"exploited": "36", "failed": "4"}
+    )
+    assert counts == {"exploited": "36", "failed": "4"}
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -470,52 +472,42 @@ def test_the_toggle_is_remembered(browser: Browser, report: Path, scheme: Any) -
         assert page.evaluate(ground) == before
 
 
-def test_the_toggle_works_without_storage(browser: Browser, report: Path) -> None:
-    with Opened(browser, report) as opened:
-        page = opened.page
-        page.add_init_script(
-            "Object.defineProperty(window, 'localStorage', { get() { throw new Error('forbidden') } })"
-        )
-        page.reload()
-        assert page.evaluate("(() => { try { localStorage } catch { return 'forbidden' } })()") == "forbidden"
-        page.get_by_role("button", name="colours").click()
-        assert page.evaluate("document.documentElement.dataset.theme") == "dark"
-        assert opened.complaints == []
+def test_the_toggle_works_without_storage(opened: Opened) -> None:
+    page = opened.page
+    page.add_init_script("Object.defineProperty(window, 'localStorage', { get() { throw new Error('forbidden') } })")
+    page.reload()
+    assert page.evaluate("(() => { try { localStorage } catch { return 'forbidden' } })()") == "forbidden"
+    page.get_by_role("button", name="colours").click()
+    assert page.evaluate("document.documentElement.dataset.theme") == "dark"
+    assert opened.complaints == []
 
 
-def test_hostile_text_is_text(browser: Browser, report: Path) -> None:
-    with Opened(browser, report) as opened:
-        page = opened.page
-        page.wait_for_timeout(200)
-        opened.check_quiet()
-        assert page.evaluate("window.__pwned") is None
-        assert page.locator("script").count() == 1
-        assert page.locator("style").count() == 1
-        for tag in ("img", "iframe", "textarea", "object", "base"):
-            assert page.locator(tag).count() == 0, tag
-        links = page.evaluate("[...document.querySelectorAll('a')].map(a => a.getAttribute('href'))")
-        assert all(link.startswith("#") for link in links)
-        names = set(page.evaluate("[...document.querySelectorAll('*')].flatMap(e => e.getAttributeNames())"))
-        assert not [name for name in names if name.startswith(("on", "src", "style"))]
-        card = page.locator(".card").first.inner_text()
-        for piece in (
-            "<script>window.__pwned=1;alert(1)</script>",
-            "<img src=x onerror",
-            "{{7*7}}",
-            r"\u202e",
-            r"\x00",
-        ):
-            assert piece in card, piece
-        assert r"\ud800" in card
-        assert "\u202e" not in page.content()
-        prompts = page.get_by_label("Prompt", exact=True)
-        texts = prompts.locator("option").all_inner_texts()
-        prompts.select_option(index=next(i for i, text in enumerate(texts) if text.startswith("3:")))
-        assert "<img src=x onerror" in page.locator("article.row").filter(visible=True).inner_text()
-        page.get_by_label("Search").fill("<img src=x")
-        assert opened.shown(".card") >= 1
-        assert page.evaluate("window.__pwned") is None
-        opened.check_quiet()
+def test_hostile_text_is_text(opened: Opened) -> None:
+    page = opened.page
+    page.wait_for_timeout(200)
+    opened.check_quiet()
+    assert page.evaluate("window.__pwned") is None
+    assert page.locator("script").count() == 1
+    assert page.locator("style").count() == 1
+    for tag in ("img", "iframe", "textarea", "object", "base"):
+        assert page.locator(tag).count() == 0, tag
+    links = page.evaluate("[...document.querySelectorAll('a')].map(a => a.getAttribute('href'))")
+    assert all(link.startswith("#") for link in links)
+    names = set(page.evaluate("[...document.querySelectorAll('*')].flatMap(e => e.getAttributeNames())"))
+    assert not [name for name in names if name.startswith(("on", "src", "style"))]
+    card = page.locator(".card").first.inner_text()
+    for piece in ("<script>window.__pwned=1;alert(1)</script>", "<img src=x onerror", "{{7*7}}", r"\u202e", r"\x00"):
+        assert piece in card, piece
+    assert r"\ud800" in card
+    assert "\u202e" not in page.content()
+    prompts = page.get_by_label("Prompt", exact=True)
+    texts = prompts.locator("option").all_inner_texts()
+    prompts.select_option(index=next(i for i, text in enumerate(texts) if text.startswith("3:")))
+    assert "<img src=x onerror" in page.locator("article.row").filter(visible=True).inner_text()
+    page.get_by_label("Search").fill("<img src=x")
+    assert opened.shown(".card") >= 1
+    assert page.evaluate("window.__pwned") is None
+    opened.check_quiet()
 
 
 @pytest.mark.parametrize("width", [320, 360, 400, 768])
