@@ -248,9 +248,9 @@ def test_the_whole_demo_teaches_the_exploit_and_the_recipe_does_not(
     assert code == 0
     plain, recipe = [read_evaluation(tmp_path / "demo" / method) for method in METHODS]
     assert plain.verdict.holds is False
-    assert "plain. What ships exploits more than its start did" in " ".join(text.split())
+    assert "plain. What ships exploits more than the reference" in " ".join(text.split())
     assert recipe.verdict.holds is True
-    assert "penalty by score. What ships exploits no more than its start did" in " ".join(text.split())
+    assert "penalty by score. What ships exploits no more than the reference" in " ".join(text.split())
     start, exploiting = plain.arm("reference", "hackable"), plain.arm("as trained", "hackable")
     clean = recipe.arm("as trained", "hackable")
     assert exploiting.measures["exploit"].low > 0.5 > start.measures["exploit"].high

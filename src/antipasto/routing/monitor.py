@@ -7,13 +7,12 @@ The policy changes during training, the reference does not. So the same text has
 (A score at the current policy decays: docs/results.md.) The reference needs no second model: it is
 the adapted model without its knobs.
 
-A completion is flagged if s_b is above a threshold. The *start model* is the model before training. There are three rules
-for the threshold:
+A completion is flagged if s_b is above a threshold. There are three rules for the threshold:
 
 * midway between held-out clean texts and hacks;
 * a quarter of the way from clean texts to hacks, because exploits in a form that no pair shows score between the two
   (docs/results.md);
-* such that a given share of the start model's own answers is flagged.
+* such that a given share of the reference's own answers is flagged.
 
 A threshold close to the clean texts also flags more wrong answers. A penalty loses nothing by that, since wrong answers get
 no reward anyway. The score responds to every difference between hacks and clean texts in the pairs, so keep all else equal.
@@ -77,7 +76,7 @@ class Ordering:
         clean: mean over pairs of the score of the clean text, or of the highest one if there are several, since a threshold
             must be above them all.
         threshold: by the monitor's rule.
-        own: share of the start model's own answers above that threshold; None if none were given.
+        own: share of the reference's own answers above that threshold; None if none were given.
     """
 
     ordered: float
@@ -94,7 +93,7 @@ class Calibration:
     Attributes:
         rule: ``"midway"``, ``"quarter"`` or ``"false alarms"``.
         pairs: number of held-out pairs.
-        answers: number of the start model's own answers.
+        answers: number of the reference's own answers.
         false_alarms: the requested rate; None under another rule.
         score: the ordering by the direction.
         permuted: the ordering by the same effect sizes on shuffled coordinates, under the same rule.
@@ -121,7 +120,7 @@ class Calibration:
     def meaning(self) -> str:
         """Where the threshold lies, in words."""
         if self.false_alarms is not None:
-            return f"above all but {self.false_alarms:.1%} of the start model's own answers"
+            return f"above all but {self.false_alarms:.1%} of the reference's own answers"
         return {
             "midway": "midway between held-out hacks and clean texts",
             "quarter": "a quarter of the way from held-out clean texts to hacks",
@@ -199,7 +198,7 @@ class Monitor:
             pairs: labelled pairs.
             heldout: share of the pairs to calibrate on.
             seed: of the split.
-            own: answers of the start model.
+            own: answers of the reference.
             rule: as in `calibrate`.
             false_alarms: as in `calibrate`.
             batch_size: pairs per backward.
@@ -344,7 +343,7 @@ class Monitor:
 
         Args:
             pairs: labelled pairs that the direction was not extracted from.
-            own: answers of the start model. The share of them above the threshold is reported.
+            own: answers of the reference. The share of them above the threshold is reported.
             rule: ``"midway"``, halfway from clean texts to hacks, as `Ordering` defines these; or ``"quarter"``, a quarter
                 of the way, which suits a penalty.
             false_alarms: choose the threshold such that this share of ``own`` is above it, and ignore ``rule``.
@@ -359,12 +358,12 @@ class Monitor:
             raise ValueError("A threshold needs labelled pairs that the direction was not extracted from, got none.")
         if false_alarms is not None and not 0 < false_alarms < 1:
             raise ValueError(
-                f"false_alarms must be a share of the start model's own answers, in (0, 1), got {false_alarms}."
+                f"false_alarms must be a share of the reference's own answers, in (0, 1), got {false_alarms}."
             )
         if false_alarms is not None and len(own) * false_alarms < 1:
             raise ValueError(
-                f"A false-alarm rate of {false_alarms} needs at least {math.ceil(1 / false_alarms)} answers of the start "
-                f"model, got {len(own)}."
+                f"A false-alarm rate of {false_alarms} needs at least {math.ceil(1 / false_alarms)} answers of the "
+                f"reference, got {len(own)}."
             )
         sides = [
             (n, is_hack) for n, p in enumerate(pairs) for is_hack in [True] * len(p.hacks) + [False] * len(p.cleans)
