@@ -20,10 +20,10 @@ from transformers import AutoModelForCausalLM
 from typer.testing import CliRunner
 
 import antipasto as ap
-from antipasto.app.arms import comparison
 from antipasto.app.cli import app
 from antipasto.app.demo import METHODS as DEMO_METHODS
 from antipasto.app.demo import SHOWN, config_of
+from antipasto.app.evaluate import comparison
 from antipasto.app.run_folder import RunFolder
 from antipasto.app.train.config import TrainConfig
 from antipasto.evaluation.records import Rate, read_evaluation

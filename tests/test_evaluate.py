@@ -21,7 +21,7 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
 
 import antipasto as ap
-from antipasto.app.arms import rates_table
+from antipasto.app.evaluate import rates_table
 from antipasto.app.runs import run_views
 from antipasto.evaluation import ask, rollout_log
 from antipasto.evaluation.ask import (

@@ -519,7 +519,7 @@ def test_inspect_a_run_that_has_only_begun(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("seed: 1")
     code, text = run("inspect", tmp_path)
     assert code == 0
-    assert "missing, or not written yet: metrics.jsonl, rollouts.jsonl, adapter/" in text
+    assert "missing, or not written yet: metrics.jsonl, rollouts.jsonl, adapter" in text
     (tmp_path / "metrics.jsonl").touch()
     (tmp_path / "rollouts.jsonl").write_text(
         '{"step": 0, "prompt": "p", "completion": "c", "reward": 1.0}\n{"step": 0, "pro'
