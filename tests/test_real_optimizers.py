@@ -510,6 +510,7 @@ def test_knobs_written_to_outside_of_a_step_are_warned_about_once(mode: Any) -> 
             optimizer.step()
     assert "its delta_s was written to outside of a step, by up to" in str(said[0].message)
     assert "(optimizer SGD)" in str(said[0].message)
+    assert said[0].filename == __file__
 
 
 @pytest.mark.parametrize("mode", ["route", "erase"])
