@@ -14,6 +14,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from inspect import signature
 from typing import Any, NamedTuple
 
@@ -22,9 +23,9 @@ import torch.nn.functional as F
 from jinja2 import TemplateError
 from torch import Tensor, nn
 
-from antipasto.adapter import AntiPastoExperts, AntiPastoLinear
+from antipasto.adapter import AntiPastoExperts
 from antipasto.adapter.rows import batch_shape, in_backward, per_token
-from antipasto.adapter.views import adapted_layers, unwrap
+from antipasto.adapter.views import adapted_layers, replaced, unwrap
 
 
 class RolloutGrads(Mapping[str, Tensor]):
@@ -179,25 +180,19 @@ def rollout_grads(
         torch.Size([5, 3])
     """
     grads = RolloutGrads(sequence_index, detach=detach)
-    layers = adapted_layers(model)
-    previous = [layer.spread_theta for layer in layers.values()]
     inner = unwrap(model)
+    spreads: dict[nn.Module, Any] = {
+        layer: partial(grads.by_sequence if isinstance(layer, AntiPastoExperts) else grads.spread, name)
+        for name, layer in adapted_layers(model).items()
+    }
     handle = inner.register_forward_pre_hook(grads.on_forward, with_kwargs=True, prepend=True)
     _OPEN.setdefault(inner, []).append(grads)
-    for name, layer in layers.items():
-        layer.spread_theta = _bound(grads, name, layer)
     try:
-        yield grads
+        with replaced("spread_theta", spreads):
+            yield grads
     finally:
         handle.remove()
         _OPEN[inner].remove(grads)
-        for layer, spread in zip(layers.values(), previous, strict=True):
-            layer.spread_theta = spread
-
-
-def _bound(grads: RolloutGrads, name: str, layer: AntiPastoLinear) -> Any:
-    by_layer = grads.by_sequence if isinstance(layer, AntiPastoExperts) else grads.spread
-    return lambda theta, x: by_layer(name, theta, x)
 
 
 # ── the gradient of a completion's NLL ───────────────────────────────────────────────────────────────────────────────

@@ -35,7 +35,7 @@ from antipasto.adapter.fingerprints import check_same_base, fingerprints_from_js
 from antipasto.adapter.layer import View
 from antipasto.adapter.rollouts import RolloutGrads, TokenIds, nll_gradients, tokenize, tokenize_prompt
 from antipasto.adapter.sharded import is_sharded
-from antipasto.adapter.views import adapted_layers, seen_as
+from antipasto.adapter.views import adapted_layers, replaced, seen_as
 from antipasto.files import read_tensors, write_tensors
 from antipasto.names import HELDOUT, Rule
 from antipasto.routing.directions import Direction, extract_direction
@@ -451,15 +451,8 @@ def at_origin(model: nn.Module) -> Iterator[None]:
 
     It does not depend on which adapters exist or are active.
     """
-    training = [module for module in model.modules() if module.training]
-    with seen_as(model, View.ORIGIN):
-        for module in training:
-            module.training = False
-        try:
-            yield
-        finally:
-            for module in training:
-                module.training = True
+    with seen_as(model, View.ORIGIN), replaced("training", dict.fromkeys(model.modules(), False)):
+        yield
 
 
 def cosine(gradients: Tensor, t: Tensor) -> Tensor:
