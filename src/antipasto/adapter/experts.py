@@ -98,7 +98,6 @@ class AntiPastoExperts(AntiPastoLinear):
 
     def _weight(self, theta: Tensor) -> Tensor:
         """W_θ, differentiable in θ; W itself where θ is zero."""
-        assert self.basis is not None
         W, (U, _, Vh) = self.matrix().detach(), self.basis
         value, differentiable = theta.detach(), torch.is_grad_enabled() and theta.requires_grad
         weight = W

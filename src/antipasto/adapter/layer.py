@@ -244,7 +244,7 @@ class AntiPastoLinear(nn.Module, BaseTunerLayer):
         """
         weight = self.base_weight
         dtype = torch.promote_types(self.weight_dtype, torch.float32)
-        grows = self.basis is None or basis.rank > self.basis.rank
+        grows = self.fingerprint is None or basis.rank > self.basis.rank
         if self.fingerprint not in (None, fingerprint) and (grows or carry_basis):
             raise ValueError(
                 f"Adapter {name!r} uses another singular basis than the adapters already on this layer: it cannot be added."
@@ -262,9 +262,12 @@ class AntiPastoLinear(nn.Module, BaseTunerLayer):
             self.delta_s_hack[name] = Knob(shape, dtype, weight.device, trainable=False)
 
     @property
-    def basis(self) -> Basis | None:
-        """U, S, Vh of the knobs, up to the largest rank of any adapter; None before the first adapter."""
-        return self._basis if self._carrier is None else cast(CarriedBasis, self.delta_s_basis[self._carrier]).basis
+    def basis(self) -> Basis:
+        """U, S, Vh of the knobs, up to the largest rank of any adapter. There is none before the first adapter."""
+        if self._carrier is not None:
+            return cast(CarriedBasis, self.delta_s_basis[self._carrier]).basis
+        assert self._basis is not None
+        return self._basis
 
     @property
     def is_sharded(self) -> bool:
@@ -312,7 +315,7 @@ class AntiPastoLinear(nn.Module, BaseTunerLayer):
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter as PEFT does; keep the basis for the other adapters."""
         if adapter_name == self._carrier:
-            self._basis, self._carrier = Basis(*(tensor.detach() for tensor in self.basis or ())), None
+            self._basis, self._carrier = Basis(*(tensor.detach() for tensor in self.basis)), None
         super().delete_adapter(adapter_name)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
@@ -401,7 +404,6 @@ class AntiPastoLinear(nn.Module, BaseTunerLayer):
         """
         if self.view is View.REFERENCE:
             return None
-        assert self.basis is not None
         if self.view is View.ORIGIN:  # independent of which adapters exist or are active
             dtype = torch.promote_types(self.weight_dtype, torch.float32)
             return torch.zeros(self.basis.S.shape, dtype=dtype, device=self.base_weight.device)
@@ -442,7 +444,6 @@ class AntiPastoLinear(nn.Module, BaseTunerLayer):
         if self._basis is not None and self._basis.U.device != device:
             # fully_shard moves parameters to a GPU, and no other tensors
             self._basis = Basis(*(tensor.to(device) for tensor in self._basis))
-        assert self.basis is not None
         base_layer, spread = self.get_base_layer(), self.spread_theta if torch.is_grad_enabled() else None
         execution, merged = Execution.FACTORED, None
         may_merge = self.plan != "factored" and not args and not kwargs
@@ -495,7 +496,6 @@ class AntiPastoLinear(nn.Module, BaseTunerLayer):
 
     def _delta_weight(self, adapters: list[str]) -> Tensor:
         theta = self.theta(adapters)
-        assert self.basis is not None
         if theta is None:
             shape = (*self.basis.S.shape[:-1], self.out_features, self.in_features)
             dtype = torch.promote_types(self.weight_dtype, torch.float32)

@@ -566,12 +566,12 @@ def _basis_for(name: str, module: nn.Module, config: AntiPastoConfig) -> Found:
     """Return a layer's existing basis if its rank suffices; else load or compute it."""
     W = module.matrix() if isinstance(module, AntiPastoLinear) else as_matrix(module)
     rank = rank_of(name, W, config)
-    if isinstance(module, AntiPastoExperts) and module.basis is not None and module.basis.rank != rank:
+    if isinstance(module, AntiPastoExperts) and module.basis.rank != rank:
         raise ValueError(
             f"{name}: all adapters of experts need one rank; those that are there have {module.basis.rank}, this one {rank}. "
             f"Set rank or rank_pattern to {module.basis.rank}."
         )
-    if isinstance(module, AntiPastoLinear) and module.basis is not None and module.basis.rank >= rank:
+    if isinstance(module, AntiPastoLinear) and module.basis.rank >= rank:
         assert module.fingerprint is not None
         return Found(rank, module.basis, module.fingerprint)
     base = module.get_base_layer() if isinstance(module, AntiPastoLinear) else module

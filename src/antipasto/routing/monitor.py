@@ -220,14 +220,14 @@ class Monitor:
                 raise ValueError(
                     f"The monitor has a layer {name}, which is not among the adapted layers of this model."
                 )
-            r = layers[name].basis.S.numel()  # type: ignore[union-attr]
+            r = layers[name].basis.S.numel()
             if V.shape[1] > r:
                 raise ValueError(f"{name}: the monitor's direction has r={V.shape[1]}, the layer's basis {r}.")
         known = self.direction.fingerprints
         check_same_base(
             {name: one for name, one in known.items() if name in self.direction},
             {name: layers[name].current_fingerprint() for name in self.direction if name in known},
-            {name: layers[name].basis.S for name in self.direction},  # type: ignore[union-attr]
+            {name: layers[name].basis.S for name in self.direction},
             what="The monitor",
             remedy="Create it again from its pairs, on this base.",
         )
