@@ -110,13 +110,6 @@ class Fingerprint(NamedTuple):
         shape = tuple(map(int, match["shape"].split("x")))
         return cls(shape, match["dtype"], match["weight"], match["svd"], match["S"], match["basis"], sketch)
 
-    def of_weight(self, weight: Tensor) -> Fingerprint:
-        """Fingerprint with the same basis and another weight; this one if the weight is the same."""
-        key = weight_digest(weight)
-        if key == self.weight:
-            return self
-        return self._replace(weight=key, shape=tuple(weight.shape), dtype=dtype_name(weight), sketch=sketch(weight))
-
     def distance(self, other: Fingerprint) -> float:
         """Estimate ‖W − W'‖_F / ‖W‖_F, to within about a third; infinite if the shapes differ."""
         if self.shape != other.shape:

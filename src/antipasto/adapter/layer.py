@@ -27,7 +27,7 @@ from transformers.pytorch_utils import Conv1D
 
 from antipasto.adapter.basis import Basis
 from antipasto.adapter.choice import Asked, Choice, matmul_dtype, product_dtype
-from antipasto.adapter.fingerprints import Fingerprint, weight_digest
+from antipasto.adapter.fingerprints import Fingerprint, dtype_name, sketch, weight_digest
 from antipasto.adapter.functional import delta_weight, merged_linear, spectral_delta
 from antipasto.adapter.plans import Execution
 from antipasto.adapter.quantized import (
@@ -104,12 +104,16 @@ def is_transposed(base_layer: nn.Module) -> bool:
     return isinstance(base_layer, Conv1D) or bool(getattr(base_layer, "is_transposed", False))
 
 
-def as_matrix(base_layer: nn.Module) -> Tensor:
-    """The weight of a Linear or Conv1D as W (o, i), of a stack of experts as (E, o, i): a view of it, or `dequantised`."""
+def as_matrix(base_layer: nn.Module, weight: Tensor | None = None) -> Tensor:
+    """The weight of a Linear or Conv1D as W (o, i), of a stack of experts as (E, o, i): a view of it, or `dequantised`.
+
+    Args:
+        base_layer: the layer.
+        weight: read instead of the weight that the layer has now, in the same layout.
+    """
     if is_quantised(base_layer):
         return dequantised(base_layer)
-    weight = base_layer.weight
-    assert isinstance(weight, Tensor)
+    weight = cast(Tensor, base_layer.weight) if weight is None else weight
     return weight.mT if is_transposed(base_layer) else weight
 
 
@@ -243,7 +247,6 @@ class AntiPastoLinear(nn.Module, BaseTunerLayer):
             carry_basis: whether the basis is saved with the adapter.
         """
         weight = self.base_weight
-        dtype = torch.promote_types(self.weight_dtype, torch.float32)
         grows = self.fingerprint is None or basis.rank > self.basis.rank
         if self.fingerprint not in (None, fingerprint) and (grows or carry_basis):
             raise ValueError(
@@ -257,9 +260,9 @@ class AntiPastoLinear(nn.Module, BaseTunerLayer):
             self.choice.trust(weight)
         self.r[name] = rank
         shape = (*basis.S.shape[:-1], rank)
-        self.delta_s[name] = Knob(shape, dtype, weight.device, trainable=trainable)
+        self.delta_s[name] = Knob(shape, self.knob_dtype, weight.device, trainable=trainable)
         if quarantine:
-            self.delta_s_hack[name] = Knob(shape, dtype, weight.device, trainable=False)
+            self.delta_s_hack[name] = Knob(shape, self.knob_dtype, weight.device, trainable=False)
 
     @property
     def basis(self) -> Basis:
@@ -282,12 +285,12 @@ class AntiPastoLinear(nn.Module, BaseTunerLayer):
     def current_fingerprint(self) -> Fingerprint:
         """Fingerprint of the basis and of the present base weight, which is hashed again."""
         assert self.fingerprint is not None
-        base_layer, digest = self.get_base_layer(), self.weight_digest()
+        digest = self.weight_digest()
         if digest == self.fingerprint.weight:
             return self.fingerprint
-        current = self.fingerprint.of_weight(whole(self.matrix()))
-        kind = packing(base_layer)
-        return current if kind is None else current._replace(weight=digest, dtype=kind)
+        W = whole(self.matrix())
+        dtype = packing(self.get_base_layer()) or dtype_name(W)
+        return self.fingerprint._replace(weight=digest, shape=tuple(W.shape), dtype=dtype, sketch=sketch(W))
 
     def weight_digest(self) -> str:
         """sha256 of the present base weight, as in the fingerprint."""
@@ -300,6 +303,11 @@ class AntiPastoLinear(nn.Module, BaseTunerLayer):
         return basis_dtype(self.get_base_layer())
 
     @property
+    def knob_dtype(self) -> torch.dtype:
+        """The dtype of new knobs: that of the weight, but at least fp32."""
+        return torch.promote_types(self.weight_dtype, torch.float32)
+
+    @property
     def base_weight(self) -> nn.Parameter:
         """The base layer's own weight, also while merged, in the base layer's layout."""
         weight = self.get_base_layer().weight if self._unmerged is None else self._unmerged[0]
@@ -308,9 +316,7 @@ class AntiPastoLinear(nn.Module, BaseTunerLayer):
 
     def matrix(self) -> Tensor:
         """W (o, i), also while merged: a view, or `dequantised`."""
-        if is_quantised(self.get_base_layer()):
-            return dequantised(self.get_base_layer())
-        return self.base_weight.mT if is_transposed(self.get_base_layer()) else self.base_weight
+        return as_matrix(self.get_base_layer(), self.base_weight)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter as PEFT does; keep the basis for the other adapters."""
@@ -355,8 +361,7 @@ class AntiPastoLinear(nn.Module, BaseTunerLayer):
 
         A carried basis is cast too, except S, which is never used in low-precision products.
         """
-        low = self.weight_dtype
-        dtype = torch.promote_types(low, torch.float32) if autocast else low
+        dtype = self.knob_dtype if autocast else self.weight_dtype
         for container in (self.delta_s, self.delta_s_hack, self.delta_s_basis):
             for key, parameter in container[name].named_parameters() if name in container else ():
                 if key != "basis_S":
@@ -405,8 +410,7 @@ class AntiPastoLinear(nn.Module, BaseTunerLayer):
         if self.view is View.REFERENCE:
             return None
         if self.view is View.ORIGIN:  # independent of which adapters exist or are active
-            dtype = torch.promote_types(self.weight_dtype, torch.float32)
-            return torch.zeros(self.basis.S.shape, dtype=dtype, device=self.base_weight.device)
+            return self._zeros()
         total: Tensor | None = None
         theta: Tensor
         for adapter in adapters:
@@ -424,6 +428,10 @@ class AntiPastoLinear(nn.Module, BaseTunerLayer):
             offset = self.offset.reshape(*self.basis.S.shape[:-1], -1)
             total = total + F.pad(offset, (0, total.shape[-1] - offset.shape[-1]))
         return total
+
+    def _zeros(self) -> Tensor:
+        """θ = 0, in the shape of the basis's S."""
+        return torch.zeros(self.basis.S.shape, dtype=self.knob_dtype, device=self.base_weight.device)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Map x (..., i) to ``base(x) + U (θ ⊙ (Vh x))`` (..., o), in the dtype of the base layer's output.
@@ -496,13 +504,9 @@ class AntiPastoLinear(nn.Module, BaseTunerLayer):
 
     def _delta_weight(self, adapters: list[str]) -> Tensor:
         theta = self.theta(adapters)
-        if theta is None:
-            shape = (*self.basis.S.shape[:-1], self.out_features, self.in_features)
-            dtype = torch.promote_types(self.weight_dtype, torch.float32)
-            delta = torch.zeros(shape, dtype=dtype, device=self.base_weight.device)
-        else:
-            theta = theta.detach().to(torch.promote_types(theta.dtype, torch.float32))
-            delta = delta_weight(self.basis.U, self.basis.Vh, theta)
+        theta = self._zeros() if theta is None else theta.detach()
+        theta = theta.to(torch.promote_types(theta.dtype, torch.float32))
+        delta = delta_weight(self.basis.U, self.basis.Vh, theta)
         return delta.mT if is_transposed(self.get_base_layer()) else delta
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -561,12 +565,11 @@ class AntiPastoLinear(nn.Module, BaseTunerLayer):
 
     def dequantize(self, dtype: torch.dtype) -> None:
         """Replace a quantised base layer by a plain Linear with its W, rounded to ``dtype``. The basis and the knobs stay."""
-        assert self.fingerprint is not None
         self.base_layer = as_linear(cast(nn.Linear, self.get_base_layer()), dtype)
         if self._basis is not None:
             U, S, Vh = self._basis
             self._basis = Basis(U.to(dtype), S, Vh.to(dtype))
-        self.fingerprint = self.fingerprint.of_weight(self.matrix())
+        self.fingerprint = self.current_fingerprint()
         self.choice.forget()
 
     def unmerge(self) -> None:
