@@ -19,12 +19,11 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from antipasto.adapter.functional import merged_weight, with_gradient
+from antipasto.adapter.functional import by_group, merged_weight, with_gradient
 
 from .layer import AntiPastoLinear, View, is_transposed
 
@@ -151,23 +150,14 @@ def _forward(experts: nn.Module, forward: Callable[..., Tensor], *tokens: Tensor
         assert isinstance(layer, AntiPastoExperts)
         seen[name], index = layer.weights(tokens[0])
         which = which if index is None else index
-    if which is None:
-        return _with(experts, {name: weights[0] for name, weights in seen.items()}, forward, tokens)
-    groups = [(which == g).nonzero().squeeze(1) for g in range(max(map(len, seen.values())))]
-    parts = [
-        _with(
-            experts, {n: weights[g % len(weights)] for n, weights in seen.items()}, forward, [t[group] for t in tokens]
-        )
-        for g, group in enumerate(groups)
-    ]
-    return torch.cat(parts)[torch.argsort(torch.cat(groups))]
 
+    def run(group: int, *rows: Tensor) -> Tensor:
+        # in __dict__, attributes are found before the modules of these names, which are in _modules
+        vars(experts).update({name: weights[group % len(weights)] for name, weights in seen.items()})
+        try:
+            return forward(*rows)
+        finally:
+            for name in seen:
+                del vars(experts)[name]
 
-def _with(experts: nn.Module, weights: dict[str, Tensor], forward: Callable[..., Tensor], tokens: Any) -> Tensor:
-    """Call the forward while attributes of the module are these tensors."""
-    vars(experts).update(weights)  # found before the module of that name, which is in _modules
-    try:
-        return forward(*tokens)
-    finally:
-        for name in weights:
-            del vars(experts)[name]
+    return by_group(which, max(map(len, seen.values()), default=0), run, *tokens)
