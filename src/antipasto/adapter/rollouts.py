@@ -195,6 +195,22 @@ def rollout_grads(
         _OPEN[inner].remove(grads)
 
 
+def flat_rows(grads: Mapping[str, Tensor], sizes: Mapping[str, int]) -> Tensor:
+    """Concatenate gradients by layer, (b, r) each, to (b, R) in fp32; zeros for layers that have none.
+
+    Args:
+        grads: layer name → (b, r), or more than r numbers, of which the first r are taken.
+        sizes: layer name → r, in the order of the result.
+
+    Example:
+        >>> flat_rows({"b": torch.ones(1, 3)}, {"a": 1, "b": 2})
+        tensor([[0., 1., 1.]])
+    """
+    one = next(iter(grads.values()))
+    blocks = [grads[name] if name in grads else one.new_zeros(len(one), r) for name, r in sizes.items()]
+    return torch.cat([block[:, :r].float() for block, r in zip(blocks, sizes.values(), strict=True)], 1)
+
+
 # ── the gradient of a completion's NLL ───────────────────────────────────────────────────────────────────────────────
 
 

@@ -359,6 +359,12 @@ def effect_size(D: Tensor) -> Tensor:
     return torch.where(std > 0, mean / std.clamp_min(torch.finfo(D.dtype).tiny), torch.zeros_like(mean))
 
 
+def cosine(gradients: Tensor, t: Tensor) -> Tensor:
+    """cos(g_b, t) of gradients (b, R) with t (R,): (b,); 0 for a zero gradient."""
+    norms = gradients.norm(dim=-1) * t.norm().to(gradients.device)
+    return (gradients @ t.to(gradients.device)) / norms.clamp_min(torch.finfo(gradients.dtype).tiny)
+
+
 def pair_differences(
     model: nn.Module,
     tokenizer: Any,

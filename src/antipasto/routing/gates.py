@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from antipasto.names import THRESHOLD, GateName
-from antipasto.routing.directions import Direction
+from antipasto.routing.directions import Direction, cosine
 
 GATES: tuple[GateName, ...] = get_args(GateName)
 
@@ -71,9 +71,7 @@ class Gate:
 
         It is positive where a step against that gradient is hack-ward. For random gradients it is within about 1 / √R of 0.
         """
-        v = self.V.sum(0)  # (R,)
-        norms = v.norm() * gradients.norm(dim=-1)
-        return (gradients @ v) / norms.clamp_min(torch.finfo(gradients.dtype).tiny)
+        return cosine(gradients, self.V.sum(0))
 
     def moved(self, delta: Tensor) -> tuple[Tensor, Tensor]:
         """The part of a displacement to move into the quarantine (R,), and the share of coordinates or rows that fired."""

@@ -33,12 +33,12 @@ from torch import Tensor, nn
 
 from antipasto.adapter.fingerprints import check_same_base, fingerprints_from_json, fingerprints_to_json
 from antipasto.adapter.layer import View
-from antipasto.adapter.rollouts import RolloutGrads, TokenIds, nll_gradients, tokenize, tokenize_prompt
+from antipasto.adapter.rollouts import RolloutGrads, TokenIds, flat_rows, nll_gradients, tokenize, tokenize_prompt
 from antipasto.adapter.sharded import is_sharded
 from antipasto.adapter.views import adapted_layers, replaced, seen_as
 from antipasto.files import read_tensors, write_tensors
 from antipasto.names import HELDOUT, Rule
-from antipasto.routing.directions import Direction, extract_direction
+from antipasto.routing.directions import Direction, cosine, extract_direction
 from antipasto.routing.pairs import ContrastPair, split_pairs
 
 TOWARDS_HACKS: dict[Rule, float] = {"midway": 0.5, "quarter": 0.25}
@@ -317,12 +317,7 @@ class Monitor:
 
     def flatten(self, grads: RolloutGrads) -> Tensor:
         """Concatenate gradients by layer, (b, r) each, to (b, R) in the order of `flat_effect`; zeros for missing layers."""
-        one = next(iter(grads.values()))
-        blocks = [
-            grads[name][:, : len(t)].float() if name in grads else one.new_zeros(len(one), len(t)).float()
-            for name, t in _effects(self.direction)
-        ]
-        return torch.cat(blocks, 1)
+        return flat_rows(grads, {name: len(t) for name, t in _effects(self.direction)})
 
     def cosines(self, grads: RolloutGrads) -> Tensor:
         """cos(·, t) of the gradients from a `rollout_grads` context, (b,)."""
@@ -453,12 +448,6 @@ def at_origin(model: nn.Module) -> Iterator[None]:
     """
     with seen_as(model, View.ORIGIN), replaced("training", dict.fromkeys(model.modules(), False)):
         yield
-
-
-def cosine(gradients: Tensor, t: Tensor) -> Tensor:
-    """cos(n_b, t) of gradients (b, R) with t (R,): (b,); 0 for a zero gradient."""
-    norms = gradients.norm(dim=-1) * t.norm().to(gradients.device)
-    return (gradients @ t.to(gradients.device)) / norms.clamp_min(torch.finfo(gradients.dtype).tiny)
 
 
 def flat_effect(direction: Direction) -> Tensor:

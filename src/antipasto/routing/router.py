@@ -56,6 +56,7 @@ from torch.utils.hooks import RemovableHandle
 from antipasto.adapter.fingerprints import check_same_base
 from antipasto.adapter.knobs import current_fingerprints, knobs, require_finite_gradients
 from antipasto.adapter.layer import View
+from antipasto.adapter.rollouts import flat_rows
 from antipasto.adapter.sharded import flat, reshard, sharded_as, write
 from antipasto.adapter.views import seen_as
 from antipasto.names import MODES, GateName, Level, Mode
@@ -307,12 +308,7 @@ class Router:
 
     def flatten(self, grads: Mapping[str, Tensor]) -> Tensor:
         """Concatenate gradients by layer, (b, r) each, to (b, R); zeros for missing layers."""
-        b = len(next(iter(grads.values())))
-        blocks = [
-            grads[name][:, :r] if name in grads else torch.zeros(b, r, device=self._device)
-            for name, r in self._sizes.items()
-        ]
-        return torch.cat(blocks, 1)
+        return flat_rows(grads, self._sizes)
 
     def alignment(self, gradients: Tensor) -> Tensor:
         """How hack-ward a step against each gradient (b, R) is: cosines (b,) with the direction (`Gate.alignment`)."""
