@@ -19,11 +19,11 @@ from inspect import signature
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from jinja2 import TemplateError
 from torch import Tensor, nn
 
 from antipasto.adapter import AntiPastoExperts
+from antipasto.adapter.knobs import token_logprobs
 from antipasto.adapter.rows import batch_shape, in_backward, per_token
 from antipasto.adapter.views import adapted_layers, replaced, unwrap
 
@@ -269,9 +269,8 @@ def nll_gradients(
         # the prompts' logits are not needed, but would be most of the head's work
         keep = ids.shape[1] - min(len(one.prompt) for one in sequences) + 1
         options = {"logits_to_keep": keep} if "logits_to_keep" in signature(unwrap(model).forward).parameters else {}
-        logits = model(input_ids=ids, attention_mask=mask, use_cache=False, **options).logits[:, -keep:-1]
-        logprobs = -F.cross_entropy(logits.float().transpose(1, 2), ids[:, 1 - keep :], reduction="none")
-        nll = completion_nll(logprobs, completion[:, 1 - keep :], per_token=per_token)
+        logits = model(input_ids=ids, attention_mask=mask, use_cache=False, **options).logits[:, -keep:]
+        nll = completion_nll(token_logprobs(logits, ids[:, -keep:]), completion[:, 1 - keep :], per_token=per_token)
         backward_by_sequence(nll, grads)
     return grads, nll.detach()
 
