@@ -143,7 +143,7 @@ class Direction(Mapping[str, Tensor]):
 
     def __neg__(self) -> Direction:
         """The opposite direction, with hack and clean swapped."""
-        return self._map(torch.neg)
+        return self._map(lambda _, t: -t)
 
     def overlap(self, other: Direction) -> Overlap:
         """Agreement with another direction, over the layers that both have.
@@ -176,37 +176,27 @@ class Direction(Mapping[str, Tensor]):
             if self.effect is not None:
                 spread = self.effect[name].square().mean().sqrt()
                 effect[name] = torch.randn(V.shape[1], generator=generator, dtype=V.dtype) * spread
-        return self._replace(rows, effect=effect if self.effect is not None else None)
+        return self._with(rows, effect or None)
 
     def permuted(self, seed: int) -> Direction:
         """A control: the same numbers with each layer's coordinates shuffled."""
         generator = torch.Generator().manual_seed(seed)
         order = {name: torch.randperm(V.shape[1], generator=generator) for name, V in self.items()}
-        return self._replace(
-            {name: V[:, order[name]] for name, V in self.items()},
-            effect=None if self.effect is None else {name: t[order[name]] for name, t in self.effect.items()},
-        )
+        return self._map(lambda name, t: t[..., order[name]])
 
-    def _map(self, function: Callable[[Tensor], Tensor]) -> Direction:
-        return self._replace(
-            {name: function(V) for name, V in self.items()},
-            effect=None if self.effect is None else {name: function(t) for name, t in self.effect.items()},
-        )
+    def _map(self, function: Callable[[str, Tensor], Tensor]) -> Direction:
+        """Apply a function of layer name and tensor to all rows and effect sizes."""
+        rows, effect = ({n: function(n, t) for n, t in part.items()} for part in (self, self.effect or {}))
+        return self._with(rows, effect or None)
 
-    def _replace(
-        self,
-        rows: Mapping[str, Tensor],
-        *,
-        effect: Mapping[str, Tensor] | None,
-        strength: Mapping[str, Tensor] | None = None,
-    ) -> Direction:
-        return Direction(rows, effect=effect, strength=strength or self.strength, fingerprints=self.fingerprints)
+    def _with(self, rows: Mapping[str, Tensor], effect: Mapping[str, Tensor] | None) -> Direction:
+        return Direction(rows, effect=effect, strength=self.strength, fingerprints=self.fingerprints)
 
     def to_tensors(self) -> dict[str, Tensor]:
         """The direction as tensors with flat names, for a safetensors file; `from_tensors` reads them back."""
-        tensors = {f"V {name}": V.contiguous() for name, V in self.items()}
-        tensors |= {f"strength {name}": s.contiguous() for name, s in self.strength.items()}
-        return tensors | {f"effect {name}": t.contiguous() for name, t in (self.effect or {}).items()}
+        tensors = {f"V {name}": V for name, V in self.items()}
+        tensors |= {f"strength {name}": s for name, s in self.strength.items()}
+        return tensors | {f"effect {name}": t for name, t in (self.effect or {}).items()}
 
     @classmethod
     def from_tensors(
