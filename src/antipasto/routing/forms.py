@@ -64,10 +64,7 @@ class FormScores:
         Raises:
             KeyError: there is no form of that name.
         """
-        for form in self.forms:
-            if form.name == name:
-                return form
-        raise KeyError(name)
+        return {form.name: form for form in self.forms}[name]
 
     def __str__(self) -> str:
         rows = [
