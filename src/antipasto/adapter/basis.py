@@ -38,7 +38,7 @@ import re
 import warnings
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from filelock import FileLock
@@ -46,7 +46,7 @@ from platformdirs import user_cache_dir
 from safetensors import SafetensorError
 from torch import Tensor
 
-from antipasto.adapter.fingerprints import Fingerprint, dtype_name, sketch, weight_digest
+from antipasto.adapter.fingerprints import Fingerprint, dtype_name, in_fp64, sketch, weight_digest
 from antipasto.files import digest, read_tensors, write_tensors
 from antipasto.names import AntiPastoWarning
 
@@ -137,8 +137,7 @@ def decompose(weight: Tensor) -> Basis:
     if weight.ndim == 3:  # one by one, since each needs several copies in fp64
         return Basis(*map(torch.stack, zip(*map(decompose, weight), strict=True)))
     out_dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    W = weight.detach()
-    W = W.double() if W.device.type in ("cpu", "cuda") else W.cpu().double()
+    W = in_fp64(weight)
     if not torch.isfinite(W).all():
         raise ValueError(f"The weight of shape {tuple(weight.shape)} has a NaN or Inf in it: it has no SVD.")
     basis = _gram_svd(W)
@@ -290,12 +289,17 @@ def _whole(weight: Tensor) -> Part:
 
 
 def _asked(weight: Tensor, rank: int | None, dtype: torch.dtype | None) -> Part:
-    if rank is not None and (not isinstance(rank, int) or isinstance(rank, bool) or rank < 1):
-        raise ValueError(f"rank must be a whole number of at least 1, or None for full rank; got {rank!r}.")
+    check_rank(rank)
     if dtype is not None and dtype not in WEIGHT_DTYPES:
         raise ValueError(f"Expected a dtype of {', '.join(map(str, WEIGHT_DTYPES))} for U and Vh, got {dtype}.")
     whole = _whole(weight)
     return Part(min(rank or whole.rank, whole.rank), dtype or whole.dtype)
+
+
+def check_rank(rank: Any, name: str = "rank") -> None:
+    """Raise an error unless a rank is a whole number of at least 1, or None."""
+    if rank is not None and (not isinstance(rank, int) or isinstance(rank, bool) or rank < 1):
+        raise ValueError(f"{name} must be a whole number of at least 1, or None for full rank; got {rank!r}.")
 
 
 def _kept(weight: Tensor, asked: Part) -> Part:

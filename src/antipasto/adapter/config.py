@@ -10,7 +10,7 @@ from typing import Any, cast
 from peft import PeftConfig, PeftType
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
-from antipasto.adapter.basis import DEFAULT_CACHE
+from antipasto.adapter.basis import DEFAULT_CACHE, check_rank
 from antipasto.adapter.fingerprints import Fingerprint
 from antipasto.files import write_json
 from antipasto.names import PlanName
@@ -150,9 +150,9 @@ class AntiPastoConfig(PeftConfig):
             )
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError(f"layers_pattern={self.layers_pattern!r} has no effect without layers_to_transform.")
-        for where, rank in [("rank", self.rank), *((f"rank_pattern[{k!r}]", r) for k, r in self.rank_pattern.items())]:
-            if rank is not None and (not isinstance(rank, int) or isinstance(rank, bool) or rank < 1):
-                raise ValueError(f"{where} must be a whole number of at least 1, or None for full rank; got {rank!r}.")
+        check_rank(self.rank)
+        for layer, rank in self.rank_pattern.items():
+            check_rank(rank, f"rank_pattern[{layer!r}]")
 
     @property
     def expected_base(self) -> dict[str, str]:
@@ -219,7 +219,7 @@ class AntiPastoConfig(PeftConfig):
         if not isinstance(config, AntiPastoConfig):
             raise ValueError(f"{folder / CONFIG_NAME} belongs to the PEFT method {config.peft_type}, not to AntiPaSTO.")
         numbers = folder / SAFETENSORS_WEIGHTS_NAME
-        if config.weights_sha256 is not None and numbers.is_file() and _sha256(numbers) != config.weights_sha256:
+        if config.weights_sha256 is not None and _sha256(numbers) not in (None, config.weights_sha256):
             raise ValueError(
                 f"{numbers} is damaged, or was not saved together with the {CONFIG_NAME} next to it. Perhaps a process was "
                 "stopped while saving. Save the adapter again, or download both files again."
@@ -228,6 +228,7 @@ class AntiPastoConfig(PeftConfig):
 
 
 def _sha256(path: Path) -> str | None:
+    """sha256 of a file, in hex; None if there is none."""
     if not path.is_file():
         return None
     result = hashlib.sha256()
