@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from antipasto.adapter.functional import by_group, merged_weight, with_gradient
 
-from .layer import AntiPastoLinear, View, is_transposed
+from .layer import AntiPastoLinear, is_transposed
 
 
 class Stack(nn.Module):
@@ -78,10 +78,7 @@ class AntiPastoExperts(AntiPastoLinear):
         Returns:
             Weights in the parameter's layout; and for each token, the index of its own, (T,), or None if there is one.
         """
-        disabled = self.disable_adapters and self.view is not View.ORIGIN
-        if disabled and self.merged:
-            self.unmerge()
-        theta = None if disabled or self.merged else self.theta(self.active_adapters)
+        theta = self.present_theta()
         if theta is None:
             weight = self.get_base_layer().weight
             assert isinstance(weight, Tensor)

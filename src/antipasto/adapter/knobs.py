@@ -254,7 +254,7 @@ def drop_quarantine(model: nn.Module) -> None:
     """
     for layer in adapted_layers(model).values():
         merged = layer.take_merged()
-        layer.drop_quarantine()
+        layer.delta_s_hack.clear()
         if merged is not None:
             layer.merge(adapter_names=merged[0])
     for config in getattr(unwrap(model), "peft_config", {}).values():

@@ -392,10 +392,6 @@ class AntiPastoLinear(nn.Module, BaseTunerLayer):
                     knob = cast(Knob, container[other]).weight
                     total[..., : knob.shape[-1]] += weight * knob
 
-    def drop_quarantine(self) -> None:
-        """Delete every adapter's ``delta_s_hack``."""
-        self.delta_s_hack.clear()
-
     def knobs(self, adapter: str) -> tuple[nn.Parameter, nn.Parameter | None]:
         """Return ``delta_s`` and ``delta_s_hack`` of one adapter, of one shape; the latter is None once dropped."""
         delta_s = cast(Knob, self.delta_s[adapter]).weight
@@ -429,6 +425,17 @@ class AntiPastoLinear(nn.Module, BaseTunerLayer):
             total = total + F.pad(offset, (0, total.shape[-1] - offset.shape[-1]))
         return total
 
+    @property
+    def _is_off(self) -> bool:
+        """Whether PEFT has disabled the adapters, which the view of the origin does not depend on."""
+        return self.disable_adapters and self.view is not View.ORIGIN
+
+    def present_theta(self) -> Tensor | None:
+        """θ of the active adapters; None if the base layer alone is to compute. Unmerges a layer that is off, as in PEFT."""
+        if self._is_off and self.merged:
+            self.unmerge()
+        return None if self._is_off or self.merged else self.theta(self.active_adapters)
+
     def _zeros(self) -> Tensor:
         """θ = 0, in the shape of the basis's S."""
         return torch.zeros(self.basis.S.shape, dtype=self.knob_dtype, device=self.base_weight.device)
@@ -438,14 +445,11 @@ class AntiPastoLinear(nn.Module, BaseTunerLayer):
 
         Further arguments are passed to the base layer.
         """
-        if self.disable_adapters and self.view is not View.ORIGIN:
-            if self.merged:
-                self.unmerge()
-            return self.base_layer(x, *args, **kwargs)
-        seen = self._fixed_key(x) if self.fixed is not None and not (args or kwargs) else None
-        if seen is not None and (known := self._known(seen)) is not None:
-            return known.multiply(x)
-        theta = None if self.merged else self.theta(self.active_adapters)
+        seen = None if args or kwargs else self._fixed_key(x)
+        for known in self.fixed or ():
+            if known.seen == seen and known.offset is self.offset:
+                return known.multiply(x)
+        theta = self.present_theta()
         if theta is None:
             return self.base_layer(x, *args, **kwargs)
         device = cast(Tensor, self.get_base_layer().weight).device  # during a forward FSDP1 has a plain tensor there
@@ -483,14 +487,15 @@ class AntiPastoLinear(nn.Module, BaseTunerLayer):
         return y + spectral_delta(x, U, Vh, theta, y.dtype)
 
     def _fixed_key(self, x: Tensor) -> Hashable:
-        """What W_θ depends on besides the knobs; None where a gradient is wanted or rows see different knobs."""
-        if torch.is_grad_enabled() or self.merged or not (self.rows is None or self.rows.are_alike):
+        """What W_θ depends on besides the knobs.
+
+        None where the knobs are not fixed or take no part, a gradient is wanted, or rows see different knobs.
+        """
+        if self.fixed is None or self._is_off or self.merged or torch.is_grad_enabled():
+            return None
+        if self.rows is not None and not self.rows.are_alike:
             return None
         return self.view, tuple(self.active_adapters), product_dtype(x)
-
-    def _known(self, seen: Hashable) -> Fixed | None:
-        found = (one for one in self.fixed or () if one.seen == seen and one.offset is self.offset)
-        return next(found, None)
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """ΔW = U diag(θ) Vh of one adapter, (o, i) in at least fp32, in the layout of the base layer's weight.
