@@ -185,12 +185,12 @@ def _end(tokenizer: Any, couples: Sequence[Couple], name: str, place: int) -> Co
     hacks, cleans = {c.hack_ids[place] for c in couples}, {c.clean_ids[place] for c in couples}
     of_hacks = _mean(couples, lambda c: c.hack_ids[place] not in cleans)
     of_cleans = _mean(couples, lambda c: c.clean_ids[place] not in hacks)
-    tokens: Counter[int] = Counter()
-    for c in couples:
-        ids, others = (c.hack_ids, cleans) if of_hacks >= of_cleans else (c.clean_ids, hacks)
-        if ids[place] not in others:
-            tokens[ids[place]] += 1
-    side, other = ("hacks", "clean texts") if of_hacks >= of_cleans else ("clean texts", "hacks")
+    if of_hacks >= of_cleans:
+        side, other, ends = "hacks", "clean texts", [c.hack_ids[place] for c in couples]
+    else:
+        side, other, ends = "clean texts", "hacks", [c.clean_ids[place] for c in couples]
+    of_one_side = hacks ^ cleans
+    tokens = Counter(token for token in ends if token in of_one_side)
     verb = "begin" if place == 0 else "end"
     commonest = [repr(tokenizer.decode([token])) for token, _ in tokens.most_common(_MOST_WORDS)]
     return Confound(
