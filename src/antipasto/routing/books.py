@@ -12,10 +12,8 @@ Metadata: the number of steps, the names of the books, and the fingerprints of t
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
@@ -59,9 +57,12 @@ class Books:
             for layer, part in book.items()
         }
         tensors |= self.direction
-        facts: Mapping[str, Any] = {"steps": self.steps, "books": sorted(self.controls)}
-        metadata = {"format": FORMAT, "fingerprints": fingerprints_to_json(self.fingerprints)}
-        metadata |= {key: json.dumps(value) for key, value in facts.items()}
+        metadata = {
+            "format": FORMAT,
+            "fingerprints": fingerprints_to_json(self.fingerprints),
+            "steps": json.dumps(self.steps),
+            "books": json.dumps(sorted(self.controls)),
+        }
         write_tensors(path, {key: tensor.clone() for key, tensor in tensors.items()}, metadata)
 
 

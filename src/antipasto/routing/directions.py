@@ -221,9 +221,11 @@ class Direction(Mapping[str, Tensor]):
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file, with the fingerprints of the base weights."""
-        heldout = None if self.heldout is None else dataclasses.asdict(self.heldout)
-        metadata = {"format": _FORMAT, "heldout": json.dumps(heldout)}
-        metadata["fingerprints"] = fingerprints_to_json(self.fingerprints)
+        metadata = {
+            "format": _FORMAT,
+            "fingerprints": fingerprints_to_json(self.fingerprints),
+            "heldout": json.dumps(self.heldout and dataclasses.asdict(self.heldout)),
+        }
         write_tensors(path, self.to_tensors(), metadata)
 
     @classmethod

@@ -392,9 +392,12 @@ class Monitor:
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file: direction, threshold, calibration, and the fingerprints of the base weights."""
-        facts = {"threshold": self._threshold, "calibration": self.calibration and asdict(self.calibration)}
-        metadata = {"format": _FORMAT, **{name: json.dumps(value) for name, value in facts.items()}}
-        metadata["fingerprints"] = fingerprints_to_json(self.direction.fingerprints)
+        metadata = {
+            "format": _FORMAT,
+            "fingerprints": fingerprints_to_json(self.direction.fingerprints),
+            "threshold": json.dumps(self._threshold),
+            "calibration": json.dumps(self.calibration and asdict(self.calibration)),
+        }
         write_tensors(path, self.direction.to_tensors(), metadata)
 
     @classmethod
