@@ -348,7 +348,7 @@ def extract_direction(
 def effect_size(D: Tensor) -> Tensor:
     """Mean / standard deviation of each column, (n, r) to (r,); 0 where a column is constant."""
     mean, std = D.mean(0), D.std(0)
-    return torch.where(std > 0, mean / std.clamp_min(torch.finfo(D.dtype).tiny), torch.zeros_like(mean))
+    return torch.where(std > 0, mean / std.clamp_min(torch.finfo(D.dtype).tiny), 0)
 
 
 def cosine(gradients: Tensor, t: Tensor) -> Tensor:
