@@ -17,6 +17,7 @@ An effect size (d_z in Cohen 1988) does not depend on the number of pairs, so a 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -329,11 +330,17 @@ def extract_direction(
     if len(pairs) < k:
         raise ValueError(f"k={k} rows need at least as many pairs, got {len(pairs)}.")
     pairs = _swap(pairs, shuffle_labels)
-    options = {"length_normalise": length_normalise, "append_eos": append_eos, "batch_size": batch_size}
-    differences = pair_differences(model, tokenizer, pairs, **options)  # type: ignore[arg-type]
+    differences = functools.partial(
+        pair_differences,
+        model,
+        tokenizer,
+        length_normalise=length_normalise,
+        append_eos=append_eos,
+        batch_size=batch_size,
+    )
 
     rows, effect, strength = {}, {}, {}
-    for name, D in differences.items():
+    for name, D in differences(pairs).items():
         effect[name] = effect_size(D)
         rows[name] = _estimate(D, effect[name], estimator, k)
         strength[name] = effect_size(D @ rows[name].T)
@@ -341,7 +348,7 @@ def extract_direction(
     fingerprints = current_fingerprints({name: layers[name] for name in rows})
     direction = Direction(rows, effect=effect, strength=strength, fingerprints=fingerprints)
     if heldout:
-        direction.heldout = score(direction, pair_differences(model, tokenizer, heldout, **options))  # type: ignore[arg-type]
+        direction.heldout = score(direction, differences(heldout))
     return direction
 
 
@@ -387,20 +394,18 @@ def pair_differences(
 def score(direction: Direction, differences: Mapping[str, Tensor]) -> HeldOut:
     """Share of pairs that a direction orders as labelled, and the same for random directions of its shape."""
 
-    def projections(v: Direction) -> dict[str, Tensor]:
-        return {name: (differences[name] @ V.T).sum(-1) for name, V in v.items()}
+    def projections(v: Direction) -> Tensor:
+        return torch.stack([(differences[name] @ V.T).sum(-1) for name, V in v.items()])  # (layers, pairs)
 
     def share(values: Tensor) -> float:
         return float((values > 0).float().mean())
 
     own = projections(direction)
-    chance = [
-        share(torch.stack(list(projections(direction.random(seed)).values())).sum(0)) for seed in range(_RANDOM_DRAWS)
-    ]
+    chance = [share(projections(direction.random(seed)).sum(0)) for seed in range(_RANDOM_DRAWS)]
     return HeldOut(
-        pairs=len(next(iter(own.values()))),
-        overall=share(torch.stack(list(own.values())).sum(0)),
-        layers={name: share(values) for name, values in own.items()},
+        pairs=own.shape[1],
+        overall=share(own.sum(0)),
+        layers={name: share(values) for name, values in zip(direction, own, strict=True)},
         random=sum(chance) / len(chance),
     )
 

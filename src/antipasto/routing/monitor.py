@@ -360,9 +360,7 @@ class Monitor:
                 f"A false-alarm rate of {false_alarms} needs at least {math.ceil(1 / false_alarms)} answers of the "
                 f"reference, got {len(own)}."
             )
-        sides = [
-            (n, is_hack) for n, p in enumerate(pairs) for is_hack in [True] * len(p.hacks) + [False] * len(p.cleans)
-        ]
+        sides = [len(texts) for p in pairs for texts in (p.hacks, p.cleans)]
         texts = [Completion(p.prompt, text) for p in pairs for text in (*p.hacks, *p.cleans)]
         directions = {
             "score": self.direction,
@@ -465,13 +463,11 @@ def _effects(direction: Direction) -> list[tuple[str, Tensor]]:
 
 
 def _ordering(
-    of_pairs: Tensor, of_own: Tensor, sides: Sequence[tuple[int, bool]], towards: float, false_alarms: float | None
+    of_pairs: Tensor, of_own: Tensor, sides: list[int], towards: float, false_alarms: float | None
 ) -> Ordering:
-    by_side: dict[tuple[int, bool], list[float]] = {}
-    for side, value in zip(sides, of_pairs.tolist(), strict=True):
-        by_side.setdefault(side, []).append(value)
-    numbers = sorted({n for n, _ in by_side})
-    hacks, cleans = [min(by_side[n, True]) for n in numbers], [max(by_side[n, False]) for n in numbers]
+    """Ordering of scores: of each pair's hacks, then its clean texts, ``sides`` says how many; and of the own answers."""
+    parts = [part.tolist() for part in of_pairs.split(sides)]
+    hacks, cleans = list(map(min, parts[::2])), list(map(max, parts[1::2]))
     hack, clean = sum(hacks) / len(hacks), sum(cleans) / len(cleans)
     threshold = (
         clean + towards * (hack - clean) if false_alarms is None else float(torch.quantile(of_own, 1 - false_alarms))
