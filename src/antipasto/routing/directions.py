@@ -30,7 +30,7 @@ from torch import Tensor, nn
 from antipasto.adapter.fingerprints import Fingerprint, check_same_base, fingerprints_from_json, fingerprints_to_json
 from antipasto.adapter.knobs import current_fingerprints, knobs
 from antipasto.adapter.rollouts import TokenIds, nll_gradients, tokenize
-from antipasto.files import read_tensors, write_tensors
+from antipasto.files import read_tensors, readable_as, write_tensors
 from antipasto.names import Estimator
 from antipasto.routing.pairs import ContrastPair
 
@@ -237,13 +237,11 @@ class Direction(Mapping[str, Tensor]):
             ValueError: the file is not a direction, or is damaged. The message names it.
             OSError: the file cannot be read.
         """
-        try:
+        with readable_as("direction", path):
             tensors, metadata = read_tensors(path, _FORMAT)
             heldout = json.loads(metadata["heldout"])
             fingerprints = fingerprints_from_json(metadata["fingerprints"])
             return cls.from_tensors(tensors, fingerprints, None if heldout is None else HeldOut(**heldout))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path} is not a valid direction: {error}.") from error
 
     def check_base(self, model: nn.Module, found: Mapping[str, Fingerprint] | None = None) -> None:
         """Check that this direction belongs to a model's active adapter and base weights.

@@ -36,7 +36,7 @@ from antipasto.adapter.layer import View
 from antipasto.adapter.rollouts import RolloutGrads, TokenIds, flat_rows, nll_gradients, tokenize, tokenize_prompt
 from antipasto.adapter.sharded import is_sharded
 from antipasto.adapter.views import adapted_layers, replaced, seen_as
-from antipasto.files import read_tensors, write_tensors
+from antipasto.files import read_tensors, readable_as, write_tensors
 from antipasto.names import HELDOUT, Rule
 from antipasto.routing.directions import Direction, cosine, extract_direction
 from antipasto.routing.pairs import ContrastPair, split_pairs
@@ -430,15 +430,13 @@ def read_monitor(path: str | Path) -> SavedMonitor:
         ValueError: the file is not a monitor, or is damaged. The message names it.
         OSError: the file cannot be read.
     """
-    try:
+    with readable_as("monitor", path):
         tensors, metadata = read_tensors(path, _FORMAT)
         direction = Direction.from_tensors(tensors, fingerprints_from_json(metadata["fingerprints"]))
         threshold = json.loads(metadata["threshold"])
         if not (threshold is None or (isinstance(threshold, float) and math.isfinite(threshold))):
             raise ValueError(f"its threshold is {threshold!r}")
         return SavedMonitor(direction, threshold, _calibration(json.loads(metadata["calibration"])))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is not a valid monitor: {error}.") from error
 
 
 @contextmanager
