@@ -40,7 +40,7 @@ from antipasto.names import AntiPastoWarning
 from .config import TARGET_MODULES, AntiPastoConfig
 from .experts import AntiPastoExperts, Stack, mount, unmount
 from .layer import AntiPastoLinear, as_matrix, basis_dtype
-from .quantized import KINDS, is_quantised, packed_digest, packing, why_not_dequantised
+from .quantized import KINDS, is_of_other_codes, is_quantised, packed_digest, packing, why_not_dequantised
 from .views import adapted_layers
 
 SUPPORTED = (
@@ -98,7 +98,7 @@ def why_unsupported(module: nn.Module, *, shapes_only: bool = False) -> str | No
 
 def _is_of_another_kind(module: nn.Module) -> bool:
     """Whether a module can never be adapted, because of its type or the type of its weight."""
-    if isinstance(module, BaseTunerLayer) or hasattr(module, "qweight") or hasattr(module, "W_q"):
+    if isinstance(module, BaseTunerLayer) or is_of_other_codes(module):
         return False
     if isinstance(module, NonDynamicallyQuantizableLinear) or not isinstance(module, (nn.Linear, Conv1D)):
         return True
