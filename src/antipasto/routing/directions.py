@@ -8,8 +8,8 @@ For pair n and one layer, with NLL the completion's negative log-likelihood give
              "mean"   mean_n d_n / ‖·‖                                                             (1, r)
              "svd"    top k right singular vectors of D = [d_n], signs by majority of the pairs    (k, r)
 
-V points along ∇NLL(hack) − ∇NLL(clean). A gradient step moves along −g, so a move Δ of δS is hack-ward where −V Δ > 0.
-Rows of V are orthonormal. `strength` is mean_n (V d_n) divided by its standard deviation over the pairs.
+V points along ∇NLL(hack) − ∇NLL(clean), so a move Δ of δS is hack-ward where −V Δ > 0 (`gates`). Rows of V are
+orthonormal. `strength` is mean_n (V d_n) divided by its standard deviation over the pairs.
 
 An effect size (d_z in Cohen 1988) does not depend on the number of pairs, so a threshold on it carries over to other sets.
 """
