@@ -296,8 +296,7 @@ def _warn_of_unsettled(
     if not unsettled:
         return
     numbers = sum(S[name].numel() for name in names)
-    one, other = expected[names[0]], found[names[0]]
-    dtypes = f" ({one.dtype} there, {other.dtype} here)" if how is Likeness.ROUNDED else ""
+    dtypes = _dtypes(expected[names[0]], found[names[0]])
     warnings.warn(
         f"{what} was made on {how.value}{dtypes}, in {len(names)} of its {len(expected)} layers. {unsettled:,} of their "
         f"{numbers:,} singular values are so close to a neighbour that their directions may be rotated: coordinates there may "
@@ -311,8 +310,12 @@ def _shape(fingerprint: Fingerprint) -> str:
     return "x".join(map(str, fingerprint.shape))
 
 
+def _dtypes(expected: Fingerprint, found: Fingerprint) -> str:
+    """Both dtypes, in brackets, if they differ."""
+    return "" if expected.dtype == found.dtype else f" ({expected.dtype} there, {found.dtype} here)"
+
+
 def _difference(expected: Fingerprint, found: Fingerprint) -> str:
     if expected.shape != found.shape:
         return f"shape {_shape(expected)} there, {_shape(found)} here"
-    dtypes = "" if expected.dtype == found.dtype else f" ({expected.dtype} there, {found.dtype} here)"
-    return f"other weights{dtypes}, about {expected.distance(found):.2g} of their norm apart"
+    return f"other weights{_dtypes(expected, found)}, about {expected.distance(found):.2g} of their norm apart"
