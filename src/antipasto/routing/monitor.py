@@ -33,12 +33,12 @@ from torch import Tensor, nn
 
 from antipasto.adapter.fingerprints import check_same_base, fingerprints_from_json, fingerprints_to_json
 from antipasto.adapter.layer import View
-from antipasto.adapter.rollouts import RolloutGrads, TokenIds, nll_gradients, tokenize, tokenize_prompt
+from antipasto.adapter.rollouts import RolloutGrads, TokenIds, flat_rows, nll_gradients, tokenize, tokenize_prompt
 from antipasto.adapter.sharded import is_sharded
-from antipasto.adapter.views import adapted_layers, seen_as
-from antipasto.files import read_tensors, write_tensors
+from antipasto.adapter.views import adapted_layers, replaced, seen_as
+from antipasto.files import read_tensors, readable_as, write_tensors
 from antipasto.names import HELDOUT, Rule
-from antipasto.routing.directions import Direction, extract_direction
+from antipasto.routing.directions import Direction, cosine, extract_direction
 from antipasto.routing.pairs import ContrastPair, split_pairs
 
 TOWARDS_HACKS: dict[Rule, float] = {"midway": 0.5, "quarter": 0.25}
@@ -220,14 +220,14 @@ class Monitor:
                 raise ValueError(
                     f"The monitor has a layer {name}, which is not among the adapted layers of this model."
                 )
-            r = layers[name].basis.S.numel()  # type: ignore[union-attr]
+            r = layers[name].basis.S.numel()
             if V.shape[1] > r:
                 raise ValueError(f"{name}: the monitor's direction has r={V.shape[1]}, the layer's basis {r}.")
         known = self.direction.fingerprints
         check_same_base(
             {name: one for name, one in known.items() if name in self.direction},
             {name: layers[name].current_fingerprint() for name in self.direction if name in known},
-            {name: layers[name].basis.S for name in self.direction},  # type: ignore[union-attr]
+            {name: layers[name].basis.S for name in self.direction},
             what="The monitor",
             remedy="Create it again from its pairs, on this base.",
         )
@@ -317,12 +317,7 @@ class Monitor:
 
     def flatten(self, grads: RolloutGrads) -> Tensor:
         """Concatenate gradients by layer, (b, r) each, to (b, R) in the order of `flat_effect`; zeros for missing layers."""
-        one = next(iter(grads.values()))
-        blocks = [
-            grads[name][:, : len(t)].float() if name in grads else one.new_zeros(len(one), len(t)).float()
-            for name, t in _effects(self.direction)
-        ]
-        return torch.cat(blocks, 1)
+        return flat_rows(grads, {name: len(t) for name, t in _effects(self.direction)})
 
     def cosines(self, grads: RolloutGrads) -> Tensor:
         """cos(·, t) of the gradients from a `rollout_grads` context, (b,)."""
@@ -365,9 +360,7 @@ class Monitor:
                 f"A false-alarm rate of {false_alarms} needs at least {math.ceil(1 / false_alarms)} answers of the "
                 f"reference, got {len(own)}."
             )
-        sides = [
-            (n, is_hack) for n, p in enumerate(pairs) for is_hack in [True] * len(p.hacks) + [False] * len(p.cleans)
-        ]
+        sides = [len(texts) for p in pairs for texts in (p.hacks, p.cleans)]
         texts = [Completion(p.prompt, text) for p in pairs for text in (*p.hacks, *p.cleans)]
         directions = {
             "score": self.direction,
@@ -397,9 +390,12 @@ class Monitor:
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file: direction, threshold, calibration, and the fingerprints of the base weights."""
-        facts = {"threshold": self._threshold, "calibration": self.calibration and asdict(self.calibration)}
-        metadata = {"format": _FORMAT, **{name: json.dumps(value) for name, value in facts.items()}}
-        metadata["fingerprints"] = fingerprints_to_json(self.direction.fingerprints)
+        metadata = {
+            "format": _FORMAT,
+            "fingerprints": fingerprints_to_json(self.direction.fingerprints),
+            "threshold": json.dumps(self._threshold),
+            "calibration": json.dumps(self.calibration and asdict(self.calibration)),
+        }
         write_tensors(path, self.direction.to_tensors(), metadata)
 
     @classmethod
@@ -434,15 +430,13 @@ def read_monitor(path: str | Path) -> SavedMonitor:
         ValueError: the file is not a monitor, or is damaged. The message names it.
         OSError: the file cannot be read.
     """
-    try:
+    with readable_as("monitor", path):
         tensors, metadata = read_tensors(path, _FORMAT)
         direction = Direction.from_tensors(tensors, fingerprints_from_json(metadata["fingerprints"]))
         threshold = json.loads(metadata["threshold"])
         if not (threshold is None or (isinstance(threshold, float) and math.isfinite(threshold))):
             raise ValueError(f"its threshold is {threshold!r}")
         return SavedMonitor(direction, threshold, _calibration(json.loads(metadata["calibration"])))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is not a valid monitor: {error}.") from error
 
 
 @contextmanager
@@ -451,21 +445,8 @@ def at_origin(model: nn.Module) -> Iterator[None]:
 
     It does not depend on which adapters exist or are active.
     """
-    training = [module for module in model.modules() if module.training]
-    with seen_as(model, View.ORIGIN):
-        for module in training:
-            module.training = False
-        try:
-            yield
-        finally:
-            for module in training:
-                module.training = True
-
-
-def cosine(gradients: Tensor, t: Tensor) -> Tensor:
-    """cos(n_b, t) of gradients (b, R) with t (R,): (b,); 0 for a zero gradient."""
-    norms = gradients.norm(dim=-1) * t.norm().to(gradients.device)
-    return (gradients @ t.to(gradients.device)) / norms.clamp_min(torch.finfo(gradients.dtype).tiny)
+    with seen_as(model, View.ORIGIN), replaced("training", dict.fromkeys(model.modules(), False)):
+        yield
 
 
 def flat_effect(direction: Direction) -> Tensor:
@@ -480,13 +461,11 @@ def _effects(direction: Direction) -> list[tuple[str, Tensor]]:
 
 
 def _ordering(
-    of_pairs: Tensor, of_own: Tensor, sides: Sequence[tuple[int, bool]], towards: float, false_alarms: float | None
+    of_pairs: Tensor, of_own: Tensor, sides: list[int], towards: float, false_alarms: float | None
 ) -> Ordering:
-    by_side: dict[tuple[int, bool], list[float]] = {}
-    for side, value in zip(sides, of_pairs.tolist(), strict=True):
-        by_side.setdefault(side, []).append(value)
-    numbers = sorted({n for n, _ in by_side})
-    hacks, cleans = [min(by_side[n, True]) for n in numbers], [max(by_side[n, False]) for n in numbers]
+    """Ordering of scores: of each pair's hacks, then its clean texts, ``sides`` says how many; and of the own answers."""
+    parts = [part.tolist() for part in of_pairs.split(sides)]
+    hacks, cleans = list(map(min, parts[::2])), list(map(max, parts[1::2]))
     hack, clean = sum(hacks) / len(hacks), sum(cleans) / len(cleans)
     threshold = (
         clean + towards * (hack - clean) if false_alarms is None else float(torch.quantile(of_own, 1 - false_alarms))
