@@ -39,8 +39,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 import antipasto as ap
 from antipasto.app.models import quiet
 from antipasto.evaluation.ask import sample_completions
-from antipasto.routing.directions import effect_size, pair_differences
-from antipasto.routing.monitor import cosine
+from antipasto.routing.directions import cosine, effect_size, pair_differences
 from antipasto.routing.ordering import auc
 
 PAIRS = 48

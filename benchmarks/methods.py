@@ -152,7 +152,7 @@ def run(name: str, method: str, seed: int, options: argparse.Namespace) -> str:
     """One run and its evaluation, from where they were."""
     from rich.console import Console
 
-    from antipasto.app.arms import evaluate_run
+    from antipasto.app.evaluate import evaluate_run
 
     folder = options.out / name / demo.folder_of(method) / f"seed-{seed}"
     if not (folder / EVAL).exists():

@@ -19,9 +19,9 @@ from rich.console import Console
 from transformers import AutoModelForCausalLM
 
 import antipasto as ap
-from antipasto.app.arms import comparison
 from antipasto.app.demo import METHODS as DEMO_METHODS
 from antipasto.app.demo import SHOWN, config_of
+from antipasto.app.evaluate import comparison
 from antipasto.app.run_folder import RunFolder
 from antipasto.app.train.config import TrainConfig
 from antipasto.evaluation.records import Rate, read_evaluation
@@ -211,9 +211,9 @@ def test_the_whole_demo_teaches_the_exploit_and_the_recipe_does_not(
     text = succeeds("demo", "--out", tmp_path / "demo")
     plain, recipe = [read_evaluation(tmp_path / "demo" / method) for method in METHODS]
     assert plain.verdict.holds is False
-    assert "plain. What ships exploits more than its start did" in " ".join(text.split())
+    assert "plain. What ships exploits more than the reference" in " ".join(text.split())
     assert recipe.verdict.holds is True
-    assert "penalty by score. What ships exploits no more than its start did" in " ".join(text.split())
+    assert "penalty by score. What ships exploits no more than the reference" in " ".join(text.split())
     start, exploiting = plain.arm("reference", "hackable"), plain.arm("as trained", "hackable")
     clean = recipe.arm("as trained", "hackable")
     assert exploiting.measures["exploit"].low > 0.5 > start.measures["exploit"].high

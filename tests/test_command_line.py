@@ -34,8 +34,8 @@ from trl import GRPOTrainer
 
 import antipasto as ap
 from antipasto.adapter.fingerprints import BaseWarning
-from antipasto.app import arms as arms_job
 from antipasto.app import errors, inspection
+from antipasto.app import evaluate as evaluate_job
 from antipasto.app.models import quiet
 from antipasto.app.train.config import TrainConfig
 from antipasto.app.train.run import check_saves_adapter
@@ -699,12 +699,12 @@ def test_what_an_evaluation_says_is_printed_as_it_is(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("steps: 3")
     text = succeeds("inspect", tmp_path, columns=300)
     shown = io.StringIO()
-    arms_job.show(read_evaluation(tmp_path), Console(file=shown, width=300))
+    evaluate_job.show(read_evaluation(tmp_path), Console(file=shown, width=300))
     for said in (text, shown.getvalue()):
         assert "[/x]: its book is empty" in said
         assert all(word in said for word in ("[bold]y :smile:", "[/k] prompts", "[/f]"))
     live = Console(file=(drawn := io.StringIO()), force_terminal=True, width=300)
-    with arms_job.asking(live, 40) as tell:
+    with evaluate_job.asking(live, 40) as tell:
         tell(answers("[/x]", 3)[:2])
     assert "[/x]" in drawn.getvalue()
 

@@ -100,7 +100,7 @@ def test_every_block_of_a_page_runs_as_it_stands(page: Path, tmp_path: Path) -> 
     CHECKS.get(name(page), lambda *_: None)(tmp_path, output)
     if name(page) == "docs/train-your-own.md":
         said = " ".join(output.split())
-        assert said.count("What ships exploits no more than its start did: of 500 answers, ") == 2  # mine: eval, export
+        assert said.count("What ships exploits no more than the reference: of 500 answers, ") == 2  # mine: eval, export
         assert said.count("The direction removed the exploit: of 500 answers, ") == 2  # routed: eval, inspect
 
 

@@ -109,7 +109,7 @@ def connected(trainer: Any, mode: str, monkeypatch: pytest.MonkeyPatch) -> Engin
 
 
 @pytest.mark.parametrize("mode", ["server", "colocate"])
-@pytest.mark.parametrize("fraction", [0.0, 0.5], ids=["one policy", "two policies"])
+@pytest.mark.parametrize("fraction", [0.0, 0.25], ids=["one policy", "two policies"])
 def test_what_the_engine_samples_is_what_is_trained(
     mode: str, fraction: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

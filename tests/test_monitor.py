@@ -287,7 +287,7 @@ def test_a_false_alarm_rate_on_the_starts_own_answers() -> None:
     flagged = monitor.flags(own).float().mean()
     assert monitor.calibration is not None
     assert flagged == pytest.approx(monitor.calibration.score.own) == 0.05
-    assert f"{monitor.threshold:.3f}, above all but 5.0% of the start model's own answers (6 held-out pairs)" in str(
+    assert f"{monitor.threshold:.3f}, above all but 5.0% of the reference's own answers (6 held-out pairs)" in str(
         monitor.calibration
     )
     assert "5.0% of 200" in str(monitor.calibration)
@@ -312,7 +312,7 @@ def test_the_starts_own_answers_are_the_references_with_their_tokens() -> None:
         ({"pairs": []}, "needs labelled pairs"),
         ({"false_alarms": 0.0}, r"in \(0, 1\), got 0.0"),
         ({"false_alarms": 1.5}, r"in \(0, 1\), got 1.5"),
-        ({"false_alarms": 0.01, "own": TEXTS}, "needs at least 100 answers of the start model, got 5"),
+        ({"false_alarms": 0.01, "own": TEXTS}, "needs at least 100 answers of the reference, got 5"),
     ],
 )
 def test_a_threshold_that_cannot_be_had(known: ap.Direction, options: dict[str, Any], message: str) -> None:

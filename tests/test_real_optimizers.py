@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import linecache
 import warnings
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -449,6 +450,7 @@ def test_knobs_written_to_outside_of_a_step_are_warned_about_once(mode: Any) -> 
             step(model, optimizer, i)
     assert "its delta_s was written to outside of a step, by up to" in str(said[0].message)
     assert "(optimizer SGD)" in str(said[0].message)
+    assert linecache.getline(said[0].filename, said[0].lineno).strip() == "self.optimizer.step()"
 
 
 @pytest.mark.parametrize("mode", ["route", "erase"])

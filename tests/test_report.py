@@ -431,6 +431,25 @@ def test_filters_count_and_show_what_matches(opened: Opened) -> None:
     opened.check_quiet()
 
 
+def test_a_flag_has_no_colour_of_an_outcome(opened: Opened) -> None:
+    """Green and red say what the oracle says."""
+    colours = [
+        opened.page.locator(selector).first.evaluate("e => getComputedStyle(e).color")
+        for selector in (".card .flagged", "body", ".card.exploited .outcome")
+    ]
+    assert colours[0] == colours[1] != colours[2]
+
+
+def test_without_an_oracle_a_rollout_is_rewarded_or_not(tmp_path: Path) -> None:
+    folder = make_run(tmp_path / "run")
+    write_lines(folder / "rollouts.jsonl", [row | {"oracle": None} for row in rollouts(0, False)])
+    text = write_report([folder], tmp_path / "report.html").read_text()
+    chosen = re.search(r'<select id="[^"]*-outcome".*?</select>', text)
+    assert chosen is not None
+    assert re.findall(r"<option[^>]*>([^<]*)", chosen[0]) == ["any", "not rewarded", "rewarded"]
+    assert {*re.findall(r'data-outcome="([^"]*)"', text)} == {"not rewarded", "rewarded"}
+
+
 def test_answers_stand_side_by_side(opened: Opened) -> None:
     page, form = opened.page, opened.page.locator("[data-picker]")
     assert opened.shown("article.row") == 1

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from families import FAMILIES, Family, losses, tokens
@@ -11,6 +13,7 @@ from peft import get_peft_model
 from torch import nn
 
 import antipasto as ap
+from antipasto.adapter.rollouts import TokenIds, nll_gradients
 
 
 def build(family: Family, dtype: torch.dtype = torch.float32, rank: int | None = None) -> nn.Module:
@@ -231,3 +234,29 @@ def test_what_cannot_be_told_apart_is_an_error() -> None:
     ap.wrap(picky, ap.AntiPastoConfig(target_modules=["1"]))
     with ap.rollout_grads(picky), pytest.raises(ValueError, match="which token belongs to which sequence"):
         picky(torch.randn(2, 3, 2, 5))
+
+
+class ManyWords(nn.Module):
+    """A causal LM without layers in between, with as many words as real models have."""
+
+    WORDS = 100_000
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.embed = nn.Embedding(self.WORDS, 8)
+        self.head = nn.Linear(8, self.WORDS)
+
+    def forward(self, input_ids: torch.Tensor, **_: object) -> SimpleNamespace:
+        return SimpleNamespace(logits=4 * self.head(self.embed(input_ids)))
+
+
+def test_a_completions_nll_is_exact_with_many_words() -> None:
+    model = ManyWords()
+    ap.wrap(model, ap.AntiPastoConfig(target_modules=["head"], rank=2, cache_dir=None))
+    ids = torch.randint(ManyWords.WORDS, (4, 6), generator=torch.Generator().manual_seed(0))
+    _, nll = nll_gradients(model, [TokenIds(row[:2], row[2:]) for row in ids.tolist()])
+    with torch.no_grad():
+        exact = model(ids).logits.double().log_softmax(-1)
+    want = -exact[:, 1:-1].gather(2, ids[:, 2:, None]).squeeze(2).mean(1)
+    torch.testing.assert_close(nll.double(), want, atol=5e-6, rtol=0)

@@ -523,3 +523,14 @@ def test_a_direction_of_some_layers_leaves_the_others_alone() -> None:
     layers = ap.knobs(model)
     assert not layers["0"].delta_s_hack.any()
     assert layers["2"].delta_s_hack.any()
+
+
+def test_alignment_is_taken_in_fp32_also_of_fp64_knobs() -> None:
+    found = []
+    for dtype in (torch.float32, torch.float64):
+        model = make_model().to(dtype)
+        with ap.rollout_grads(model) as grads:
+            model(torch.linspace(-1, 1, 24, dtype=dtype).reshape(3, 8)).sum().backward()
+        router = ap.Router(model, make_direction())
+        found.append(router.alignment(router.flatten(grads)))
+    torch.testing.assert_close(*found)

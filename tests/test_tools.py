@@ -480,7 +480,7 @@ def test_inspect_shows_hostile_text_and_does_not_obey_it(finished: Path) -> None
 
 def test_inspect_a_run_that_has_only_begun(tmp_path: Path) -> None:
     (tmp_path / "config.yaml").write_text("seed: 1")
-    assert "missing, or not written yet: metrics.jsonl, rollouts.jsonl, adapter/" in succeeds("inspect", tmp_path)
+    assert "missing, or not written yet: metrics.jsonl, rollouts.jsonl, adapter" in succeeds("inspect", tmp_path)
     (tmp_path / "metrics.jsonl").touch()
     (tmp_path / "rollouts.jsonl").write_text(
         '{"step": 0, "prompt": "p", "completion": "c", "reward": 1.0}\n{"step": 0, "pro'

@@ -104,6 +104,15 @@ def read_tensors(path: str | Path, form: str) -> tuple[dict[str, Tensor], dict[s
     return tensors, metadata
 
 
+@contextmanager
+def readable_as(what: str, path: str | Path) -> Iterator[None]:
+    """Context that reads a file: wrong contents become a ValueError that names it; an OSError passes."""
+    try:
+        yield
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} is not a valid {what}: {error}.") from error
+
+
 def digest(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> str:
     """sha256 in hex over names, dtypes, shapes and bytes of tensors, and over texts. Tensors may be on any device."""
     result = hashlib.sha256()

@@ -23,7 +23,7 @@ Level = Literal["update", "gradient"]
 Flagged = Literal["penalty", "discount", "watch"]
 """What the trainer does with flagged rollouts (`antipasto.trl.RoutedGRPOTrainer`)."""
 Method = Literal["plain", "penalty", "discount", "route", "erase", "measure"]
-"""The methods of `antipasto train`. `antipasto.app.train.gating` describes each in one line."""
+"""The methods of `antipasto train`. `antipasto.app.train.method` describes each in one line."""
 By = Literal["score", "detector", "direction"]
 """The signal that a method uses: ``score`` and ``detector`` flag rollouts, ``direction`` routes parts of a step."""
 Rule = Literal["midway", "quarter"]

@@ -38,7 +38,7 @@ import re
 import warnings
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from filelock import FileLock
@@ -46,7 +46,7 @@ from platformdirs import user_cache_dir
 from safetensors import SafetensorError
 from torch import Tensor
 
-from antipasto.adapter.fingerprints import Fingerprint, dtype_name, sketch, weight_digest
+from antipasto.adapter.fingerprints import Fingerprint, dtype_name, in_fp64, sketch, weight_digest
 from antipasto.files import digest, read_tensors, write_tensors
 from antipasto.names import AntiPastoWarning
 
@@ -106,6 +106,36 @@ class Part(NamedTuple):
         return Basis(U.to(self.dtype), S, Vh.to(self.dtype))
 
 
+class _Request(NamedTuple):
+    """A weight's digest and shape, all that `decompose` gives of it, and the part that is asked for."""
+
+    key: str
+    shape: tuple[int, ...]
+    whole: Part
+    asked: Part
+
+    @classmethod
+    def of(cls, weight: Tensor, rank: int | None, dtype: torch.dtype | None) -> _Request:
+        check_rank(rank)
+        if dtype is not None and dtype not in WEIGHT_DTYPES:
+            raise ValueError(f"Expected a dtype of {', '.join(map(str, WEIGHT_DTYPES))} for U and Vh, got {dtype}.")
+        whole = Part(min(weight.shape[-2:]), torch.promote_types(weight.dtype, torch.float32))
+        asked = Part(min(rank or whole.rank, whole.rank), dtype or whole.dtype)
+        return cls(weight_digest(weight), tuple(weight.shape), whole, asked)
+
+    @property
+    def kept(self) -> Part:
+        """What a file has that is written for this: U and Vh as they are asked for, if that is not wider than they are."""
+        return Part(self.asked.rank, min(self.asked.dtype, self.whole.dtype, key=lambda dtype: dtype.itemsize))
+
+    def path(self, cache_dir: str | os.PathLike[str]) -> Path:
+        """The file that is written for this."""
+        folder = cache_home() if cache_dir == DEFAULT_CACHE else Path(cache_dir).expanduser()
+        rank = "" if self.kept.rank == self.whole.rank else f"-r{self.kept.rank}"
+        dtype = "" if self.kept.dtype == self.whole.dtype else f"-{self.kept.dtype}".replace("torch.", "")
+        return folder / f"{self.key}{rank}{dtype}.safetensors"
+
+
 class BasisCacheWarning(AntiPastoWarning):
     """A file of the basis cache was invalid and is ignored, or could not be written."""
 
@@ -137,8 +167,7 @@ def decompose(weight: Tensor) -> Basis:
     if weight.ndim == 3:  # one by one, since each needs several copies in fp64
         return Basis(*map(torch.stack, zip(*map(decompose, weight), strict=True)))
     out_dtype = torch.float64 if weight.dtype == torch.float64 else torch.float32
-    W = weight.detach()
-    W = W.double() if W.device.type in ("cpu", "cuda") else W.cpu().double()
+    W = in_fp64(weight)
     if not torch.isfinite(W).all():
         raise ValueError(f"The weight of shape {tuple(weight.shape)} has a NaN or Inf in it: it has no SVD.")
     basis = _gram_svd(W)
@@ -212,7 +241,7 @@ def cache_file(
     dtype: torch.dtype | None = None,
 ) -> Path:
     """Path of the file that `load_basis` writes for these arguments, whether or not it exists."""
-    return _path(weight_digest(weight), weight, _asked(weight, rank, dtype), cache_dir)
+    return _Request.of(weight, rank, dtype).path(cache_dir)
 
 
 def cached_file(
@@ -223,8 +252,8 @@ def cached_file(
     dtype: torch.dtype | None = None,
 ) -> Path | None:
     """Path of the valid file that `load_basis` reads for these arguments; None if there is none and it would compute."""
-    asked, key = _asked(weight, rank, dtype), weight_digest(weight)
-    found = _find(_path(key, weight, asked, cache_dir).parent, key, weight, asked, quiet=True)
+    request = _Request.of(weight, rank, dtype)
+    found = _find(request.path(cache_dir).parent, request, quiet=True)
     return None if found is None else found.path
 
 
@@ -233,19 +262,19 @@ def _load(
 ) -> tuple[Basis, Digests]:
     """Return what was asked for of the basis, and the digests of the whole."""
     _check(weight)
-    asked, key = _asked(weight, rank, dtype), weight_digest(weight)
+    request = _Request.of(weight, rank, dtype)
     if cache_dir is None:
-        basis, digests = _compute(weight, key)
+        basis, digests = _compute(weight, request.key)
     else:
-        basis, digests = _load_cached(weight, key, asked, _path(key, weight, asked, cache_dir))
-    basis = asked.of(basis)
+        basis, digests = _load_cached(weight, request, request.path(cache_dir))
+    basis = request.asked.of(basis)
     return Basis(*(tensor.to(weight.device) for tensor in basis)), digests
 
 
-def _load_cached(weight: Tensor, key: str, asked: Part, path: Path) -> tuple[Basis, Digests]:
+def _load_cached(weight: Tensor, request: _Request, path: Path) -> tuple[Basis, Digests]:
     """Return a basis that holds what was asked for, and its digests; it is written to ``path`` if it had to be computed."""
     folder, lock_path = path.parent, path.with_suffix(".lock")
-    if (found := _find(folder, key, weight, asked)) is not None:
+    if (found := _find(folder, request)) is not None:
         _remove_stale(lock_path)
         return found.basis, found.digests
     computed: tuple[Basis, Digests] | None = None
@@ -253,20 +282,20 @@ def _load_cached(weight: Tensor, key: str, asked: Part, path: Path) -> tuple[Bas
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(lock_path):
             try:
-                found = _find(folder, key, weight, asked, quiet=True)  # another process may have been faster
-                if found is not None:
+                # another process may have been faster
+                if (found := _find(folder, request, quiet=True)) is not None:
                     return found.basis, found.digests
                 for left in folder.glob(f".{path.name}-*.tmp"):  # left by a process killed while writing
                     left.unlink(missing_ok=True)
-                computed = _compute(weight, key)
-                _write(path, _kept(weight, asked).of(computed[0]), computed[1])
+                computed = _compute(weight, request.key)
+                _write(path, request.kept.of(computed[0]), computed[1])
             finally:
                 # the lock is still held, so waiting processes will find the file; at worst one computes it again
                 lock_path.unlink(missing_ok=True)
     except (OSError, NotImplementedError, SafetensorError) as error:
         said = getattr(error, "strerror", None) or f"{error}"
         _warn_unwritable(folder, said)  # NotImplementedError: the file system has no locks
-    return computed or _compute(weight, key)
+    return computed or _compute(weight, request.key)
 
 
 def _remove_stale(lock_path: Path) -> None:
@@ -284,31 +313,10 @@ def _compute(weight: Tensor, key: str) -> tuple[Basis, Digests]:
     return basis, Digests(weight=key, S=digest({"S": basis.S}), basis=digest(basis._asdict()))
 
 
-def _whole(weight: Tensor) -> Part:
-    """All that `decompose` gives."""
-    return Part(min(weight.shape[-2:]), torch.promote_types(weight.dtype, torch.float32))
-
-
-def _asked(weight: Tensor, rank: int | None, dtype: torch.dtype | None) -> Part:
+def check_rank(rank: Any, name: str = "rank") -> None:
+    """Raise an error unless a rank is a whole number of at least 1, or None."""
     if rank is not None and (not isinstance(rank, int) or isinstance(rank, bool) or rank < 1):
-        raise ValueError(f"rank must be a whole number of at least 1, or None for full rank; got {rank!r}.")
-    if dtype is not None and dtype not in WEIGHT_DTYPES:
-        raise ValueError(f"Expected a dtype of {', '.join(map(str, WEIGHT_DTYPES))} for U and Vh, got {dtype}.")
-    whole = _whole(weight)
-    return Part(min(rank or whole.rank, whole.rank), dtype or whole.dtype)
-
-
-def _kept(weight: Tensor, asked: Part) -> Part:
-    """What a file has that is written for a request: U and Vh as they are asked for, if that is not wider than they are."""
-    return Part(asked.rank, min(asked.dtype, _whole(weight).dtype, key=lambda dtype: dtype.itemsize))
-
-
-def _path(key: str, weight: Tensor, asked: Part, cache_dir: str | os.PathLike[str]) -> Path:
-    folder = cache_home() if cache_dir == DEFAULT_CACHE else Path(cache_dir).expanduser()
-    kept, whole = _kept(weight, asked), _whole(weight)
-    rank = "" if kept.rank == whole.rank else f"-r{kept.rank}"
-    dtype = "" if kept.dtype == whole.dtype else f"-{kept.dtype}".replace("torch.", "")
-    return folder / f"{key}{rank}{dtype}.safetensors"
+        raise ValueError(f"{name} must be a whole number of at least 1, or None for full rank; got {rank!r}.")
 
 
 def _check(weight: Tensor) -> None:
@@ -347,27 +355,27 @@ class _Found(NamedTuple):
     digests: Digests
 
 
-def _find(folder: Path, key: str, weight: Tensor, asked: Part, *, quiet: bool = False) -> _Found | None:
+def _find(folder: Path, request: _Request, *, quiet: bool = False) -> _Found | None:
     """Read the smallest valid file of a weight that holds what was asked for; None if there is none."""
-    whole, usable = _whole(weight), {}
-    for path in folder.glob(f"{key}*.safetensors"):
+    whole, usable = request.whole, {}
+    for path in folder.glob(f"{request.key}*.safetensors"):
         if (match := _NAME.fullmatch(path.name)) is None:
             continue
         dtype = whole.dtype if match["dtype"] is None else getattr(torch, match["dtype"])
         held = Part(int(match["rank"] or whole.rank), dtype)
-        if held.rank >= asked.rank and held.dtype in (_kept(weight, asked).dtype, whole.dtype):
+        if held.rank >= request.asked.rank and held.dtype in (request.kept.dtype, whole.dtype):
             usable[path] = held
     for path in sorted(usable, key=lambda path: usable[path].rank * usable[path].dtype.itemsize):
-        if (found := _read(path, key, weight, usable[path], quiet=quiet)) is not None:
+        if (found := _read(path, request, usable[path], quiet=quiet)) is not None:
             return found
     return None
 
 
-def _read(path: Path, key: str, weight: Tensor, held: Part, *, quiet: bool) -> _Found | None:
+def _read(path: Path, request: _Request, held: Part, *, quiet: bool) -> _Found | None:
     """Read a cache file that should hold this part; None if it is gone, or if it is invalid, which is told unless quiet."""
     try:
         tensors, metadata = read_tensors(path, _FORMAT)
-        _verify(metadata, tensors, key, weight, held)
+        _verify(metadata, tensors, request, held)
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
@@ -382,20 +390,20 @@ def _read(path: Path, key: str, weight: Tensor, held: Part, *, quiet: bool) -> _
                     path.unlink(missing_ok=True)
         return None
     S = metadata.get("S") or digest({"S": tensors["S"]})  # early files, which all have the whole of S, do not say it
-    return _Found(path, Basis(**tensors), Digests(weight=key, S=S, basis=metadata["basis"]))
+    return _Found(path, Basis(**tensors), Digests(weight=request.key, S=S, basis=metadata["basis"]))
 
 
-def _verify(metadata: dict[str, str], tensors: dict[str, Tensor], key: str, weight: Tensor, held: Part) -> None:
-    if metadata.get("weight") != key:
+def _verify(metadata: dict[str, str], tensors: dict[str, Tensor], request: _Request, held: Part) -> None:
+    if metadata.get("weight") != request.key:
         raise ValueError("it belongs to another weight")
-    *stack, o, i = weight.shape
+    *stack, o, i = request.shape
     r = held.rank
     expected = {"U": (*stack, o, r), "S": (*stack, r), "Vh": (*stack, r, i)}
     shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     if shapes != expected:
         raise ValueError(f"shapes {shapes}, expected {expected}")
     dtypes = {name: tensor.dtype for name, tensor in tensors.items()}
-    if dtypes != {"U": held.dtype, "S": _whole(weight).dtype, "Vh": held.dtype}:
+    if dtypes != {"U": held.dtype, "S": request.whole.dtype, "Vh": held.dtype}:
         raise ValueError(f"dtypes {', '.join(map(str, dtypes.values()))}")
 
 

@@ -10,7 +10,7 @@ from typing import Any, cast
 from peft import PeftConfig, PeftType
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
-from antipasto.adapter.basis import DEFAULT_CACHE
+from antipasto.adapter.basis import DEFAULT_CACHE, check_rank
 from antipasto.adapter.fingerprints import Fingerprint
 from antipasto.files import write_json
 from antipasto.names import PlanName
@@ -87,49 +87,22 @@ class AntiPastoConfig(PeftConfig):
         64
     """
 
-    target_modules: Names | str | None = field(
-        default=None, metadata={"help": "Names, regular expression or 'all-linear'; None: the library's default set."}
-    )
-    exclude_modules: Names | str | None = field(
-        default=None, metadata={"help": "Names or regular expression of modules to leave out."}
-    )
-    rank: int | None = field(
-        default=None, metadata={"help": "Number of top singular directions to keep in each layer; None: all."}
-    )
-    rank_pattern: dict[str, int] = field(
-        default_factory=dict, metadata={"help": "Exceptions to rank: name or regular expression of a layer -> rank."}
-    )
-    layers_to_transform: list[int] | tuple[int, ...] | set[int] | int | None = field(
-        default=None, metadata={"help": "Indices of the layers to adapt."}
-    )
-    layers_pattern: Names | str | None = field(
-        default=None, metadata={"help": "Name of the module list that layers_to_transform indexes."}
-    )
-    modules_to_save: Names | None = field(default=None, metadata={"help": "Further modules to train and save in full."})
-    quarantine: bool = field(
-        default=True, metadata={"help": "Give each layer a delta_s_hack in addition to its delta_s."}
-    )
-    cache_dir: str | None = field(
-        default=DEFAULT_CACHE, metadata={"help": "Folder of the basis cache; 'auto': the default one; None: no cache."}
-    )
-    plan: PlanName = field(
-        default="auto", metadata={"help": "How layers are computed: auto, factored, merged or spectral."}
-    )
-    hold_weights: bool = field(
-        default=True, metadata={"help": "Keep merged weights from one forward without gradient to the next."}
-    )
-
-    save_basis: bool = field(default=False, metadata={"help": "Save the singular basis with the adapter."})
-    check_base: bool = field(
-        default=True, metadata={"help": "Refuse a base model with weights other than the adapter's."}
-    )
-    base_fingerprints: dict[str, str] | None = field(
-        default=None, repr=False, metadata={"help": "Fingerprints of the base's layers; written by the library."}
-    )
-    weights_sha256: str | None = field(
-        default=None, repr=False, metadata={"help": "sha256 of adapter_model.safetensors; written by the library."}
-    )
-    format: int = field(default=FORMAT, metadata={"help": "Version of what is saved; written by the library."})
+    target_modules: Names | str | None = None
+    exclude_modules: Names | str | None = None
+    rank: int | None = None
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    layers_to_transform: list[int] | tuple[int, ...] | set[int] | int | None = None
+    layers_pattern: Names | str | None = None
+    modules_to_save: Names | None = None
+    quarantine: bool = True
+    cache_dir: str | None = DEFAULT_CACHE
+    plan: PlanName = "auto"
+    hold_weights: bool = True
+    save_basis: bool = False
+    check_base: bool = True
+    base_fingerprints: dict[str, str] | None = field(default=None, repr=False)
+    weights_sha256: str | None = field(default=None, repr=False)
+    format: int = FORMAT
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -150,9 +123,9 @@ class AntiPastoConfig(PeftConfig):
             )
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError(f"layers_pattern={self.layers_pattern!r} has no effect without layers_to_transform.")
-        for where, rank in [("rank", self.rank), *((f"rank_pattern[{k!r}]", r) for k, r in self.rank_pattern.items())]:
-            if rank is not None and (not isinstance(rank, int) or isinstance(rank, bool) or rank < 1):
-                raise ValueError(f"{where} must be a whole number of at least 1, or None for full rank; got {rank!r}.")
+        check_rank(self.rank)
+        for layer, rank in self.rank_pattern.items():
+            check_rank(rank, f"rank_pattern[{layer!r}]")
 
     @property
     def expected_base(self) -> dict[str, str]:
@@ -219,7 +192,7 @@ class AntiPastoConfig(PeftConfig):
         if not isinstance(config, AntiPastoConfig):
             raise ValueError(f"{folder / CONFIG_NAME} belongs to the PEFT method {config.peft_type}, not to AntiPaSTO.")
         numbers = folder / SAFETENSORS_WEIGHTS_NAME
-        if config.weights_sha256 is not None and numbers.is_file() and _sha256(numbers) != config.weights_sha256:
+        if config.weights_sha256 is not None and _sha256(numbers) not in (None, config.weights_sha256):
             raise ValueError(
                 f"{numbers} is damaged, or was not saved together with the {CONFIG_NAME} next to it. Perhaps a process was "
                 "stopped while saving. Save the adapter again, or download both files again."
@@ -228,6 +201,7 @@ class AntiPastoConfig(PeftConfig):
 
 
 def _sha256(path: Path) -> str | None:
+    """sha256 of a file, in hex; None if there is none."""
     if not path.is_file():
         return None
     result = hashlib.sha256()

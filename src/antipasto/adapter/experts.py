@@ -19,14 +19,13 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from antipasto.adapter.functional import merged_weight, with_gradient
+from antipasto.adapter.functional import by_group, merged_weight, with_gradient
 
-from .layer import AntiPastoLinear, View, is_transposed
+from .layer import AntiPastoLinear, is_transposed
 
 
 class Stack(nn.Module):
@@ -79,10 +78,7 @@ class AntiPastoExperts(AntiPastoLinear):
         Returns:
             Weights in the parameter's layout; and for each token, the index of its own, (T,), or None if there is one.
         """
-        disabled = self.disable_adapters and self.view is not View.ORIGIN
-        if disabled and self.merged:
-            self.unmerge()
-        theta = None if disabled or self.merged else self.theta(self.active_adapters)
+        theta = self.present_theta()
         if theta is None:
             weight = self.get_base_layer().weight
             assert isinstance(weight, Tensor)
@@ -98,7 +94,6 @@ class AntiPastoExperts(AntiPastoLinear):
 
     def _weight(self, theta: Tensor) -> Tensor:
         """W_θ, differentiable in θ; W itself where θ is zero."""
-        assert self.basis is not None
         W, (U, _, Vh) = self.matrix().detach(), self.basis
         value, differentiable = theta.detach(), torch.is_grad_enabled() and theta.requires_grad
         weight = W
@@ -152,23 +147,14 @@ def _forward(experts: nn.Module, forward: Callable[..., Tensor], *tokens: Tensor
         assert isinstance(layer, AntiPastoExperts)
         seen[name], index = layer.weights(tokens[0])
         which = which if index is None else index
-    if which is None:
-        return _with(experts, {name: weights[0] for name, weights in seen.items()}, forward, tokens)
-    groups = [(which == g).nonzero().squeeze(1) for g in range(max(map(len, seen.values())))]
-    parts = [
-        _with(
-            experts, {n: weights[g % len(weights)] for n, weights in seen.items()}, forward, [t[group] for t in tokens]
-        )
-        for g, group in enumerate(groups)
-    ]
-    return torch.cat(parts)[torch.argsort(torch.cat(groups))]
 
+    def run(group: int, *rows: Tensor) -> Tensor:
+        # in __dict__, attributes are found before the modules of these names, which are in _modules
+        vars(experts).update({name: weights[group % len(weights)] for name, weights in seen.items()})
+        try:
+            return forward(*rows)
+        finally:
+            for name in seen:
+                del vars(experts)[name]
 
-def _with(experts: nn.Module, weights: dict[str, Tensor], forward: Callable[..., Tensor], tokens: Any) -> Tensor:
-    """Call the forward while attributes of the module are these tensors."""
-    vars(experts).update(weights)  # found before the module of that name, which is in _modules
-    try:
-        return forward(*tokens)
-    finally:
-        for name in weights:
-            del vars(experts)[name]
+    return by_group(which, max(map(len, seen.values()), default=0), run, *tokens)

@@ -88,8 +88,7 @@ class Fingerprint(NamedTuple):
     def __str__(self) -> str:
         """Format as one line, which `parse` reads."""
         sketch = base64.b64encode(np.array(self.sketch, "<f8").tobytes()).decode()
-        shape = "x".join(map(str, self.shape))
-        return f"{shape} {self.dtype} sha256:{self.weight} svd:{self.svd} S:{self.S} basis:{self.basis} sketch:{sketch}"
+        return f"{_shape(self)} {self.dtype} sha256:{self.weight} svd:{self.svd} S:{self.S} basis:{self.basis} sketch:{sketch}"
 
     @classmethod
     def parse(cls, line: str) -> Fingerprint:
@@ -110,20 +109,12 @@ class Fingerprint(NamedTuple):
         shape = tuple(map(int, match["shape"].split("x")))
         return cls(shape, match["dtype"], match["weight"], match["svd"], match["S"], match["basis"], sketch)
 
-    def of_weight(self, weight: Tensor) -> Fingerprint:
-        """Fingerprint with the same basis and another weight; this one if the weight is the same."""
-        key = weight_digest(weight)
-        if key == self.weight:
-            return self
-        return self._replace(weight=key, shape=tuple(weight.shape), dtype=dtype_name(weight), sketch=sketch(weight))
-
     def distance(self, other: Fingerprint) -> float:
         """Estimate ‖W − W'‖_F / ‖W‖_F, to within about a third; infinite if the shapes differ."""
         if self.shape != other.shape:
             return math.inf
-        difference = sum((a - b) ** 2 for a, b in zip(self.sketch, other.sketch, strict=True))
-        size = sum(a**2 for a in self.sketch)
-        return math.sqrt(difference / size) if size else (math.inf if difference else 0.0)
+        difference, size = math.dist(self.sketch, other.sketch), math.hypot(*self.sketch)
+        return difference / size if size else (math.inf if difference else 0.0)
 
     def likeness(self, other: Fingerprint) -> Likeness:
         """How another weight relates to this one."""
@@ -147,8 +138,8 @@ class Fingerprint(NamedTuple):
         if self.weight == other.weight:
             coupling = _SVD_ERROR * S[..., :1]
         else:
-            size = math.sqrt(sum(z**2 for z in self.sketch) / len(self.sketch))
-            coupling = S.new_tensor(self.distance(other) * size / math.sqrt(math.prod(self.shape)))
+            difference = math.dist(self.sketch, other.sketch) / math.sqrt(SKETCH_NUMBERS)  # about ‖D‖_F
+            coupling = S.new_tensor(difference / math.sqrt(math.prod(self.shape)))
         gaps = F.pad(S[..., :-1] - S[..., 1:], (1, 1), value=math.inf)
         return int((torch.minimum(gaps[..., :-1], gaps[..., 1:]) < coupling / _TURN).sum())
 
@@ -215,10 +206,15 @@ def hashed_once() -> Iterator[None]:
         _known.reset(token)
 
 
+def in_fp64(weight: Tensor) -> Tensor:
+    """A weight in fp64, without gradient: on its device if that supports fp64, else on the CPU."""
+    weight = weight.detach()
+    return (weight if weight.device.type in ("cpu", "cuda") else weight.cpu()).double()
+
+
 def sketch(weight: Tensor) -> tuple[float, ...]:
     """Compute `SKETCH_NUMBERS` random projections a_jᵀ W b_j of a weight (o, i), or of a stack as (E·o, i), in fp64."""
-    W = weight.detach().flatten(0, -2)
-    W = W.double() if W.device.type in ("cpu", "cuda") else W.cpu().double()
+    W = in_fp64(weight).flatten(0, -2)
     a, b = (_signs(side, size).to(W.device) for side, size in zip(("out", "in"), W.shape, strict=True))
     return tuple(((W @ b) * a).sum(0).tolist())  # (o, i) (i, n) ⊙ (o, n), summed over o
 
@@ -300,8 +296,7 @@ def _warn_of_unsettled(
     if not unsettled:
         return
     numbers = sum(S[name].numel() for name in names)
-    one, other = expected[names[0]], found[names[0]]
-    dtypes = f" ({one.dtype} there, {other.dtype} here)" if how is Likeness.ROUNDED else ""
+    dtypes = _dtypes(expected[names[0]], found[names[0]])
     warnings.warn(
         f"{what} was made on {how.value}{dtypes}, in {len(names)} of its {len(expected)} layers. {unsettled:,} of their "
         f"{numbers:,} singular values are so close to a neighbour that their directions may be rotated: coordinates there may "
@@ -315,8 +310,12 @@ def _shape(fingerprint: Fingerprint) -> str:
     return "x".join(map(str, fingerprint.shape))
 
 
+def _dtypes(expected: Fingerprint, found: Fingerprint) -> str:
+    """Both dtypes, in brackets, if they differ."""
+    return "" if expected.dtype == found.dtype else f" ({expected.dtype} there, {found.dtype} here)"
+
+
 def _difference(expected: Fingerprint, found: Fingerprint) -> str:
     if expected.shape != found.shape:
         return f"shape {_shape(expected)} there, {_shape(found)} here"
-    dtypes = "" if expected.dtype == found.dtype else f" ({expected.dtype} there, {found.dtype} here)"
-    return f"other weights{dtypes}, about {expected.distance(found):.2g} of their norm apart"
+    return f"other weights{_dtypes(expected, found)}, about {expected.distance(found):.2g} of their norm apart"

@@ -255,8 +255,7 @@ class _MergedLinear(torch.autograd.Function):
         basis: tuple[Tensor, Tensor, Tensor],
         route: Route,
     ) -> Tensor:
-        # (..., i) @ (i, o) -> (..., o), by the same call as nn.Linear: bitwise equal to the base layer if W_θ = W
-        y = _by_rows(x, weights, which, lambda rows, weight: F.linear(rows, weight, bias))
+        y = _affine(x, weights, which, bias)
         seen = x
         if route in (Route.OUTPUT, Route.OUTPUT_GRAM):  # always a copy: the caller may write to y
             seen = y.clone() if bias is None else y - bias
@@ -272,21 +271,37 @@ class _MergedLinear(torch.autograd.Function):
         route: Route = ctx.route
         grad_x = grad_theta = None
         if needs_x or (needs_theta and route in (Route.INPUT, Route.INPUT_GRAM)):
-            grad_x = _by_rows(grad_y, weights, which, torch.matmul)  # (..., o) @ (o, i) -> (..., i)
+            # (..., o) @ (o, i) -> (..., i)
+            grad_x = by_group(which, len(weights), lambda group, rows: rows @ weights[group], grad_y)
         if needs_theta:
             grad_theta = _theta_gradient(route, seen, grad_x, grad_y, (U, S, Vh), theta)
         return grad_x if needs_x else None, grad_theta, None, None, None, None, None
 
 
-def _by_rows(
-    x: Tensor, weights: Sequence[Tensor], which: Tensor | None, product: Callable[[Tensor, Tensor], Tensor]
-) -> Tensor:
-    """Product with the only weight; if there are several, the product of x[b] with ``weights[which[b]]``."""
+def by_group(which: Tensor | None, number: int, compute: Callable[..., Tensor], *inputs: Tensor) -> Tensor:
+    """Compute each group of rows by itself, and put the results into the rows' order.
+
+    Args:
+        which: (n,), the group of each row; None: all rows are of group 0.
+        number: of groups.
+        compute: called with a group's number and its rows of each input.
+        *inputs: (n, …) each.
+
+    Example:
+        >>> by_group(torch.tensor([1, 0, 1]), 2, lambda group, rows: 10 * group + rows, torch.tensor([1, 2, 3]))
+        tensor([11,  2, 13])
+    """
     if which is None:
-        return product(x, weights[0])
-    groups = [(which == index).nonzero().squeeze(1) for index in range(len(weights))]
-    parts = [product(x[rows], weight) for rows, weight in zip(groups, weights, strict=True)]
+        return compute(0, *inputs)
+    groups = [(which == group).nonzero().squeeze(1) for group in range(number)]
+    parts = [compute(group, *(one[rows] for one in inputs)) for group, rows in enumerate(groups)]
     return torch.cat(parts)[torch.argsort(torch.cat(groups))]
+
+
+def _affine(x: Tensor, weights: Sequence[Tensor], which: Tensor | None, bias: Tensor | None) -> Tensor:
+    """``W_θ x + b`` by the same call as nn.Linear: bitwise equal to the base layer if W_θ = W."""
+    # (..., i) @ (i, o) -> (..., o)
+    return by_group(which, len(weights), lambda group, rows: F.linear(rows, weights[group], bias), x)
 
 
 def _theta_gradient(
@@ -353,7 +368,7 @@ def merged_linear(
     with _no_autocast(x.device):
         x = x.to(dtype)
         if not torch.is_grad_enabled() or not (x.requires_grad or theta.requires_grad):
-            return _by_rows(x, weights, which, lambda rows, weight: F.linear(rows, weight, bias))
+            return _affine(x, weights, which, bias)
         return _MergedLinear.apply(x, theta, bias, weights, which, basis, route)
 
 

@@ -75,19 +75,16 @@ class LayerKnobs:
     @property
     def U(self) -> Tensor:  # noqa: N802 (the field's notation)
         """Left singular vectors (o, r), in the weight's dtype."""
-        assert self.layer.basis is not None
         return self.layer.basis.U[..., : self.r]
 
     @property
     def S(self) -> Tensor:  # noqa: N802
         """Singular values (r,), descending, fp32 unless the model was cast."""
-        assert self.layer.basis is not None
         return self.layer.basis.S[..., : self.r]
 
     @property
     def Vh(self) -> Tensor:  # noqa: N802
         """Right singular vectors (r, i), in the weight's dtype."""
-        assert self.layer.basis is not None
         return self.layer.basis.Vh[..., : self.r, :]
 
 
@@ -257,7 +254,7 @@ def drop_quarantine(model: nn.Module) -> None:
     """
     for layer in adapted_layers(model).values():
         merged = layer.take_merged()
-        layer.drop_quarantine()
+        layer.delta_s_hack.clear()
         if merged is not None:
             layer.merge(adapter_names=merged[0])
     for config in getattr(unwrap(model), "peft_config", {}).values():

@@ -27,7 +27,7 @@ from transformers.pytorch_utils import Conv1D
 
 from antipasto.adapter.basis import Basis
 from antipasto.adapter.choice import Asked, Choice, matmul_dtype, product_dtype
-from antipasto.adapter.fingerprints import Fingerprint, weight_digest
+from antipasto.adapter.fingerprints import Fingerprint, dtype_name, sketch, weight_digest
 from antipasto.adapter.functional import delta_weight, merged_linear, spectral_delta
 from antipasto.adapter.plans import Execution
 from antipasto.adapter.quantized import (
@@ -104,12 +104,16 @@ def is_transposed(base_layer: nn.Module) -> bool:
     return isinstance(base_layer, Conv1D) or bool(getattr(base_layer, "is_transposed", False))
 
 
-def as_matrix(base_layer: nn.Module) -> Tensor:
-    """The weight of a Linear or Conv1D as W (o, i), of a stack of experts as (E, o, i): a view of it, or `dequantised`."""
+def as_matrix(base_layer: nn.Module, weight: Tensor | None = None) -> Tensor:
+    """The weight of a Linear or Conv1D as W (o, i), of a stack of experts as (E, o, i): a view of it, or `dequantised`.
+
+    Args:
+        base_layer: the layer.
+        weight: read instead of the weight that the layer has now, in the same layout.
+    """
     if is_quantised(base_layer):
         return dequantised(base_layer)
-    weight = base_layer.weight
-    assert isinstance(weight, Tensor)
+    weight = cast(Tensor, base_layer.weight) if weight is None else weight
     return weight.mT if is_transposed(base_layer) else weight
 
 
@@ -243,8 +247,7 @@ class AntiPastoLinear(nn.Module, BaseTunerLayer):
             carry_basis: whether the basis is saved with the adapter.
         """
         weight = self.base_weight
-        dtype = torch.promote_types(self.weight_dtype, torch.float32)
-        grows = self.basis is None or basis.rank > self.basis.rank
+        grows = self.fingerprint is None or basis.rank > self.basis.rank
         if self.fingerprint not in (None, fingerprint) and (grows or carry_basis):
             raise ValueError(
                 f"Adapter {name!r} uses another singular basis than the adapters already on this layer: it cannot be added."
@@ -257,14 +260,17 @@ class AntiPastoLinear(nn.Module, BaseTunerLayer):
             self.choice.trust(weight)
         self.r[name] = rank
         shape = (*basis.S.shape[:-1], rank)
-        self.delta_s[name] = Knob(shape, dtype, weight.device, trainable=trainable)
+        self.delta_s[name] = Knob(shape, self.knob_dtype, weight.device, trainable=trainable)
         if quarantine:
-            self.delta_s_hack[name] = Knob(shape, dtype, weight.device, trainable=False)
+            self.delta_s_hack[name] = Knob(shape, self.knob_dtype, weight.device, trainable=False)
 
     @property
-    def basis(self) -> Basis | None:
-        """U, S, Vh of the knobs, up to the largest rank of any adapter; None before the first adapter."""
-        return self._basis if self._carrier is None else cast(CarriedBasis, self.delta_s_basis[self._carrier]).basis
+    def basis(self) -> Basis:
+        """U, S, Vh of the knobs, up to the largest rank of any adapter. There is none before the first adapter."""
+        if self._carrier is not None:
+            return cast(CarriedBasis, self.delta_s_basis[self._carrier]).basis
+        assert self._basis is not None
+        return self._basis
 
     @property
     def is_sharded(self) -> bool:
@@ -279,12 +285,12 @@ class AntiPastoLinear(nn.Module, BaseTunerLayer):
     def current_fingerprint(self) -> Fingerprint:
         """Fingerprint of the basis and of the present base weight, which is hashed again."""
         assert self.fingerprint is not None
-        base_layer, digest = self.get_base_layer(), self.weight_digest()
+        digest = self.weight_digest()
         if digest == self.fingerprint.weight:
             return self.fingerprint
-        current = self.fingerprint.of_weight(whole(self.matrix()))
-        kind = packing(base_layer)
-        return current if kind is None else current._replace(weight=digest, dtype=kind)
+        W = whole(self.matrix())
+        dtype = packing(self.get_base_layer()) or dtype_name(W)
+        return self.fingerprint._replace(weight=digest, shape=tuple(W.shape), dtype=dtype, sketch=sketch(W))
 
     def weight_digest(self) -> str:
         """sha256 of the present base weight, as in the fingerprint."""
@@ -297,6 +303,11 @@ class AntiPastoLinear(nn.Module, BaseTunerLayer):
         return basis_dtype(self.get_base_layer())
 
     @property
+    def knob_dtype(self) -> torch.dtype:
+        """The dtype of new knobs: that of the weight, but at least fp32."""
+        return torch.promote_types(self.weight_dtype, torch.float32)
+
+    @property
     def base_weight(self) -> nn.Parameter:
         """The base layer's own weight, also while merged, in the base layer's layout."""
         weight = self.get_base_layer().weight if self._unmerged is None else self._unmerged[0]
@@ -305,14 +316,12 @@ class AntiPastoLinear(nn.Module, BaseTunerLayer):
 
     def matrix(self) -> Tensor:
         """W (o, i), also while merged: a view, or `dequantised`."""
-        if is_quantised(self.get_base_layer()):
-            return dequantised(self.get_base_layer())
-        return self.base_weight.mT if is_transposed(self.get_base_layer()) else self.base_weight
+        return as_matrix(self.get_base_layer(), self.base_weight)
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Delete an adapter as PEFT does; keep the basis for the other adapters."""
         if adapter_name == self._carrier:
-            self._basis, self._carrier = Basis(*(tensor.detach() for tensor in self.basis or ())), None
+            self._basis, self._carrier = Basis(*(tensor.detach() for tensor in self.basis)), None
         super().delete_adapter(adapter_name)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
@@ -352,8 +361,7 @@ class AntiPastoLinear(nn.Module, BaseTunerLayer):
 
         A carried basis is cast too, except S, which is never used in low-precision products.
         """
-        low = self.weight_dtype
-        dtype = torch.promote_types(low, torch.float32) if autocast else low
+        dtype = self.knob_dtype if autocast else self.weight_dtype
         for container in (self.delta_s, self.delta_s_hack, self.delta_s_basis):
             for key, parameter in container[name].named_parameters() if name in container else ():
                 if key != "basis_S":
@@ -384,10 +392,6 @@ class AntiPastoLinear(nn.Module, BaseTunerLayer):
                     knob = cast(Knob, container[other]).weight
                     total[..., : knob.shape[-1]] += weight * knob
 
-    def drop_quarantine(self) -> None:
-        """Delete every adapter's ``delta_s_hack``."""
-        self.delta_s_hack.clear()
-
     def knobs(self, adapter: str) -> tuple[nn.Parameter, nn.Parameter | None]:
         """Return ``delta_s`` and ``delta_s_hack`` of one adapter, of one shape; the latter is None once dropped."""
         delta_s = cast(Knob, self.delta_s[adapter]).weight
@@ -401,10 +405,8 @@ class AntiPastoLinear(nn.Module, BaseTunerLayer):
         """
         if self.view is View.REFERENCE:
             return None
-        assert self.basis is not None
         if self.view is View.ORIGIN:  # independent of which adapters exist or are active
-            dtype = torch.promote_types(self.weight_dtype, torch.float32)
-            return torch.zeros(self.basis.S.shape, dtype=dtype, device=self.base_weight.device)
+            return self._zeros()
         total: Tensor | None = None
         theta: Tensor
         for adapter in adapters:
@@ -423,26 +425,37 @@ class AntiPastoLinear(nn.Module, BaseTunerLayer):
             total = total + F.pad(offset, (0, total.shape[-1] - offset.shape[-1]))
         return total
 
+    @property
+    def _is_off(self) -> bool:
+        """Whether PEFT has disabled the adapters, which the view of the origin does not depend on."""
+        return self.disable_adapters and self.view is not View.ORIGIN
+
+    def present_theta(self) -> Tensor | None:
+        """θ of the active adapters; None if the base layer alone is to compute. Unmerges a layer that is off, as in PEFT."""
+        if self._is_off and self.merged:
+            self.unmerge()
+        return None if self._is_off or self.merged else self.theta(self.active_adapters)
+
+    def _zeros(self) -> Tensor:
+        """θ = 0, in the shape of the basis's S."""
+        return torch.zeros(self.basis.S.shape, dtype=self.knob_dtype, device=self.base_weight.device)
+
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """Map x (..., i) to ``base(x) + U (θ ⊙ (Vh x))`` (..., o), in the dtype of the base layer's output.
 
         Further arguments are passed to the base layer.
         """
-        if self.disable_adapters and self.view is not View.ORIGIN:
-            if self.merged:
-                self.unmerge()
-            return self.base_layer(x, *args, **kwargs)
-        seen = self._fixed_key(x) if self.fixed is not None and not (args or kwargs) else None
-        if seen is not None and (known := self._known(seen)) is not None:
-            return known.multiply(x)
-        theta = None if self.merged else self.theta(self.active_adapters)
+        seen = None if args or kwargs else self._fixed_key(x)
+        for known in self.fixed or ():
+            if known.seen == seen and known.offset is self.offset:
+                return known.multiply(x)
+        theta = self.present_theta()
         if theta is None:
             return self.base_layer(x, *args, **kwargs)
         device = cast(Tensor, self.get_base_layer().weight).device  # during a forward FSDP1 has a plain tensor there
         if self._basis is not None and self._basis.U.device != device:
             # fully_shard moves parameters to a GPU, and no other tensors
             self._basis = Basis(*(tensor.to(device) for tensor in self._basis))
-        assert self.basis is not None
         base_layer, spread = self.get_base_layer(), self.spread_theta if torch.is_grad_enabled() else None
         execution, merged = Execution.FACTORED, None
         may_merge = self.plan != "factored" and not args and not kwargs
@@ -474,14 +487,15 @@ class AntiPastoLinear(nn.Module, BaseTunerLayer):
         return y + spectral_delta(x, U, Vh, theta, y.dtype)
 
     def _fixed_key(self, x: Tensor) -> Hashable:
-        """What W_θ depends on besides the knobs; None where a gradient is wanted or rows see different knobs."""
-        if torch.is_grad_enabled() or self.merged or not (self.rows is None or self.rows.are_alike):
+        """What W_θ depends on besides the knobs.
+
+        None where the knobs are not fixed or take no part, a gradient is wanted, or rows see different knobs.
+        """
+        if self.fixed is None or self._is_off or self.merged or torch.is_grad_enabled():
+            return None
+        if self.rows is not None and not self.rows.are_alike:
             return None
         return self.view, tuple(self.active_adapters), product_dtype(x)
-
-    def _known(self, seen: Hashable) -> Fixed | None:
-        found = (one for one in self.fixed or () if one.seen == seen and one.offset is self.offset)
-        return next(found, None)
 
     def get_delta_weight(self, adapter: str) -> Tensor:
         """ΔW = U diag(θ) Vh of one adapter, (o, i) in at least fp32, in the layout of the base layer's weight.
@@ -495,14 +509,9 @@ class AntiPastoLinear(nn.Module, BaseTunerLayer):
 
     def _delta_weight(self, adapters: list[str]) -> Tensor:
         theta = self.theta(adapters)
-        assert self.basis is not None
-        if theta is None:
-            shape = (*self.basis.S.shape[:-1], self.out_features, self.in_features)
-            dtype = torch.promote_types(self.weight_dtype, torch.float32)
-            delta = torch.zeros(shape, dtype=dtype, device=self.base_weight.device)
-        else:
-            theta = theta.detach().to(torch.promote_types(theta.dtype, torch.float32))
-            delta = delta_weight(self.basis.U, self.basis.Vh, theta)
+        theta = self._zeros() if theta is None else theta.detach()
+        theta = theta.to(torch.promote_types(theta.dtype, torch.float32))
+        delta = delta_weight(self.basis.U, self.basis.Vh, theta)
         return delta.mT if is_transposed(self.get_base_layer()) else delta
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
@@ -561,12 +570,11 @@ class AntiPastoLinear(nn.Module, BaseTunerLayer):
 
     def dequantize(self, dtype: torch.dtype) -> None:
         """Replace a quantised base layer by a plain Linear with its W, rounded to ``dtype``. The basis and the knobs stay."""
-        assert self.fingerprint is not None
         self.base_layer = as_linear(cast(nn.Linear, self.get_base_layer()), dtype)
         if self._basis is not None:
             U, S, Vh = self._basis
             self._basis = Basis(U.to(dtype), S, Vh.to(dtype))
-        self.fingerprint = self.fingerprint.of_weight(self.matrix())
+        self.fingerprint = self.current_fingerprint()
         self.choice.forget()
 
     def unmerge(self) -> None:

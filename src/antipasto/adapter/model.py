@@ -40,7 +40,7 @@ from antipasto.names import AntiPastoWarning
 from .config import TARGET_MODULES, AntiPastoConfig
 from .experts import AntiPastoExperts, Stack, mount, unmount
 from .layer import AntiPastoLinear, as_matrix, basis_dtype
-from .quantized import KINDS, is_quantised, packed_digest, packing, why_not_dequantised
+from .quantized import KINDS, is_of_other_codes, is_quantised, packed_digest, packing, why_not_dequantised
 from .views import adapted_layers
 
 SUPPORTED = (
@@ -98,17 +98,11 @@ def why_unsupported(module: nn.Module, *, shapes_only: bool = False) -> str | No
 
 def _is_of_another_kind(module: nn.Module) -> bool:
     """Whether a module can never be adapted, because of its type or the type of its weight."""
-    if isinstance(module, BaseTunerLayer) or hasattr(module, "qweight") or hasattr(module, "W_q"):
+    if isinstance(module, BaseTunerLayer) or is_of_other_codes(module):
         return False
     if isinstance(module, NonDynamicallyQuantizableLinear) or not isinstance(module, (nn.Linear, Conv1D)):
         return True
     return not isinstance(module.weight, nn.Parameter) or module.weight.ndim != 2
-
-
-def _reason(module: nn.Module) -> str:
-    reason = why_unsupported(module, shapes_only=True)
-    assert reason is not None
-    return reason
 
 
 class AntiPastoModel(BaseTuner):
@@ -310,10 +304,13 @@ def _default_targets(config: AntiPastoConfig, model: nn.Module, *, shapes_only: 
     keys = _candidates(model)
     first: tuple[str, str] | None = None
     for names in ([t for t in TARGET_MODULES if any(_matches_name(key, t) for key in keys)], theirs):
+        if not names:
+            continue
         config.target_modules = names
-        targets = _match_modules(config, model) if names else {}
-        stacked = {n: _why_not_by_default(m) for n, m in _match_experts(config, model).items()} if names else {}
-        left = stacked | {n: _reason(m) for n, m in targets.items() if _is_of_another_kind(m)}
+        targets = _match_modules(config, model)
+        stacked = {n: _why_not_by_default(m) for n, m in _match_experts(config, model).items()}
+        others = {n: m for n, m in targets.items() if _is_of_another_kind(m)}
+        left = stacked | {n: cast(str, why_unsupported(m, shapes_only=True)) for n, m in others.items()}
         left |= _out_of_place({n: m for n, m in targets.items() if n not in left}, model)
         first = first or next(iter(left.items()), None)
         targets = {n: m for n, m in targets.items() if n not in left}
@@ -339,16 +336,16 @@ def _default_targets(config: AntiPastoConfig, model: nn.Module, *, shapes_only: 
 
 def _leave_out(config: AntiPastoConfig, model: nn.Module, left: dict[str, str], stacked: dict[str, str]) -> None:
     """Exclude the layers left out from the config's targets, and warn about them."""
-    modules = [name for name, _ in model.named_modules() if name]
     # for a parameter, PEFT can only exclude the module that holds it
     excluded = {n.rpartition(".")[0] if n in stacked else n for n in left if check_target_module_exists(config, n)}
-    leaves = {leaf: {m for m in modules if _matches_name(m, leaf)} for leaf in {n.rpartition(".")[2] for n in excluded}}
-    names = {n.rpartition(".")[2] if leaves[n.rpartition(".")[2]] <= excluded else n for n in excluded}
+    kept = [name for name, _ in model.named_modules() if name and name not in excluded]
+    shared = {leaf for leaf in set(map(_leaf, excluded)) if any(_matches_name(name, leaf) for name in kept)}
+    names = {name if _leaf(name) in shared else _leaf(name) for name in excluded}
     if isinstance(config.exclude_modules, str):
         config.exclude_modules = rf"(?:{config.exclude_modules})|(?:.*\.)?(?:{'|'.join(map(re.escape, sorted(names)))})"
     elif names:
         config.exclude_modules = sorted(names | set(config.exclude_modules or ()))
-    counts = Counter((name.rpartition(".")[2], reason) for name, reason in left.items())
+    counts = Counter((_leaf(name), reason) for name, reason in left.items())
     warnings.warn(
         f"These layers of the default target set cannot be adapted in this {type(model).__name__} and are left out: "
         + "; ".join(f"{count} × {leaf} ({reason})" for (leaf, reason), count in counts.items())
@@ -375,7 +372,7 @@ def _out_of_place(targets: dict[str, nn.Module], model: nn.Module) -> dict[str, 
         weight = module.base_weight if isinstance(module, AntiPastoLinear) else getattr(module, "weight", None)
         owner = owners.setdefault(id(weight if isinstance(weight, nn.Parameter) else module), name)
         others = [other for other in places.get(id(module), {}).values() if other != name]  # a Stack is in no place yet
-        if name.rpartition(".")[2] in _READ_PAST.get(model_type or "", ()):
+        if _leaf(name) in _READ_PAST.get(model_type or "", ()):
             reasons[name] = f"the fused kernels of {model_type} models read its weight and never call it"
         elif others:
             reasons[name] = f"it is the same module as {others[0]}, and only one of them would be adapted"
@@ -386,6 +383,11 @@ def _out_of_place(targets: dict[str, nn.Module], model: nn.Module) -> dict[str, 
 
 def _matches_name(key: str, name: str) -> bool:
     return key == name or key.endswith(f".{name}")
+
+
+def _leaf(name: str) -> str:
+    """The last part of a module's name."""
+    return name.rpartition(".")[2]
 
 
 def _candidates(model: nn.Module) -> list[str]:
@@ -410,16 +412,11 @@ def _resolve_targets(config: AntiPastoConfig, model: nn.Module) -> None:
 
 
 def _match_modules(config: AntiPastoConfig, model: nn.Module) -> dict[str, nn.Module]:
-    targets: dict[str, nn.Module] = {}
-    adapted: tuple[str, ...] = ()
-    for key, module in model.named_modules():
-        if not key or key.startswith(adapted):
-            continue
-        if isinstance(module, BaseTunerLayer):
-            adapted = (*adapted, f"{key}.")
-        if check_target_module_exists(config, key) and not isinstance(module, AntiPastoExperts):
-            targets[key] = module
-    return targets
+    return {
+        key: module
+        for key, module in _outside_adapters(model)
+        if key and check_target_module_exists(config, key) and not isinstance(module, AntiPastoExperts)
+    }
 
 
 def _match_experts(config: AntiPastoConfig, model: nn.Module) -> dict[str, nn.Module]:
@@ -434,18 +431,23 @@ def _match_experts(config: AntiPastoConfig, model: nn.Module) -> dict[str, nn.Mo
 
 def _experts(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """Parameters that may be experts, with more than two dimensions, each as a `Stack`; and adapted ones."""
-    adapted: tuple[str, ...] = ()
-    for holder, module in model.named_modules():
-        if holder.startswith(adapted):
-            continue
-        if isinstance(module, BaseTunerLayer):
-            adapted = (*adapted, f"{holder}.")
+    for holder, module in _outside_adapters(model):
         if isinstance(module, AntiPastoExperts):
             yield holder, module
         elif not isinstance(module, BaseTunerLayer):
             for name, parameter in module.named_parameters(recurse=False):
                 if parameter.ndim > 2:
                     yield f"{holder}.{name}".removeprefix("."), Stack(module, name)
+
+
+def _outside_adapters(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The model's modules by name, without what is inside adapted layers."""
+    adapted: tuple[str, ...] = ()
+    for name, module in model.named_modules():
+        if not name.startswith(adapted):
+            yield name, module
+            if isinstance(module, BaseTunerLayer):
+                adapted = (*adapted, f"{name}.")
 
 
 def _why_not_by_default(module: nn.Module) -> str:
@@ -465,7 +467,7 @@ def _nothing_matches(config: AntiPastoConfig, model: nn.Module) -> ValueError:
 
 def _describe_linears(model: nn.Module) -> str:
     modules = (*model.named_modules(), *_experts(model))
-    names = sorted({k.rpartition(".")[2] for k, m in modules if k and why_unsupported(m) is None})
+    names = sorted({_leaf(k) for k, m in modules if k and why_unsupported(m) is None})
     return f"Layers that can be adapted here: {', '.join(names) or 'none'}."
 
 
@@ -564,17 +566,20 @@ def _bases_for(targets: dict[str, nn.Module], config: AntiPastoConfig) -> dict[s
 
 def _basis_for(name: str, module: nn.Module, config: AntiPastoConfig) -> Found:
     """Return a layer's existing basis if its rank suffices; else load or compute it."""
-    W = module.matrix() if isinstance(module, AntiPastoLinear) else as_matrix(module)
-    rank = rank_of(name, W, config)
-    if isinstance(module, AntiPastoExperts) and module.basis is not None and module.basis.rank != rank:
-        raise ValueError(
-            f"{name}: all adapters of experts need one rank; those that are there have {module.basis.rank}, this one {rank}. "
-            f"Set rank or rank_pattern to {module.basis.rank}."
-        )
-    if isinstance(module, AntiPastoLinear) and module.basis is not None and module.basis.rank >= rank:
-        assert module.fingerprint is not None
-        return Found(rank, module.basis, module.fingerprint)
-    base = module.get_base_layer() if isinstance(module, AntiPastoLinear) else module
+    if isinstance(module, AntiPastoLinear):
+        W, base = module.matrix(), module.get_base_layer()
+        rank, there = rank_of(name, W, config), module.basis.rank
+        if isinstance(module, AntiPastoExperts) and there != rank:
+            raise ValueError(
+                f"{name}: all adapters of experts need one rank; those that are there have {there}, this one {rank}. "
+                f"Set rank or rank_pattern to {there}."
+            )
+        if there >= rank:
+            assert module.fingerprint is not None
+            return Found(rank, module.basis, module.fingerprint)
+    else:
+        W, base = as_matrix(module), module
+        rank = rank_of(name, W, config)
     try:
         basis, fingerprint = load_identified_basis(W, rank=rank, dtype=basis_dtype(base), cache_dir=config.cache_dir)
     except (ValueError, RuntimeError) as error:

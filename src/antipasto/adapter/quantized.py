@@ -61,11 +61,16 @@ def is_quantised(module: nn.Module) -> bool:
     return packing(module) is not None
 
 
+def is_of_other_codes(module: nn.Module) -> bool:
+    """Whether a module has the codes of a packing that is not known here, such as GPTQ's, AWQ's or HQQ's."""
+    return hasattr(module, "qweight") or hasattr(module, "W_q")
+
+
 def why_not_dequantised(module: nn.Module) -> str | None:
     """Why the weight of a quantised module cannot be used, as a clause; None if it can, or if the module is not quantised."""
     weight = getattr(module, "weight", None)
     name, kind = type(weight).__name__, f"it is quantised ({type(module).__name__})"
-    if hasattr(module, "qweight") or hasattr(module, "W_q"):
+    if is_of_other_codes(module):
         return kind
     if type(weight).__module__.startswith("torchao."):
         if not is_quantised(module):

@@ -14,17 +14,18 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from inspect import signature
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from jinja2 import TemplateError
 from torch import Tensor, nn
 
-from antipasto.adapter import AntiPastoExperts, AntiPastoLinear
+from antipasto.adapter import AntiPastoExperts
+from antipasto.adapter.knobs import token_logprobs
 from antipasto.adapter.rows import batch_shape, in_backward, per_token
-from antipasto.adapter.views import adapted_layers, unwrap
+from antipasto.adapter.views import adapted_layers, replaced, unwrap
 
 
 class RolloutGrads(Mapping[str, Tensor]):
@@ -179,25 +180,35 @@ def rollout_grads(
         torch.Size([5, 3])
     """
     grads = RolloutGrads(sequence_index, detach=detach)
-    layers = adapted_layers(model)
-    previous = [layer.spread_theta for layer in layers.values()]
     inner = unwrap(model)
+    spreads: dict[nn.Module, Any] = {
+        layer: partial(grads.by_sequence if isinstance(layer, AntiPastoExperts) else grads.spread, name)
+        for name, layer in adapted_layers(model).items()
+    }
     handle = inner.register_forward_pre_hook(grads.on_forward, with_kwargs=True, prepend=True)
     _OPEN.setdefault(inner, []).append(grads)
-    for name, layer in layers.items():
-        layer.spread_theta = _bound(grads, name, layer)
     try:
-        yield grads
+        with replaced("spread_theta", spreads):
+            yield grads
     finally:
         handle.remove()
         _OPEN[inner].remove(grads)
-        for layer, spread in zip(layers.values(), previous, strict=True):
-            layer.spread_theta = spread
 
 
-def _bound(grads: RolloutGrads, name: str, layer: AntiPastoLinear) -> Any:
-    by_layer = grads.by_sequence if isinstance(layer, AntiPastoExperts) else grads.spread
-    return lambda theta, x: by_layer(name, theta, x)
+def flat_rows(grads: Mapping[str, Tensor], sizes: Mapping[str, int]) -> Tensor:
+    """Concatenate gradients by layer, (b, r) each, to (b, R) in fp32; zeros for layers that have none.
+
+    Args:
+        grads: layer name → (b, r), or more than r numbers, of which the first r are taken.
+        sizes: layer name → r, in the order of the result.
+
+    Example:
+        >>> flat_rows({"b": torch.ones(1, 3)}, {"a": 1, "b": 2})
+        tensor([[0., 1., 1.]])
+    """
+    one = next(iter(grads.values()))
+    blocks = [grads[name] if name in grads else one.new_zeros(len(one), r) for name, r in sizes.items()]
+    return torch.cat([block[:, :r].float() for block, r in zip(blocks, sizes.values(), strict=True)], 1)
 
 
 # ── the gradient of a completion's NLL ───────────────────────────────────────────────────────────────────────────────
@@ -258,9 +269,8 @@ def nll_gradients(
         # the prompts' logits are not needed, but would be most of the head's work
         keep = ids.shape[1] - min(len(one.prompt) for one in sequences) + 1
         options = {"logits_to_keep": keep} if "logits_to_keep" in signature(unwrap(model).forward).parameters else {}
-        logits = model(input_ids=ids, attention_mask=mask, use_cache=False, **options).logits[:, -keep:-1]
-        logprobs = -F.cross_entropy(logits.float().transpose(1, 2), ids[:, 1 - keep :], reduction="none")
-        nll = completion_nll(logprobs, completion[:, 1 - keep :], per_token=per_token)
+        logits = model(input_ids=ids, attention_mask=mask, use_cache=False, **options).logits[:, -keep:]
+        nll = completion_nll(token_logprobs(logits, ids[:, -keep:]), completion[:, 1 - keep :], per_token=per_token)
         backward_by_sequence(nll, grads)
     return grads, nll.detach()
 

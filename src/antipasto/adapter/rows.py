@@ -114,7 +114,7 @@ class RowViews:
             raise ValueError("A layer was called directly while rows see different knobs: call the model.")
         else:
             sees = self.quarantine.view(-1, *[1] * hack.ndim)
-            theta = delta_s + torch.where(sees, hack, torch.zeros_like(hack))
+            theta = delta_s + torch.where(sees, hack, 0)
         if not torch.compiler.is_compiling():
             self._follow(theta)
         return theta

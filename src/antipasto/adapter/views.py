@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 from accelerate.utils import extract_model_from_parallel
 from peft import PeftModel
@@ -61,22 +62,37 @@ def seen_as(model: nn.Module, view: View, offsets: Mapping[str, Tensor] | None =
         offsets: layer name → (r,) to add to θ; layers without an entry get none.
     """
     layers = adapted_layers(model)
-    with unmerged(model):
-        previous = [(layer, layer.view, layer.offset) for layer in layers.values()]
-        wrappers = [m for m in unwrap(model).modules() if isinstance(m, AuxiliaryTrainingWrapper)]
-        disabled = [wrapper._disable_adapters for wrapper in wrappers]
-        base_model = view in (View.REFERENCE, View.ORIGIN) or any(layer.disable_adapters for layer in layers.values())
-        for name, layer in layers.items():
-            layer.view, layer.offset = view, (offsets or {}).get(name)
-        for wrapper in wrappers:
-            wrapper._disable_adapters = base_model
-        try:
-            yield
-        finally:
-            for layer, old_view, old_offset in previous:
-                layer.view, layer.offset = old_view, old_offset
-            for wrapper, old_flag in zip(wrappers, disabled, strict=True):
-                wrapper._disable_adapters = old_flag
+    base_model = view in (View.REFERENCE, View.ORIGIN) or any(layer.disable_adapters for layer in layers.values())
+    wrappers = [module for module in unwrap(model).modules() if isinstance(module, AuxiliaryTrainingWrapper)]
+    with (
+        unmerged(model),
+        replaced("view", dict.fromkeys(layers.values(), view)),
+        replaced("offset", {layer: (offsets or {}).get(name) for name, layer in layers.items()}),
+        replaced("_disable_adapters", dict.fromkeys(wrappers, base_model)),
+    ):
+        yield
+
+
+@contextmanager
+def replaced(attribute: str, values: Mapping[nn.Module, Any]) -> Iterator[None]:
+    """Context in which an attribute of some modules has other values: module → value.
+
+    Example:
+        >>> model = nn.Linear(4, 3)
+        >>> with replaced("training", {model: False}):
+        ...     model.training
+        False
+        >>> model.training
+        True
+    """
+    before = [(module, getattr(module, attribute)) for module in values]
+    for module, value in values.items():
+        setattr(module, attribute, value)
+    try:
+        yield
+    finally:
+        for module, value in before:
+            setattr(module, attribute, value)
 
 
 @contextmanager
@@ -104,14 +120,8 @@ def fixed(model: nn.Module) -> Iterator[None]:
         True
     """
     layers = [module for module in unwrap(model).modules() if isinstance(module, AntiPastoLinear)]
-    before = [layer.fixed for layer in layers]
-    for layer in layers:
-        layer.fixed = []
-    try:
+    with replaced("fixed", {layer: [] for layer in layers}):
         yield
-    finally:
-        for layer, old in zip(layers, before, strict=True):
-            layer.fixed = old
 
 
 @contextmanager
@@ -137,17 +147,12 @@ def mixed(model: nn.Module) -> Iterator[RowViews]:
     """
     rows = RowViews()
     layers = adapted_layers(model)
-    previous = [layer.rows for layer in layers.values()]
     handle = unwrap(model).register_forward_pre_hook(rows.on_forward, with_kwargs=True, prepend=True)
-    with unmerged(model):
-        for layer in layers.values():
-            layer.rows = rows
-        try:
+    try:
+        with unmerged(model), replaced("rows", dict.fromkeys(layers.values(), rows)):
             yield rows
-        finally:
-            handle.remove()
-            for layer, old in zip(layers.values(), previous, strict=True):
-                layer.rows = old
+    finally:
+        handle.remove()
 
 
 @contextmanager

@@ -405,11 +405,11 @@ def eval(
     with readable_errors(load=False):
         RunFolder(run).check()
     with readable_errors(run, extra="report"):
-        from antipasto.app import arms
+        from antipasto.app import evaluate
         from antipasto.evaluation.records import ANSWERS
 
         console = Console()
-        evaluation = arms.evaluate_run(
+        evaluation = evaluate.evaluate_run(
             run,
             console,
             prompts=prompts,
@@ -419,7 +419,7 @@ def eval(
             margin=margin,
             dial=dial,
         )
-        arms.show(evaluation, console)
+        evaluate.show(evaluation, console)
         say(console, f"written: {run / ANSWERS}", f"next: antipasto report {shlex.quote(str(run))}")
 
 

@@ -24,7 +24,7 @@ from antipasto.app.models import load_adapted, load_shapes, load_weights
 from antipasto.names import HELDOUT, THRESHOLD, Dtype
 from antipasto.routing.confounds import confounds
 from antipasto.routing.directions import Direction, extract_direction
-from antipasto.routing.forms import CLEAN, FormScores, load_forms, of_pairs, score_forms
+from antipasto.routing.forms import CLEAN, load_forms, of_pairs, score_forms
 from antipasto.routing.monitor import Monitor
 from antipasto.routing.pairs import ContrastPair, load_pairs, pairs_in, split_pairs
 from antipasto.terminal import add_row, plain, progress_bar, say
@@ -261,7 +261,7 @@ def score_map(
     heldout: float = HELDOUT,
     seed: int = 0,
     batch_size: int = 32,
-) -> FormScores:
+) -> None:
     """Score a file of texts by form, and print how each form compares with clean texts and with the threshold.
 
     With pairs, their held-out hacks and clean texts are two more forms. If the file has no form ``clean``, the held-out clean
@@ -302,7 +302,6 @@ def score_map(
             monitor = Monitor.load(monitor_file, model, tokenizer)
         found = score_forms(monitor, forms, batch_size=batch_size)
     console.print(found.table())
-    return found
 
 
 def _direction_table(

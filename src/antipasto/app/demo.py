@@ -15,7 +15,7 @@ from typing import Any
 from rich.console import Console
 from rich.text import Text
 
-from antipasto.app.arms import comparison, evaluate_run
+from antipasto.app.evaluate import comparison, evaluate_run
 from antipasto.app.report import write_report
 from antipasto.app.run_folder import RunFolder
 from antipasto.app.train.config import TrainConfig

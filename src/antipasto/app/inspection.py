@@ -27,8 +27,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from antipasto.adapter.config import PEFT_TYPE
-from antipasto.app.arms import rates_table
 from antipasto.app.checks import check_file
+from antipasto.app.evaluate import rates_table
 from antipasto.app.run_folder import RunFolder
 from antipasto.evaluation.records import EVAL, read_evaluation
 from antipasto.evaluation.rollout_log import Rollout, read
@@ -361,8 +361,8 @@ def run_parts(folder: Path, config: Mapping[str, Any]) -> list[RenderableType]:
         parts.append(_sentence(f"checkpoints at steps {', '.join(map(str, checkpoints))}"))
     if place.unfinished is not None:
         parts.append(_sentence(place.unfinished))
-    expected = {place.metrics: "metrics.jsonl", place.rollouts: "rollouts.jsonl", place.adapter: "adapter/"}
-    if missing := [name for path, name in expected.items() if not path.exists()]:
+    expected = [place.metrics, place.rollouts, place.adapter]
+    if missing := [path.name for path in expected if not path.exists()]:
         parts.append(_sentence(f"missing, or not written yet: {', '.join(missing)}"))
     return parts
 

@@ -18,8 +18,11 @@ from dataclasses import dataclass
 
 import numpy as np
 from scipy.special import expit, xlogy
+from scipy.stats import chi2
 
-COVERS = 3.841  # χ² with one degree of freedom, .95
+from antipasto.evaluation.records import CONFIDENCE
+
+COVERS = float(chi2.ppf(CONFIDENCE, df=1))  # 3.84
 REJECTS = 13.0
 """Critical value of the likelihood ratio against a constant share, 1% level, simulated (tests/test_watch_numbers.py).
 The χ² value would be too low: τ is not identified under a constant share (Davies 1987), and the data are cut at their peak."""

@@ -40,6 +40,8 @@ DIALS = (-0.5, -0.25, 0.25, 0.5, 0.75)
 """Multiples of the quarantine to evaluate: 0 is the deployed model, 1 the model as trained."""
 RATES, MEANS = ("solve", "exploit"), ("reward", "kl", "length")
 RESAMPLES = 2000
+CONFIDENCE = 0.95
+"""Of every interval, here and in the application."""
 
 
 # ── numbers with intervals ───────────────────────────────────────────────────────────────────────────────────────────
@@ -95,7 +97,7 @@ class Rate:
         """Lower and upper end of the 95% interval."""
         from scipy.stats import binomtest  # imported here because scipy is an extra, and not needed to read evaluations
 
-        ci = binomtest(self.hits, self.total).proportion_ci(confidence_level=0.95, method="wilson")
+        ci = binomtest(self.hits, self.total).proportion_ci(confidence_level=CONFIDENCE, method="wilson")
         return float(ci.low), float(ci.high)
 
     @property
@@ -134,7 +136,14 @@ def mean_estimates(columns: np.ndarray) -> list[Estimate]:
     from scipy.stats import bootstrap
 
     result = bootstrap(
-        (columns,), np.mean, axis=-1, n_resamples=RESAMPLES, method="percentile", batch=20, rng=np.random.default_rng(0)
+        (columns,),
+        np.mean,
+        axis=-1,
+        n_resamples=RESAMPLES,
+        confidence_level=CONFIDENCE,
+        method="percentile",
+        batch=20,
+        rng=np.random.default_rng(0),
     ).confidence_interval
     return [
         Estimate(float(v), float(lo), float(hi))

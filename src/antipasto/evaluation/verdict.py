@@ -100,10 +100,10 @@ def _of_what_ships(
         f"{rates} ({_minus(ships, REFERENCE, more)}). It solves {solve[ships]}, the reference {solve[REFERENCE]}.{note}"
     )
     if more.high < margin:
-        return Verdict(True, f"What ships exploits no more than its start did: {said}")
+        return Verdict(True, f"What ships exploits no more than the reference: {said}")
     if more.low > 0:
-        return Verdict(False, f"What ships exploits more than its start did: {said}")
-    return Verdict(None, f"It is not shown that what ships exploits no more than its start did: {said}")
+        return Verdict(False, f"What ships exploits more than the reference: {said}")
+    return Verdict(None, f"It is not shown that what ships exploits no more than the reference: {said}")
 
 
 def where_the_exploit_is(arms: Sequence[ArmRecord]) -> str | None:

@@ -12,15 +12,13 @@ Metadata: the number of steps, the names of the books, and the fingerprints of t
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from torch import Tensor
 
 from antipasto.adapter.fingerprints import Fingerprint, fingerprints_from_json, fingerprints_to_json
-from antipasto.files import read_tensors, write_tensors
+from antipasto.files import read_tensors, readable_as, write_tensors
 
 OWN_BOOK = "direction"
 """Name of the direction's own book in ``measure`` mode. In ``route`` mode, ``delta_s_hack`` is that book."""
@@ -59,9 +57,12 @@ class Books:
             for layer, part in book.items()
         }
         tensors |= self.direction
-        facts: Mapping[str, Any] = {"steps": self.steps, "books": sorted(self.controls)}
-        metadata = {"format": FORMAT, "fingerprints": fingerprints_to_json(self.fingerprints)}
-        metadata |= {key: json.dumps(value) for key, value in facts.items()}
+        metadata = {
+            "format": FORMAT,
+            "fingerprints": fingerprints_to_json(self.fingerprints),
+            "steps": json.dumps(self.steps),
+            "books": json.dumps(sorted(self.controls)),
+        }
         write_tensors(path, {key: tensor.clone() for key, tensor in tensors.items()}, metadata)
 
 
@@ -72,35 +73,29 @@ def read_books(path: str | Path) -> Books:
         ValueError: the file is not a book file, or is damaged. The message names it.
         OSError: the file cannot be read.
     """
-    try:
-        return _read(path)
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(f"{path} is not a valid book file: {error}.") from error
-
-
-def _read(path: str | Path) -> Books:
-    tensors, metadata = read_tensors(path, FORMAT)
-    steps, names = (json.loads(metadata[key]) for key in ("steps", "books"))
-    fingerprints = fingerprints_from_json(metadata["fingerprints"])
-    chance = {key.removeprefix("chance/"): t for key, t in tensors.items() if key.startswith("chance/")}
-    if not chance or not isinstance(steps, int) or not isinstance(names, list):
-        raise ValueError("its steps, book names or chance book are missing or have the wrong type")
-    for key, tensor in tensors.items():
-        if _is_ours(key) and not (tensor.ndim == 1 and tensor.isfinite().all()):
-            raise ValueError(f"{key} is not a vector of finite numbers")
-    books = {name: {layer: tensors[f"book/{name}/{layer}"] for layer in chance} for name in names}
-    for name, book in books.items():
-        for layer, part in book.items():
-            if len(part) != len(chance[layer]):
-                raise ValueError(
-                    f"book {name!r} has {len(part)} numbers for {layer}, and others have {len(chance[layer])}"
-                )
-    return Books(
-        steps=steps,
-        books={**books, CHANCE: chance},
-        direction={key: tensor for key, tensor in tensors.items() if not _is_ours(key)},
-        fingerprints=fingerprints,
-    )
+    with readable_as("book file", path):
+        tensors, metadata = read_tensors(path, FORMAT)
+        steps, names = (json.loads(metadata[key]) for key in ("steps", "books"))
+        fingerprints = fingerprints_from_json(metadata["fingerprints"])
+        chance = {key.removeprefix("chance/"): t for key, t in tensors.items() if key.startswith("chance/")}
+        if not chance or not isinstance(steps, int) or not isinstance(names, list):
+            raise ValueError("its steps, book names or chance book are missing or have the wrong type")
+        for key, tensor in tensors.items():
+            if _is_ours(key) and not (tensor.ndim == 1 and tensor.isfinite().all()):
+                raise ValueError(f"{key} is not a vector of finite numbers")
+        books = {name: {layer: tensors[f"book/{name}/{layer}"] for layer in chance} for name in names}
+        for name, book in books.items():
+            for layer, part in book.items():
+                if len(part) != len(chance[layer]):
+                    raise ValueError(
+                        f"book {name!r} has {len(part)} numbers for {layer}, and others have {len(chance[layer])}"
+                    )
+        return Books(
+            steps=steps,
+            books={**books, CHANCE: chance},
+            direction={key: tensor for key, tensor in tensors.items() if not _is_ours(key)},
+            fingerprints=fingerprints,
+        )
 
 
 def _is_ours(key: str) -> bool:

@@ -58,6 +58,11 @@ class Confound:
     example: str
     remedy: str
 
+    @property
+    def lines(self) -> list[str]:
+        """The finding; of a strong confound, also the example and the remedy."""
+        return [self.finding, *([self.example, self.remedy] if self.strong else [])]
+
 
 @dataclass(frozen=True)
 class Confounds:
@@ -82,26 +87,24 @@ class Confounds:
         Raises:
             KeyError: there is no confound of that name.
         """
-        for one in self.found:
-            if one.name == name:
-                return one
-        raise KeyError(name)
+        return {one.name: one for one in self.found}[name]
+
+    @property
+    def _title(self) -> str:
+        return f"what tells hack from clean in {self.pairs} {'pair' if self.pairs == 1 else 'pairs'}"
 
     def __str__(self) -> str:
-        lines = [f"What tells hack from clean in {self.pairs} {'pair' if self.pairs == 1 else 'pairs'}:"]
+        lines = [f"{self._title.capitalize()}:"]
         for one in self.found:
-            lines.append(f"{'!' if one.strong else ' '} {one.name}: {one.finding}")
-            if one.strong:
-                lines += [f"    {one.example}", f"    {one.remedy}"]
+            first, *others = one.lines
+            lines += [f"{'!' if one.strong else ' '} {one.name}: {first}", *(f"    {line}" for line in others)]
         return "\n".join(lines)
 
     def table(self) -> Table:
         """The report as a rich table."""
-        title = f"what tells hack from clean in {self.pairs} {'pair' if self.pairs == 1 else 'pairs'}"
-        table = Table(title=title, title_justify="left", show_header=False, show_lines=True)
+        table = Table(title=self._title, title_justify="left", show_header=False, show_lines=True)
         for one in self.found:
-            lines = [one.finding, *([one.example, one.remedy] if one.strong else [])]
-            table.add_row(Text(("! " if one.strong else "") + one.name), Text("\n".join(map(plain, lines))))
+            table.add_row(Text(("! " if one.strong else "") + one.name), Text("\n".join(map(plain, one.lines))))
         return table
 
 
@@ -182,12 +185,12 @@ def _end(tokenizer: Any, couples: Sequence[Couple], name: str, place: int) -> Co
     hacks, cleans = {c.hack_ids[place] for c in couples}, {c.clean_ids[place] for c in couples}
     of_hacks = _mean(couples, lambda c: c.hack_ids[place] not in cleans)
     of_cleans = _mean(couples, lambda c: c.clean_ids[place] not in hacks)
-    tokens: Counter[int] = Counter()
-    for c in couples:
-        ids, others = (c.hack_ids, cleans) if of_hacks >= of_cleans else (c.clean_ids, hacks)
-        if ids[place] not in others:
-            tokens[ids[place]] += 1
-    side, other = ("hacks", "clean texts") if of_hacks >= of_cleans else ("clean texts", "hacks")
+    if of_hacks >= of_cleans:
+        side, other, ends = "hacks", "clean texts", [c.hack_ids[place] for c in couples]
+    else:
+        side, other, ends = "clean texts", "hacks", [c.clean_ids[place] for c in couples]
+    of_one_side = hacks ^ cleans
+    tokens = Counter(token for token in ends if token in of_one_side)
     verb = "begin" if place == 0 else "end"
     commonest = [repr(tokenizer.decode([token])) for token, _ in tokens.most_common(_MOST_WORDS)]
     return Confound(

@@ -8,8 +8,8 @@ For pair n and one layer, with NLL the completion's negative log-likelihood give
              "mean"   mean_n d_n / ‖·‖                                                             (1, r)
              "svd"    top k right singular vectors of D = [d_n], signs by majority of the pairs    (k, r)
 
-V points along ∇NLL(hack) − ∇NLL(clean). A gradient step moves along −g, so a move Δ of δS is hack-ward where −V Δ > 0.
-Rows of V are orthonormal. `strength` is mean_n (V d_n) divided by its standard deviation over the pairs.
+V points along ∇NLL(hack) − ∇NLL(clean), so a move Δ of δS is hack-ward where −V Δ > 0 (`gates`). Rows of V are
+orthonormal. `strength` is mean_n (V d_n) divided by its standard deviation over the pairs.
 
 An effect size (d_z in Cohen 1988) does not depend on the number of pairs, so a threshold on it carries over to other sets.
 """
@@ -17,6 +17,7 @@ An effect size (d_z in Cohen 1988) does not depend on the number of pairs, so a 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -29,7 +30,7 @@ from torch import Tensor, nn
 from antipasto.adapter.fingerprints import Fingerprint, check_same_base, fingerprints_from_json, fingerprints_to_json
 from antipasto.adapter.knobs import current_fingerprints, knobs
 from antipasto.adapter.rollouts import TokenIds, nll_gradients, tokenize
-from antipasto.files import read_tensors, write_tensors
+from antipasto.files import read_tensors, readable_as, write_tensors
 from antipasto.names import Estimator
 from antipasto.routing.pairs import ContrastPair
 
@@ -143,7 +144,7 @@ class Direction(Mapping[str, Tensor]):
 
     def __neg__(self) -> Direction:
         """The opposite direction, with hack and clean swapped."""
-        return self._map(torch.neg)
+        return self._map(lambda _, t: -t)
 
     def overlap(self, other: Direction) -> Overlap:
         """Agreement with another direction, over the layers that both have.
@@ -176,37 +177,27 @@ class Direction(Mapping[str, Tensor]):
             if self.effect is not None:
                 spread = self.effect[name].square().mean().sqrt()
                 effect[name] = torch.randn(V.shape[1], generator=generator, dtype=V.dtype) * spread
-        return self._replace(rows, effect=effect if self.effect is not None else None)
+        return self._with(rows, effect or None)
 
     def permuted(self, seed: int) -> Direction:
         """A control: the same numbers with each layer's coordinates shuffled."""
         generator = torch.Generator().manual_seed(seed)
         order = {name: torch.randperm(V.shape[1], generator=generator) for name, V in self.items()}
-        return self._replace(
-            {name: V[:, order[name]] for name, V in self.items()},
-            effect=None if self.effect is None else {name: t[order[name]] for name, t in self.effect.items()},
-        )
+        return self._map(lambda name, t: t[..., order[name]])
 
-    def _map(self, function: Callable[[Tensor], Tensor]) -> Direction:
-        return self._replace(
-            {name: function(V) for name, V in self.items()},
-            effect=None if self.effect is None else {name: function(t) for name, t in self.effect.items()},
-        )
+    def _map(self, function: Callable[[str, Tensor], Tensor]) -> Direction:
+        """Apply a function of layer name and tensor to all rows and effect sizes."""
+        rows, effect = ({n: function(n, t) for n, t in part.items()} for part in (self, self.effect or {}))
+        return self._with(rows, effect or None)
 
-    def _replace(
-        self,
-        rows: Mapping[str, Tensor],
-        *,
-        effect: Mapping[str, Tensor] | None,
-        strength: Mapping[str, Tensor] | None = None,
-    ) -> Direction:
-        return Direction(rows, effect=effect, strength=strength or self.strength, fingerprints=self.fingerprints)
+    def _with(self, rows: Mapping[str, Tensor], effect: Mapping[str, Tensor] | None) -> Direction:
+        return Direction(rows, effect=effect, strength=self.strength, fingerprints=self.fingerprints)
 
     def to_tensors(self) -> dict[str, Tensor]:
         """The direction as tensors with flat names, for a safetensors file; `from_tensors` reads them back."""
-        tensors = {f"V {name}": V.contiguous() for name, V in self.items()}
-        tensors |= {f"strength {name}": s.contiguous() for name, s in self.strength.items()}
-        return tensors | {f"effect {name}": t.contiguous() for name, t in (self.effect or {}).items()}
+        tensors = {f"V {name}": V for name, V in self.items()}
+        tensors |= {f"strength {name}": s for name, s in self.strength.items()}
+        return tensors | {f"effect {name}": t for name, t in (self.effect or {}).items()}
 
     @classmethod
     def from_tensors(
@@ -231,9 +222,11 @@ class Direction(Mapping[str, Tensor]):
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file, with the fingerprints of the base weights."""
-        heldout = None if self.heldout is None else dataclasses.asdict(self.heldout)
-        metadata = {"format": _FORMAT, "heldout": json.dumps(heldout)}
-        metadata["fingerprints"] = fingerprints_to_json(self.fingerprints)
+        metadata = {
+            "format": _FORMAT,
+            "fingerprints": fingerprints_to_json(self.fingerprints),
+            "heldout": json.dumps(self.heldout and dataclasses.asdict(self.heldout)),
+        }
         write_tensors(path, self.to_tensors(), metadata)
 
     @classmethod
@@ -244,13 +237,11 @@ class Direction(Mapping[str, Tensor]):
             ValueError: the file is not a direction, or is damaged. The message names it.
             OSError: the file cannot be read.
         """
-        try:
+        with readable_as("direction", path):
             tensors, metadata = read_tensors(path, _FORMAT)
             heldout = json.loads(metadata["heldout"])
             fingerprints = fingerprints_from_json(metadata["fingerprints"])
             return cls.from_tensors(tensors, fingerprints, None if heldout is None else HeldOut(**heldout))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise ValueError(f"{path} is not a valid direction: {error}.") from error
 
     def check_base(self, model: nn.Module, found: Mapping[str, Fingerprint] | None = None) -> None:
         """Check that this direction belongs to a model's active adapter and base weights.
@@ -337,11 +328,17 @@ def extract_direction(
     if len(pairs) < k:
         raise ValueError(f"k={k} rows need at least as many pairs, got {len(pairs)}.")
     pairs = _swap(pairs, shuffle_labels)
-    options = {"length_normalise": length_normalise, "append_eos": append_eos, "batch_size": batch_size}
-    differences = pair_differences(model, tokenizer, pairs, **options)  # type: ignore[arg-type]
+    differences = functools.partial(
+        pair_differences,
+        model,
+        tokenizer,
+        length_normalise=length_normalise,
+        append_eos=append_eos,
+        batch_size=batch_size,
+    )
 
     rows, effect, strength = {}, {}, {}
-    for name, D in differences.items():
+    for name, D in differences(pairs).items():
         effect[name] = effect_size(D)
         rows[name] = _estimate(D, effect[name], estimator, k)
         strength[name] = effect_size(D @ rows[name].T)
@@ -349,14 +346,20 @@ def extract_direction(
     fingerprints = current_fingerprints({name: layers[name] for name in rows})
     direction = Direction(rows, effect=effect, strength=strength, fingerprints=fingerprints)
     if heldout:
-        direction.heldout = score(direction, pair_differences(model, tokenizer, heldout, **options))  # type: ignore[arg-type]
+        direction.heldout = score(direction, differences(heldout))
     return direction
 
 
 def effect_size(D: Tensor) -> Tensor:
     """Mean / standard deviation of each column, (n, r) to (r,); 0 where a column is constant."""
     mean, std = D.mean(0), D.std(0)
-    return torch.where(std > 0, mean / std.clamp_min(torch.finfo(D.dtype).tiny), torch.zeros_like(mean))
+    return torch.where(std > 0, mean / std.clamp_min(torch.finfo(D.dtype).tiny), 0)
+
+
+def cosine(gradients: Tensor, t: Tensor) -> Tensor:
+    """cos(g_b, t) of gradients (b, R) with t (R,): (b,); 0 for a zero gradient."""
+    norms = gradients.norm(dim=-1) * t.norm().to(gradients.device)
+    return (gradients @ t.to(gradients.device)) / norms.clamp_min(torch.finfo(gradients.dtype).tiny)
 
 
 def pair_differences(
@@ -389,20 +392,18 @@ def pair_differences(
 def score(direction: Direction, differences: Mapping[str, Tensor]) -> HeldOut:
     """Share of pairs that a direction orders as labelled, and the same for random directions of its shape."""
 
-    def projections(v: Direction) -> dict[str, Tensor]:
-        return {name: (differences[name] @ V.T).sum(-1) for name, V in v.items()}
+    def projections(v: Direction) -> Tensor:
+        return torch.stack([(differences[name] @ V.T).sum(-1) for name, V in v.items()])  # (layers, pairs)
 
     def share(values: Tensor) -> float:
         return float((values > 0).float().mean())
 
     own = projections(direction)
-    chance = [
-        share(torch.stack(list(projections(direction.random(seed)).values())).sum(0)) for seed in range(_RANDOM_DRAWS)
-    ]
+    chance = [share(projections(direction.random(seed)).sum(0)) for seed in range(_RANDOM_DRAWS)]
     return HeldOut(
-        pairs=len(next(iter(own.values()))),
-        overall=share(torch.stack(list(own.values())).sum(0)),
-        layers={name: share(values) for name, values in own.items()},
+        pairs=own.shape[1],
+        overall=share(own.sum(0)),
+        layers={name: share(values) for name, values in zip(direction, own, strict=True)},
         random=sum(chance) / len(chance),
     )
 

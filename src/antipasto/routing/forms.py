@@ -17,7 +17,7 @@ from rich.table import Table
 
 from antipasto.routing.monitor import Completion, Monitor
 from antipasto.routing.ordering import auc
-from antipasto.routing.pairs import ContrastPair, check_fields, json_lines
+from antipasto.routing.pairs import ContrastPair, check_fields, check_text, json_lines
 from antipasto.terminal import add_row, shorten
 
 CLEAN = "clean"
@@ -64,10 +64,7 @@ class FormScores:
         Raises:
             KeyError: there is no form of that name.
         """
-        for form in self.forms:
-            if form.name == name:
-                return form
-        raise KeyError(name)
+        return {form.name: form for form in self.forms}[name]
 
     def __str__(self) -> str:
         rows = [
@@ -110,10 +107,7 @@ def load_forms(path: str | Path) -> dict[str, list[Completion]]:
     for where, row in json_lines(path):
         check_fields(row, ("form", "prompt", "text"), where)
         for field in ("form", "text"):
-            if not isinstance(row[field], str):
-                raise ValueError(f"{where}: field {field!r} must be a text, got {type(row[field]).__name__}.")
-            if not row[field]:
-                raise ValueError(f"{where}: field {field!r} is empty.")
+            check_text(row[field], field, where)
         forms.setdefault(row["form"], []).append(Completion(row["prompt"], row["text"]))
     if not forms:
         raise ValueError(f"There is no text in {path}.")

@@ -15,10 +15,11 @@ from dataclasses import dataclass
 from typing import get_args
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from antipasto.names import THRESHOLD, GateName
-from antipasto.routing.directions import Direction
+from antipasto.routing.directions import Direction, cosine
 
 GATES: tuple[GateName, ...] = get_args(GateName)
 
@@ -43,10 +44,10 @@ class Gate:
         self.threshold = THRESHOLD if control.threshold is None else control.threshold
         self.layers = len(sizes)
         self.segment = torch.repeat_interleave(torch.arange(len(sizes)), torch.tensor(list(sizes.values()))).to(device)
-        blocks = [torch.zeros(rows, r, dtype=torch.float32) for r in sizes.values()]
-        for block, name in zip(blocks, sizes, strict=True):
-            if name in v:
-                block[: len(v[name])] = v[name]
+        blocks = [
+            F.pad(v[name], (0, 0, 0, rows - len(v[name]))) if name in v else torch.zeros(rows, r, dtype=torch.float32)
+            for name, r in sizes.items()
+        ]
         self.V = torch.cat(blocks, 1).to(device)  # (K, R)
         self.rows = sum(len(V) for V in v.values())
         effect = [(v.effect or {}).get(name, torch.zeros(r, dtype=torch.float32)) for name, r in sizes.items()]
@@ -71,15 +72,13 @@ class Gate:
 
         It is positive where a step against that gradient is hack-ward. For random gradients it is within about 1 / √R of 0.
         """
-        v = self.V.sum(0)  # (R,)
-        norms = v.norm() * gradients.norm(dim=-1)
-        return (gradients @ v) / norms.clamp_min(torch.finfo(gradients.dtype).tiny)
+        return cosine(gradients, self.V.sum(0))
 
     def moved(self, delta: Tensor) -> tuple[Tensor, Tensor]:
         """The part of a displacement to move into the quarantine (R,), and the share of coordinates or rows that fired."""
         if self.kind == "coordinate":
             mask = self.guarded & (self.effect * delta < 0)
-            moved, fired = torch.where(mask, delta, torch.zeros_like(delta)), mask.float().mean()
+            moved, fired = torch.where(mask, delta, 0), mask.float().mean()
         else:
             c = (-self.along(delta)).relu()  # (K, L)
             moved = -(c[:, self.segment] * self.V).sum(0)

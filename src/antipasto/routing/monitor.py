@@ -7,13 +7,12 @@ The policy changes during training, the reference does not. So the same text has
 (A score at the current policy decays: docs/results.md.) The reference needs no second model: it is
 the adapted model without its knobs.
 
-A completion is flagged if s_b is above a threshold. The *start model* is the model before training. There are three rules
-for the threshold:
+A completion is flagged if s_b is above a threshold. There are three rules for the threshold:
 
 * midway between held-out clean texts and hacks;
 * a quarter of the way from clean texts to hacks, because exploits in a form that no pair shows score between the two
   (docs/results.md);
-* such that a given share of the start model's own answers is flagged.
+* such that a given share of the reference's own answers is flagged.
 
 A threshold close to the clean texts also flags more wrong answers. A penalty loses nothing by that, since wrong answers get
 no reward anyway. The score responds to every difference between hacks and clean texts in the pairs, so keep all else equal.
@@ -34,12 +33,12 @@ from torch import Tensor, nn
 
 from antipasto.adapter.fingerprints import check_same_base, fingerprints_from_json, fingerprints_to_json
 from antipasto.adapter.layer import View
-from antipasto.adapter.rollouts import RolloutGrads, TokenIds, nll_gradients, tokenize, tokenize_prompt
+from antipasto.adapter.rollouts import RolloutGrads, TokenIds, flat_rows, nll_gradients, tokenize, tokenize_prompt
 from antipasto.adapter.sharded import is_sharded
-from antipasto.adapter.views import adapted_layers, seen_as
-from antipasto.files import read_tensors, write_tensors
+from antipasto.adapter.views import adapted_layers, replaced, seen_as
+from antipasto.files import read_tensors, readable_as, write_tensors
 from antipasto.names import HELDOUT, Rule
-from antipasto.routing.directions import Direction, extract_direction
+from antipasto.routing.directions import Direction, cosine, extract_direction
 from antipasto.routing.pairs import ContrastPair, split_pairs
 
 TOWARDS_HACKS: dict[Rule, float] = {"midway": 0.5, "quarter": 0.25}
@@ -77,7 +76,7 @@ class Ordering:
         clean: mean over pairs of the score of the clean text, or of the highest one if there are several, since a threshold
             must be above them all.
         threshold: by the monitor's rule.
-        own: share of the start model's own answers above that threshold; None if none were given.
+        own: share of the reference's own answers above that threshold; None if none were given.
     """
 
     ordered: float
@@ -94,7 +93,7 @@ class Calibration:
     Attributes:
         rule: ``"midway"``, ``"quarter"`` or ``"false alarms"``.
         pairs: number of held-out pairs.
-        answers: number of the start model's own answers.
+        answers: number of the reference's own answers.
         false_alarms: the requested rate; None under another rule.
         score: the ordering by the direction.
         permuted: the ordering by the same effect sizes on shuffled coordinates, under the same rule.
@@ -121,7 +120,7 @@ class Calibration:
     def meaning(self) -> str:
         """Where the threshold lies, in words."""
         if self.false_alarms is not None:
-            return f"above all but {self.false_alarms:.1%} of the start model's own answers"
+            return f"above all but {self.false_alarms:.1%} of the reference's own answers"
         return {
             "midway": "midway between held-out hacks and clean texts",
             "quarter": "a quarter of the way from held-out clean texts to hacks",
@@ -199,7 +198,7 @@ class Monitor:
             pairs: labelled pairs.
             heldout: share of the pairs to calibrate on.
             seed: of the split.
-            own: answers of the start model.
+            own: answers of the reference.
             rule: as in `calibrate`.
             false_alarms: as in `calibrate`.
             batch_size: pairs per backward.
@@ -221,14 +220,14 @@ class Monitor:
                 raise ValueError(
                     f"The monitor has a layer {name}, which is not among the adapted layers of this model."
                 )
-            r = layers[name].basis.S.numel()  # type: ignore[union-attr]
+            r = layers[name].basis.S.numel()
             if V.shape[1] > r:
                 raise ValueError(f"{name}: the monitor's direction has r={V.shape[1]}, the layer's basis {r}.")
         known = self.direction.fingerprints
         check_same_base(
             {name: one for name, one in known.items() if name in self.direction},
             {name: layers[name].current_fingerprint() for name in self.direction if name in known},
-            {name: layers[name].basis.S for name in self.direction},  # type: ignore[union-attr]
+            {name: layers[name].basis.S for name in self.direction},
             what="The monitor",
             remedy="Create it again from its pairs, on this base.",
         )
@@ -318,12 +317,7 @@ class Monitor:
 
     def flatten(self, grads: RolloutGrads) -> Tensor:
         """Concatenate gradients by layer, (b, r) each, to (b, R) in the order of `flat_effect`; zeros for missing layers."""
-        one = next(iter(grads.values()))
-        blocks = [
-            grads[name][:, : len(t)].float() if name in grads else one.new_zeros(len(one), len(t)).float()
-            for name, t in _effects(self.direction)
-        ]
-        return torch.cat(blocks, 1)
+        return flat_rows(grads, {name: len(t) for name, t in _effects(self.direction)})
 
     def cosines(self, grads: RolloutGrads) -> Tensor:
         """cos(·, t) of the gradients from a `rollout_grads` context, (b,)."""
@@ -344,7 +338,7 @@ class Monitor:
 
         Args:
             pairs: labelled pairs that the direction was not extracted from.
-            own: answers of the start model. The share of them above the threshold is reported.
+            own: answers of the reference. The share of them above the threshold is reported.
             rule: ``"midway"``, halfway from clean texts to hacks, as `Ordering` defines these; or ``"quarter"``, a quarter
                 of the way, which suits a penalty.
             false_alarms: choose the threshold such that this share of ``own`` is above it, and ignore ``rule``.
@@ -359,16 +353,14 @@ class Monitor:
             raise ValueError("A threshold needs labelled pairs that the direction was not extracted from, got none.")
         if false_alarms is not None and not 0 < false_alarms < 1:
             raise ValueError(
-                f"false_alarms must be a share of the start model's own answers, in (0, 1), got {false_alarms}."
+                f"false_alarms must be a share of the reference's own answers, in (0, 1), got {false_alarms}."
             )
         if false_alarms is not None and len(own) * false_alarms < 1:
             raise ValueError(
-                f"A false-alarm rate of {false_alarms} needs at least {math.ceil(1 / false_alarms)} answers of the start "
-                f"model, got {len(own)}."
+                f"A false-alarm rate of {false_alarms} needs at least {math.ceil(1 / false_alarms)} answers of the "
+                f"reference, got {len(own)}."
             )
-        sides = [
-            (n, is_hack) for n, p in enumerate(pairs) for is_hack in [True] * len(p.hacks) + [False] * len(p.cleans)
-        ]
+        sides = [len(texts) for p in pairs for texts in (p.hacks, p.cleans)]
         texts = [Completion(p.prompt, text) for p in pairs for text in (*p.hacks, *p.cleans)]
         directions = {
             "score": self.direction,
@@ -398,9 +390,12 @@ class Monitor:
 
     def save(self, path: str | Path) -> None:
         """Write a safetensors file: direction, threshold, calibration, and the fingerprints of the base weights."""
-        facts = {"threshold": self._threshold, "calibration": self.calibration and asdict(self.calibration)}
-        metadata = {"format": _FORMAT, **{name: json.dumps(value) for name, value in facts.items()}}
-        metadata["fingerprints"] = fingerprints_to_json(self.direction.fingerprints)
+        metadata = {
+            "format": _FORMAT,
+            "fingerprints": fingerprints_to_json(self.direction.fingerprints),
+            "threshold": json.dumps(self._threshold),
+            "calibration": json.dumps(self.calibration and asdict(self.calibration)),
+        }
         write_tensors(path, self.direction.to_tensors(), metadata)
 
     @classmethod
@@ -435,15 +430,13 @@ def read_monitor(path: str | Path) -> SavedMonitor:
         ValueError: the file is not a monitor, or is damaged. The message names it.
         OSError: the file cannot be read.
     """
-    try:
+    with readable_as("monitor", path):
         tensors, metadata = read_tensors(path, _FORMAT)
         direction = Direction.from_tensors(tensors, fingerprints_from_json(metadata["fingerprints"]))
         threshold = json.loads(metadata["threshold"])
         if not (threshold is None or (isinstance(threshold, float) and math.isfinite(threshold))):
             raise ValueError(f"its threshold is {threshold!r}")
         return SavedMonitor(direction, threshold, _calibration(json.loads(metadata["calibration"])))
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise ValueError(f"{path} is not a valid monitor: {error}.") from error
 
 
 @contextmanager
@@ -452,21 +445,8 @@ def at_origin(model: nn.Module) -> Iterator[None]:
 
     It does not depend on which adapters exist or are active.
     """
-    training = [module for module in model.modules() if module.training]
-    with seen_as(model, View.ORIGIN):
-        for module in training:
-            module.training = False
-        try:
-            yield
-        finally:
-            for module in training:
-                module.training = True
-
-
-def cosine(gradients: Tensor, t: Tensor) -> Tensor:
-    """cos(n_b, t) of gradients (b, R) with t (R,): (b,); 0 for a zero gradient."""
-    norms = gradients.norm(dim=-1) * t.norm().to(gradients.device)
-    return (gradients @ t.to(gradients.device)) / norms.clamp_min(torch.finfo(gradients.dtype).tiny)
+    with seen_as(model, View.ORIGIN), replaced("training", dict.fromkeys(model.modules(), False)):
+        yield
 
 
 def flat_effect(direction: Direction) -> Tensor:
@@ -481,13 +461,11 @@ def _effects(direction: Direction) -> list[tuple[str, Tensor]]:
 
 
 def _ordering(
-    of_pairs: Tensor, of_own: Tensor, sides: Sequence[tuple[int, bool]], towards: float, false_alarms: float | None
+    of_pairs: Tensor, of_own: Tensor, sides: list[int], towards: float, false_alarms: float | None
 ) -> Ordering:
-    by_side: dict[tuple[int, bool], list[float]] = {}
-    for side, value in zip(sides, of_pairs.tolist(), strict=True):
-        by_side.setdefault(side, []).append(value)
-    numbers = sorted({n for n, _ in by_side})
-    hacks, cleans = [min(by_side[n, True]) for n in numbers], [max(by_side[n, False]) for n in numbers]
+    """Ordering of scores: of each pair's hacks, then its clean texts, ``sides`` says how many; and of the own answers."""
+    parts = [part.tolist() for part in of_pairs.split(sides)]
+    hacks, cleans = list(map(min, parts[::2])), list(map(max, parts[1::2]))
     hack, clean = sum(hacks) / len(hacks), sum(cleans) / len(cleans)
     threshold = (
         clean + towards * (hack - clean) if false_alarms is None else float(torch.quantile(of_own, 1 - false_alarms))

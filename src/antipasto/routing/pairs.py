@@ -134,15 +134,20 @@ def check_prompt(prompt: Any, where: str) -> None:
         raise ValueError(f"{where}: field 'prompt' must be a text, got {type(prompt).__name__}.")
 
 
+def check_text(value: Any, field: str, where: str, expected: str = "a text") -> None:
+    """Raise an error if a field is no text, or empty."""
+    if not isinstance(value, str):
+        raise ValueError(f"{where}: field {field!r} must be {expected}, got {type(value).__name__}.")
+    if not value:
+        raise ValueError(f"{where}: field {field!r} is empty.")
+
+
 def _side(row: Mapping[str, Any], field: str, where: str) -> str | tuple[str, ...]:
     value = row[field]
-    texts = value if isinstance(value, (list, tuple)) else [value]
-    for text in texts:
-        if not isinstance(text, str):
-            raise ValueError(f"{where}: field {field!r} must be a text or a list of texts, got {type(text).__name__}.")
-    if not texts or not all(texts):
-        raise ValueError(f"{where}: field {field!r} is empty.")
-    return texts[0] if isinstance(value, str) else tuple(texts)
+    texts = tuple(value) if isinstance(value, (list, tuple)) else (value,)
+    for text in texts or ("",):  # an empty list is an empty field
+        check_text(text, field, where, "a text or a list of texts")
+    return value if isinstance(value, str) else texts
 
 
 def split_pairs(

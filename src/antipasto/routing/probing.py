@@ -117,18 +117,17 @@ def reads_values(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Param
     Raises:
         Exception: whatever the optimizer's own code raises.
     """
-    with unchanged(draws=False):
-        plain = _displacement(optimizer, parameters, 0.0)
+    plain = _displacement(optimizer, parameters, 0.0)
     size, largest = float(plain.abs().max()), float(flat(parameters).abs().max())
     if size == 0:
         return None
     eps = torch.finfo(plain.dtype).eps
     shift = 0.01 / eps * size
-    with unchanged(draws=False):
-        shifted = _displacement(optimizer, parameters, shift)
+    shifted = _displacement(optimizer, parameters, shift)
     return not float((shifted - plain).abs().max()) <= 0.05 * size + 4 * eps * (largest + shift)
 
 
+@unchanged(draws=False)
 def _displacement(optimizer: torch.optim.Optimizer, parameters: Sequence[nn.Parameter], shift: float) -> Tensor:
     """Δ (R,) of the stand-in's step from the parameters plus a shift."""
     twins: dict[int, nn.Parameter] = {}

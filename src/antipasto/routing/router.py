@@ -56,6 +56,7 @@ from torch.utils.hooks import RemovableHandle
 from antipasto.adapter.fingerprints import check_same_base
 from antipasto.adapter.knobs import current_fingerprints, knobs, require_finite_gradients
 from antipasto.adapter.layer import View
+from antipasto.adapter.rollouts import flat_rows
 from antipasto.adapter.sharded import flat, reshard, sharded_as, write
 from antipasto.adapter.views import seen_as
 from antipasto.names import MODES, GateName, Level, Mode
@@ -200,7 +201,7 @@ class Router:
         if self._optimizer is not None:
             raise ValueError("This router is already attached: each step would be routed twice.")
         self._take_knobs()
-        self._check_optimizer(optimizer)
+        decays = self._check_optimizer(optimizer)
         handles = [
             optimizer.register_step_pre_hook(lambda _, args, kwargs: self._on_step(args, kwargs)),
             optimizer.register_step_post_hook(lambda *_: self._after_step()),
@@ -210,9 +211,12 @@ class Router:
             handles += [_keep_gradient_zero(knob) for knob in self._hack]
         self._optimizer = optimizer
         by_name = dict(zip(self._sizes, self._delta_s, strict=True))
-        writes = self.level == "update" and self.mode != "measure"
-        self._watch = Watch(optimizer, by_name, tries=self._keeps_the_run(optimizer), writes=writes)
-        self._follow(self._device)
+        # an update-level route keeps θ that of the run without a router, unless there is weight decay, which was warned about
+        tries = self.mode == "route" and self.level == "update" and not decays
+        self._watch = Watch(optimizer, by_name, tries=tries, writes=self._splits("update"))
+        for gate in self._gates.values():
+            gate.to(self._device)
+        self._books = {name: book.to(self._device) for name, book in self._books.items()}
         try:
             yield self
             self._end_interrupted()
@@ -225,21 +229,12 @@ class Router:
             finally:
                 self._optimizer = self._watch = None
 
-    def _keeps_the_run(self, optimizer: torch.optim.Optimizer) -> bool:
-        """Whether θ should stay that of the run without a router, and no weight decay (warned about already) prevents it."""
-        groups = [
-            group for group in optimizer.param_groups if any(p is k for p in group["params"] for k in self._delta_s)
-        ]
-        routes = self.mode == "route" and self.level == "update"
-        return routes and not any(group.get("weight_decay") for group in groups)
+    def _splits(self, level: Level) -> bool:
+        """Whether steps are changed, at this level."""
+        return self.level == level and self.mode != "measure"
 
-    def _follow(self, device: torch.device) -> None:
-        """Move gates and books to the model's device."""
-        for gate in self._gates.values():
-            gate.to(device)
-        self._books = {name: book.to(device) for name, book in self._books.items()}
-
-    def _check_optimizer(self, optimizer: torch.optim.Optimizer) -> None:
+    def _check_optimizer(self, optimizer: torch.optim.Optimizer) -> bool:
+        """Raise an error for an optimizer that cannot be routed; return whether it has weight decay on the knobs."""
         groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
         wanted = [("delta_s", self._delta_s)]
         if self.level == "gradient":
@@ -260,7 +255,7 @@ class Router:
                         "delta_s_hack.requires_grad_(False) on every layer, and create the optimizer without it."
                     )
         ascends = [bool(groups[id(knob)].get("maximize")) for knob in self._delta_s]
-        if self.level == "gradient" and self.mode != "measure" and any(ascends):
+        if self._splits("gradient") and any(ascends):
             raise ValueError(
                 "level='gradient' routes gradients that the optimizer descends, but this optimizer has maximize=True: "
                 "minimise the negative, or use level='update'."
@@ -270,13 +265,15 @@ class Router:
             for r, up in zip(self._sizes.values(), ascends, strict=True)
         ]
         self._descent = torch.cat(signs).to(self._device)
-        if any(groups[id(knob)].get("weight_decay") for knob in self._delta_s):
+        decays = any(groups[id(knob)].get("weight_decay") for knob in self._delta_s)
+        if decays:
             warnings.warn(
                 "The optimizer has weight decay on the knobs. The decay is routed as part of each step, and the quarantine "
                 "does not decay, so that training is no longer what it would be without the router. Use weight_decay=0.",
                 RoutingWarning,
                 stacklevel=4,
             )
+        return decays
 
     def _on_step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         self._end_interrupted()
@@ -287,7 +284,7 @@ class Router:
             self._step = self._begun_step()
             return None
         self._watch.stop_trying()
-        if self.level == "gradient" and self.mode != "measure":
+        if self._splits("gradient"):
             raise ValueError(
                 "level='gradient' cannot route a step with a closure, which recomputes the gradients: use level='update'."
             )
@@ -307,12 +304,7 @@ class Router:
 
     def flatten(self, grads: Mapping[str, Tensor]) -> Tensor:
         """Concatenate gradients by layer, (b, r) each, to (b, R); zeros for missing layers."""
-        b = len(next(iter(grads.values())))
-        blocks = [
-            grads[name][:, :r] if name in grads else torch.zeros(b, r, device=self._device)
-            for name, r in self._sizes.items()
-        ]
-        return torch.cat(blocks, 1)
+        return flat_rows(grads, self._sizes)
 
     def alignment(self, gradients: Tensor) -> Tensor:
         """How hack-ward a step against each gradient (b, R) is: cosines (b,) with the direction (`Gate.alignment`)."""
@@ -340,7 +332,7 @@ class Router:
             step.unfilled = [p for p in parameters if "momentum_buffer" not in self._optimizer.state.get(p, {})]
             return step
         self._see_gradient()
-        if self.level == "gradient" and self.mode != "measure":
+        if self._splits("gradient"):
             self._split_gradient()
         return step
 
@@ -378,7 +370,7 @@ class Router:
             delta = delta + (flat(self._hack) - step.hack)  # Δθ, since at this level the optimizer moves both knobs
         self._require_finite(delta, step)
         moved = self._gated(delta)
-        if self.level == "update" and self.mode != "measure":
+        if self._splits("update"):
             own = moved[OWN_BOOK]
             # exact in both cases: a coordinate that is moved entirely returns to its old value, others keep their new value
             write(self._delta_s, self._split(torch.where(own == 0, after, before + (delta - own))))
@@ -398,7 +390,7 @@ class Router:
         moved, fired = {}, {}
         for name, gate in self._gates.items():
             moved[name], fired[name] = gate.moved(delta)
-        if self.level == "update" or self.mode == "measure":
+        if not self._splits("gradient"):
             self._seen["fired"], self._seen["fired_random"] = fired[OWN_BOOK], fired[CHANCE]
         return moved
 

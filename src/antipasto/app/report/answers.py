@@ -16,6 +16,7 @@ from typing import Any
 
 from antipasto.app.report.rollouts import within
 from antipasto.evaluation.records import DEPLOYED, REFERENCE, TRAINED, Answer, Evaluation
+from antipasto.evaluation.rollout_log import Rollout
 from antipasto.tasks import REWARDED
 
 ROWS = 120
@@ -59,8 +60,8 @@ class SideBySide:
     patterns: dict[tuple[str, ...], int]
 
 
-def outcome(answer: Answer) -> str:
-    """The outcome of an answer, in one or two words."""
+def outcome(answer: Answer | Rollout) -> str:
+    """The outcome of an answer or a rollout, in one or two words."""
     if answer.oracle is None:
         return "rewarded" if answer.reward >= REWARDED else "not rewarded"
     return "solved" if answer.solved else "exploited" if answer.exploits else "failed"

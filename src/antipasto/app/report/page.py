@@ -10,7 +10,7 @@ from typing import Any
 from antipasto.app.checks import check_new_file
 from antipasto.app.inspection import knob_rows, settings
 from antipasto.app.report import figures, tables
-from antipasto.app.report.answers import side_by_side
+from antipasto.app.report.answers import outcome, side_by_side
 from antipasto.app.report.html import page_of
 from antipasto.app.report.run import Run, read_runs
 from antipasto.evaluation.verdict import where_the_exploit_is
@@ -61,7 +61,7 @@ def render(runs: Sequence[Run]) -> str:
 
 
 def _view(run: Run, slug: str, number: int) -> dict[str, Any]:
-    evaluation = run.evaluation
+    evaluation, lists = run.evaluation, _lists(run)
     return {
         "run": run,
         "lead": _lead(run),
@@ -79,7 +79,8 @@ def _view(run: Run, slug: str, number: int) -> dict[str, Any]:
         "knobs": [] if run.knobs is None else knob_rows(run.knobs),
         "books": [] if run.books is None else tables.book_rows(run.books, run.knobs),
         "heldout": None if run.direction is None else run.direction.heldout,
-        "lists": _lists(run),
+        "lists": lists,
+        "outcomes": sorted({outcome(one) for _, shown in lists for one in shown}),
         "settings": settings(run.config),
         "facts": settings({k: v for k, v in run.facts.items() if k != "command"}),
         "command": _command(run),

@@ -1,1 +1,1 @@
-"""`antipasto train`: options (`config`) → TRL's (`trl_args`), what the gate goes by (`gating`) → one run (`run`)."""
+"""`antipasto train`: options (`config`) → TRL's (`trl_args`), the monitor or the router (`method`) → one run (`run`)."""

@@ -26,7 +26,7 @@ from antipasto.app.models import base_fingerprint, load_model, process_state, qu
 from antipasto.app.run_folder import RunFolder, step_of
 from antipasto.app.runs import finish_run, run_facts
 from antipasto.app.train.config import TrainConfig
-from antipasto.app.train.gating import Gating, on_main
+from antipasto.app.train.method import RunMethod, on_main
 from antipasto.app.train.trl_args import steps_per_cycle, trainer_args
 from antipasto.evaluation.ask import as_in_training
 from antipasto.files import write_json, write_text
@@ -103,7 +103,7 @@ def _run(config: TrainConfig, folder: RunFolder, console: Console, state: Partia
     task, rows = load_task_of(dataclasses.asdict(config), facts)
     with quiet():
         args = trainer_args(config, task, folder.root, state.num_processes)
-    how = Gating(config, task, has_direction=resume and (folder.direction.exists() or folder.monitor.exists()))
+    how = RunMethod(config, task, has_direction=resume and (folder.direction.exists() or folder.monitor.exists()))
     model, tokenizer = load_model(config.model, dtype=config.dtype)
     with_template_options(tokenizer, args.chat_template_kwargs)
     check_chats(tokenizer, config.model, task)

@@ -15,10 +15,10 @@ import torch
 from scipy.optimize import brentq
 from scipy.stats import norm
 
-from antipasto.evaluation.records import Estimate
+from antipasto.evaluation.records import CONFIDENCE, Estimate
 from antipasto.routing import ordering
 
-_Z = float(norm.ppf(0.975))
+_Z = float(norm.ppf((1 + CONFIDENCE) / 2))
 _TINY = 1e-12
 
 

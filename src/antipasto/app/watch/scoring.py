@@ -24,7 +24,8 @@ from torch import Tensor, nn
 
 from antipasto.adapter.rollouts import TokenIds
 from antipasto.adapter.views import adapted_layers
-from antipasto.routing.monitor import Completion, Monitor, cosine
+from antipasto.routing.directions import cosine
+from antipasto.routing.monitor import Completion, Monitor
 from antipasto.routing.pairs import ContrastPair
 
 SCORES = ("score", "nll", "tokens", "probe", "permuted", "random")

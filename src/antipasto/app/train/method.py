@@ -40,7 +40,7 @@ _PAID: dict[Method, Flagged] = {"penalty": "penalty", "discount": "discount"}
 OWN_ANSWERS = 64  # answers of the base model that a monitor is calibrated on
 
 
-class Gating:
+class RunMethod:
     """Makes the monitor or the router of a run.
 
     Raises:
