@@ -4,7 +4,7 @@ VENV ?= .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test test-ci test-all test-oldest test-quantized bare lint format docs docs-serve bench clean
+.PHONY: demo test test-ci test-all test-oldest test-quantized test-deepspeed bare lint format docs docs-serve bench clean
 
 demo: $(READY)
 	$(BIN)/antipasto demo $(ARGS)
@@ -23,6 +23,11 @@ test-all: $(READY)
 test-quantized: $(READY)
 	$(BIN)/pip install --quiet --disable-pip-version-check --no-deps --upgrade -c constraints.txt --target build/quantized bitsandbytes torchao
 	PYTHONPATH=$(CURDIR)/build/quantized HF_HUB_OFFLINE=1 $(BIN)/pytest -n 2 tests/quantized $(ARGS)
+
+# accelerate and transformers import it wherever it is, so it has a folder of its own too; no operator of it is compiled
+test-deepspeed: $(READY)
+	DS_BUILD_OPS=0 $(BIN)/pip install --quiet --disable-pip-version-check --no-deps --upgrade -c constraints.txt --target build/deepspeed deepspeed einops hjson msgpack ninja py-cpuinfo
+	PYTHONPATH=$(CURDIR)/build/deepspeed HF_HUB_OFFLINE=1 $(BIN)/pytest -n 2 --dist loadfile tests/zero $(ARGS)
 
 # the oldest supported versions; that torch is a GPU build of several gigabytes
 test-oldest:

@@ -446,15 +446,15 @@ def test_attach_leaves_no_hook_behind_also_after_an_exception() -> None:
 
 
 @pytest.mark.parametrize("wrapped", [False, True])
-def test_deepspeeds_optimizer_is_refused_by_name(wrapped: bool) -> None:
+def test_deepspeeds_other_optimizers_are_refused_by_name(wrapped: bool) -> None:
     """A stand-in, of the name and the make of theirs: no torch optimizer, around one whose parameters are flat slices."""
     model = make_model()
-    zero = type("DeepSpeedZeroOptimizer", (), {"__module__": "deepspeed.runtime.zero.stage_1_and_2"})()
+    zero = type("BF16_Optimizer", (), {"__module__": "deepspeed.runtime.bf16_optimizer"})()
     zero.optimizer = torch.optim.SGD([torch.zeros(3)], lr=1)
     optimizer = SimpleNamespace(optimizer=zero) if wrapped else zero  # as accelerate wraps it
     router = ap.Router(model, make_direction())
     with (
-        pytest.raises(ValueError, match=r"DeepSpeed's DeepSpeedZeroOptimizer.*Use DDP or FSDP2"),
+        pytest.raises(ValueError, match=r"DeepSpeed's BF16_Optimizer. Use ZeRO-1 or ZeRO-2 in fp32"),
         router.attach(optimizer),
     ):
         pass
@@ -464,7 +464,7 @@ def test_deepspeeds_optimizer_is_refused_by_name(wrapped: bool) -> None:
 
 
 def test_knobs_in_parts_are_refused_by_name() -> None:
-    """As FSDP1 leaves them on each of several processes, and ZeRO-3."""
+    """As FSDP1 leaves them on each of several processes."""
     model = make_model()
     router = ap.Router(model, make_direction())
     optimizer = torch.optim.SGD(trainable(model), lr=1)

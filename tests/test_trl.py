@@ -167,7 +167,7 @@ def test_the_best_checkpoints_books_come_back_with_its_knobs(tmp_path: Path) -> 
     last = router.book("random")
     callback = trainer.callback_handler.callbacks[0]
     state = SimpleNamespace(best_model_checkpoint=str(tmp_path / "checkpoint-2"))
-    callback.on_train_end(SimpleNamespace(load_best_model_at_end=True), state, None)
+    callback.on_train_end(SimpleNamespace(load_best_model_at_end=True, deepspeed_plugin=None), state, None)
     assert router.steps == 2
     assert any(not torch.equal(router.book("random")[name], part) for name, part in last.items())
 

@@ -35,6 +35,7 @@ from transformers.pytorch_utils import Conv1D
 
 from antipasto.adapter.basis import WEIGHT_DTYPES, Basis, load_identified_basis
 from antipasto.adapter.fingerprints import Fingerprint, check_same_base
+from antipasto.adapter.zero import is_partitioned
 from antipasto.names import AntiPastoWarning
 
 from .config import TARGET_MODULES, AntiPastoConfig
@@ -89,6 +90,8 @@ def why_unsupported(module: nn.Module, *, shapes_only: bool = False) -> str | No
         return f"its weight has dtype {weight.dtype}, perhaps quantised ({type(module).__name__})"
     if weight.device.type == "meta" and not shapes_only:
         return "its weight is on the meta device (offloaded, or not loaded yet), where there is nothing to decompose"
+    if is_partitioned(weight):
+        return "its weight is partitioned by DeepSpeed's ZeRO-3, so that there is nothing to decompose (use ZeRO-2 or FSDP2)"
     if weight.ndim != 2 and not isinstance(module, Stack):
         return f"its weight has shape {tuple(weight.shape)}"
     if type(weight.data) is not Tensor:

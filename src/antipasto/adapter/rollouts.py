@@ -26,6 +26,7 @@ from antipasto.adapter import AntiPastoExperts
 from antipasto.adapter.knobs import token_logprobs
 from antipasto.adapter.rows import batch_shape, in_backward, per_token
 from antipasto.adapter.views import adapted_layers, replaced, unwrap
+from antipasto.adapter.zero import refuse_partitioned
 
 
 class RolloutGrads(Mapping[str, Tensor]):
@@ -262,8 +263,9 @@ def nll_gradients(
         Layer name → (b, r), and the NLL (b,) in fp32.
 
     Raises:
-        ValueError: no layer can be differentiated, because of reentrant gradient checkpointing.
+        ValueError: no layer can be differentiated, because of reentrant gradient checkpointing; or the model is under ZeRO-3.
     """
+    refuse_partitioned(model, "a direction or a score at the reference")
     ids, mask, completion = (t.to(next(model.parameters()).device) for t in _pad(sequences))
     with torch.enable_grad(), rollout_grads(model, detach=True) as grads:
         # the prompts' logits are not needed, but would be most of the head's work

@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor, distribute_tensor
 
+from antipasto.adapter.zero import write_masters
+
 
 def whole(tensor: Tensor) -> Tensor:
     """A tensor with all of its rows, without gradient."""
@@ -45,9 +47,10 @@ def flat(tensors: Iterable[Tensor]) -> Tensor:
 
 
 def write(parameters: Sequence[Tensor], values: Sequence[Tensor]) -> None:
-    """Write whole values, flat or not, into parameters, wherever their rows are."""
+    """Write whole values, flat or not, into parameters, wherever their rows are, and into ZeRO's copies of them."""
     parts = [local(sharded_as(value.reshape(like.shape), like)) for value, like in zip(values, parameters, strict=True)]
     torch._foreach_copy_([local(parameter) for parameter in parameters], parts)
+    write_masters(parameters, values)
 
 
 def is_sharded(model: nn.Module) -> bool:

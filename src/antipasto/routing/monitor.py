@@ -36,6 +36,7 @@ from antipasto.adapter.layer import View
 from antipasto.adapter.rollouts import RolloutGrads, TokenIds, flat_rows, nll_gradients, tokenize, tokenize_prompt
 from antipasto.adapter.sharded import is_sharded
 from antipasto.adapter.views import adapted_layers, replaced, seen_as
+from antipasto.adapter.zero import refuse_partitioned
 from antipasto.files import read_tensors, readable_as, write_tensors
 from antipasto.names import HELDOUT, Rule
 from antipasto.routing.directions import Direction, cosine, extract_direction
@@ -214,6 +215,7 @@ class Monitor:
         return monitor
 
     def _check_base(self) -> None:
+        refuse_partitioned(self.model, "a monitor")
         layers = adapted_layers(self.model)
         for name, V in self.direction.items():
             if name not in layers:

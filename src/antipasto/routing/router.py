@@ -36,7 +36,9 @@ an exception interrupts a step, what it has moved is routed before the next step
 
 Several processes. Under DDP every process routes the same step. Under FSDP2 the knobs are sharded (`adapter.sharded`): every
 process gathers them, routes the same whole step, and writes back the rows that it holds. Gates and books are whole everywhere,
-so that any one process can save them or read the metrics.
+so that any one process can save them or read the metrics. Under DeepSpeed's ZeRO-1 and 2 the optimizer has slices of the knobs
+(`adapter.zero`): every process gathers the gradient, routes the same whole step, and writes the result into its slice as well.
+Whether such steps depend on the parameters' values is not tested; writes outside of a step are seen.
 """
 
 from __future__ import annotations
@@ -53,12 +55,13 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.utils.hooks import RemovableHandle
 
-from antipasto.adapter.fingerprints import check_same_base
+from antipasto.adapter.fingerprints import check_same_base, dtype_name
 from antipasto.adapter.knobs import current_fingerprints, knobs, require_finite_gradients
 from antipasto.adapter.layer import View
 from antipasto.adapter.rollouts import flat_rows
 from antipasto.adapter.sharded import flat, reshard, sharded_as, write
 from antipasto.adapter.views import seen_as
+from antipasto.adapter.zero import around_steps, gradient, groups, has_master, refuse_partitioned, zero_optimizer
 from antipasto.names import MODES, GateName, Level, Mode
 from antipasto.routing.books import CHANCE, OWN_BOOK, Books, read_books
 from antipasto.routing.directions import Direction
@@ -113,6 +116,7 @@ class Router:
             raise ValueError(f"level must be update or gradient, got {level!r}.")
         self.model, self.mode, self.level = model, mode, level
         self.steps = 0
+        refuse_partitioned(model, "a router")
         layers = knobs(model)
         self.adapter_name = next(iter(layers.values())).adapter
         self._sizes = {name: layer.numbers for name, layer in layers.items()}
@@ -148,7 +152,7 @@ class Router:
         for name, knob in zip(self._sizes, self._delta_s, strict=True):
             if knob.numel() != self._sizes[name]:
                 raise ValueError(
-                    f"{name}: its delta_s has {knob.numel()} of {self._sizes[name]} numbers here, as under FSDP1 or ZeRO-3. "
+                    f"{name}: its delta_s has {knob.numel()} of {self._sizes[name]} numbers here, as under FSDP1. "
                     "A router needs whole knobs, or FSDP2 (torch.distributed.fsdp.fully_shard)."
                 )
         self._quarantine_norm = flat(self._hack).norm() if self._hack else torch.zeros(())
@@ -185,34 +189,36 @@ class Router:
         """Context in which every ``optimizer.step()`` is routed. All hooks are removed at the end, also after an exception.
 
         Args:
-            optimizer: a torch optimizer (or accelerate's wrapper of one) that has the ``delta_s`` of all routed layers. The
-                module's docstring says what its step may depend on.
+            optimizer: a torch optimizer (or accelerate's wrapper of one) that has the ``delta_s`` of all routed layers, or the
+                one of ZeRO-1 or 2 that ``deepspeed.initialize`` returned. The module's docstring says what its step may
+                depend on.
 
         Raises:
-            ValueError: a knob is not in the optimizer, the router is already attached, or ``maximize=True`` at gradient level.
+            ValueError: a knob is not in the optimizer, the router is already attached, ``maximize=True`` at gradient level, or
+                DeepSpeed's options exclude a router.
                 During a step: a gradient or a displacement is not finite.
 
         Warns:
             RoutingWarning: the optimizer has weight decay on the knobs. During a step: the step depends on the knobs' values.
                 During a step or at the end: the knobs were written to outside of a step.
         """
-        _refuse_deepspeed(optimizer)
-        optimizer = getattr(optimizer, "optimizer", optimizer)
+        zero = zero_optimizer(optimizer)
+        optimizer = getattr(optimizer if zero is None else zero, "optimizer", optimizer)
         if self._optimizer is not None:
             raise ValueError("This router is already attached: each step would be routed twice.")
         self._take_knobs()
-        decays = self._check_optimizer(optimizer)
-        handles = [
-            optimizer.register_step_pre_hook(lambda _, args, kwargs: self._on_step(args, kwargs)),
-            optimizer.register_step_post_hook(lambda *_: self._after_step()),
-        ]
+        if zero is not None:
+            self._check_zero(zero)
+        decays = self._check_optimizer(optimizer.param_groups if zero is None else groups(zero))
+        handles = self._hooks(optimizer) if zero is None else [around_steps(zero, self._on_zero_step, self._after_step)]
         if self.level == "gradient":
             # keep this gradient zero until the step splits it, or clipping would count the gradient in both knobs
             handles += [_keep_gradient_zero(knob) for knob in self._hack]
         self._optimizer = optimizer
         by_name = dict(zip(self._sizes, self._delta_s, strict=True))
-        # an update-level route keeps θ that of the run without a router, unless there is weight decay, which was warned about
-        tries = self.mode == "route" and self.level == "update" and not decays
+        # An update-level route keeps θ that of the run without a router, unless there is weight decay, which was warned about.
+        # The optimizer inside ZeRO's has slices of the knobs, so that a step cannot be tried on copies of the knobs.
+        tries = self.mode == "route" and self.level == "update" and not decays and zero is None
         self._watch = Watch(optimizer, by_name, tries=tries, writes=self._splits("update"))
         for gate in self._gates.values():
             gate.to(self._device)
@@ -229,18 +235,47 @@ class Router:
             finally:
                 self._optimizer = self._watch = None
 
+    def _hooks(self, optimizer: torch.optim.Optimizer) -> list[Any]:
+        return [
+            optimizer.register_step_pre_hook(lambda _, args, kwargs: self._on_step(args, kwargs)),
+            optimizer.register_step_post_hook(lambda *_: self._after_step()),
+        ]
+
     def _splits(self, level: Level) -> bool:
         """Whether steps are changed, at this level."""
         return self.level == level and self.mode != "measure"
 
-    def _check_optimizer(self, optimizer: torch.optim.Optimizer) -> bool:
+    def _check_zero(self, zero: Any) -> None:
+        if self.level == "gradient":
+            raise ValueError(
+                "level='gradient' cannot split the gradients of DeepSpeed's ZeRO, which keeps slices of them: use "
+                "level='update', or DDP or FSDP2."
+            )
+        for name, knob in zip(self._sizes, self._delta_s, strict=True):
+            if knob.dtype != torch.float32:
+                raise ValueError(
+                    f"{name}: DeepSpeed has cast its delta_s to {dtype_name(knob)}, and with it the "
+                    "quarantine, where small moves would round to nothing. Train in fp32 (bf16=False, fp16=False); "
+                    "DeepSpeed's torch_autocast can compute in bfloat16."
+                )
+        if zero.torch_autocast_gradscaler is not None:
+            raise ValueError(
+                "A router cannot tell the steps that DeepSpeed's gradient scaler skips: use torch_autocast with bfloat16."
+            )
+
+    def _check_optimizer(self, param_groups: list[dict[str, Any]]) -> bool:
         """Raise an error for an optimizer that cannot be routed; return whether it has weight decay on the knobs."""
-        groups = {id(p): group for group in optimizer.param_groups for p in group["params"]}
+        groups = {id(p): group for group in param_groups for p in group["params"]}
         wanted = [("delta_s", self._delta_s)]
         if self.level == "gradient":
             wanted.append(("delta_s_hack", self._hack))
         for what, parameters in wanted:
             for name, knob in zip(self._sizes, parameters, strict=False):
+                if id(knob) not in groups and has_master(knob):
+                    raise ValueError(
+                        f"{name}: its {what} is not in this optimizer, since DeepSpeed has put slices in its place: attach "
+                        "the router to the optimizer that deepspeed.initialize returned."
+                    )
                 if id(knob) not in groups:
                     raise ValueError(
                         f"{name}: its {what} is not in the optimizer. Create the optimizer after the router, with all "
@@ -302,6 +337,12 @@ class Router:
 
         return (args[0], looked_at, *args[2:]), {name: value for name, value in kwargs.items() if name != "closure"}
 
+    def _on_zero_step(self) -> None:
+        self._end_interrupted()
+        assert self._watch is not None
+        self._watch.see_writes(stacklevel=4)
+        self._step = self._begun_step()
+
     def flatten(self, grads: Mapping[str, Tensor]) -> Tensor:
         """Concatenate gradients by layer, (b, r) each, to (b, R); zeros for missing layers."""
         return flat_rows(grads, self._sizes)
@@ -318,7 +359,8 @@ class Router:
         self._see("hackward_in", self._descent * g)
 
     def _gradient(self) -> Tensor:
-        return flat([torch.zeros_like(knob) if knob.grad is None else knob.grad for knob in self._delta_s])
+        grads = [gradient(knob) for knob in self._delta_s]
+        return flat(torch.zeros_like(knob) if g is None else g for knob, g in zip(self._delta_s, grads, strict=True))
 
     @torch.no_grad()
     def _begun_step(self) -> _Step:
@@ -522,14 +564,3 @@ def _keep_gradient_zero(knob: nn.Parameter) -> RemovableHandle:
         knob.grad.zero_()
 
     return knob.register_post_accumulate_grad_hook(zero)
-
-
-def _refuse_deepspeed(optimizer: Any) -> None:
-    """Its optimizers are no torch optimizers: they step on flat slices of all parameters, which have no layers."""
-    for one in (optimizer, getattr(optimizer, "optimizer", None)):
-        theirs = any(base.__module__.partition(".")[0] == "deepspeed" for base in type(one).__mro__)
-        if theirs and not isinstance(one, torch.optim.Optimizer):
-            raise ValueError(
-                f"A router cannot split the steps of DeepSpeed's {type(one).__name__}, which cuts the knobs into flat slices. "
-                "Use DDP or FSDP2, or a method without a router: the penalty of antipasto train, RoutedGRPOTrainer(monitor=…)."
-            )

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from accelerate.utils import gather_object
+from peft import PeftModel
 from rich.console import Console
 from transformers import Trainer, TrainerCallback, TrainerControl, TrainerState, TrainingArguments
 from transformers.trainer_utils import rotate_checkpoints
@@ -72,7 +73,7 @@ class RoutingCallback(TrainerCallback):
                     f"The run continues at step {state.global_step}, but {folder / self.FILE} does not exist. "
                     "Pass RoutingCallback(router, resume_from=the checkpoint's folder)."
                 )
-            self.router.load(folder / self.FILE)
+            self._load(args, folder)
         self.detach()  # in case an earlier run ended in an exception
         self._attached.enter_context(self.router.attach(optimizer))
 
@@ -82,7 +83,16 @@ class RoutingCallback(TrainerCallback):
         """Detach the router; if the Trainer loaded the best checkpoint, load the books of that checkpoint."""
         with self._attached:
             if args.load_best_model_at_end and state.best_model_checkpoint is not None:
-                self.router.load(Path(state.best_model_checkpoint) / self.FILE)
+                self._load(args, Path(state.best_model_checkpoint))
+
+    def _load(self, args: TrainingArguments, folder: Path) -> None:
+        """Load a checkpoint's books, and its quarantine where the Trainer has not.
+
+        Under DeepSpeed the Trainer loads the engine's checkpoint alone, which leaves out parameters that require no gradient.
+        """
+        self.router.load(folder / self.FILE)
+        if args.deepspeed_plugin is not None and isinstance(self.router.model, PeftModel):
+            self.router.model.load_adapter(folder, self.router.adapter_name, is_trainable=True)
 
     def on_log(
         self,

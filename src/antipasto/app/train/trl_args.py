@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import parse_flag_from_env
 from transformers import HfArgumentParser
 from transformers.integrations import get_available_reporting_integrations
 
@@ -42,14 +41,9 @@ def trainer_args(config: TrainConfig, task: Task, out: Path, processes: int) -> 
     """Make TRL's config of a run.
 
     Raises:
-        ValueError: GRPOConfig has no such name or value, the name has an option of its own, the method excludes DeepSpeed, or
-            the batch does not divide into micro-batches and processes.
+        ValueError: GRPOConfig has no such name or value, the name has an option of its own, DeepSpeed's stage or
+            dtype excludes the method, or the batch does not divide into micro-batches and processes.
     """
-    if config.method in MODES and ("deepspeed" in config.trainer or parse_flag_from_env("ACCELERATE_USE_DEEPSPEED")):
-        raise ValueError(
-            f"method {config.method} needs a router, which cannot split the steps of DeepSpeed: use DDP or FSDP2, or a method "
-            "without a router (plain, penalty, discount)."
-        )
     defaults = {field.name: field.default for field in dataclasses.fields(GRPOConfig) if field.init}
     names = list(defaults)
     for name, value in config.trainer.items():
@@ -98,6 +92,15 @@ def trainer_args(config: TrainConfig, task: Task, out: Path, processes: int) -> 
     args = _parse(options)
     if isinstance(reporters, list):
         args.report_to = reporters
+    if args.deepspeed_plugin is not None and args.deepspeed_plugin.zero_stage == 3:
+        raise ValueError(
+            "An adapter cannot be made under DeepSpeed's ZeRO-3, which loads weights in parts: use ZeRO-1, ZeRO-2 or FSDP2."
+        )
+    if args.deepspeed_plugin is not None and config.method in MODES and (args.bf16 or args.fp16):
+        raise ValueError(
+            f"method {config.method} needs knobs in fp32, and DeepSpeed would cast them: use --trainer.bf16 false (true is "
+            "the default on a GPU) and no --trainer.fp16. --dtype bfloat16 keeps the base in bf16."
+        )
     if args.remove_unused_columns:
         raise ValueError("--trainer.remove_unused_columns must be false: the task's functions need their rows.")
     if args.save_only_model:
