@@ -32,7 +32,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
 import antipasto as ap
 from antipasto.adapter import AntiPastoLinear, basis
 from antipasto.adapter.fingerprints import Likeness
-from antipasto.adapter.quantized import dequantised, is_quantised, packed_digest, packing
+from antipasto.adapter.quantized import dequantised, is_quantised, keep_packing, packed_digest, packing
 from antipasto.app.commands import cache_bases
 from antipasto.app.export.job import export_run
 from antipasto.app.models import base_fingerprint
@@ -75,8 +75,13 @@ def kind(request: pytest.FixtureRequest) -> str:
 
 
 def load(kind: str, path: str | Path = MODEL, dtype: torch.dtype = torch.float32) -> nn.Module:
-    """A quantised model in train mode, where Linear8bitLt does not round its inputs on a CPU; it has no dropout."""
+    """A quantised model in train mode, where Linear8bitLt does not round its inputs on a CPU; it has no dropout.
+
+    A CPU with bf16 instructions is no exception: there bitsandbytes would round constants in eval mode, or fail at this shape.
+    """
     model = AutoModelForCausalLM.from_pretrained(path, quantization_config=KINDS[kind](), dtype=dtype)
+    for module in model.modules():
+        keep_packing(module)
     return model.train()
 
 

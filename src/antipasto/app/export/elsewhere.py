@@ -83,6 +83,10 @@ def _answer(request: Mapping[str, Any]) -> dict[str, Any]:
 
         # transformers loads a quantised base in the dtype that it was saved in, whatever it is asked for
         model = PeftModel.from_pretrained(model, request["adapter"]).float()
+    for module in model.modules():
+        # as in the run: for a CPU's bf16 instructions, bitsandbytes would round the constants of a 4-bit base
+        if hasattr(module, "support_avx512bf16_for_cpu"):
+            module.support_avx512bf16_for_cpu = False
     device = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
     model = model.to(device or "cpu").eval()
     found["logprobs"] = token_logprobs(model, request["sequences"])
