@@ -510,7 +510,10 @@ def test_the_source_of_a_solution_keeps_its_comments_and_loses_decorator_and_doc
     found: list[Problem] = []
 
     @collect(found)(level=1, hidden=[(1,)], wrong="return a")
-    def noted(a: int, b: int = 2) -> int:
+    def noted(
+        a: int,
+        b: int = 2,
+    ) -> int:
         """Add.
 
         >>> noted(1, 4)

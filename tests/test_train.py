@@ -158,7 +158,7 @@ def test_a_run_whose_terminal_is_closed_saves(trained: tuple[Path, str], tmp_pat
 
     folder = tmp_path / "run"
     ours, its = pty.openpty()
-    words = [sys.executable, "-m", "antipasto", *ROUTE, "--out", str(folder), *SIX]
+    words = [sys.executable, "-m", "antipasto", *map(str, [*ROUTE, "--out", folder, *SIX])]
     running = subprocess.Popen(words, stdin=its, stdout=its, stderr=its, start_new_session=True, preexec_fn=in_front)
     os.close(its)
     deadline = time.monotonic() + 90
