@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 from unittest.mock import Mock, patch
@@ -11,6 +12,7 @@ import torch
 from processes import process_group
 from scripted import load, tokenizer
 from torch import Tensor, nn
+from torch import multiprocessing as mp
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 
@@ -76,6 +78,17 @@ def backward(model: nn.Module, batch: Tensor, rank: int | None) -> list[Tensor]:
             (loss / 2 if rank is None else loss).backward()
         rows.append(torch.cat(list(grads.values()), 1) * (2 if rank is None else 1))
     return rows
+
+
+def one_and_two(
+    everything: Callable[[int | None, Path], dict[str, Any]], child: Callable[[int, str], None], folder: Path
+) -> tuple[Any, Any, Any]:
+    """What is found by one process, and by each of two, with one direction."""
+    model = load()
+    ap.wrap(model)
+    ap.extract_direction(model, tokenizer(), PAIRS).save(folder / "direction")
+    mp.spawn(child, args=(str(folder),), nprocs=2)
+    return everything(None, folder), torch.load(folder / "0.pt"), torch.load(folder / "1.pt")
 
 
 def knobs_of(model: nn.Module) -> dict[str, Tensor]:

@@ -6,22 +6,13 @@ from typing import Any
 
 import pytest
 import torch
-from scripted import load, tokenizer
-from sharded import PAIRS, WAYS, child, everything
-from torch import multiprocessing as mp
-
-import antipasto as ap
+from sharded import WAYS, child, everything, one_and_two
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any, Any]:
     """By one process, and by each of two."""
-    folder = tmp_path_factory.mktemp("sharded")
-    model = load()
-    ap.wrap(model)
-    ap.extract_direction(model, tokenizer(), PAIRS).save(folder / "direction")
-    mp.spawn(child, args=(str(folder),), nprocs=2)
-    return everything(None, folder), torch.load(folder / "0.pt"), torch.load(folder / "1.pt")
+    return one_and_two(everything, child, tmp_path_factory.mktemp("sharded"))
 
 
 @pytest.mark.parametrize("way", WAYS)

@@ -7,12 +7,8 @@ from typing import Any
 
 import pytest
 import torch
-from scripted import load, tokenizer
-from sharded import PAIRS
+from sharded import one_and_two
 from stepped import WAYS, child, everything
-from torch import multiprocessing as mp
-
-import antipasto as ap
 
 pytestmark = pytest.mark.timeout(600)
 
@@ -20,12 +16,7 @@ pytestmark = pytest.mark.timeout(600)
 @pytest.fixture(scope="module")
 def found(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, Any, Any]:
     """By one process, and by each of two."""
-    folder = tmp_path_factory.mktemp("zero")
-    model = load()
-    ap.wrap(model)
-    ap.extract_direction(model, tokenizer(), PAIRS).save(folder / "direction")
-    mp.spawn(child, args=(str(folder),), nprocs=2)
-    return everything(None, folder), torch.load(folder / "0.pt"), torch.load(folder / "1.pt")
+    return one_and_two(everything, child, tmp_path_factory.mktemp("zero"))
 
 
 @pytest.mark.parametrize("way", WAYS)
